@@ -1,0 +1,259 @@
+"""Configuration: frozen dataclasses, read from YAML, JSON or flags; an unknown key is an error that lists the known.
+
+Every field is a key of the YAML files in recipes/configs and a flag of the recipe (``--loss.temperature 0.2``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import jsonargparse
+import yaml
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """The frozen feature network.
+
+    Args:
+        name: a name of `adpretrain.backbones.BACKBONES`.
+        image_size: side of the square input in pixels.
+    """
+
+    name: str = "filterbank"
+    image_size: int = 224
+
+
+@dataclass(frozen=True)
+class ProjectorConfig:
+    """The feature projector (ADPretrain Sec. 3.3).
+
+    Args:
+        architecture: the paper's learnable key/value attention, or an ablation of its Tab. 2b.
+        references: number of learnable references N_r.
+        heads: attention heads.
+        mlp_ratio: hidden width of the MLP over the feature width.
+        layers: attention layers per level.
+        form: "paper", or "released" for the exact form of the authors' checkpoints.
+    """
+
+    architecture: Literal[
+        "learnable_kv", "linear", "mlp", "self_attention", "cross_attention", "self_cross_attention"
+    ] = "learnable_kv"
+    references: int = 2048
+    heads: int = 16
+    mlp_ratio: float = 4.0
+    layers: int = 1
+    form: Literal["paper", "released"] = "paper"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The pretraining set.
+
+    Args:
+        name: layout of the set, a name of `adpretrain.data.DATASETS`.
+        root: its folder.
+        held_out: categories kept out of training and scored while it runs (names).
+        on_error: "raise" stops at an unreadable file, "skip" checks all files first and leaves the bad ones out.
+        workers: loader processes.
+    """
+
+    name: str = "realiad"
+    root: str = "data/Real-IAD"
+    held_out: list[str] = field(default_factory=list)
+    on_error: Literal["raise", "skip"] = "raise"
+    workers: int = 4
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Eq. 2-7 of ADPretrain.
+
+    Args:
+        lambda_: weight of the angle loss; 0 leaves it out.
+        temperature: tau of the angle loss.
+        radius: r of the norm loss.
+        margin: delta r of the norm loss.
+        angle_form: anchors of the first view (paper) or of both (released).
+        norm_form: Eq. 6 (paper) or the authors' code (released).
+        center: the angle's origin c: "residual" = mean of the unprojected normal residuals, measured before training
+            (the released code); "projected" = running mean of the projected normal features (the paper's text).
+        token_label: a token is anomalous if its nearest mask pixel is ("nearest"), or if more than
+            ``token_pixels`` pixels of its patch are ("pixels", the released angle loss at 224 px).
+        token_pixels: the count for "pixels".
+    """
+
+    lambda_: float = 1.0
+    temperature: float = 0.15
+    radius: float = 0.4
+    margin: float = 0.75
+    angle_form: Literal["paper", "released"] = "paper"
+    norm_form: Literal["paper", "released"] = "paper"
+    center: Literal["residual", "projected"] = "residual"
+    token_label: Literal["nearest", "pixels"] = "nearest"
+    token_pixels: int = 32
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Adam with a step schedule.
+
+    Args:
+        lr: learning rate.
+        weight_decay: L2 penalty of Adam.
+        batch_size: images per process and step (two views each).
+        epochs: passes over the set.
+        steps: number of steps; 0 = as many as ``epochs`` make.
+        milestones: fractions of the training at which the rate is multiplied by 0.1.
+        clip: largest gradient norm; 0 = no clipping.
+        precision: "no" (float32), "bf16" or "fp16" autocast of backbone and projector.
+    """
+
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+    batch_size: int = 32
+    epochs: int = 10
+    steps: int = 0
+    milestones: list[float] = field(default_factory=lambda: [0.7, 0.9])
+    clip: float = 0.0
+    precision: Literal["no", "bf16", "fp16"] = "no"
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Scoring of the held-out categories during training, with FeatureNorm.
+
+    Args:
+        every: steps between evaluations; 0 = only at the end.
+        shots: references per category.
+    """
+
+    every: int = 0
+    shots: int = 4
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """One pretraining run.
+
+    Args:
+        run: folder of the run; the same command in the same folder resumes.
+        shots: numbers of references K drawn from, per image.
+        matching: nearest reference by "l2" (paper) or "cosine" (released code).
+        conditioning: z-score channels and scale residuals per product (see `adpretrain.conditioning`).
+        augment: "epoch" draws new views every epoch; "once" keeps each image's first two views; "none" has one plain
+            view (no angle loss).
+        cache_features: encode every view once before training and keep the features in memory (needs ``augment``
+            "once" or "none").
+        checkpoint_every: steps between checkpoints.
+        log_every: steps between lines of metrics.jsonl.
+        tracker: also log to TensorBoard.
+        seed: of everything random.
+    """
+
+    run: str = "runs/pretrain"
+    data: DataConfig = field(default_factory=DataConfig)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    shots: list[int] = field(default_factory=lambda: [1, 4, 8])
+    matching: Literal["l2", "cosine"] = "l2"
+    conditioning: bool = False
+    augment: Literal["epoch", "once", "none"] = "epoch"
+    cache_features: bool = False
+    checkpoint_every: int = 500
+    log_every: int = 10
+    tracker: bool = True
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        if not self.shots or min(self.shots) < 1:
+            raise ValueError(f"shots {self.shots} must list numbers of at least 1")
+        if self.cache_features and self.augment == "epoch":
+            raise ValueError("cache_features keeps each view once: set augment to 'once' or 'none'")
+        if self.augment == "none" and self.loss.lambda_:
+            raise ValueError("augment 'none' has no second view for the angle loss: set loss.lambda_ to 0")
+
+
+def check_keys(cls: type, mapping: Any, where: str, prefix: str = "") -> None:
+    """Raise ValueError for a key of ``mapping`` that the dataclass lacks, naming the closest and all known keys."""
+    if not isinstance(mapping, Mapping):
+        raise ValueError(
+            f"{where}: {prefix.rstrip('.') or 'the top level'} must be a mapping, got {mapping!r}"
+        )
+    hints = typing.get_type_hints(cls)
+    for key, value in mapping.items():
+        if key not in hints:
+            close = difflib.get_close_matches(str(key), hints, n=1)
+            guess = f" (did you mean {prefix}{close[0]}?)" if close else ""
+            raise ValueError(f"{where}: unknown key {prefix}{key}{guess}; known keys: {', '.join(hints)}")
+        if dataclasses.is_dataclass(hints[key]):
+            check_keys(typing.cast(type, hints[key]), value, where, f"{prefix}{key}.")
+
+
+def _parser(cls: type, description: str | None = None) -> jsonargparse.ArgumentParser:
+    parser = jsonargparse.ArgumentParser(description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file; flags after it override its keys")
+    parser.add_class_arguments(cls)
+    return parser
+
+
+def from_dict(cls: type[T], mapping: Mapping[str, Any], where: str = "configuration") -> T:
+    """A dataclass from nested mappings, with types checked. Raises ValueError naming the key that is wrong."""
+    check_keys(cls, mapping, where)
+    parser = _parser(cls)
+    try:
+        return _instantiate(cls, parser, parser.parse_object(dict(mapping)))
+    except jsonargparse.ArgumentError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _instantiate(cls: type[T], parser: jsonargparse.ArgumentParser, parsed: jsonargparse.Namespace) -> T:
+    values = vars(parser.instantiate_classes(parsed))
+    return cls(**{item.name: values[item.name] for item in dataclasses.fields(cls)})  # type: ignore[arg-type]
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """A YAML file as a dict. Raises ValueError if it cannot be read or is not a mapping."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.safe_load(file)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot read configuration {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"configuration {path} must be a mapping of keys, got {type(content).__name__}")
+    return content
+
+
+def parse_command_line(cls: type[T], argv: Sequence[str] | None = None, description: str | None = None) -> T:
+    """A dataclass from ``--config FILE`` and ``--key.subkey VALUE`` flags, the later winning.
+
+    Raises ValueError for an unreadable file, an unknown key (listing the known ones) or a value of a wrong type.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    for position, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        if name == "--config":
+            path = value or (arguments[position + 1] if position + 1 < len(arguments) else "")
+            check_keys(cls, read_yaml(path), path)
+    parser = _parser(cls, description)
+    try:
+        return _instantiate(cls, parser, parser.parse_args(arguments))
+    except jsonargparse.ArgumentError as error:
+        raise ValueError(str(error)) from error
+
+
+def to_yaml(config: Any) -> str:
+    """A configuration dataclass as YAML that `parse_command_line` reads back."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)

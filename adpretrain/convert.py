@@ -1,0 +1,90 @@
+"""The authors' released projector checkpoints -> ours. Pure functions on state dicts: no files, no pickle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from adpretrain.projector import FeatureProjector
+
+RELEASED_HEADS = 16
+_RENAMED = {
+    "layers.0.cross_attn.out_proj.weight": "attention.0.out.weight",
+    "layers.0.cross_attn.out_proj.bias": "attention.0.out.bias",
+    "layers.0.mlp.fc1.weight": "mlp.0.fc1.weight",
+    "layers.0.mlp.fc1.bias": "mlp.0.fc1.bias",
+    "layers.0.mlp.fc2.weight": "mlp.0.fc2.weight",
+    "layers.0.mlp.fc2.bias": "mlp.0.fc2.bias",
+    "layers.0.mlp.se.fc1.weight": "mlp.0.squeeze.weight",
+    "layers.0.mlp.se.fc1.bias": "mlp.0.squeeze.bias",
+    "layers.0.mlp.se.fc2.weight": "mlp.0.excite.weight",
+    "layers.0.mlp.se.fc2.bias": "mlp.0.excite.bias",
+    "ref_proj.project.bias": "reference_projection.bias",
+}
+_RESHAPED = (
+    "x_ref",
+    "ref_proj.project.weight",
+    "layers.0.cross_attn.in_proj_weight",
+    "layers.0.cross_attn.in_proj_bias",
+)
+_EXPECTED = frozenset(_RENAMED) | frozenset(_RESHAPED)
+
+
+def _split_levels(state_dict: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    levels: dict[int, dict[str, Tensor]] = {}
+    for key, value in state_dict.items():
+        prefix, _, name = key.partition("_proj.")
+        if not (prefix.startswith("l") and prefix[1:].isdigit() and name in _EXPECTED):
+            raise ValueError(
+                f"{key!r} is not a key of a released ADPretrain projector; expected l1_proj.x_ref, "
+                "l1_proj.layers.0.cross_attn.in_proj_weight, ... (the dict under 'projectors' of the checkpoint)"
+            )
+        levels.setdefault(int(prefix[1:]), {})[name] = value
+    if not levels or sorted(levels) != list(range(1, len(levels) + 1)):
+        raise ValueError(f"expected levels l1, l2, ...; found {sorted(levels)}")
+    for level, weights in levels.items():
+        if missing := _EXPECTED - weights.keys():
+            raise ValueError(f"level l{level} of the checkpoint lacks {sorted(missing)}")
+    return [levels[level] for level in sorted(levels)]
+
+
+def _level_from_official(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    width = weights["x_ref"].shape[2]
+    query_weight, key_value_weight = weights["layers.0.cross_attn.in_proj_weight"].split([width, 2 * width])
+    query_bias, key_value_bias = weights["layers.0.cross_attn.in_proj_bias"].split([width, 2 * width])
+    return {
+        "references": weights["x_ref"][0],
+        "reference_projection.weight": weights["ref_proj.project.weight"][:, :, 0],  # a 1x1 convolution
+        "attention.0.query.weight": query_weight,
+        "attention.0.query.bias": query_bias,
+        "attention.0.key_value.weight": key_value_weight,
+        "attention.0.key_value.bias": key_value_bias,
+        **{ours: weights[theirs] for theirs, ours in _RENAMED.items()},
+    }
+
+
+def projector_from_official(state_dict: Mapping[str, Tensor]) -> FeatureProjector:
+    """A released projector (the dict under ``["projectors"]``) as a `FeatureProjector` of form "released".
+
+    Load the file with ``torch.load(path, weights_only=True)``. Raises ValueError that names the first key or shape
+    that such a checkpoint does not have.
+    """
+    levels = _split_levels(state_dict)
+    projector = FeatureProjector(
+        [level["x_ref"].shape[2] for level in levels],
+        references=levels[0]["x_ref"].shape[1],
+        heads=RELEASED_HEADS,
+        mlp_ratio=levels[0]["layers.0.mlp.fc1.weight"].shape[0] / levels[0]["x_ref"].shape[2],
+        form="released",
+    )
+    renamed = {
+        f"levels.{index}.{name}": value
+        for index, level in enumerate(levels)
+        for name, value in _level_from_official(level).items()
+    }
+    try:
+        projector.load_state_dict({name: value.clone() for name, value in renamed.items()}, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"the checkpoint's shapes are not those of a released projector: {error}") from error
+    return projector.eval()

@@ -1,0 +1,28 @@
+"""Data sets: one index function per layout, each giving a list of `Sample`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from adpretrain.data.folder import index_folder
+from adpretrain.data.mtd import index_mtd
+from adpretrain.data.mvtec import index_mvtec
+from adpretrain.data.realiad import index_realiad
+from adpretrain.data.samples import GOOD, ImageDataset, Sample
+
+__all__ = ["DATASETS", "GOOD", "ImageDataset", "Sample", "index_dataset"]
+
+DATASETS: dict[str, Callable[..., list[Sample]]] = {
+    "realiad": index_realiad,
+    "mvtec": index_mvtec,
+    "mtd": index_mtd,
+    "folder": index_folder,
+}
+
+
+def index_dataset(name: str, root: str | Path) -> list[Sample]:
+    """The samples of a data set on disk. Raises ValueError for an unknown name or a folder of another layout."""
+    if name not in DATASETS:
+        raise ValueError(f"data set {name!r} is unknown; choose one of: {', '.join(DATASETS)}")
+    return DATASETS[name](root)

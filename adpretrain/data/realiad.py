@@ -1,0 +1,119 @@
+"""Real-IAD: five views of every part, JSON splits, four resolutions.
+
+``realiad_{256|512|1024|raw}/{category}/{OK|NG/{defect}}/S####/{category}_####_{OK|NG}_[{defect}_]C{1-5}_{time}.jpg``, the
+mask beside it as ``.png`` (some releases ``_mask.png``). A view of a defective part without a mask is a normal view.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from adpretrain.data.folder import existing_folder
+from adpretrain.data.samples import GOOD, Sample, is_image
+
+VIEWS = ("C1", "C2", "C3", "C4", "C5")
+_VIEW = re.compile(r"_(C[1-5])_[^_]*$")
+
+
+def index_realiad(
+    root: str | Path,
+    categories: Sequence[str] = (),
+    resolution: str = "",
+    protocol: str = "",
+    views: Sequence[str] = VIEWS,
+) -> list[Sample]:
+    """Samples of Real-IAD below ``root``.
+
+    ``resolution``: "256", "512", "1024" or "raw"; "" takes the only one present (the smallest of several).
+    ``protocol``: a folder of realiad_jsons ("realiad_jsons", "realiad_jsons_sv", "realiad_jsons_fuiad_0.1" ...), whose
+    train and test lists are then used; "" walks the folders instead, every image being of split "train".
+
+    Raises ValueError for a missing folder, category, resolution or split, naming those that exist, and for a path
+    in a JSON file that leaves the set's folder.
+    """
+    path = existing_folder(root, "Real-IAD folder")
+    images = _images_folder(path, resolution)
+    found = sorted(folder.name for folder in images.iterdir() if (folder / "OK").is_dir())
+    if not found:
+        raise ValueError(
+            f"{images} holds no category in the Real-IAD layout: expected {{category}}/OK/S####/*.jpg"
+        )
+    if unknown := [name for name in categories if name not in found]:
+        raise ValueError(f"categories {unknown} are not in {images}; found: {', '.join(found)}")
+    samples: list[Sample] = []
+    for category in categories or found:
+        if protocol:
+            samples += _from_json(path, images, category, protocol)
+        else:
+            samples += _from_folders(images / category)
+    return [sample for sample in samples if sample.view in views]
+
+
+def _images_folder(root: Path, resolution: str) -> Path:
+    order = ["256", "512", "1024", "raw"]
+    present = [name for name in order if (root / f"realiad_{name}").is_dir()]
+    if not present or (resolution and resolution not in present):
+        asked = (
+            f"resolution {resolution!r} is not in" if present else "no realiad_{256,512,1024,raw} folder in"
+        )
+        raise ValueError(f"{asked} {root}" + (f"; present: {', '.join(present)}" if present else ""))
+    return root / f"realiad_{resolution or present[0]}"
+
+
+def view_of(image: Path) -> str | None:
+    """ "C1" ... "C5" from the file's name, None if it has none."""
+    match = _VIEW.search(image.stem)
+    return match.group(1) if match else None
+
+
+def _mask_of(image: Path) -> Path | None:
+    for mask in (image.with_suffix(".png"), image.with_name(f"{image.stem}_mask.png")):
+        if mask.is_file():
+            return mask
+    return None
+
+
+def _from_folders(category: Path) -> list[Sample]:
+    samples = []
+    for image in sorted(category.glob("OK/*/*")):
+        if is_image(image) and image.suffix != ".png":
+            samples.append(Sample(image, None, category.name, GOOD, view_of(image), "train"))
+    for image in sorted(category.glob("NG/*/*/*")):
+        if is_image(image) and image.suffix != ".png":
+            mask = _mask_of(image)
+            defect = image.parent.parent.name if mask else GOOD
+            samples.append(Sample(image, mask, category.name, defect, view_of(image), "train"))
+    return samples
+
+
+def _from_json(root: Path, images: Path, category: str, protocol: str) -> list[Sample]:
+    file = root / "realiad_jsons" / protocol / f"{category}.json"
+    if not file.is_file():
+        present = sorted(folder.name for folder in (root / "realiad_jsons").glob("*/"))
+        raise ValueError(f"split file not found: {file}; protocols present: {', '.join(present) or 'none'}")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        normal, prefix = content["meta"]["normal_class"], content["meta"].get("prefix", "")
+        entries = [(split, entry) for split in ("train", "test") for entry in content[split]]
+        return [_entry(images, prefix, category, normal, split, entry) for split, entry in entries]
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} is not a Real-IAD split file: {type(error).__name__} {error}") from error
+
+
+def _entry(
+    images: Path, prefix: str, category: str, normal: str, split: str, entry: dict[str, Any]
+) -> Sample:
+    def inside(relative: str) -> Path:
+        path = images / prefix / relative
+        if not path.resolve().is_relative_to(images.resolve()):
+            raise ValueError(f"path {relative!r} in the split of {category} leaves {images}")
+        return path
+
+    image = inside(entry["image_path"])
+    mask = inside(entry["mask_path"]) if entry["mask_path"] else None
+    defect = GOOD if entry["anomaly_class"] == normal or mask is None else entry["anomaly_class"]
+    return Sample(image, mask, category, defect, view_of(image), split)

@@ -1,0 +1,307 @@
+"""`ADExtractor`: backbone + nearest normal references + projector = anomaly-detection features, saved and loaded.
+
+Shapes: B images, K reference images, S side, T tokens per image, L levels, C_l channels; R = 1 or B reference banks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from adpretrain._version import __version__
+from adpretrain.backbones import Backbone, FeatureMaps, References, load_backbone
+from adpretrain.conditioning import Conditioning
+from adpretrain.config import BackboneConfig, ProjectorConfig, from_dict
+from adpretrain.files import atomic_folder
+from adpretrain.preprocess import Preprocess
+from adpretrain.projector import FeatureProjector
+from adpretrain.residual import METRICS, leave_one_out_residuals, residual_features, tokens
+
+FORMAT_VERSION = 1
+CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class ExtractorConfig:
+    """What config.json holds: everything needed to rebuild the extractor, and where it came from.
+
+    Args:
+        backbone: the frozen network.
+        channels: its feature widths, checked on loading.
+        preprocess: how photographs become its input.
+        projector: the projector's sizes; null = none (raw residual features).
+        matching: metric of the nearest reference.
+        conditioning: whether features and residuals are rescaled (`adpretrain.conditioning`).
+        provenance: data, steps, seed, commit, versions, losses, metrics of the training run.
+        format_version: version of this file's format.
+        library_version: version of adpretrain that wrote it.
+    """
+
+    backbone: BackboneConfig
+    channels: list[int]
+    preprocess: Preprocess
+    projector: ProjectorConfig | None = None
+    matching: str = "l2"
+    conditioning: bool = False
+    provenance: dict[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+    library_version: str = __version__
+
+
+def build_projector(config: ProjectorConfig, channels: list[int]) -> FeatureProjector:
+    """A fresh `FeatureProjector` of the configured architecture and sizes."""
+    return FeatureProjector(channels, **dataclasses.asdict(config))
+
+
+class ADExtractor(nn.Module):
+    """Projected residual features: a drop-in for a raw backbone in every detector.
+
+    ``extractor.set_references(images)`` with a few photographs of normal products, then ``extractor(images)``.
+    Without a projector the features are the (conditioned) residuals themselves, the baseline of every comparison.
+    The reference features are never saved: they belong to whoever made the photographs.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        projector: FeatureProjector | None = None,
+        projector_config: ProjectorConfig | None = None,
+        conditioning: Conditioning | None = None,
+        centers: list[Tensor] | None = None,
+        matching: str = "l2",
+        provenance: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if matching not in METRICS:
+            raise ValueError(f"matching metric {matching!r} is unknown; choose one of {METRICS}")
+        if (projector is None) != (projector_config is None):
+            raise ValueError("projector and projector_config are given together or not at all")
+        self.backbone, self.projector, self.conditioning = backbone, projector, conditioning
+        self.config = ExtractorConfig(
+            backbone=BackboneConfig(name=backbone.name, image_size=backbone.preprocess.image_size),
+            channels=backbone.channels,
+            preprocess=backbone.preprocess,
+            projector=projector_config,
+            matching=matching,
+            conditioning=conditioning is not None,
+            provenance=provenance or {},
+        )
+        for level, width in enumerate(backbone.channels):
+            self.register_buffer(f"center_{level}", centers[level] if centers else torch.zeros(width))
+        self._references: References | None = None
+        self._scales: list[Tensor] | None = None
+        self.eval()
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """Photograph -> network input."""
+        return self.backbone.preprocess
+
+    @property
+    def channels(self) -> list[int]:
+        """C_l of each level."""
+        return self.backbone.channels
+
+    @property
+    def references(self) -> References | None:
+        """The banks given to `set_references`, or None."""
+        return self._references
+
+    def without_projector(self) -> ADExtractor:
+        """The same extractor up to the residuals: the baseline that the projector is measured against."""
+        raw = ADExtractor(self.backbone, conditioning=self.conditioning, matching=self.config.matching)
+        raw._references, raw._scales = self._references, self._scales
+        return raw
+
+    def encode(self, images: Tensor) -> FeatureMaps:
+        """[B, 3, S, S] -> L levels of (conditioned) backbone features [B, C_l, H_l, W_l]."""
+        features = self.backbone(images)
+        return self.conditioning.standardise(features) if self.conditioning else features
+
+    @torch.no_grad()
+    def encode_references(self, images: Tensor) -> References:
+        """K normal photographs [K, 3, S, S] -> one shared bank per level [1, K * T, C_l].
+
+        [B, K, 3, S, S] gives one bank per image of a batch: [B, K * T, C_l]. The tokens of a photograph stay
+        together, in order.
+        """
+        if images.ndim == 4:
+            images = images[None]
+        if images.ndim != 5 or images.shape[1] == 0:
+            raise ValueError(
+                f"references must be [K, 3, S, S] or [B, K, 3, S, S] with K > 0, got {tuple(images.shape)}"
+            )
+        banks, shots = images.shape[:2]
+        return [
+            tokens(level).reshape(banks, -1, level.shape[1]) for level in self.encode(images.flatten(0, 1))
+        ]
+
+    def set_references(self, images: Tensor | References) -> ADExtractor:
+        """Keep the references every later call compares with: images [K, 3, S, S], or banks from `encode_references`."""
+        self._references = self.encode_references(images) if isinstance(images, Tensor) else list(images)
+        self._scales = None
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ADExtractor:
+        super()._apply(fn, recurse)
+        if self._references is not None:
+            self._references = [fn(bank) for bank in self._references]
+        self._scales = None
+        return self
+
+    def scales(self, references: References, shots: int) -> list[Tensor] | None:
+        """The product scale of every bank of ``shots`` = K images, L levels of [R]; None without conditioning."""
+        if self.conditioning is None:
+            return None
+        if references is self._references and self._scales is not None:
+            return self._scales
+        scales = self.conditioning.product_scale(references, shots, self.config.matching)
+        if references is self._references:
+            self._scales = scales
+        return scales
+
+    def residuals(
+        self, features: FeatureMaps, references: References, scales: list[Tensor] | None = None
+    ) -> FeatureMaps:
+        """Encoded features and banks -> residual features of the same shapes, divided by ``scales`` if given."""
+        residuals = residual_features(features, references, self.config.matching)
+        if scales is None:
+            return residuals
+        return [residual / scale[:, None, None, None] for residual, scale in zip(residuals, scales, strict=True)]
+
+    def reference_residuals(self, references: References, shots: int, scales: list[Tensor] | None) -> References:
+        """The references' residuals among themselves, context of the cross-attention ablations: L of [R, N_l, C_l]."""
+        metric, out = self.config.matching, []
+        for level, bank_RNC in enumerate(references):
+            context = torch.stack([leave_one_out_residuals(bank, shots, metric) for bank in bank_RNC])
+            out.append(context if scales is None else context / scales[level][:, None, None])
+        return out
+
+    def from_encoded(self, features: FeatureMaps, references: References) -> FeatureMaps:
+        """Encoded features and banks -> the extractor's output: everything after the backbone."""
+        shots = images_in_bank(features, references)
+        scales = self.scales(references, shots)
+        residuals = self.residuals(features, references, scales)
+        if self.projector is None:
+            return residuals
+        if not self.projector.needs_reference_residuals:
+            return self.projector(residuals)
+        return self.projector(residuals, self.reference_residuals(references, shots, scales))
+
+    def forward(self, images: Tensor, references: References | None = None) -> FeatureMaps:
+        """Features for anomaly detection: [B, 3, S, S] -> L levels [B, C_l, H_l, W_l], without gradients.
+
+        ``references``: banks from `encode_references` for this call only (shared, or one per image); otherwise those
+        of `set_references`. Runs in inference mode, and under ``torch.autocast`` if the caller asks for it; the
+        results are ordinary tensors, so a detector may train on them. Raises ValueError without references.
+        """
+        references = references if references is not None else self._references
+        if references is None:
+            raise ValueError("no references: call set_references(normal_images) first, or pass references=")
+        with torch.inference_mode():
+            projected = self.from_encoded(self.encode(images), references)
+        return [level.clone() for level in projected]  # cloned outside inference mode: an ordinary tensor
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write config.json and model.safetensors (projector, centres, conditioning; never the backbone or
+        references). The folder appears, or is replaced, only when complete. Returns its path."""
+        weights = {k: v.contiguous() for k, v in self.state_dict().items() if not k.startswith("backbone.")}
+        with atomic_folder(folder) as temporary:
+            save_file(weights, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
+            text = json.dumps(dataclasses.asdict(self.config), indent=2)
+            (temporary / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+        return Path(folder)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | os.PathLike[str], device: str | torch.device = "cpu"
+    ) -> ADExtractor:
+        """Load what `save_pretrained` wrote, strictly, in evaluation mode on ``device``.
+
+        Raises ValueError if the folder is not an extractor, was written by a newer library, or if its weights are
+        not exactly those its config describes.
+        """
+        config = _read_config(Path(folder))
+        backbone = load_backbone(**dataclasses.asdict(config.backbone))
+        if backbone.channels != config.channels:
+            raise ValueError(
+                f"{folder} was made on features of {config.channels} channels; backbone {backbone.name!r} gives "
+                f"{backbone.channels}: the extractor belongs to another backbone or version of it"
+            )
+        backbone.preprocess = config.preprocess
+        extractor = cls(
+            backbone,
+            projector=build_projector(config.projector, config.channels) if config.projector else None,
+            projector_config=config.projector,
+            conditioning=Conditioning(config.channels) if config.conditioning else None,
+            matching=config.matching,
+            provenance=config.provenance,
+        )
+        extractor.config = config
+        _load_weights(extractor, Path(folder) / WEIGHTS_NAME)
+        return extractor.to(device)
+
+
+def images_in_bank(features: FeatureMaps, references: References) -> int:
+    """K, from the sizes of the feature maps and of the banks."""
+    per_image = features[0].shape[2] * features[0].shape[3]
+    if references[0].shape[1] % per_image:
+        raise ValueError(
+            f"a bank of {references[0].shape[1]} tokens is not a whole number of {per_image}-token images: "
+            "were the references encoded at another image size?"
+        )
+    return references[0].shape[1] // per_image
+
+
+def _read_config(folder: Path) -> ExtractorConfig:
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        what = "is not a folder" if not folder.is_dir() else f"has no {CONFIG_NAME}"
+        raise ValueError(f"{folder} {what}: expected a folder written by ADExtractor.save_pretrained")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise ValueError(
+            f"{folder} has format version {version}, written by adpretrain {content.get('library_version')}; this is "
+            f"adpretrain {__version__}, which reads up to version {FORMAT_VERSION}: upgrade adpretrain"
+        )
+    return from_dict(ExtractorConfig, content, str(path))
+
+
+def _load_weights(extractor: ADExtractor, path: Path) -> None:
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot read weights {path}: {error}") from error
+    expected = {k: v for k, v in extractor.state_dict().items() if not k.startswith("backbone.")}
+    if missing := expected.keys() - weights.keys():
+        raise ValueError(f"{path} lacks {_some(missing)}: it is not the file this config describes")
+    if surplus := weights.keys() - expected.keys():
+        raise ValueError(
+            f"{path} holds unknown weights {_some(surplus)}: it is not the file this config describes"
+        )
+    for name, value in expected.items():
+        if weights[name].shape != value.shape:
+            raise ValueError(
+                f"{path}: {name} is {list(weights[name].shape)}, its config says {list(value.shape)}"
+            )
+        if not weights[name].isfinite().all():
+            raise ValueError(f"{path}: {name} holds NaN or infinite values")
+    extractor.load_state_dict(weights, strict=False)  # only the backbone's keys are absent, checked above
+
+
+def _some(names: set[str]) -> str:
+    shown = sorted(names)[:3]
+    return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,177 @@
+"""Angle- and norm-oriented contrastive losses (ADPretrain Sec. 3.2).
+
+Shapes: N tokens of one view (all images of the batch, one level), D channels; i' is token i in the second view.
+``anomalous_N`` is bool (or 0/1), True where the token's label m_i = 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FORMS = ("paper", "released")
+CHUNK_BYTES = 64 << 20  # the largest [normal x anomalous] block of similarities held at once
+
+
+def _check(form: str, features_ND: Tensor, anomalous_N: Tensor) -> Tensor:
+    if form not in FORMS:
+        raise ValueError(f"loss form {form!r} is unknown; choose one of {FORMS}")
+    if features_ND.ndim != 2 or anomalous_N.shape != features_ND.shape[:1]:
+        raise ValueError(
+            f"expected features [N, D] and labels [N], got {tuple(features_ND.shape)} and {tuple(anomalous_N.shape)}"
+        )
+    return anomalous_N.to(torch.bool)
+
+
+class _OppositeLogSumExp(torch.autograd.Function):
+    """log sum_j exp(s x_i.y_j) over rows and columns of one block, never holding more than a chunk of it.
+
+    ``x`` [P, D], ``y`` [Q, D], ``scale`` s -> ([P], [Q]). The backward pass recomputes each chunk.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_PD: Tensor, y_QD: Tensor, scale: float, chunk_bytes: int
+    ) -> tuple[Tensor, Tensor]:
+        rows = max(1, chunk_bytes // (y_QD.shape[0] * y_QD.element_size()))
+        row_parts = []
+        column_Q = y_QD.new_full((y_QD.shape[0],), -torch.inf)
+        for part in x_PD.split(rows):
+            logits = (part @ y_QD.T).mul_(scale)
+            row_parts.append(logits.logsumexp(1))
+            column_Q = torch.logaddexp(column_Q, logits.logsumexp(0))
+        row_P = torch.cat(row_parts)
+        ctx.save_for_backward(x_PD, y_QD, row_P, column_Q)
+        ctx.scale, ctx.rows = scale, rows
+        return row_P, column_Q
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x_PD, y_QD, row_P, column_Q = ctx.saved_tensors
+        grad_row_P, grad_column_Q = grads
+        grad_x, grad_y = [], torch.zeros_like(y_QD)
+        chunks = zip(x_PD.split(ctx.rows), row_P.split(ctx.rows), grad_row_P.split(ctx.rows), strict=True)
+        for part, row, grad_row in chunks:
+            logits = (part @ y_QD.T).mul_(ctx.scale)
+            weight = (logits - row[:, None]).exp_().mul_(grad_row[:, None])
+            weight += logits.sub_(column_Q).exp_().mul_(grad_column_Q)
+            weight *= ctx.scale
+            grad_x.append(weight @ y_QD)
+            grad_y.addmm_(weight.T, part)
+        return torch.cat(grad_x), grad_y, None, None
+
+
+def angle_loss(
+    features_ND: Tensor,
+    augmented_ND: Tensor,
+    anomalous_N: Tensor,
+    center_D: Tensor,
+    temperature: float = 0.15,
+    form: str = "paper",
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Tensor:
+    """Angle-oriented contrastive loss, mean over anchors (ADPretrain Eq. 2).
+
+    With x_bar = (x - c) / ||x - c||, an anchor i has the positive i' (the same token in the other view) and as
+    negatives all tokens of the opposite label in both views; the positive is not in the denominator, so the loss
+    may be negative. ``form="paper"``: anchors are the tokens of the first view. ``form="released"``: anchors are
+    the tokens of both views, as in the authors' code.
+
+    Only normal x anomalous similarities are computed, by chunks; the 2N x 2N matrix of the formula never exists.
+    A batch without anomalous or without normal tokens has no negatives: its loss is 0 (with zero gradients).
+    Raises ValueError for shapes that do not fit, an unknown form or a temperature <= 0.
+    """
+    anomalous_N = _check(form, features_ND, anomalous_N)
+    if augmented_ND.shape != features_ND.shape:
+        raise ValueError(
+            f"the views differ in shape: {tuple(features_ND.shape)} and {tuple(augmented_ND.shape)}"
+        )
+    if temperature <= 0:
+        raise ValueError(f"temperature {temperature} must be positive")
+    first = F.normalize(features_ND - center_D, dim=1)
+    second = F.normalize(augmented_ND - center_D, dim=1)
+    normal_N = ~anomalous_N
+    if not (anomalous_N.any() and normal_N.any()):
+        return (first.sum() + second.sum()) * 0.0
+    rows, columns = _OppositeLogSumExp.apply(
+        torch.cat([first[normal_N], second[normal_N]]),
+        torch.cat([first[anomalous_N], second[anomalous_N]]),
+        1.0 / temperature,
+        chunk_bytes,
+    )
+    positive_N = (first * second).sum(1) / temperature
+    if form == "paper":
+        normals, anomalies = int(normal_N.sum()), int(anomalous_N.sum())
+        denominator = rows[:normals].sum() + columns[:anomalies].sum()
+        return (denominator - positive_N.sum()) / positive_N.shape[0]
+    return (rows.sum() + columns.sum()) / (2 * positive_N.shape[0]) - positive_N.mean()
+
+
+def pseudo_huber_norm(features_ND: Tensor) -> Tensor:
+    """n_i = sqrt(||x_i||^2 + 1) - 1 (ADPretrain, before Eq. 3): [N].
+
+    Written as q / (sqrt(q + 1) + 1) with q = ||x||^2, which keeps the digits of small norms.
+    """
+    squared = features_ND.square().sum(-1)
+    return squared / ((squared + 1).sqrt() + 1)
+
+
+def _contraction(excess_N: Tensor) -> Tensor:
+    """-logsigmoid(-d) e^d (ADPretrain Eq. 3)."""
+    return -F.logsigmoid(-excess_N) * excess_N.exp()
+
+
+def norm_loss(
+    features_ND: Tensor, anomalous_N: Tensor, radius: float = 0.4, margin: float = 0.75, form: str = "paper"
+) -> Tensor:
+    """Norm-oriented contrastive loss (ADPretrain Eq. 3-6).
+
+    ``form="paper"``: mean over tokens of -logsig(-d) e^d with d = n - r for normal tokens (Eq. 3) and d = r' - n,
+    r' = r + margin, for anomalous tokens inside r' (Eq. 5), n the pseudo-Huber norm.
+
+    ``form="released"``: what the authors' code computes: n = sqrt(||x|| + 1) - 1 (the norm is not squared), the
+    radius adapts to the batch, normal tokens below .99 of it are pushed up too, the e^d weights are detached, and
+    the means of the groups are added.
+
+    A group without tokens adds nothing. Raises ValueError for shapes that do not fit or an unknown form.
+    """
+    anomalous_N = _check(form, features_ND, anomalous_N)
+    if form == "released":
+        return _released_norm_loss(features_ND, anomalous_N, radius, margin)
+    norm_N = pseudo_huber_norm(features_ND)
+    # Where an anomalous token is already outside r' its term is 0; clamping d first keeps e^d finite there.
+    gap_N = torch.where(anomalous_N, radius + margin - norm_N, norm_N - radius)
+    active_N = ~anomalous_N | (gap_N >= 0)
+    return (_contraction(gap_N.where(active_N, 0.0)) * active_N).mean()
+
+
+def _detached_contraction(excess_N: Tensor) -> Tensor:
+    return -F.logsigmoid(-excess_N) * excess_N.detach().exp()
+
+
+def _released_norm_loss(features_ND: Tensor, anomalous_N: Tensor, radius: float, margin: float) -> Tensor:
+    norm_N = (features_ND.norm(dim=1) + 1).sqrt() - 1
+    normal, anomalous = norm_N[~anomalous_N], norm_N[anomalous_N]
+    outer = min(0.9 * float(anomalous.detach().min()), radius) if anomalous.numel() else radius
+    inner = 0.99 * outer
+    groups = (
+        normal[normal > outer] - outer,
+        inner - normal[normal < inner],
+        outer + margin - anomalous[anomalous < outer + margin],
+    )
+    total = features_ND.sum() * 0.0
+    for excess in groups:
+        if excess.numel():
+            total = total + _detached_contraction(excess).mean()
+    return total
+
+
+def total_loss(angle: Tensor, norm: Tensor, norm_augmented: Tensor, lambda_: float = 1.0) -> Tensor:
+    """1/(2N) sum_{i <= 2N} lambda 1[i <= N] L_angle + L_norm (ADPretrain Eq. 7), from the means of its terms.
+
+    ``angle``: mean over the N anchors; ``norm`` and ``norm_augmented``: mean over the N tokens of either view.
+    """
+    return lambda_ * angle / 2 + (norm + norm_augmented) / 2

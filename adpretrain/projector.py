@@ -1,0 +1,240 @@
+"""Feature projectors: learnable key/value attention (ADPretrain Sec. 3.3) and the paper's ablation architectures.
+
+Shapes: B images, T tokens, C channels (also the hidden width), N_r learnable references, h heads, L levels,
+M tokens of reference residuals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adpretrain.backbones.base import FeatureMaps, References
+from adpretrain.residual import as_map, tokens
+
+ARCHITECTURES = ("learnable_kv", "linear", "mlp", "self_attention", "cross_attention", "self_cross_attention")
+FORMS = ("paper", "released")
+
+
+class Attention(nn.Module):
+    """Multi-head attention with keys and values from any context. ``forward(x [B,T,C], key_value) -> [B,T,C]``.
+
+    The inner width is C, rounded up to a multiple of the heads.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        inner = -(-width // heads) * heads
+        self.query = nn.Linear(width, inner)
+        self.key_value = nn.Linear(width, 2 * inner)
+        self.out = nn.Linear(inner, width)
+
+    def _split(self, x_BTC: Tensor) -> Tensor:
+        return x_BTC.unflatten(-1, (self.heads, -1)).transpose(-2, -3)
+
+    def project_context(self, context_BMC: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [.., h, M, C/h] of a context; independent of the queries, so done once per forward."""
+        key, value = self.key_value(context_BMC).chunk(2, dim=-1)
+        return self._split(key), self._split(value)
+
+    def forward(self, x_BTC: Tensor, key_value: tuple[Tensor, Tensor]) -> Tensor:
+        query = self._split(self.query(x_BTC))
+        key, value = (part.to(query.dtype).expand(query.shape[0], -1, -1, -1) for part in key_value)
+        attended = F.scaled_dot_product_attention(query, key, value)
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """x + fc2(gelu(gate(fc1(x)))); the gate is the released checkpoints' squeeze-and-excitation over tokens."""
+
+    def __init__(self, width: int, ratio: float, squeeze_excite: bool = False, residual: bool = True) -> None:
+        super().__init__()
+        hidden = int(width * ratio)
+        self.residual = residual
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+        self.squeeze: nn.Linear | None = None
+        if squeeze_excite:
+            reduced = max(8, (hidden // 16 + 4) // 8 * 8)  # hidden / 16, rounded to a multiple of 8
+            self.squeeze, self.excite = nn.Linear(hidden, reduced), nn.Linear(reduced, hidden)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        hidden = self.fc1(x_BTC)
+        if self.squeeze is not None:
+            pooled = hidden.mean(dim=1, keepdim=True)
+            hidden = hidden * torch.sigmoid(self.excite(F.relu(self.squeeze(pooled))))
+        out = self.fc2(F.gelu(hidden))
+        return out + x_BTC if self.residual else out
+
+
+class LearnableKeyValueProjector(nn.Module):
+    """One level's projector: x <- x - Attention(x, R_h, R_h); x <- MLP(x) + x, per layer (ADPretrain Sec. 3.3).
+
+    R are N_r learnable references, R_h = Linear(R) is shared by all layers. The attention output, made of learnt
+    normal patterns, is subtracted instead of added. Neither the paper nor the released code has a layer norm: the
+    norm of a residual is the signal. Keys and values do not depend on the image: training projects them once per
+    forward, inference once per set of weights. The cache is dropped by `train`, by loading weights and by moving,
+    and is used only while the very parameter versions it was made from are in place.
+    """
+
+    def __init__(
+        self, width: int, references: int, heads: int, mlp_ratio: float, layers: int, squeeze_excite: bool
+    ) -> None:
+        super().__init__()
+        self.references = nn.Parameter(torch.randn(references, width))
+        self.reference_projection = nn.Linear(width, width)
+        self.attention = nn.ModuleList(Attention(width, heads) for _ in range(layers))
+        self.mlp = nn.ModuleList(MLP(width, mlp_ratio, squeeze_excite) for _ in range(layers))
+        self._cache: tuple[Any, list[tuple[Tensor, Tensor]]] | None = None
+
+    def _project_references(self) -> list[tuple[Tensor, Tensor]]:
+        hidden = self.reference_projection(self.references)[None]
+        return [attention.project_context(hidden) for attention in self.attention]  # type: ignore[operator]
+
+    def _cache_key(self) -> Any:
+        sources = [self.references, *self.reference_projection.parameters()]
+        for attention in self.attention:
+            sources += list(attention.key_value.parameters())  # type: ignore[union-attr, operator]
+        device = self.references.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        versions = [(p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype, p.device) for p in sources]
+        return autocast, torch.is_inference_mode_enabled(), versions
+
+    def keys_values(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values [1, h, N_r, C/h] of every layer, cached while evaluating without gradients."""
+        if self.training or torch.is_grad_enabled():
+            return self._project_references()
+        key = self._cache_key()
+        if self._cache is None or self._cache[0] != key:
+            self._cache = (key, self._project_references())
+        return self._cache[1]
+
+    def forward(self, x_BTC: Tensor, reference_residuals_BMC: Tensor | None = None) -> Tensor:
+        for attention, mlp, key_value in zip(self.attention, self.mlp, self.keys_values(), strict=True):
+            x_BTC = mlp(x_BTC - attention(x_BTC, key_value))
+        return x_BTC
+
+    def train(self, mode: bool = True) -> LearnableKeyValueProjector:
+        self._cache = None
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> LearnableKeyValueProjector:
+        self._cache = None
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._cache = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_cache": None}  # type: ignore[misc]
+
+
+class AblationTransformer(nn.Module):
+    """The paper's attention ablations (Tab. 2b): self attention, cross attention, or one after the other.
+
+    Self attention is the vanilla Transformer's (added). Cross attention takes keys and values from the residuals
+    of the normal references and, like the learnable form it is compared with, subtracts.
+    """
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, layers: int, kinds: Sequence[str]) -> None:
+        super().__init__()
+        self.kinds = [kind for _ in range(layers) for kind in kinds]
+        self.attention = nn.ModuleList(Attention(width, heads) for _ in self.kinds)
+        self.mlp = nn.ModuleList(MLP(width, mlp_ratio) for _ in range(layers))
+
+    def forward(self, x_BTC: Tensor, reference_residuals_BMC: Tensor | None = None) -> Tensor:
+        per_layer = len(self.kinds) // len(self.mlp)
+        for index, (kind, attention) in enumerate(zip(self.kinds, self.attention, strict=True)):
+            if kind == "self":
+                x_BTC = x_BTC + attention(x_BTC, attention.project_context(x_BTC))  # type: ignore[operator]
+            else:
+                assert reference_residuals_BMC is not None  # FeatureProjector.forward has refused it
+                x_BTC = x_BTC - attention(x_BTC, attention.project_context(reference_residuals_BMC))  # type: ignore[operator]
+            if (index + 1) % per_layer == 0:
+                x_BTC = self.mlp[index // per_layer](x_BTC)
+        return x_BTC
+
+
+class Pointwise(nn.Sequential):
+    """The linear and MLP ablations: the same map at every token."""
+
+    def forward(self, x_BTC: Tensor, reference_residuals_BMC: Tensor | None = None) -> Tensor:
+        return super().forward(x_BTC)
+
+
+def _level(
+    width: int, architecture: str, references: int, heads: int, mlp_ratio: float, layers: int, form: str
+) -> nn.Module:
+    match architecture:
+        case "learnable_kv":
+            return LearnableKeyValueProjector(width, references, heads, mlp_ratio, layers, form == "released")
+        case "linear":
+            return Pointwise(nn.Linear(width, width))
+        case "mlp":
+            return Pointwise(MLP(width, mlp_ratio, residual=False))
+        case "self_attention":
+            return AblationTransformer(width, heads, mlp_ratio, layers, ["self"])
+        case "cross_attention":
+            return AblationTransformer(width, heads, mlp_ratio, layers, ["cross"])
+        case _:
+            return AblationTransformer(width, heads, mlp_ratio, layers, ["self", "cross"])
+
+
+class FeatureProjector(nn.Module):
+    """One projector per level, residual features in, pretrained AD features of the same shapes out.
+
+    ``architecture``: "learnable_kv" (the paper's) or an ablation of its Tab. 2b. ``references``: N_r. ``form``:
+    "paper", or "released" for the exact form of the authors' checkpoints (squeeze-and-excitation in the MLP).
+
+    Raises ValueError for an unknown architecture or form.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        architecture: str = "learnable_kv",
+        references: int = 2048,
+        heads: int = 16,
+        mlp_ratio: float = 4.0,
+        layers: int = 1,
+        form: str = "paper",
+    ) -> None:
+        super().__init__()
+        if architecture not in ARCHITECTURES:
+            raise ValueError(
+                f"projector architecture {architecture!r} is unknown; choose one of {ARCHITECTURES}"
+            )
+        if form not in FORMS:
+            raise ValueError(f"projector form {form!r} is unknown; choose one of {FORMS}")
+        self.architecture = architecture
+        self.levels = nn.ModuleList(
+            _level(width, architecture, references, heads, mlp_ratio, layers, form) for width in channels
+        )
+
+    @property
+    def needs_reference_residuals(self) -> bool:
+        """Whether `forward` must be given the residuals of the references among themselves."""
+        return "cross" in self.architecture
+
+    def forward(self, residuals: FeatureMaps, reference_residuals: References | None = None) -> FeatureMaps:
+        """L levels [B, C_l, H_l, W_l] -> the same shapes.
+
+        ``reference_residuals``, L levels [R, M_l, C_l] with R = 1 or B, feeds the cross-attention ablations only.
+        """
+        if len(residuals) != len(self.levels):
+            raise ValueError(
+                f"got {len(residuals)} levels of residuals; this projector has {len(self.levels)}"
+            )
+        if self.needs_reference_residuals and reference_residuals is None:
+            raise ValueError(f"projector architecture {self.architecture!r} needs reference_residuals")
+        contexts = reference_residuals if reference_residuals is not None else [None] * len(residuals)
+        return [
+            as_map(level(tokens(residual), context), residual)
+            for level, residual, context in zip(self.levels, residuals, contexts, strict=True)
+        ]
