@@ -44,59 +44,56 @@ def _check(query_BTC: Tensor, bank_RNC: Tensor, metric: str) -> None:
 
 
 def nearest_reference(
-    query_BTC: Tensor,
-    bank_RNC: Tensor,
-    metric: str = "l2",
-    chunk_bytes: int = CHUNK_BYTES,
-    exclude_self: bool = False,
+    query_BTC: Tensor, bank_RNC: Tensor, metric: str = "l2", chunk_bytes: int = CHUNK_BYTES
 ) -> Tensor:
     """Index of the nearest reference of every query token: [B, T] int64, exact search.
 
     L2: argmin ||x - r|| = argmax (x.r - ||r||^2 / 2); cosine: argmax x.r / ||r||. Either is one GEMM a chunk in
     float32 (autocast is left out: half precision picks other neighbours), on features shifted by the bank's mean
     (L2), which keeps the subtraction of near-equal numbers small. At most ``chunk_bytes`` of similarities exist
-    at a time. Ties go to the lowest index. ``exclude_self``: the queries are the bank's own tokens in its order,
-    and none may match itself.
+    at a time. Ties go to the lowest index.
 
     Raises ValueError if metric, channels or batch sizes do not fit.
     """
     _check(query_BTC, bank_RNC, metric)
     with torch.no_grad(), torch.autocast(query_BTC.device.type, enabled=False):
-        dtype = torch.promote_types(query_BTC.dtype, torch.float32)
-        query, bank = query_BTC.to(dtype), bank_RNC.to(dtype)
-        if metric == "cosine":
-            bank = bank / bank.norm(dim=2, keepdim=True).clamp_min(EPS)
-            offset = bank.new_zeros(bank.shape[:2])
-        else:
-            centre = bank.mean(dim=1, keepdim=True)
-            query, bank = query - centre, bank - centre
-            offset = -0.5 * bank.square().sum(2)
-        # The offset rides along as one more channel, so that a chunk is a single GEMM and no second pass.
-        query = F.pad(query, (0, 1), value=1.0)
-        bank = torch.cat([bank, offset[..., None]], 2)
-        if bank.shape[0] == 1:  # one bank for all: a single tall matrix
-            return _best_rows(query.flatten(0, 1), bank[0], chunk_bytes, exclude_self).view(query.shape[:2])
-        return torch.stack([_best_rows(q, r, chunk_bytes, exclude_self) for q, r in zip(query, bank, strict=True)])
+        if bank_RNC.shape[0] == 1:  # one bank for all: a single tall matrix
+            index_Q = _search(query_BTC.flatten(0, 1), bank_RNC[0], metric, chunk_bytes)
+            return index_Q.view(query_BTC.shape[:2])
+        pairs = zip(query_BTC, bank_RNC, strict=True)
+        return torch.stack([_search(query, bank, metric, chunk_bytes) for query, bank in pairs])
 
 
-def _best_rows(query_QC: Tensor, bank_NC: Tensor, chunk_bytes: int, exclude_self: bool) -> Tensor:
-    """argmax over the bank of query . bank, by chunks of queries: [Q]."""
+def _search(
+    query_QC: Tensor, bank_NC: Tensor, metric: str, chunk_bytes: int, own_Q: Tensor | None = None, images: int = 1
+) -> Tensor:
+    """Nearest row of the bank for every query: [Q]. With ``own_Q``, query i may not match image ``own_Q[i]`` of the
+    ``images`` equal parts of the bank."""
+    dtype = torch.promote_types(query_QC.dtype, torch.float32)
+    query_QC, bank_NC = query_QC.to(dtype), bank_NC.to(dtype)
     size = bank_NC.shape[0]
-    padding = -size % BLOCK
-    if padding:
-        bank_NC = F.pad(bank_NC, (0, 0, 0, padding))
-        bank_NC[size:, -1] = -torch.inf
+    if metric == "cosine":
+        bank_NC = bank_NC / bank_NC.norm(dim=1, keepdim=True).clamp_min(EPS)
+        offset_N = bank_NC.new_zeros(size)
+    else:
+        centre = bank_NC.mean(dim=0)
+        query_QC, bank_NC = query_QC - centre, bank_NC - centre
+        offset_N = -0.5 * bank_NC.square().sum(1)
+    # The offset rides along as one more channel, so that a chunk is a single GEMM and no second pass.
+    query_QC = F.pad(query_QC, (0, 1), value=1.0)
+    bank_NC = F.pad(torch.cat([bank_NC, offset_N[:, None]], 1), (0, 0, 0, -size % BLOCK))
+    bank_NC[size:, -1] = -torch.inf
     rows = max(1, chunk_bytes // (bank_NC.shape[0] * bank_NC.element_size()))
     best = []
     for start in range(0, query_QC.shape[0], rows):
         similarity = query_QC[start : start + rows] @ bank_NC.T
-        if exclude_self:
-            similarity.diagonal(start).fill_(-torch.inf)
+        each = torch.arange(similarity.shape[0], device=similarity.device)
+        if own_Q is not None:
+            similarity[:, :size].unflatten(1, (images, -1))[each, own_Q[start : start + rows]] = -torch.inf
         # Two short stages instead of one long argmax, which torch does not vectorise (3x faster on a CPU).
         blocks = similarity.unflatten(1, (-1, BLOCK))
         block = blocks.amax(2).argmax(1)
-        inside = blocks[torch.arange(blocks.shape[0], device=block.device), block].argmax(1)
-        best.append(block * BLOCK + inside)
+        best.append(block * BLOCK + blocks[each, block].argmax(1))
     return torch.cat(best)
 
 
@@ -138,15 +135,13 @@ def leave_one_out_residuals(bank_NC: Tensor, images: int, metric: str = "l2", pe
 
     Raises ValueError if N is not a multiple of ``images``.
     """
-    if images < 1 or bank_NC.shape[0] % images:
-        raise ValueError(f"{bank_NC.shape[0]} reference tokens cannot come from {images} images of one size")
-    parts_KTC = bank_NC.view(images, -1, bank_NC.shape[1])
-    step = max(1, parts_KTC.shape[1] // per_image) if per_image else 1
-    if images == 1:
-        index = nearest_reference(parts_KTC, parts_KTC, metric, exclude_self=True)[0]
-        return (bank_NC - bank_NC[index])[::step]
-    residuals = []
-    for image in range(images):
-        others = torch.cat([parts_KTC[:image], parts_KTC[image + 1 :]]).flatten(0, 1)
-        residuals.append(residual_tokens(parts_KTC[image : image + 1, ::step], others[None], metric)[0])
-    return torch.cat(residuals)
+    size = bank_NC.shape[0]
+    if images < 1 or size % images:
+        raise ValueError(f"{size} reference tokens cannot come from {images} images of one size")
+    step = max(1, size // images // per_image) if per_image else 1
+    rows_Q = torch.arange(size, device=bank_NC.device).view(images, -1)[:, ::step].flatten()
+    parts = images if images > 1 else size
+    with torch.no_grad(), torch.autocast(bank_NC.device.type, enabled=False):
+        own_Q = rows_Q // (size // parts)
+        index_Q = _search(bank_NC[rows_Q], bank_NC, metric, CHUNK_BYTES, own_Q, parts)
+    return bank_NC[rows_Q] - bank_NC[index_Q]

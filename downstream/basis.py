@@ -1,0 +1,232 @@
+"""What the normal photographs fix before the first image is scored: detector, threshold and colour scale.
+
+Read the references, fit FeatureNorm on them, score each reference against the others (leave-one-out) and any
+further normal photographs against all of them: the threshold and the heatmaps' colour scale follow.
+
+Shape legend: K references, B images of a batch, S = the network's input side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from adpretrain.extractor import ADExtractor
+from adpretrain.preprocess import Preprocess
+from downstream.calibration import Calibration, calibrate
+from downstream.featurenorm import FeatureNorm
+from downstream.photos import (
+    Photo,
+    Unreadable,
+    find_images,
+    printable,
+    read_batches,
+)
+from downstream.visualise import ColourScale
+
+SCALE_SAMPLE = 64  # maps, at most, that fix the colour scale besides the references' own
+Progress = Callable[[str, int, int], None]  # what is being done, how many are done, of how many
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """No progress display."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to score. `threshold` replaces the calibrated one and with it the promise."""
+
+    false_alarm_rate: float = 0.05
+    threshold: float | None = None
+    max_references: int = 16
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        if not 0 < self.false_alarm_rate < 1:
+            raise ValueError(
+                f"false-alarm rate {self.false_alarm_rate}; expected a share between 0 and 1, e.g. 0.05"
+            )
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise ValueError(f"threshold {self.threshold}; expected a finite number")
+        if self.max_references < 1 or self.batch_size < 1:
+            raise ValueError(
+                f"max_references {self.max_references} and batch_size {self.batch_size}: expected at least 1"
+            )
+
+
+DEFAULTS = Options()
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What the normal photographs fix before the first image is scored."""
+
+    detector: FeatureNorm
+    preprocess: Preprocess
+    device: torch.device
+    calibration: Calibration | None
+    threshold: float | None
+    scale: ColourScale | None  # None with one reference only: a sample of the images must fix it
+    aspects: tuple[float, ...]  # width / height of the references
+    description: str  # of the extractor, for people
+    warnings: tuple[str, ...]
+
+
+def prepare(
+    extractor: ADExtractor,
+    device: torch.device,
+    normal: Path,
+    extra: Path | None = None,
+    options: Options = DEFAULTS,
+    exclude: Path | None = None,
+    progress: Progress = silent,
+) -> Basis:
+    """Fit the references in `normal`; calibrate on them and on the normal photographs in `extra`.
+
+    Of more than `max_references` photographs that many, evenly spaced in sorted order, become references and
+    the others calibrate. An unreadable reference is a ValueError (every score depends on it); an unreadable
+    calibration photograph is left out with a warning. Nothing below `exclude` (the output folder) is read.
+    """
+    preprocess = extractor.preprocess
+    normals = find_images(normal, exclude)
+    count = min(len(normals), options.max_references)
+    chosen = [normals[index * len(normals) // count] for index in range(count)]
+    references = _read_references(chosen, preprocess, options.batch_size)
+    images_K = torch.stack([photo.pixels for photo in references]).to(device)
+    progress("fitting the references", 0, count)
+    detector = FeatureNorm(extractor, image_size=preprocess.image_size).fit([images_K])
+    scores_K, maps_KSS = np.empty(0), []
+    if count >= 2:
+        prediction = detector.leave_one_out(images_K)
+        scores_K, maps_KSS = _numpy(prediction.scores), [_numpy(prediction.maps)]
+    progress("fitting the references", count, count)
+
+    further, overlap = _further_normals(normals, chosen, find_images(extra, exclude) if extra else [])
+    warnings = [*_twins(references), *overlap]
+    extra_scores, extra_maps, lost = _score_normals(detector, further, preprocess, device, options, progress)
+    if lost:
+        warnings.append(
+            f"{len(lost)} calibration photograph(s) left out as unreadable, the first: {lost[0].reason}"
+        )
+
+    calibration = None
+    if len(scores_K) or len(extra_scores):
+        calibration = calibrate(scores_K, options.false_alarm_rate, extra_scores)
+    threshold = options.threshold
+    if threshold is None and calibration is not None:
+        threshold = calibration.threshold
+    normal_maps = [*maps_KSS, *extra_maps]
+    return Basis(
+        detector=detector,
+        preprocess=preprocess,
+        device=device,
+        calibration=calibration,
+        threshold=threshold,
+        scale=ColourScale.from_normal_maps(np.concatenate(normal_maps), threshold) if normal_maps else None,
+        aspects=tuple(photo.aspect for photo in references),
+        description=_describe(extractor),
+        warnings=(*_promise(calibration, options), *warnings),
+    )
+
+
+def _read_references(paths: Sequence[Path], preprocess: Preprocess, batch_size: int) -> list[Photo]:
+    photos: list[Photo] = []
+    for batch in read_batches(paths, preprocess, batch_size):
+        for item in batch:
+            if isinstance(item, Unreadable):
+                raise ValueError(
+                    f"every score depends on the normal photographs, and one is bad: {item.reason}"
+                )
+            photos.append(item)
+    return photos
+
+
+def _further_normals(
+    normals: Sequence[Path], chosen: Sequence[Path], extra: Sequence[Path]
+) -> tuple[list[Path], list[str]]:
+    """Every normal photograph that is not a reference, once, and a warning if `extra` holds references."""
+    references = {path.resolve() for path in chosen}
+    further = {path.resolve(): path for path in (*normals, *extra) if path.resolve() not in references}
+    overlap = sum(path.resolve() in references for path in extra)
+    if not overlap:
+        return sorted(further.values()), []
+    return sorted(further.values()), [
+        f"{overlap} calibration photograph(s) are references too and were left out: they would score too low."
+    ]
+
+
+def _score_normals(
+    detector: FeatureNorm,
+    paths: Sequence[Path],
+    preprocess: Preprocess,
+    device: torch.device,
+    options: Options,
+    progress: Progress,
+) -> tuple[NDArray[np.float64], list[NDArray[np.float64]], list[Unreadable]]:
+    """Scores of normal photographs that are not references, their first maps, and the unreadable files."""
+    scores, maps, lost = [np.empty(0)], list[NDArray[np.float64]](), list[Unreadable]()
+    for number, batch in enumerate(read_batches(paths, preprocess, options.batch_size)):
+        lost += [item for item in batch if isinstance(item, Unreadable)]
+        scores_B, maps_BSS = predict_photos(
+            detector, [item for item in batch if isinstance(item, Photo)], device
+        )
+        scores.append(scores_B)
+        if len(maps_BSS) and number * options.batch_size < SCALE_SAMPLE:
+            maps.append(maps_BSS)
+        progress("calibrating", min((number + 1) * options.batch_size, len(paths)), len(paths))
+    return np.concatenate(scores), maps, lost
+
+
+def predict_photos(
+    detector: FeatureNorm, photos: Sequence[Photo], device: torch.device
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Scores [B] and maps [B, S, S], both empty for an empty batch."""
+    if not photos:
+        return np.empty(0), np.empty((0, 0, 0))
+    prediction = detector.predict(torch.stack([photo.pixels for photo in photos]).to(device))
+    return _numpy(prediction.scores), _numpy(prediction.maps)
+
+
+def _numpy(values: torch.Tensor) -> NDArray[np.float64]:
+    return values.detach().double().cpu().numpy()
+
+
+def _promise(calibration: Calibration | None, options: Options) -> list[str]:
+    """What there is to say about the threshold."""
+    if options.threshold is not None:
+        text = "The threshold was given, not calibrated: no false-alarm rate is promised."
+        if calibration is not None:
+            exceeding = sum(score > options.threshold for score in calibration.scores)
+            text += f" {exceeding} of {len(calibration.scores)} normal photographs exceed it."
+        return [text]
+    if calibration is None:
+        return [
+            "One normal photograph cannot be compared with another one: there is no threshold, no p-value "
+            "and no verdict, only a ranking. Give at least 2, or further ones with --calibration."
+        ]
+    return list(calibration.warnings)
+
+
+def _twins(references: Sequence[Photo]) -> list[str]:
+    """Two copies of one photograph score each other near zero, which makes the threshold too low."""
+    twins = [
+        (printable(first.path.name), printable(second.path.name))
+        for index, first in enumerate(references)
+        for second in references[index + 1 :]
+        if torch.equal(first.pixels, second.pixels)
+    ]
+    return [
+        f"Copies of one photograph among the references ({a} = {b}): more false alarms than promised."
+        for a, b in twins[:1]
+    ]
+
+
+def _describe(extractor: ADExtractor) -> str:
+    features = "projected residuals" if extractor.projector is not None else "raw residuals, no projector"
+    return f"{extractor.backbone.name}, {features}"

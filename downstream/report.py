@@ -1,0 +1,259 @@
+"""One self-contained HTML page about a scoring run: no server, no network, readable from a memory stick.
+
+Pictures are inlined as small JPEGs until a budget is spent; later ones are linked to the heatmap files beside
+the page. Everything that comes from file names or messages is escaped, and the page forbids itself any other
+source of pictures, scripts or styles (Content-Security-Policy).
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib import resources
+from itertools import chain
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
+from PIL import Image
+
+from adpretrain.files import atomic_path
+from downstream.calibration import percent
+from downstream.photos import printable
+from downstream.results import ANOMALOUS, NORMAL, UNDECIDED, UNREADABLE, Result
+from downstream.visualise import COLORMAP
+
+THUMBNAIL = 320  # longest side in pixels
+BUDGET = 32 * 2**20  # bytes of inlined JPEG; base64 makes a third more of it
+BINS = 40
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One tile of the summary: its name, its value and a line of explanation."""
+
+    name: str
+    value: str
+    note: str = ""
+
+
+class Gallery:
+    """Collects a card per result as the run goes on; about `budget` bytes of pictures stay in memory."""
+
+    def __init__(self, budget: int = BUDGET) -> None:
+        self.cards: list[str] = []
+        self.results: list[Result] = []
+        self._left = budget
+
+    def add(self, result: Result, photo: Image.Image | None, heatmap: Image.Image | None) -> None:
+        """A card for this result; the pictures are None for an unreadable file."""
+        self.results.append(result)
+        self.cards.append(_card(result, self._pictures(result, photo, heatmap)))
+
+    def _pictures(self, result: Result, photo: Image.Image | None, heatmap: Image.Image | None) -> str:
+        if photo is None or heatmap is None or result.heatmap is None:
+            return f'<div class="look none">{escape(printable(result.reason))}</div>'
+        alt = escape(printable(result.path))
+        if self._left > 0:
+            images = ""
+            for kind, picture in (("photo", photo), ("heat", heatmap)):
+                content = _jpeg(picture)
+                self._left -= len(content)
+                source = "data:image/jpeg;base64," + base64.b64encode(content).decode("ascii")
+                images += f'<img class="{kind}" src="{source}" alt="{alt}, {kind}" decoding="async">'
+        else:  # the linked panel shows photograph and heatmap side by side
+            images = f'<img src="{_link(result.heatmap)}" alt="{alt}" loading="lazy" decoding="async">'
+        return f'<button class="look" aria-label="Enlarge {alt}">{images}</button>'
+
+
+def write_report(
+    path: Path,
+    gallery: Gallery,
+    title: str,
+    where: str,
+    facts: Sequence[Fact],
+    warnings: Sequence[str] = (),
+    threshold: float | None = None,
+    normal_scores: Sequence[float] = (),
+    footer: str = "",
+) -> None:
+    """Write the page. All texts are plain text and are escaped here; `normal_scores` are marked in the
+    histogram.
+    """
+    counts = Counter(result.verdict for result in gallery.results)
+    values = {
+        "title": escape(printable(title)),
+        "tone": "" if counts[ANOMALOUS] or not counts[NORMAL] else "clean",
+        "headline": _headline(counts),
+        "where": escape(printable(where)),
+        "facts": "".join(_fact(fact) for fact in facts),
+        "warnings": _warnings(warnings),
+        "histogram": _histogram(gallery.results, threshold, normal_scores),
+        "filters": _filters(counts),
+        "cards": "\n".join(gallery.cards),
+        "ramp": ",".join(to_hex(colormaps[COLORMAP](at)) for at in np.linspace(0, 1, 9)),
+        "footer": escape(printable(footer)),
+    }
+    template = resources.files("downstream").joinpath("report.html").read_text(encoding="utf-8")
+    # One pass, so that a file name which looks like a placeholder is never filled in.
+    page = re.sub(r"\{\{(\w+)\}\}", lambda found: values[found[1]], template)
+    with atomic_path(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def _jpeg(picture: Image.Image) -> bytes:
+    small = picture.copy()
+    small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    small.save(buffer, format="JPEG", quality=82, optimize=True)
+    return buffer.getvalue()
+
+
+def _link(relative: str) -> str:
+    return escape(quote(relative), quote=True)
+
+
+def _card(result: Result, pictures: str) -> str:
+    name = escape(printable(result.path), quote=True)
+    score = "" if result.score is None else repr(result.score)
+    p_value = "" if result.p_value is None else repr(result.p_value)
+    numbers = f'<span class="badge">{escape(result.verdict)}</span>'
+    numbers += "" if result.score is None else f"<span>score {result.score:.4g}</span>"
+    numbers += "" if result.p_value is None else f"<span>p {result.p_value:.3g}</span>"
+    full = f' data-full="{_link(result.heatmap)}"' if result.heatmap else ""
+    data = f'data-name="{name}" data-score="{score}" data-p="{p_value}" data-verdict="{result.verdict}"{full}'
+    text = f'<span class="name">{name}</span><span class="numbers">{numbers}</span>'
+    return f'<li {data}>{pictures}<div class="say">{text}</div></li>'
+
+
+def _headline(counts: Counter[str]) -> str:
+    scored = counts[ANOMALOUS] + counts[NORMAL] + counts[UNDECIDED]
+    if counts[UNDECIDED]:
+        text = f"{scored} {_images(scored)} ranked, without a threshold"
+    elif counts[ANOMALOUS]:
+        text = f"<b>{counts[ANOMALOUS]} of {scored}</b> {_images(scored)} {_are(counts[ANOMALOUS])} anomalous"
+    elif scored:
+        text = f"<b>No anomaly</b> in {scored} {_images(scored)}"
+    else:
+        text = "No image could be scored"
+    return text + (f", {counts[UNREADABLE]} unreadable" if counts[UNREADABLE] else "")
+
+
+def _images(count: int) -> str:
+    return "image" if count == 1 else "images"
+
+
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"
+
+
+def _fact(fact: Fact) -> str:
+    note = f"<small>{escape(printable(fact.note))}</small>" if fact.note else ""
+    return f"<div><dt>{escape(fact.name)}</dt><dd>{escape(printable(fact.value))}{note}</dd></div>"
+
+
+def _warnings(warnings: Sequence[str]) -> str:
+    items = "".join(f"<li>{escape(printable(warning))}</li>" for warning in warnings)
+    return f'<ul class="warnings" aria-label="Warnings">{items}</ul>' if items else ""
+
+
+def _filters(counts: Counter[str]) -> str:
+    buttons = [("all", f"All {counts.total()}")]
+    buttons += [
+        (verdict, f"{verdict.capitalize()} {counts[verdict]}")
+        for verdict in (ANOMALOUS, NORMAL, UNDECIDED, UNREADABLE)
+        if counts[verdict]
+    ]
+    return "".join(
+        f'<button data-filter="{value}" aria-pressed="false">{text}</button>' for value, text in buttons
+    )
+
+
+def _histogram(results: Sequence[Result], threshold: float | None, normal_scores: Sequence[float]) -> str:
+    """Stacked bars of the scores by verdict, the threshold, and a tick for each normal photograph."""
+    scores = {verdict: _scores(results, verdict) for verdict in (NORMAL, UNDECIDED, ANOMALOUS)}
+    if not any(scores.values()):
+        return ""
+    everything = [*chain.from_iterable(scores.values()), *normal_scores]
+    everything += [] if threshold is None else [threshold]
+    low, high = min(everything), max(everything)
+    room = 0.02 * (high - low) or max(abs(low), 1.0) * 0.05
+    low, high = low - room, high + room
+    bars, tallest = _bars(scores, threshold, low, high)
+    limit = ""
+    if threshold is not None:
+        at = 100 * (threshold - low) / (high - low)
+        side = " left" if at > 60 else ""  # the label stays inside the plot
+        text = f"<span>threshold {threshold:.4g}</span>"
+        limit = f'<div class="limit{side}" style="left:{at:.2f}%">{text}</div>'
+    rug = "".join(
+        f'<i style="left:{100 * (score - low) / (high - low):.2f}%"></i>' for score in normal_scores[:500]
+    )
+    return (
+        '<section class="panel"><h2>Scores</h2><div class="plot">'
+        f'<svg class="bars" viewBox="0 0 1000 100" preserveAspectRatio="none" role="img" '
+        f'aria-label="Histogram of scores from {low:.3g} to {high:.3g}">{bars}</svg>{limit}'
+        f'<div class="rug">{rug}</div><div class="axis"><span>{low:.3g}</span>'
+        f"<span>tallest bar: {tallest}</span><span>{high:.3g}</span></div></div>"
+        f"{_key(scores, bool(normal_scores))}</section>"
+    )
+
+
+def _scores(results: Sequence[Result], verdict: str) -> list[float]:
+    return [result.score for result in results if result.verdict == verdict and result.score is not None]
+
+
+def _bars(
+    scores: dict[str, list[float]], threshold: float | None, low: float, high: float
+) -> tuple[str, int]:
+    """SVG rectangles in a 1000 x 100 box, and the number of images in the tallest bar."""
+    edges = np.linspace(low, high, BINS + 1)
+    if threshold is not None:  # a bin edge, so that no bar lies on both sides of it
+        edges = np.unique(np.append(edges[np.abs(edges - threshold) > (high - low) / BINS / 2], threshold))
+    heights = {verdict: np.histogram(values, edges)[0] for verdict, values in scores.items()}
+    tallest = max(1, int(np.sum(list(heights.values()), axis=0).max()))
+    bars, below = [], np.zeros(len(edges) - 1)
+    for verdict, counts in heights.items():
+        for index in np.flatnonzero(counts):
+            left, right, count = edges[index], edges[index + 1], counts[index]
+            x, width = 1000 * (left - low) / (high - low), 1000 * (right - left) / (high - low)
+            y, height = 100 * (1 - (below[index] + count) / tallest), 100 * count / tallest
+            wide = max(width - 1.6, 0.5)  # a hairline between neighbours
+            bars.append(
+                f'<rect class="b-{verdict}" x="{x + 0.8:.2f}" y="{y:.2f}" width="{wide:.2f}" '
+                f'height="{height:.2f}"><title>{count} {verdict}, {left:.3g} to {right:.3g}</title></rect>'
+            )
+        below += counts
+    return "".join(bars), tallest
+
+
+def _key(scores: dict[str, list[float]], calibrated: bool) -> str:
+    colours = {NORMAL: "--good-bar", UNDECIDED: "--soft", ANOMALOUS: "--bad"}
+    items = [
+        f'<i style="background:var({colours[verdict]})"></i>{verdict} ({len(values)})'
+        for verdict, values in scores.items()
+        if values
+    ]
+    if calibrated:
+        items.append('<i class="line" style="background:var(--accent)"></i>normal photographs, calibration')
+    items.append('<span class="ramp"></span>heatmap: typical normal, the limit (middle, outlined), beyond')
+    return f'<ul class="key">{"".join(f"<li>{item}</li>" for item in items)}</ul>'
+
+
+def rate_fact(rate: float | None, asked: float, upper: float | None) -> Fact:
+    """The false-alarm tile."""
+    if rate is None or upper is None:
+        return Fact("False-alarm rate", "not known", "no calibrated threshold")
+    note = f"on average; for these photographs up to {percent(upper)} (95 % confidence)"
+    return Fact(
+        "Promised false-alarm rate",
+        percent(rate),
+        note if rate <= asked + 1e-9 else f"{percent(asked)} was asked; {note}",
+    )

@@ -1,0 +1,179 @@
+"""`score_folder`: inspection from folder to folder. Reads an extractor and two folders, writes everything to
+a third.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adpretrain import __version__
+from adpretrain.extractor import ADExtractor
+from adpretrain.files import atomic_path
+from downstream.basis import DEFAULTS, Basis, Options, Progress, prepare, silent
+from downstream.inspection import score_images
+from downstream.photos import find_images, printable
+from downstream.report import Fact, Gallery, rate_fact, write_report
+from downstream.results import (
+    ANOMALOUS,
+    UNDECIDED,
+    UNREADABLE,
+    Result,
+    as_dict,
+    counted,
+    remove_earlier_heatmaps,
+    write_scores,
+    write_summary,
+)
+
+# One meaning per code, the most urgent one that is true; --help repeats them.
+EXIT_FINE, EXIT_ANOMALY, EXIT_USAGE, EXIT_INCOMPLETE = 0, 1, 2, 3
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A finished run: the results in path order, and the content of summary.json."""
+
+    results: list[Result]
+    summary: dict[str, Any]
+    out: Path
+
+    @property
+    def exit_code(self) -> int:
+        """1 with an anomaly; else 3 where none can be ruled out (unreadable, or no threshold); else 0."""
+        verdicts = {result.verdict for result in self.results}
+        if ANOMALOUS in verdicts:
+            return EXIT_ANOMALY
+        return EXIT_INCOMPLETE if verdicts & {UNREADABLE, UNDECIDED} else EXIT_FINE
+
+
+def pick_device(name: str) -> torch.device:
+    """The first accelerator (else the CPU) for "auto", or any torch device name. ValueError if it cannot be
+    used.
+    """
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises AssertionError for CUDA in a CPU build
+        first_line = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"device {name!r} cannot be used here ({first_line}); try auto or cpu") from None
+    return device
+
+
+def score_folder(
+    extractor: Path,
+    normal: Path,
+    images: Path,
+    out: Path,
+    calibration: Path | None = None,
+    options: Options = DEFAULTS,
+    device: str = "auto",
+    progress: Progress = silent,
+) -> Inspection:
+    """Score every image below `images` against the normal photographs in `normal`.
+
+    Writes out/scores.csv, out/heatmaps/*.png, out/report.html and out/summary.json (last: it marks a complete
+    run). Raises ValueError for input that makes the whole run meaningless, OSError if `out` cannot be
+    written.
+    """
+    paths = find_images(images, exclude=out)
+    out.mkdir(parents=True, exist_ok=True)
+    with atomic_path(
+        out / "scores.csv.check"
+    ) as probe:  # before any work: can files be made and renamed here?
+        probe.touch()
+    (out / "scores.csv.check").unlink()
+
+    started = time.perf_counter()
+    model = ADExtractor.from_pretrained(extractor, device=pick_device(device))
+    basis = prepare(model, pick_device(device), normal, calibration, options, exclude=out, progress=progress)
+    remove_earlier_heatmaps(out)
+    (out / "summary.json").unlink(missing_ok=True)
+    gallery = Gallery()
+    results, more_warnings = score_images(
+        basis, images, paths, out, options.batch_size, progress=progress, on_result=gallery.add
+    )
+    warnings = [*basis.warnings, *more_warnings]
+    summary = _summary(extractor, normal, images, basis, options, results, warnings)
+    summary["seconds"] = round(time.perf_counter() - started, 3)
+    write_scores(out / "scores.csv", results)
+    made = f"Made by adpretrain {__version__} on {time.strftime('%Y-%m-%d %H:%M')}."
+    write_report(
+        out / "report.html",
+        gallery,
+        title=f"Inspection of {images.resolve().name}",
+        where=f"{printable(images)} compared with {printable(normal)}",
+        facts=_facts(extractor, basis, options, results),
+        warnings=warnings,
+        threshold=basis.threshold,
+        normal_scores=basis.calibration.scores if basis.calibration else (),
+        footer=f"{made} All numbers are in scores.csv.",
+    )
+    write_summary(out / "summary.json", summary)
+    return Inspection(results, summary, out)
+
+
+def _summary(
+    extractor: Path,
+    normal: Path,
+    images: Path,
+    basis: Basis,
+    options: Options,
+    results: Sequence[Result],
+    warnings: Sequence[str],
+) -> dict[str, Any]:
+    calibration = basis.calibration
+    promised = calibration if options.threshold is None else None
+    return {
+        "extractor": printable(extractor),
+        "normal": printable(normal),
+        "images_folder": printable(images),
+        "references": len(basis.aspects),
+        "threshold": basis.threshold,
+        "threshold_from": "user" if options.threshold is not None else "calibration" if calibration else None,
+        "asked_false_alarm_rate": options.false_alarm_rate,
+        "promised_false_alarm_rate": promised.rate if promised else None,
+        "false_alarm_rate_upper_95": promised.rate_upper if promised else None,
+        "calibration_scores": list(calibration.scores) if calibration else [],
+        "counts": counted(results),
+        "warnings": [printable(warning) for warning in warnings],
+        "files": {"scores": "scores.csv", "report": "report.html", "heatmaps": "heatmaps"},
+        "images": [as_dict(result) for result in results],
+        "library_version": __version__,
+    }
+
+
+def _facts(extractor: Path, basis: Basis, options: Options, results: Sequence[Result]) -> list[Fact]:
+    calibration = basis.calibration if options.threshold is None else None
+    threshold = "none" if basis.threshold is None else f"{basis.threshold:.4g}"
+    origin = "given by the user" if options.threshold is not None else "from normal photographs only"
+    calibrated = len(basis.calibration.scores) if basis.calibration else 0
+    return [
+        Fact(
+            "Images",
+            str(len(results)),
+            ", ".join(f"{n} {verdict}" for verdict, n in counted(results).items() if n),
+        ),
+        Fact(
+            "Threshold", threshold, origin if basis.threshold is not None else "one reference cannot give one"
+        ),
+        rate_fact(
+            calibration.rate if calibration else None,
+            options.false_alarm_rate,
+            calibration.rate_upper if calibration else None,
+        ),
+        Fact(
+            "Normal photographs",
+            str(len(basis.aspects)),
+            f"as references; {calibrated} calibrate the threshold",
+        ),
+        Fact("Extractor", extractor.resolve().name, basis.description),
+    ]

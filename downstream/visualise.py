@@ -1,0 +1,182 @@
+"""Heatmaps over photographs, all on one colour scale, so that two pictures of a folder can be compared by
+eye.
+
+Shape legend: N maps, S x S map pixels (what the network sees); photographs are PIL RGB, any size.
+
+The scale comes from normal photographs: its low end is their median map value, its middle the limit: the
+calibrated threshold (for detectors whose score is in the map's unit, as FeatureNorm's is), else the highest
+value seen in any of them. Colours beyond the middle therefore mean "beyond normal", in every run with the
+same references and threshold. The contour follows the limit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
+
+from adpretrain.files import atomic_path
+from adpretrain.preprocess import Preprocess
+
+COLORMAP = "inferno"
+_INK, _PAPER, _MUTED = (28, 30, 34), (255, 255, 255), (110, 115, 125)
+_CONTOUR, _TRUTH = (64, 224, 255), (80, 255, 120)
+_GAP, _HEADER, _FOOTER = 8, 22, 40
+
+
+@dataclass(frozen=True)
+class ColourScale:
+    """Map values [low, high] -> colours; `limit`, in the middle, is the contour's level."""
+
+    low: float
+    limit: float
+    high: float
+
+    @classmethod
+    def from_normal_maps(cls, maps_NSS: ArrayLike, limit: float | None = None) -> ColourScale:
+        """maps_NSS: [N, S, S] of normal photographs, scored as the new ones are; `limit` defaults to their
+        maximum.
+
+        A limit not above the typical normal value cannot be a scale's middle: the maximum is used then.
+        ValueError if the maps are empty or not finite.
+        """
+        maps = np.asarray(maps_NSS, dtype=np.float64)
+        if maps.size == 0 or not np.isfinite(maps).all():
+            raise ValueError(
+                f"maps of shape {maps.shape} are empty or not finite: no colour scale follows from them"
+            )
+        low = float(np.median(maps))
+        middle = float(maps.max()) if limit is None or limit <= low else limit
+        # Constant maps (a blank photograph against itself) leave no range; any positive one draws them all
+        # dark.
+        room = max(middle - low, 1e-6 * max(abs(middle), 1e-6))
+        return cls(low=low, limit=low + room, high=low + 2 * room)
+
+    def shares(self, map_SS: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Map values -> position on the scale, clipped to [0, 1]."""
+        return np.clip((map_SS - self.low) / (self.high - self.low), 0.0, 1.0)
+
+
+def shown_region(photo: Image.Image, preprocess: Preprocess, longest: int = 384) -> Image.Image:
+    """The part of the photograph that the network sees, undistorted, its longest side `longest` pixels.
+
+    The network's own view is squeezed to a square; people compare pictures in the photograph's shape.
+    """
+    share = preprocess.image_size / preprocess.resize
+    width, height = photo.size
+    near, far = (1 - share) / 2, (1 + share) / 2
+    box = (width * near, height * near, width * far, height * far)
+    zoom = longest / max(width * share, height * share)
+    # An extremely long and thin photograph must keep at least a few pixels of its short side.
+    size = (max(16, round(width * share * zoom)), max(16, round(height * share * zoom)))
+    return photo.convert("RGB").resize(size, Image.Resampling.LANCZOS, box=box)
+
+
+def overlay(
+    photo: Image.Image, map_SS: NDArray[np.floating], scale: ColourScale, contour: bool = True
+) -> Image.Image:
+    """The heatmap over the photograph, in the photograph's size; contour where the map exceeds `scale.limit`.
+
+    Normal areas stay nearly transparent, so that the product remains visible where nothing is wrong.
+    """
+    values = np.asarray(map_SS, dtype=np.float32)
+    if values.ndim != 2:
+        raise ValueError(f"the map has shape {values.shape}; expected [S, S]")
+    values = np.asarray(Image.fromarray(values).resize(photo.size, Image.Resampling.BILINEAR))
+    share_HW = scale.shares(values)
+    # The photograph goes gray under the colours: a red product must not read as heat.
+    base = np.asarray(photo.convert("L").convert("RGB"), dtype=np.float64)
+    heat = colormaps[COLORMAP](share_HW)[..., :3] * 255
+    opacity = (0.10 + 0.65 * np.sqrt(share_HW))[..., None]
+    mixed = base * (1 - opacity) + heat * opacity
+    if contour:
+        mixed[outline(values > scale.limit)] = _CONTOUR
+    return Image.fromarray(np.rint(mixed).astype(np.uint8))
+
+
+def outline(region_HW: NDArray[np.bool_], thickness: int = 2) -> NDArray[np.bool_]:
+    """The inner border, `thickness` pixels wide, of a region; the image's own edge does not count as a
+    border.
+    """
+    return region_HW & ~ndimage.binary_erosion(region_HW, iterations=thickness, border_value=1)
+
+
+def panel(
+    photo: Image.Image,
+    map_SS: NDArray[np.floating],
+    scale: ColourScale,
+    mask: NDArray[np.bool_] | None = None,
+    title: str = "",
+) -> Image.Image:
+    """Photograph, heatmap and, given its mask ([S, S] or photograph-sized bool), the marked defect side by
+    side, with a title line above and the colour bar below.
+    """
+    pictures = [("photograph", photo), ("heatmap", overlay(photo, map_SS, scale))]
+    if mask is not None:
+        pictures.append(("ground truth", _marked(photo, mask)))
+    width, height = photo.size
+    titled = _HEADER if title else 0
+    canvas = Image.new(
+        "RGB",
+        (len(pictures) * (width + _GAP) + _GAP, titled + _HEADER + height + _FOOTER + _GAP),
+        _PAPER,
+    )
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=13)
+    if title:
+        draw.text((_GAP, 5), _fit(draw, title, font, canvas.width - 2 * _GAP), fill=_INK, font=font)
+    for index, (name, picture) in enumerate(pictures):
+        left = _GAP + index * (width + _GAP)
+        draw.text((left, titled + 4), _fit(draw, name, font, width), fill=_MUTED, font=font)
+        canvas.paste(picture, (left, titled + _HEADER))
+    bar = colour_bar(scale, canvas.width - 2 * _GAP, _FOOTER)
+    canvas.paste(bar, (_GAP, titled + _HEADER + height + _GAP))
+    return canvas
+
+
+def colour_bar(scale: ColourScale, width: int, height: int = _FOOTER) -> Image.Image:
+    """The legend: colours from typical normal over the limit to as far again beyond it, with the map values
+    under it.
+    """
+    bar = Image.new("RGB", (width, height), _PAPER)
+    strip = colormaps[COLORMAP](np.linspace(0, 1, width))[None, :, :3].repeat(10, axis=0) * 255
+    bar.paste(Image.fromarray(np.rint(strip).astype(np.uint8)), (0, 2))
+    draw, font = ImageDraw.Draw(bar), ImageFont.load_default(size=12)
+    middle = width // 2
+    draw.rectangle((middle - 1, 0, middle + 1, 13), fill=_CONTOUR)
+    # Narrow panels have no room for words between the numbers.
+    words = ("normal ", "limit ", "") if width >= 360 else ("", "", "")
+    for at, anchor, word, value in zip(
+        (0, middle, width - 1), ("la", "ma", "ra"), words, (scale.low, scale.limit, scale.high), strict=True
+    ):
+        draw.text((at, 17), f"{word}{value:.3g}", fill=_MUTED, font=font, anchor=anchor)
+    return bar
+
+
+def save_png(picture: Image.Image, path: Path) -> None:
+    """Write a PNG that appears under its name only when complete."""
+    with atomic_path(path) as temporary:
+        picture.save(temporary, format="PNG", compress_level=3)  # twice as fast as 6, a few % larger
+
+
+def _marked(photo: Image.Image, mask: NDArray[np.bool_]) -> Image.Image:
+    region = Image.fromarray(np.asarray(mask, dtype=np.uint8)).resize(photo.size, Image.Resampling.NEAREST)
+    pixels = np.array(photo.convert("RGB"))
+    pixels[outline(np.asarray(region) > 0)] = _TRUTH
+    return Image.fromarray(pixels)
+
+
+def _fit(
+    draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int
+) -> str:
+    """The text, its beginning cut off where it is too long (the end of a path tells more than its start)."""
+    text = "".join(character if character.isprintable() else "?" for character in text)
+    if draw.textlength(text, font=font) <= width:
+        return text
+    while text and draw.textlength("..." + text, font=font) > width:
+        text = text[1:]
+    return "..." + text

@@ -1,0 +1,48 @@
+"""A small product (textured tiles), its photographs on disk, and a saved untrained extractor, made once per
+session.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from adpretrain.backbones import load_backbone
+from adpretrain.extractor import ADExtractor
+
+
+def tile(seed: int, blob: bool = False, size: int = 96) -> Image.Image:
+    """A gray-brown tile with fine noise; with `blob`, a dark disc that no good tile has."""
+    rng = np.random.default_rng(seed)
+    stripes = 12 * np.sin(np.arange(size) / 3.0)[None, :, None]
+    pixels = np.array([150, 130, 110]) + stripes + rng.normal(0, 6, (size, size, 3))
+    if blob:
+        ys, xs = np.mgrid[:size, :size]
+        centre = rng.integers(size // 3, 2 * size // 3, size=2)
+        pixels[(ys - centre[0]) ** 2 + (xs - centre[1]) ** 2 < (size // 8) ** 2] = 10
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="session")
+def extractor_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The weight-free backbone without a projector, at 64 pixels: quick, and real."""
+    folder = tmp_path_factory.mktemp("extractor") / "raw"
+    return ADExtractor(load_backbone("filterbank", image_size=64), projector=None).save_pretrained(folder)
+
+
+@pytest.fixture
+def write_tiles(tmp_path: Path) -> Callable[..., Path]:
+    """write_tiles("shots", range(4)) -> folder of good tiles; with blob=True, of defective ones."""
+
+    def write(folder: str, seeds: range, blob: bool = False, prefix: str = "tile") -> Path:
+        target = tmp_path / folder
+        target.mkdir(parents=True, exist_ok=True)
+        for seed in seeds:
+            tile(seed, blob).save(target / f"{prefix}_{seed}.png")
+        return target
+
+    return write

@@ -1,0 +1,127 @@
+"""The report in a real browser: no name is executed, sorting and filters work, nothing is fetched."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from downstream.report import Fact, Gallery, write_report
+from downstream.results import ANOMALOUS, NORMAL, UNREADABLE, Result
+
+EVIL = '<img src=x onerror="document.title=1">{{facts}}&amp;\'.png'
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH: the report is not driven")
+
+RESULTS = [
+    Result("b/tile10.png", 0.5, 0.6, NORMAL, "heatmaps/b_tile10.png"),
+    Result("b/tile9.png", 2.5, 0.2, ANOMALOUS, "heatmaps/b_tile9.png"),
+    Result(EVIL, 1.5, 0.4, ANOMALOUS, "heatmaps/evil.png"),
+    Result("a/cut.png", None, None, UNREADABLE, reason="cannot read <b>a/cut.png</b>"),
+]
+
+
+def make_report(folder: Path, budget: int = 2**20) -> Path:
+    gallery = Gallery(budget)
+    for result in RESULTS:
+        readable = result.score is not None
+        photo = Image.new("RGB", (60, 40), (90, 120, 150)) if readable else None
+        if result.heatmap:
+            (folder / "heatmaps").mkdir(exist_ok=True)
+            Image.new("RGB", (60, 40)).save(folder / result.heatmap)
+        gallery.add(result, photo, photo)
+    path = folder / "report.html"
+    facts = [Fact("Extractor", "<script>document.title=2</script>", "a & b")]
+    write_report(path, gallery, "T", "<u>w</u>", facts, ["few <i>photos</i>"], 1.0, [0.3, 0.7], "made by us")
+    return path
+
+
+class Elements(HTMLParser):
+    """Every tag with its attributes, and the visible names in order."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def cards(self) -> list[dict[str, str | None]]:
+        return [attributes for tag, attributes in self.tags if tag == "li" and "data-name" in attributes]
+
+
+def dump(url: str, profile: Path) -> str:
+    """The page's DOM after its scripts ran."""
+    assert CHROMIUM
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--virtual-time-budget=3000"]
+    flags += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    command = [CHROMIUM, *flags, f"--user-data-dir={profile}", "--dump-dom", url]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+def test_names_and_texts_are_escaped(tmp_path: Path) -> None:
+    page = make_report(tmp_path).read_text(encoding="utf-8")
+    elements = Elements(page)
+    assert elements.cards()[2]["data-name"] == EVIL  # whole, as text, placeholder included
+    assert not any("onerror" in attributes for _, attributes in elements.tags)
+    assert [tag for tag, _ in elements.tags].count("script") == 1
+    assert not any(tag == "u" for tag, _ in elements.tags)
+    assert "few &lt;i&gt;photos&lt;/i&gt;" in page
+    assert "cannot read &lt;b&gt;a/cut.png" in page
+
+
+def test_there_is_nothing_to_fetch(tmp_path: Path) -> None:
+    page = make_report(tmp_path).read_text(encoding="utf-8")
+    for tag, attributes in Elements(page).tags:
+        for source in (attributes.get("src"), attributes.get("href")):
+            assert not source or source.startswith(("data:image/jpeg;base64,", "heatmaps/")), (tag, source)
+    assert not re.search(r"url\(|@import|https?://", page)
+    assert "default-src 'none'" in page
+
+
+def test_beyond_the_budget_pictures_are_linked(tmp_path: Path) -> None:
+    page = make_report(tmp_path, budget=1).read_text(encoding="utf-8")
+    sources = [attributes["src"] or "" for tag, attributes in Elements(page).tags if tag == "img"]
+    assert sum(source.startswith("data:") for source in sources) == 2  # the first image's pair
+    assert sources[2:] == ["heatmaps/b_tile9.png", "heatmaps/evil.png"]
+
+
+@needs_chromium
+@pytest.mark.parametrize(
+    ("fragment", "expected"),
+    [
+        ("", ["b/tile9.png", EVIL, "b/tile10.png", "a/cut.png"]),  # highest score first, numberless last
+        ("#sort=score&order=asc", ["b/tile10.png", EVIL, "b/tile9.png", "a/cut.png"]),
+        ("#sort=p", ["b/tile9.png", EVIL, "b/tile10.png", "a/cut.png"]),
+        ("#sort=verdict&order=asc", ["b/tile10.png", "a/cut.png", "b/tile9.png", EVIL]),
+        ("#sort=name&find=TILE", ["b/tile9.png", "b/tile10.png"]),  # 9 before 10
+        ("#verdict=unreadable", ["a/cut.png"]),
+        ("#sort=__proto__&verdict=nonsense", ["b/tile9.png", EVIL, "b/tile10.png", "a/cut.png"]),
+    ],
+)
+def test_sorting_and_filtering_in_the_browser(tmp_path: Path, fragment: str, expected: list[str]) -> None:
+    page = dump(make_report(tmp_path).as_uri() + fragment, tmp_path / "profile")
+    visible = [card["data-name"] for card in Elements(page).cards() if "hidden" not in card]
+    assert visible == expected
+    assert f"{len(expected)} of 4 shown" in page
+    assert "<title>T</title>" in page  # no script from a file name has run
+
+
+@needs_chromium
+def test_linked_pictures_load_from_a_folder(tmp_path: Path) -> None:
+    path = make_report(tmp_path, budget=0)
+    # A probe beside the page's own script reports how wide the browser found each linked picture.
+    probe = (
+        "<script>addEventListener('load', () => document.body.dataset.widths = "
+        "[...document.querySelectorAll('#grid img')].map(image => (image.loading = 'eager', "
+        "image.naturalWidth)).join())</script></body>"
+    )
+    text = path.read_text(encoding="utf-8").replace("</body>", probe).replace(' loading="lazy"', "")
+    path.write_text(text, encoding="utf-8")
+    assert 'data-widths="60,60,60"' in dump(path.as_uri(), tmp_path / "profile")

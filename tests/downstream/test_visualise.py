@@ -1,0 +1,105 @@
+"""One colour scale, contours at the limit, the shown geometry, files that appear only when complete."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from adpretrain.preprocess import Preprocess
+from downstream.visualise import ColourScale, outline, overlay, panel, save_png, shown_region
+
+CONTOUR = np.array([64, 224, 255])
+
+
+def gray(width: int = 80, height: int = 60) -> Image.Image:
+    return Image.new("RGB", (width, height), (120, 120, 120))
+
+
+def test_the_scale_runs_from_the_normal_median_over_the_limit_to_as_far_beyond() -> None:
+    maps = np.array([[[0.0, 1.0], [1.0, 3.0]]])
+    assert ColourScale.from_normal_maps(maps) == ColourScale(low=1.0, limit=3.0, high=5.0)
+    assert ColourScale.from_normal_maps(maps, limit=1.5) == ColourScale(low=1.0, limit=1.5, high=2.0)
+    # A limit below the typical value cannot be the middle of a rising scale.
+    assert ColourScale.from_normal_maps(maps, limit=0.2) == ColourScale(low=1.0, limit=3.0, high=5.0)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-12, 7.0])
+def test_constant_normal_maps_still_give_a_rising_scale(value: float) -> None:
+    scale = ColourScale.from_normal_maps(np.full((2, 4, 4), value))
+    assert scale.low < scale.limit < scale.high
+    assert np.isfinite(scale.shares(np.array([[value]]))).all()
+
+
+@pytest.mark.parametrize("maps", [np.empty((0, 4, 4)), np.full((1, 2, 2), np.nan)])
+def test_empty_or_nan_maps_are_refused(maps: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="no colour scale"):
+        ColourScale.from_normal_maps(maps)
+
+
+def test_equal_values_have_equal_colours_in_different_pictures() -> None:
+    scale = ColourScale(0.0, 1.0, 2.0)
+    calm, hot = np.full((8, 8), 0.5), np.full((8, 8), 0.5)
+    hot[:, 4:] = 1.9  # a strong defect elsewhere must not change the calm half's colour
+    first, second = (np.asarray(overlay(gray(8, 8), m, scale, contour=False)) for m in (calm, hot))
+    np.testing.assert_array_equal(first[:, :3], second[:, :3])
+    assert not np.array_equal(first[:, 5:], second[:, 5:])
+
+
+def test_the_contour_appears_exactly_when_the_limit_is_exceeded() -> None:
+    scale = ColourScale(0.0, 1.0, 2.0)
+    below, above = np.full((16, 16), 0.99), np.full((16, 16), 0.5)
+    above[4:12, 4:12] = 1.5
+    assert not (np.asarray(overlay(gray(), below, scale)) == CONTOUR).all(axis=-1).any()
+    assert (np.asarray(overlay(gray(), above, scale)) == CONTOUR).all(axis=-1).sum() > 20
+
+
+def test_the_outline_is_inside_the_region_and_ignores_the_picture_edge() -> None:
+    region = np.zeros((9, 9), dtype=bool)
+    region[2:7, 2:7] = True
+    ring = outline(region, thickness=1)
+    assert ring.sum() == 16
+    assert not outline(np.ones((5, 5), dtype=bool)).any()
+
+
+def test_the_shown_region_keeps_the_photograph_shape_and_the_crop_of_the_network() -> None:
+    photo = Image.new("RGB", (400, 200), "black")
+    photo.paste("white", (100, 50, 300, 150))  # exactly the central half
+    whole = shown_region(photo, Preprocess(image_size=64, resize=64), longest=100)
+    assert whole.size == (100, 50)
+    centre = np.asarray(shown_region(photo, Preprocess(image_size=32, resize=64), longest=100))
+    assert centre.shape == (50, 100, 3)
+    assert centre.min() > 200  # only the white centre, up to the resampling at its border
+
+
+def test_extreme_shapes_stay_drawable() -> None:
+    for size in ((4000, 3), (3, 4000), (1, 1)):
+        shown = shown_region(Image.new("RGB", size), Preprocess(image_size=32, resize=32))
+        assert min(shown.size) >= 16
+        panel(shown, np.zeros((32, 32)), ColourScale(0.0, 1.0, 2.0), title="x" * 500 + "\n\x00")
+
+
+def test_a_panel_with_ground_truth_is_one_picture_wider() -> None:
+    scale, heat = ColourScale(0.0, 1.0, 2.0), np.zeros((16, 16))
+    mask = np.zeros((16, 16), dtype=bool)
+    mask[4:8, 4:8] = True
+    without, with_truth = panel(gray(), heat, scale), panel(gray(), heat, scale, mask=mask)
+    assert with_truth.width - without.width == 80 + 8
+    assert (np.asarray(with_truth) == (80, 255, 120)).all(axis=-1).any()
+
+
+def test_a_map_of_another_rank_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"expected \[S, S\]"):
+        overlay(gray(), np.zeros((1, 4, 4)), ColourScale(0.0, 1.0, 2.0))
+
+
+def test_a_failed_write_leaves_the_old_picture_and_no_litter(tmp_path: Path) -> None:
+    target = tmp_path / "a.png"
+    save_png(gray(), target)
+    before = target.read_bytes()
+    with pytest.raises(OSError, match="mode"):
+        save_png(Image.new("HSV", (4, 4)), target)  # PNG has no such mode
+    assert target.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
