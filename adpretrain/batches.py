@@ -1,59 +1,89 @@
-"""Pretraining batches as features: from images through the backbone, or from features encoded once before training.
+"""Pretraining batches of residual features: computed step by step, or once before training and kept.
 
-Shapes: B images, V views, L levels, T tokens per image, C channels, K references of an image.
+Shapes: B images, V views, L levels, C_l channels, H_l x W_l tokens, K references of an image, D reference draws.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from adpretrain.backbones import FeatureMaps, References
-from adpretrain.data.pairs import PretrainingSet, StepBatches
+from adpretrain.data.pairs import PretrainingSet, StepBatches, token_labels
 from adpretrain.extractor import ADExtractor
+from adpretrain.files import atomic_path
 from adpretrain.residual import tokens
 
 
-@dataclass
-class EncodedBatch:
-    """Features of B images whose references are grouped by K.
+@dataclass(frozen=True)
+class ResidualBatch:
+    """Residuals of B images.
 
-    ``views``: V lists of L levels [B, C_l, H_l, W_l]; ``groups``: (K, banks) of consecutive images, L levels of
-    [b, K * T_l, C_l] each, sum of b = B; ``masks``: bool [B, S, S].
+    ``views``: V lists of L levels [B, C_l, H_l, W_l]; ``masks``: bool [B, S, S]; ``keys``: (epoch, index) of each;
+    ``contexts``: for cross attention, (b, residuals of the references) of consecutive images with equal K, L levels of
+    [b, K * T_l, C_l]; else empty.
     """
 
     views: list[FeatureMaps]
-    groups: list[tuple[int, References]]
     masks: Tensor
+    keys: list[tuple[int, int]]
+    contexts: list[tuple[int, References]]
 
 
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Items of a `PretrainingSet` -> one batch, ordered by K so that equal numbers of references stack."""
     ordered = sorted(items, key=lambda item: item["references"].shape[0])
     counts = [item["references"].shape[0] for item in ordered]
-    groups = [
-        torch.stack([item["references"] for item in ordered if item["references"].shape[0] == count])
-        for count in sorted(set(counts))
-    ]
     return {
         "views": torch.stack([item["views"] for item in ordered]),
-        "references": groups,
+        "references": [
+            torch.stack([item["references"] for item in ordered if item["references"].shape[0] == count])
+            for count in sorted(set(counts))
+        ],
         "masks": torch.stack([item["mask"] for item in ordered]),
+        "keys": [(item["epoch"], item["index"]) for item in ordered],
     }
 
 
+@torch.no_grad()
+def encode_batch(extractor: ADExtractor, batch: dict[str, Any], device: torch.device) -> ResidualBatch:
+    """A collated batch of images -> residuals of every view against each image's own references."""
+    views = [extractor.encode(view.to(device, non_blocking=True)) for view in batch["views"].unbind(1)]
+    parts: list[list[FeatureMaps]] = [[] for _ in views]
+    contexts = []
+    start = 0
+    for images in batch["references"]:
+        count, shots = images.shape[:2]
+        banks = extractor.encode_references(images.to(device, non_blocking=True))
+        scales = extractor.scales(banks, shots)
+        for collected, view in zip(parts, views, strict=True):
+            collected.append(extractor.residuals([level[start : start + count] for level in view], banks, scales))
+        if extractor.projector is not None and extractor.projector.needs_reference_residuals:
+            contexts.append((count, extractor.reference_residuals(banks, shots, scales)))
+        start += count
+    joined = [[torch.cat(level) for level in zip(*collected, strict=True)] for collected in parts]
+    return ResidualBatch(joined, batch["masks"].to(device), batch["keys"], contexts)
+
+
 class OnlineBatches:
-    """Images loaded by worker processes and encoded by the backbone, step by step."""
+    """Images loaded by worker processes, encoded and matched step by step: new views and references every epoch."""
 
     def __init__(self, extractor: ADExtractor, data: PretrainingSet, workers: int, device: torch.device) -> None:
         self.extractor, self.data, self.workers, self.device = extractor, data, workers, device
 
-    def __call__(self, steps: StepBatches) -> Iterator[EncodedBatch]:
+    def __call__(self, steps: StepBatches) -> Iterator[ResidualBatch]:
         loader = DataLoader(
             self.data,
             batch_sampler=steps,
@@ -62,59 +92,143 @@ class OnlineBatches:
             pin_memory=self.device.type == "cuda",
         )
         for batch in loader:
-            yield self._encode(batch)
-
-    @torch.no_grad()
-    def _encode(self, batch: dict[str, Any]) -> EncodedBatch:
-        views = [self.extractor.encode(view.to(self.device, non_blocking=True)) for view in batch["views"].unbind(1)]
-        groups = [
-            (images.shape[1], self.extractor.encode_references(images.to(self.device, non_blocking=True)))
-            for images in batch["references"]
-        ]
-        return EncodedBatch(views, groups, batch["masks"].to(self.device))
+            yield encode_batch(self.extractor, batch, self.device)
 
 
 class CachedBatches:
-    """Features of every view and every plain image, encoded once and held in memory.
+    """Residuals of every image against D reference draws, computed once and kept in memory (half precision).
 
-    Exact for a frozen backbone when each image keeps its views (augment "once" or "none").
+    Epoch e uses draw e mod D. The views of an image stay the same (augment "once" or "none"), so a step costs only
+    the projector: the way to pretrain a small projector on a CPU. ``folder`` keeps the cache on disk for the next run
+    with the same images and settings. ``threads`` images are prepared at a time.
     """
 
     def __init__(
-        self, extractor: ADExtractor, data: PretrainingSet, device: torch.device, progress: Any = iter
+        self,
+        extractor: ADExtractor,
+        data: PretrainingSet,
+        device: torch.device,
+        draws: int,
+        folder: str = "",
+        threads: int = 1,
+        track: Callable[[Iterable[Any], int], Iterable[Any]] = lambda items, total: items,
     ) -> None:
-        self.data, self.device = data, device
-        self.plain: list[list[Tensor]] = []
-        self.views: list[list[list[Tensor]]] = []
-        self.masks: list[Tensor] = []
-        for index in progress(range(len(data))):
-            self.plain.append(self._encode(extractor, data.plain(index)))
-            augmented = data.views(index, epoch=0) if data.augment != "none" else []
-            self.views.append([self._encode(extractor, view) for view in augmented] or [self.plain[-1]])
-            self.masks.append(data.mask(index))
+        self.data, self.device, self.draws = data, device, draws
+        self.views = 1 if data.augment == "none" else 2
+        path = Path(folder) / f"residuals-{self._fingerprint(extractor)}.safetensors" if folder else None
+        stored = _load(path) if path is not None else None
+        if stored is None:
+            stored = self._compute(extractor, threads, track)
+            if path is not None:
+                with atomic_path(path) as temporary:
+                    save_file(stored, temporary)
+        self.levels = [stored[f"level_{level}"] for level in range(len(extractor.channels))]  # [n, D, V, C, H, W]
+        self.masks = stored["masks"]
 
-    def _encode(self, extractor: ADExtractor, image: Tensor) -> list[Tensor]:
-        with torch.no_grad():
-            return [level[0] for level in extractor.encode(image[None].to(self.device))]
+    def _fingerprint(self, extractor: ADExtractor) -> str:
+        """Identifies images (path, size, time), backbone, conditioning, matching and draws."""
+        digest = hashlib.sha256()
+        files = [(str(s.image), s.image.stat().st_size, s.image.stat().st_mtime_ns) for s in self.data.samples]
+        data = [self.data.shots, self.data.seed, self.data.augment, self.draws, extractor.config.matching]
+        backbone = [extractor.backbone.name, extractor.preprocess.to_dict()]
+        digest.update(json.dumps([files, data, backbone]).encode())
+        if extractor.conditioning is not None:
+            for value in extractor.conditioning.state_dict().values():
+                digest.update(value.cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
-    def __call__(self, steps: StepBatches) -> Iterator[EncodedBatch]:
-        for batch in steps:
-            chosen = [(index, self.data.draw_references(index, epoch)) for epoch, index in batch]
-            chosen.sort(key=lambda item: len(item[1]))
-            indices = [index for index, _ in chosen]
-            views = [
-                [torch.stack(level) for level in zip(*(self.views[index][view] for index in indices), strict=True)]
-                for view in range(len(self.views[0]))
-            ]
-            groups = []
-            for shots in sorted({len(references) for _, references in chosen}):
-                rows = [references for _, references in chosen if len(references) == shots]
-                groups.append((shots, self._banks(rows)))
-            masks = torch.stack([self.masks[index] for index in indices]).to(self.device)
-            yield EncodedBatch(views, groups, masks)
+    def _compute(self, extractor: ADExtractor, threads: int, track: Any) -> dict[str, Tensor]:
+        count = len(self.data)
+        with ThreadPoolExecutor(threads) as pool:
+            encode = lambda index: self._encode(extractor, index)  # noqa: E731
+            plain = list(track(pool.map(encode, range(count)), count))
+            match = lambda index: self._match(extractor, plain, index)  # noqa: E731
+            matched = list(track(pool.map(match, range(count)), count))
+        levels = {f"level_{level}": torch.stack(maps) for level, maps in enumerate(zip(*matched, strict=True))}
+        return {**levels, "masks": torch.stack([self.data.mask(index) for index in range(count)])}
 
-    def _banks(self, rows: list[list[int]]) -> References:
-        return [
-            torch.stack([tokens(torch.stack([self.plain[i][level] for i in row])).flatten(0, 1) for row in rows])
-            for level in range(len(self.plain[0]))
-        ]
+    @torch.no_grad()
+    def _encode(self, extractor: ADExtractor, index: int) -> FeatureMaps:
+        return [level.cpu() for level in extractor.encode(self.data.plain(index)[None].to(self.device))]
+
+    @torch.no_grad()
+    def _match(self, extractor: ADExtractor, plain: list[FeatureMaps], index: int) -> list[Tensor]:
+        """L levels [D, V, C, H, W] of one image."""
+        views = plain[index]
+        if self.data.augment != "none":
+            views = extractor.encode(self.data.views(index, epoch=0).to(self.device))
+        views = [level.to(self.device) for level in views]
+        draws = []
+        for draw in range(self.draws):
+            references = self.data.draw_references(index, draw)
+            chosen = [torch.cat([plain[other][level] for other in references]) for level in range(len(views))]
+            banks = [tokens(level.to(self.device)).flatten(0, 1)[None] for level in chosen]
+            draws.append(extractor.residuals(views, banks, extractor.scales(banks, len(references))))
+        return [torch.stack(level).half().cpu() for level in zip(*draws, strict=True)]
+
+    def __call__(self, steps: StepBatches) -> Iterator[ResidualBatch]:
+        for keys in steps:
+            rows = torch.tensor([index for _, index in keys])
+            draw = torch.tensor([epoch % self.draws for epoch, _ in keys])
+            chosen = [level[rows, draw].to(self.device, torch.float32) for level in self.levels]
+            views = [[level[:, view] for level in chosen] for view in range(self.views)]
+            yield ResidualBatch(views, self.masks[rows].to(self.device), keys, [])
+
+
+def _load(path: Path) -> dict[str, Tensor] | None:
+    try:
+        return load_file(path)
+    except (FileNotFoundError, SafetensorError):
+        return None
+
+
+@dataclass(frozen=True)
+class LabelledBatch:
+    """What the losses see: ``views`` and ``contexts`` as in `ResidualBatch`, and L levels of labels, bool [B, H_l, W_l],
+    for the norm loss and for the angle loss."""
+
+    views: list[FeatureMaps]
+    labels: list[Tensor]
+    angle_labels: list[Tensor]
+    contexts: list[tuple[int, References]]
+
+
+def label(batch: ResidualBatch, rule: str = "nearest", pixels: int = 32) -> LabelledBatch:
+    """Token labels of every level: nearest for the norm loss, by ``rule`` for the angle loss."""
+    grids = [(int(level.shape[2]), int(level.shape[3])) for level in batch.views[0]]
+    nearest = [token_labels(batch.masks, grid) for grid in grids]
+    angle = nearest if rule == "nearest" else [token_labels(batch.masks, grid, rule, pixels) for grid in grids]
+    return LabelledBatch(batch.views, nearest, angle, batch.contexts)
+
+
+def thin(batch: LabelledBatch, keys: Sequence[tuple[int, int]], count: int, seed: int) -> LabelledBatch:
+    """Keep ``count`` tokens of every image: its anomalous ones, at most half of them, and random normal ones.
+
+    Neighbouring tokens say nearly the same, so a step on a few tokens of many images learns as much as one on all
+    tokens of few. The choice derives from (seed, epoch, index) and is the same in every view. Maps become
+    [B, C_l, 1, count]. Levels with fewer tokens stay whole.
+    """
+    views: list[FeatureMaps] = [[] for _ in batch.views]
+    labels, angle_labels = [], []
+    for level, marked in enumerate(batch.labels):
+        size = marked[0].numel()
+        if size <= count:
+            chosen = torch.arange(size).expand(len(keys), -1)
+        else:
+            chosen = torch.stack(
+                [_choose(m.flatten(), count, (seed, *key, level)) for m, key in zip(marked, keys, strict=True)]
+            )
+        chosen = chosen.to(marked.device)
+        for kept, view in zip(views, batch.views, strict=True):
+            flat = view[level].flatten(2)
+            kept.append(flat.gather(2, chosen[:, None].expand(-1, flat.shape[1], -1))[:, :, None])
+        labels.append(marked.flatten(1).gather(1, chosen)[:, None])
+        angle_labels.append(batch.angle_labels[level].flatten(1).gather(1, chosen)[:, None])
+    return replace(batch, views=views, labels=labels, angle_labels=angle_labels)
+
+
+def _choose(marked_T: Tensor, count: int, key: Sequence[int]) -> Tensor:
+    order = torch.from_numpy(np.random.default_rng(np.random.SeedSequence(key)).permutation(marked_T.numel()))
+    shuffled = marked_T.cpu()[order]
+    anomalous = order[shuffled][: count // 2]
+    return torch.cat([anomalous, order[~shuffled], order[shuffled][count // 2 :]])[:count]

@@ -53,8 +53,7 @@ class Conditioning(nn.Module):
         scales = []
         for level, bank_RNC in enumerate(references):
             norms = [
-                leave_one_out_residuals(bank, images, metric, SCALE_QUERIES).norm(dim=1).mean()
-                for bank in bank_RNC
+                leave_one_out_residuals(bank, images, metric, SCALE_QUERIES).norm(dim=1).mean() for bank in bank_RNC
             ]
             ratio = self.single[level] if images == 1 else 1.0
             scales.append((torch.stack(norms) * ratio).clamp_min(EPS))

@@ -142,6 +142,23 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class CacheConfig:
+    """Residuals computed once before training (`adpretrain.batches.CachedBatches`).
+
+    Args:
+        draws: reference draws of every image that are kept; 0 = no cache, everything is computed step by step.
+        folder: where the cache is kept for the next run; "" = in memory only.
+        seed: of the cached draws and views, so that runs with other seeds can share them.
+        threads: images prepared at a time.
+    """
+
+    draws: int = 0
+    folder: str = ""
+    seed: int = 0
+    threads: int = 2
+
+
+@dataclass(frozen=True)
 class PretrainConfig:
     """One pretraining run.
 
@@ -152,8 +169,8 @@ class PretrainConfig:
         conditioning: z-score channels and scale residuals per product (see `adpretrain.conditioning`).
         augment: "epoch" draws new views every epoch; "once" keeps each image's first two views; "none" has one plain
             view (no angle loss).
-        cache_features: encode every view once before training and keep the features in memory (needs ``augment``
-            "once" or "none").
+        cache: keep the residuals of every image in memory instead of computing them step by step.
+        tokens: tokens per image and level that enter the losses (anomalous ones first, up to half); 0 = all.
         checkpoint_every: steps between checkpoints.
         log_every: steps between lines of metrics.jsonl.
         tracker: also log to TensorBoard.
@@ -171,7 +188,8 @@ class PretrainConfig:
     matching: Literal["l2", "cosine"] = "l2"
     conditioning: bool = False
     augment: Literal["epoch", "once", "none"] = "epoch"
-    cache_features: bool = False
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    tokens: int = 0
     checkpoint_every: int = 500
     log_every: int = 10
     tracker: bool = True
@@ -180,8 +198,10 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if not self.shots or min(self.shots) < 1:
             raise ValueError(f"shots {self.shots} must list numbers of at least 1")
-        if self.cache_features and self.augment == "epoch":
-            raise ValueError("cache_features keeps each view once: set augment to 'once' or 'none'")
+        if self.cache.draws and self.augment == "epoch":
+            raise ValueError("cache.draws keeps each view once: set augment to 'once' or 'none'")
+        if self.cache.draws and "cross" in self.projector.architecture:
+            raise ValueError("cross attention needs the references themselves: set cache.draws to 0")
         if self.augment == "none" and self.loss.lambda_:
             raise ValueError("augment 'none' has no second view for the angle loss: set loss.lambda_ to 0")
 
@@ -189,9 +209,7 @@ class PretrainConfig:
 def check_keys(cls: type, mapping: Any, where: str, prefix: str = "") -> None:
     """Raise ValueError for a key of ``mapping`` that the dataclass lacks, naming the closest and all known keys."""
     if not isinstance(mapping, Mapping):
-        raise ValueError(
-            f"{where}: {prefix.rstrip('.') or 'the top level'} must be a mapping, got {mapping!r}"
-        )
+        raise ValueError(f"{where}: {prefix.rstrip('.') or 'the top level'} must be a mapping, got {mapping!r}")
     hints = typing.get_type_hints(cls)
     for key, value in mapping.items():
         if key not in hints:

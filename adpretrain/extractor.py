@@ -124,7 +124,10 @@ class ADExtractor(nn.Module):
 
     def encode(self, images: Tensor) -> FeatureMaps:
         """[B, 3, S, S] -> L levels of (conditioned) backbone features [B, C_l, H_l, W_l]."""
-        features = self.backbone(images)
+        return self.condition(self.backbone(images))
+
+    def condition(self, features: FeatureMaps) -> FeatureMaps:
+        """The backbone's features -> what is matched: standardised channels, or unchanged without conditioning."""
         return self.conditioning.standardise(features) if self.conditioning else features
 
     @torch.no_grad()
@@ -140,13 +143,11 @@ class ADExtractor(nn.Module):
             raise ValueError(
                 f"references must be [K, 3, S, S] or [B, K, 3, S, S] with K > 0, got {tuple(images.shape)}"
             )
-        banks, shots = images.shape[:2]
-        return [
-            tokens(level).reshape(banks, -1, level.shape[1]) for level in self.encode(images.flatten(0, 1))
-        ]
+        banks = images.shape[0]
+        return [tokens(level).reshape(banks, -1, level.shape[1]) for level in self.encode(images.flatten(0, 1))]
 
     def set_references(self, images: Tensor | References) -> ADExtractor:
-        """Keep the references every later call compares with: images [K, 3, S, S], or banks from `encode_references`."""
+        """Keep the references of every later call: images [K, 3, S, S], or banks from `encode_references`."""
         self._references = self.encode_references(images) if isinstance(images, Tensor) else list(images)
         self._scales = None
         return self
@@ -222,9 +223,7 @@ class ADExtractor(nn.Module):
         return Path(folder)
 
     @classmethod
-    def from_pretrained(
-        cls, folder: str | os.PathLike[str], device: str | torch.device = "cpu"
-    ) -> ADExtractor:
+    def from_pretrained(cls, folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> ADExtractor:
         """Load what `save_pretrained` wrote, strictly, in evaluation mode on ``device``.
 
         Raises ValueError if the folder is not an extractor, was written by a newer library, or if its weights are
@@ -289,14 +288,10 @@ def _load_weights(extractor: ADExtractor, path: Path) -> None:
     if missing := expected.keys() - weights.keys():
         raise ValueError(f"{path} lacks {_some(missing)}: it is not the file this config describes")
     if surplus := weights.keys() - expected.keys():
-        raise ValueError(
-            f"{path} holds unknown weights {_some(surplus)}: it is not the file this config describes"
-        )
+        raise ValueError(f"{path} holds unknown weights {_some(surplus)}: it is not the file this config describes")
     for name, value in expected.items():
         if weights[name].shape != value.shape:
-            raise ValueError(
-                f"{path}: {name} is {list(weights[name].shape)}, its config says {list(value.shape)}"
-            )
+            raise ValueError(f"{path}: {name} is {list(weights[name].shape)}, its config says {list(value.shape)}")
         if not weights[name].isfinite().all():
             raise ValueError(f"{path}: {name} holds NaN or infinite values")
     extractor.load_state_dict(weights, strict=False)  # only the backbone's keys are absent, checked above

@@ -37,9 +37,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
         yield temporary
-        temporary.chmod(
-            0o755
-        )  # mkdtemp makes private folders; a saved artefact is shared like any other file
+        temporary.chmod(0o755)  # mkdtemp makes private folders; a saved artefact is shared like any other file
         if path.exists():
             previous = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
             os.replace(path, previous / path.name)

@@ -33,9 +33,7 @@ class _OppositeLogSumExp(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x_PD: Tensor, y_QD: Tensor, scale: float, chunk_bytes: int
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x_PD: Tensor, y_QD: Tensor, scale: float, chunk_bytes: int) -> tuple[Tensor, Tensor]:
         rows = max(1, chunk_bytes // (y_QD.shape[0] * y_QD.element_size()))
         row_parts = []
         column_Q = y_QD.new_full((y_QD.shape[0],), -torch.inf)
@@ -86,9 +84,7 @@ def angle_loss(
     """
     anomalous_N = _check(form, features_ND, anomalous_N)
     if augmented_ND.shape != features_ND.shape:
-        raise ValueError(
-            f"the views differ in shape: {tuple(features_ND.shape)} and {tuple(augmented_ND.shape)}"
-        )
+        raise ValueError(f"the views differ in shape: {tuple(features_ND.shape)} and {tuple(augmented_ND.shape)}")
     if temperature <= 0:
         raise ValueError(f"temperature {temperature} must be positive")
     first = F.normalize(features_ND - center_D, dim=1)

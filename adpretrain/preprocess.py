@@ -41,10 +41,8 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
         return image
     values = np.asarray(image, dtype=np.float64)
-    if image.mode == "F":
-        scale = 255.0 if values.max(initial=0.0) <= 1.0 else 1.0
-    else:
-        scale = 255.0 / 65535.0
+    full = 65535.0 if image.mode != "F" else 1.0 if values.max(initial=0.0) <= 1.0 else 255.0
+    scale = 255.0 / full
     return Image.fromarray(np.clip(np.rint(values * scale), 0, 255).astype(np.uint8))
 
 
@@ -70,7 +68,7 @@ def read_mask(path: str | os.PathLike[str]) -> Image.Image:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Photograph -> network input: shorter side to ``resize`` (pixels), centre crop to ``image_size``, normalise.
+    """Photograph -> network input: resize both sides to ``resize``, centre crop to ``image_size`` pixels, normalise.
 
     With ``resize == image_size`` (the default) the whole picture is squeezed to a square, so that no part of a
     product is cropped away, as the released test code does for every benchmark but MVTec (256 -> 224 crop).
@@ -84,9 +82,7 @@ class Preprocess:
 
     def __post_init__(self) -> None:
         if self.interpolation not in INTERPOLATIONS:
-            raise ValueError(
-                f"interpolation {self.interpolation!r} is unknown; choose one of {INTERPOLATIONS}"
-            )
+            raise ValueError(f"interpolation {self.interpolation!r} is unknown; choose one of {INTERPOLATIONS}")
         if not 0 < self.image_size <= self.resize:
             raise ValueError(f"image_size {self.image_size} must be in 1..resize ({self.resize})")
         if any(value <= 0 for value in self.std):
@@ -105,9 +101,7 @@ class Preprocess:
 
     def normalise(self, image: Image.Image | Tensor) -> Tensor:
         """[S, S] picture -> float tensor [3, S, S], (value - mean) / std with value in 0..1."""
-        return F.normalize(
-            F.to_dtype(F.to_image(image), torch.float32, scale=True), list(self.mean), list(self.std)
-        )
+        return F.normalize(F.to_dtype(F.to_image(image), torch.float32, scale=True), list(self.mean), list(self.std))
 
     def __call__(self, image: Image.Image) -> Tensor:
         """RGB photograph of any size -> float tensor [3, S, S]."""

@@ -132,7 +132,7 @@ class LearnableKeyValueProjector(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_cache": None}  # type: ignore[misc]
+        return {**super().__getstate__(), "_cache": None}
 
 
 class AblationTransformer(nn.Module):
@@ -207,9 +207,7 @@ class FeatureProjector(nn.Module):
     ) -> None:
         super().__init__()
         if architecture not in ARCHITECTURES:
-            raise ValueError(
-                f"projector architecture {architecture!r} is unknown; choose one of {ARCHITECTURES}"
-            )
+            raise ValueError(f"projector architecture {architecture!r} is unknown; choose one of {ARCHITECTURES}")
         if form not in FORMS:
             raise ValueError(f"projector form {form!r} is unknown; choose one of {FORMS}")
         self.architecture = architecture
@@ -228,9 +226,7 @@ class FeatureProjector(nn.Module):
         ``reference_residuals``, L levels [R, M_l, C_l] with R = 1 or B, feeds the cross-attention ablations only.
         """
         if len(residuals) != len(self.levels):
-            raise ValueError(
-                f"got {len(residuals)} levels of residuals; this projector has {len(self.levels)}"
-            )
+            raise ValueError(f"got {len(residuals)} levels of residuals; this projector has {len(self.levels)}")
         if self.needs_reference_residuals and reference_residuals is None:
             raise ValueError(f"projector architecture {self.architecture!r} needs reference_residuals")
         contexts = reference_residuals if reference_residuals is not None else [None] * len(residuals)

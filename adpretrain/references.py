@@ -19,7 +19,9 @@ CHUNK_BYTES = 64 << 20
 
 def _check_count(shots: int, pool: int) -> None:
     if not 1 <= shots <= pool:
-        raise ValueError(f"K = {shots} references cannot be chosen from a pool of {pool} images; K must be in 1..{pool}")
+        raise ValueError(
+            f"K = {shots} references cannot be chosen from a pool of {pool} images; K must be in 1..{pool}"
+        )
 
 
 def random_references(pool: int, shots: int, seed: int = 0) -> list[int]:
@@ -71,19 +73,21 @@ class AlignedReferences:
     Raises ValueError for an empty pool or one of fewer tokens per cell than centres.
     """
 
-    def __init__(
-        self, features_PCHW: Tensor, cells: int = CELLS, centres: int = CENTRES, seed: int = 0
-    ) -> None:
+    def __init__(self, features_PCHW: Tensor, cells: int = CELLS, centres: int = CENTRES, seed: int = 0) -> None:
         if features_PCHW.ndim != 4 or features_PCHW.shape[0] == 0:
             raise ValueError(f"the pool must be [P, C, H, W] with P > 0, got {tuple(features_PCHW.shape)}")
         if min(features_PCHW.shape[2:]) < cells:
-            raise ValueError(f"a {cells} x {cells} grid needs feature maps of at least that size, got {tuple(features_PCHW.shape[2:])}")
+            raise ValueError(
+                f"a {cells} x {cells} grid needs feature maps of at least that size, got {tuple(features_PCHW.shape[2:])}"
+            )
         self.cells = cells
         blocks = self._blocks(features_PCHW)  # [P, S^2, G, C]
         if blocks.shape[0] * blocks.shape[2] < centres:
             raise ValueError(f"{blocks.shape[0] * blocks.shape[2]} tokens per cell cannot form {centres} centres")
         found = [
-            KMeans(centres, n_init=3, random_state=seed).fit(blocks[:, cell].flatten(0, 1).cpu().numpy()).cluster_centers_
+            KMeans(centres, n_init=3, random_state=seed)
+            .fit(blocks[:, cell].flatten(0, 1).cpu().numpy())
+            .cluster_centers_
             for cell in range(blocks.shape[1])
         ]
         codebook = torch.from_numpy(np.concatenate(found)).to(features_PCHW)
@@ -110,9 +114,7 @@ class AlignedReferences:
         columns = []
         for pool in self.histograms.split(rows):
             entropy = (pool * pool.log()).sum(-1)  # KL(p || q) = sum p log p - sum p log q
-            columns.append(
-                torch.stack([(entropy - (pool * one.log()).sum(-1)).amax(2).mean(1) for one in query])
-            )
+            columns.append(torch.stack([(entropy - (pool * one.log()).sum(-1)).amax(2).mean(1) for one in query]))
         return torch.cat(columns, 1)
 
     def choose(self, features_BCHW: Tensor, shots: int) -> Tensor:

@@ -65,7 +65,12 @@ def nearest_reference(
 
 
 def _search(
-    query_QC: Tensor, bank_NC: Tensor, metric: str, chunk_bytes: int, own_Q: Tensor | None = None, images: int = 1
+    query_QC: Tensor,
+    bank_NC: Tensor,
+    metric: str,
+    chunk_bytes: int,
+    own_Q: Tensor | None = None,
+    images: int = 1,
 ) -> Tensor:
     """Nearest row of the bank for every query: [Q]. With ``own_Q``, query i may not match image ``own_Q[i]`` of the
     ``images`` equal parts of the bank."""
@@ -97,9 +102,7 @@ def _search(
     return torch.cat(best)
 
 
-def residual_tokens(
-    query_BTC: Tensor, bank_RNC: Tensor, metric: str = "l2", chunk_bytes: int = CHUNK_BYTES
-) -> Tensor:
+def residual_tokens(query_BTC: Tensor, bank_RNC: Tensor, metric: str = "l2", chunk_bytes: int = CHUNK_BYTES) -> Tensor:
     """x - x*, with x* the nearest (un-normalised) reference: [B, T, C]."""
     index_BT = nearest_reference(query_BTC, bank_RNC, metric, chunk_bytes)
     if bank_RNC.shape[0] == 1:

@@ -49,9 +49,7 @@ class Options:
 
     def __post_init__(self) -> None:
         if not 0 < self.false_alarm_rate < 1:
-            raise ValueError(
-                f"false-alarm rate {self.false_alarm_rate}; expected a share between 0 and 1, e.g. 0.05"
-            )
+            raise ValueError(f"false-alarm rate {self.false_alarm_rate}; expected a share between 0 and 1, e.g. 0.05")
         if self.threshold is not None and not math.isfinite(self.threshold):
             raise ValueError(f"threshold {self.threshold}; expected a finite number")
         if self.max_references < 1 or self.batch_size < 1:
@@ -111,9 +109,7 @@ def prepare(
     warnings = [*_twins(references), *overlap]
     extra_scores, extra_maps, lost = _score_normals(detector, further, preprocess, device, options, progress)
     if lost:
-        warnings.append(
-            f"{len(lost)} calibration photograph(s) left out as unreadable, the first: {lost[0].reason}"
-        )
+        warnings.append(f"{len(lost)} calibration photograph(s) left out as unreadable, the first: {lost[0].reason}")
 
     calibration = None
     if len(scores_K) or len(extra_scores):
@@ -140,9 +136,7 @@ def _read_references(paths: Sequence[Path], preprocess: Preprocess, batch_size: 
     for batch in read_batches(paths, preprocess, batch_size):
         for item in batch:
             if isinstance(item, Unreadable):
-                raise ValueError(
-                    f"every score depends on the normal photographs, and one is bad: {item.reason}"
-                )
+                raise ValueError(f"every score depends on the normal photographs, and one is bad: {item.reason}")
             photos.append(item)
     return photos
 
@@ -173,9 +167,7 @@ def _score_normals(
     scores, maps, lost = [np.empty(0)], list[NDArray[np.float64]](), list[Unreadable]()
     for number, batch in enumerate(read_batches(paths, preprocess, options.batch_size)):
         lost += [item for item in batch if isinstance(item, Unreadable)]
-        scores_B, maps_BSS = predict_photos(
-            detector, [item for item in batch if isinstance(item, Photo)], device
-        )
+        scores_B, maps_BSS = predict_photos(detector, [item for item in batch if isinstance(item, Photo)], device)
         scores.append(scores_B)
         if len(maps_BSS) and number * options.batch_size < SCALE_SAMPLE:
             maps.append(maps_BSS)

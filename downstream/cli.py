@@ -41,12 +41,8 @@ def score(parser: ArgumentParser) -> Run:
     parser.epilog = SCORE_CODES
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
     parser.add_argument("--extractor", type=str, required=True, help="folder written by save_pretrained")
-    parser.add_argument(
-        "--normal", type=str, required=True, help="folder of normal photographs, 2 to 8 or more"
-    )
-    parser.add_argument(
-        "--images", type=str, required=True, help="folder of photographs to score, with subfolders"
-    )
+    parser.add_argument("--normal", type=str, required=True, help="folder of normal photographs, 2 to 8 or more")
+    parser.add_argument("--images", type=str, required=True, help="folder of photographs to score, with subfolders")
     parser.add_argument("--out", type=str, required=True, help="folder for the results; made if needed")
     parser.add_argument(
         "--false-alarm-rate",
@@ -71,9 +67,7 @@ def score(parser: ArgumentParser) -> Run:
     )
     parser.add_argument("--batch-size", type=int, default=16, help="images in memory at once")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object (summary.json) instead of text"
-    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object (summary.json) instead of text")
     return _score
 
 
@@ -165,9 +159,7 @@ def describe(inspection: Inspection) -> str:
         lines.append(f"{result.score:>10.4g}  {p_value:>7}  {_printable(result.path)}")
     if len(ranked) > TOP:
         lines.append(f"{'...':>10}  and {len(ranked) - TOP} more")
-    lines += [
-        f"unreadable: {_printable(result.path)} ({_printable(result.reason)})" for result in unreadable[:TOP]
-    ]
+    lines += [f"unreadable: {_printable(result.path)} ({_printable(result.reason)})" for result in unreadable[:TOP]]
     if len(unreadable) > TOP:
         lines.append(f"unreadable: and {len(unreadable) - TOP} more")
     lines += [f"note: {warning}" for warning in summary["warnings"]]

@@ -30,9 +30,7 @@ def gaussian_blur(maps_BSS: Tensor, sigma: float) -> Tensor:
     maps = maps_BSS[:, None]
     for side, shape in ((maps.shape[2], (1, 1, -1, 1)), (maps.shape[3], (1, 1, 1, -1))):
         index = torch.arange(-radius, side + radius, device=maps.device) % (2 * side)
-        index = torch.where(
-            index < side, index, 2 * side - 1 - index
-        )  # ... 1 0 | 0 1 2 ... : scipy's "reflect"
+        index = torch.where(index < side, index, 2 * side - 1 - index)  # ... 1 0 | 0 1 2 ... : scipy's "reflect"
         maps = maps.index_select(2 if shape[2] == -1 else 3, index)
         maps = F.conv2d(maps, kernel.view(shape))
     return maps[:, 0]
@@ -70,9 +68,7 @@ class FeatureNorm:
     def leave_one_out(self, images: Tensor) -> Prediction:
         """Score each of K normal photographs [K, 3, S, S] against the other K - 1. Raises ValueError if K < 2."""
         if not isinstance(self.extract, ADExtractor):
-            raise ValueError(
-                "leave-one-out needs an ADExtractor: a raw backbone has no references to leave out"
-            )
+            raise ValueError("leave-one-out needs an ADExtractor: a raw backbone has no references to leave out")
         shots = images.shape[0]
         if shots < 2:
             raise ValueError(f"leave-one-out needs at least 2 references, got {shots}")

@@ -70,13 +70,9 @@ def evaluate_maps(maps_NHW: ArrayLike, masks_NHW: ArrayLike, scores: ArrayLike |
     maps = _real(maps_NHW, "maps")
     masks = _binary(masks_NHW)
     if maps.ndim != 3 or maps.size == 0:
-        raise ValueError(
-            f"maps have shape {maps.shape}; expected [N, H, W] with at least one image and pixel"
-        )
+        raise ValueError(f"maps have shape {maps.shape}; expected [N, H, W] with at least one image and pixel")
     if masks.shape != maps.shape:
-        raise ValueError(
-            f"masks have shape {masks.shape}, maps {maps.shape}; resize the masks (nearest) to the maps"
-        )
+        raise ValueError(f"masks have shape {masks.shape}, maps {maps.shape}; resize the masks (nearest) to the maps")
     image_scores = maps.reshape(len(maps), -1).max(axis=1) if scores is None else _real(scores, "scores")
     if image_scores.shape != (len(maps),):
         raise ValueError(f"scores have shape {image_scores.shape}; expected [{len(maps)}], one per map")
@@ -241,9 +237,7 @@ def _real(values: ArrayLike, name: str) -> NDArray[Any]:
         array = array.astype(np.float64 if array.dtype.kind in "iu" else np.float32)
     bad = array.size - int(np.isfinite(array).sum())
     if bad:
-        raise ValueError(
-            f"{name} contain {bad} NaN or infinite values of {array.size}; metrics need finite ones"
-        )
+        raise ValueError(f"{name} contain {bad} NaN or infinite values of {array.size}; metrics need finite ones")
     return array
 
 

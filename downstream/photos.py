@@ -58,9 +58,7 @@ def find_images(folder: Path, exclude: Path | None = None) -> list[Path]:
     return found
 
 
-def read_batches(
-    paths: Sequence[Path], preprocess: Preprocess, batch_size: int
-) -> Iterator[list[Photo | Unreadable]]:
+def read_batches(paths: Sequence[Path], preprocess: Preprocess, batch_size: int) -> Iterator[list[Photo | Unreadable]]:
     """Read in threads, one batch ahead of the consumer, in order; at most two batches are in memory."""
     if batch_size < 1:
         raise ValueError(f"batch size {batch_size}; expected at least 1")

@@ -171,9 +171,7 @@ def _filters(counts: Counter[str]) -> str:
         for verdict in (ANOMALOUS, NORMAL, UNDECIDED, UNREADABLE)
         if counts[verdict]
     ]
-    return "".join(
-        f'<button data-filter="{value}" aria-pressed="false">{text}</button>' for value, text in buttons
-    )
+    return "".join(f'<button data-filter="{value}" aria-pressed="false">{text}</button>' for value, text in buttons)
 
 
 def _histogram(results: Sequence[Result], threshold: float | None, normal_scores: Sequence[float]) -> str:
@@ -193,9 +191,7 @@ def _histogram(results: Sequence[Result], threshold: float | None, normal_scores
         side = " left" if at > 60 else ""  # the label stays inside the plot
         text = f"<span>threshold {threshold:.4g}</span>"
         limit = f'<div class="limit{side}" style="left:{at:.2f}%">{text}</div>'
-    rug = "".join(
-        f'<i style="left:{100 * (score - low) / (high - low):.2f}%"></i>' for score in normal_scores[:500]
-    )
+    rug = "".join(f'<i style="left:{100 * (score - low) / (high - low):.2f}%"></i>' for score in normal_scores[:500])
     return (
         '<section class="panel"><h2>Scores</h2><div class="plot">'
         f'<svg class="bars" viewBox="0 0 1000 100" preserveAspectRatio="none" role="img" '
@@ -210,9 +206,7 @@ def _scores(results: Sequence[Result], verdict: str) -> list[float]:
     return [result.score for result in results if result.verdict == verdict and result.score is not None]
 
 
-def _bars(
-    scores: dict[str, list[float]], threshold: float | None, low: float, high: float
-) -> tuple[str, int]:
+def _bars(scores: dict[str, list[float]], threshold: float | None, low: float, high: float) -> tuple[str, int]:
     """SVG rectangles in a 1000 x 100 box, and the number of images in the tallest bar."""
     edges = np.linspace(low, high, BINS + 1)
     if threshold is not None:  # a bin edge, so that no bar lies on both sides of it

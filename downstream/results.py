@@ -74,15 +74,9 @@ def remove_earlier_heatmaps(out: Path) -> None:
     Nothing that this toolkit did not write is touched; a summary that cannot be read changes nothing.
     """
     try:
-        listed = [
-            entry["heatmap"] for entry in json.loads((out / "summary.json").read_text("utf-8"))["images"]
-        ]
+        listed = [entry["heatmap"] for entry in json.loads((out / "summary.json").read_text("utf-8"))["images"]]
     except (OSError, ValueError, KeyError, TypeError):
         return
     for name in listed:
-        if (
-            isinstance(name, str)
-            and name.startswith("heatmaps/")
-            and Path(name).name == name.removeprefix("heatmaps/")
-        ):
+        if isinstance(name, str) and name.startswith("heatmaps/") and Path(name).name == name.removeprefix("heatmaps/"):
             (out / name).unlink(missing_ok=True)

@@ -86,9 +86,7 @@ def score_folder(
     """
     paths = find_images(images, exclude=out)
     out.mkdir(parents=True, exist_ok=True)
-    with atomic_path(
-        out / "scores.csv.check"
-    ) as probe:  # before any work: can files be made and renamed here?
+    with atomic_path(out / "scores.csv.check") as probe:  # before any work: can files be made and renamed here?
         probe.touch()
     (out / "scores.csv.check").unlink()
 
@@ -162,9 +160,7 @@ def _facts(extractor: Path, basis: Basis, options: Options, results: Sequence[Re
             str(len(results)),
             ", ".join(f"{n} {verdict}" for verdict, n in counted(results).items() if n),
         ),
-        Fact(
-            "Threshold", threshold, origin if basis.threshold is not None else "one reference cannot give one"
-        ),
+        Fact("Threshold", threshold, origin if basis.threshold is not None else "one reference cannot give one"),
         rate_fact(
             calibration.rate if calibration else None,
             options.false_alarm_rate,

@@ -47,9 +47,7 @@ class ColourScale:
         """
         maps = np.asarray(maps_NSS, dtype=np.float64)
         if maps.size == 0 or not np.isfinite(maps).all():
-            raise ValueError(
-                f"maps of shape {maps.shape} are empty or not finite: no colour scale follows from them"
-            )
+            raise ValueError(f"maps of shape {maps.shape} are empty or not finite: no colour scale follows from them")
         low = float(np.median(maps))
         middle = float(maps.max()) if limit is None or limit <= low else limit
         # Constant maps (a blank photograph against itself) leave no range; any positive one draws them all
@@ -77,9 +75,7 @@ def shown_region(photo: Image.Image, preprocess: Preprocess, longest: int = 384)
     return photo.convert("RGB").resize(size, Image.Resampling.LANCZOS, box=box)
 
 
-def overlay(
-    photo: Image.Image, map_SS: NDArray[np.floating], scale: ColourScale, contour: bool = True
-) -> Image.Image:
+def overlay(photo: Image.Image, map_SS: NDArray[np.floating], scale: ColourScale, contour: bool = True) -> Image.Image:
     """The heatmap over the photograph, in the photograph's size; contour where the map exceeds `scale.limit`.
 
     Normal areas stay nearly transparent, so that the product remains visible where nothing is wrong.
@@ -170,9 +166,7 @@ def _marked(photo: Image.Image, mask: NDArray[np.bool_]) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def _fit(
-    draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int
-) -> str:
+def _fit(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     """The text, its beginning cut off where it is too long (the end of a path tells more than its start)."""
     text = "".join(character if character.isprintable() else "?" for character in text)
     if draw.textlength(text, font=font) <= width:

@@ -13,7 +13,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from adpretrain.backbones.base import Backbone, FeatureMaps
 from adpretrain.preprocess import Preprocess
@@ -77,7 +77,9 @@ class FilterBank(Backbone):
 
     def __init__(self, image_size: int = 224) -> None:
         if image_size % (2 * POOL) or image_size < 64:
-            raise ValueError(f"filterbank needs an image_size of at least 64, a multiple of {2 * POOL}; got {image_size}")
+            raise ValueError(
+                f"filterbank needs an image_size of at least 64, a multiple of {2 * POOL}; got {image_size}"
+            )
         per_level = ORIENTATIONS * 2 + ORIENTATIONS // 2 + 9
         super().__init__(
             name="filterbank",
@@ -97,7 +99,7 @@ class FilterBank(Backbone):
         return F.conv2d(padded, self.blur.expand(channels, 1, 5, 5), stride=stride, groups=channels)
 
     def _pool(self, image: Tensor) -> Tensor:
-        """Averages on the token grid: [B, C, h, w] -> [B, C, G, G] (the coarsest chroma is half the grid: upsampled)."""
+        """Averages on the token grid: [B, C, h, w] -> [B, C, G, G]; the coarsest chroma, half of it, is upsampled."""
         if image.shape[-1] < self.grid:
             return F.interpolate(image, size=(self.grid, self.grid), mode="bilinear", align_corners=False)
         return F.avg_pool2d(image, image.shape[-1] // self.grid)
@@ -113,7 +115,9 @@ class FilterBank(Backbone):
     def _details(self, image: Tensor) -> Tensor:
         """Pooled bright and dark details, and the pooled image: [B, C, h, w] -> [B, 3 C, G, G]."""
         detail = image - self._smooth(self._smooth(image))
-        return torch.cat([self._pool(detail.clamp_min(0)), self._pool((-detail).clamp_min(0)), 0.5 * self._pool(image)], 1)
+        return torch.cat(
+            [self._pool(detail.clamp_min(0)), self._pool((-detail).clamp_min(0)), 0.5 * self._pool(image)], 1
+        )
 
     def _level(self, light: Tensor, chroma: Tensor) -> Tensor:
         """Luminance [B, 1, h, w] and chroma [B, 2, h/2, w/2] of one octave -> [B, 29, G, G]."""

@@ -15,9 +15,7 @@ def existing_folder(root: str | Path, what: str = "folder") -> Path:
     return path
 
 
-def index_folder(
-    root: str | Path, category: str = "", defect: str = GOOD, split: str = "test"
-) -> list[Sample]:
+def index_folder(root: str | Path, category: str = "", defect: str = GOOD, split: str = "test") -> list[Sample]:
     """Every photograph below ``root``, recursively, in sorted order, as samples of one category and defect.
 
     Raises ValueError if the folder does not exist or holds no photograph.

@@ -21,9 +21,7 @@ def index_mvtec(root: str | Path, categories: Sequence[str] = ()) -> list[Sample
     if (path / "train" / GOOD).is_dir():
         path, found = path.parent, {path.name: path}
     else:
-        found = {
-            folder.name: folder for folder in sorted(path.iterdir()) if (folder / "train" / GOOD).is_dir()
-        }
+        found = {folder.name: folder for folder in sorted(path.iterdir()) if (folder / "train" / GOOD).is_dir()}
     if not found:
         raise ValueError(f"{path} is not in the MVTec layout: expected {{category}}/train/good/ folders")
     if unknown := [name for name in categories if name not in found]:

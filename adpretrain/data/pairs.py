@@ -31,8 +31,8 @@ def _rng(*key: int) -> np.random.Generator:
 class PretrainingSet(Dataset[dict[str, Any]]):
     """Pretraining samples with their references; indexed by (epoch, index).
 
-    An item is a dict: ``views`` float [V, 3, S, S], ``references`` float [K, 3, S, S], ``mask`` bool [S, S] and
-    ``index``. K is drawn per image from ``shots`` (ADPretrain Tab. 13: Rand(1, 4, 8)); the K references are distinct
+    An item is a dict: ``views`` float [V, 3, S, S], ``references`` float [K, 3, S, S], ``mask`` bool [S, S], ``epoch``
+    and ``index``. K is drawn per image from ``shots`` (ADPretrain Tab. 13: Rand(1, 4, 8)); the K references are distinct
     normal images of the same category and view, never the image itself.
 
     Raises ValueError if a category's view has too few normal images for the largest K.
@@ -60,9 +60,7 @@ class PretrainingSet(Dataset[dict[str, Any]]):
     def _check_pools(self) -> None:
         needed = max(self.shots) + 1  # the image itself is never its own reference
         groups = {(sample.category, sample.view) for sample in self.samples}
-        short = sorted(
-            f"{c} {v or ''}".strip() for c, v in groups if len(self.pools.get((c, v), ())) < needed
-        )
+        short = sorted(f"{c} {v or ''}".strip() for c, v in groups if len(self.pools.get((c, v), ())) < needed)
         if short:
             raise ValueError(
                 f"K = {max(self.shots)} references need {needed} normal images in every category and view; too few in "
@@ -103,6 +101,7 @@ class PretrainingSet(Dataset[dict[str, Any]]):
             "views": self.views(index, epoch),
             "references": torch.stack([self.plain(other) for other in self.draw_references(index, epoch)]),
             "mask": self.mask(index),
+            "epoch": epoch,
             "index": index,
         }
 

@@ -1,7 +1,8 @@
 """Real-IAD: five views of every part, JSON splits, four resolutions.
 
-``realiad_{256|512|1024|raw}/{category}/{OK|NG/{defect}}/S####/{category}_####_{OK|NG}_[{defect}_]C{1-5}_{time}.jpg``, the
-mask beside it as ``.png`` (some releases ``_mask.png``). A view of a defective part without a mask is a normal view.
+``realiad_{256|512|1024|raw}/{category}/{OK|NG/{defect}}/S####/`` holds
+``{category}_####_{OK|NG}_[{defect}_]C{1-5}_{time}.jpg`` and, beside it, the mask as ``.png`` (some releases:
+``_mask.png``). A view of a defective part without a mask is a normal view.
 """
 
 from __future__ import annotations
@@ -39,9 +40,7 @@ def index_realiad(
     images = _images_folder(path, resolution)
     found = sorted(folder.name for folder in images.iterdir() if (folder / "OK").is_dir())
     if not found:
-        raise ValueError(
-            f"{images} holds no category in the Real-IAD layout: expected {{category}}/OK/S####/*.jpg"
-        )
+        raise ValueError(f"{images} holds no category in the Real-IAD layout: expected {{category}}/OK/S####/*.jpg")
     if unknown := [name for name in categories if name not in found]:
         raise ValueError(f"categories {unknown} are not in {images}; found: {', '.join(found)}")
     samples: list[Sample] = []
@@ -57,9 +56,7 @@ def _images_folder(root: Path, resolution: str) -> Path:
     order = ["256", "512", "1024", "raw"]
     present = [name for name in order if (root / f"realiad_{name}").is_dir()]
     if not present or (resolution and resolution not in present):
-        asked = (
-            f"resolution {resolution!r} is not in" if present else "no realiad_{256,512,1024,raw} folder in"
-        )
+        asked = f"resolution {resolution!r} is not in" if present else "no realiad_{256,512,1024,raw} folder in"
         raise ValueError(f"{asked} {root}" + (f"; present: {', '.join(present)}" if present else ""))
     return root / f"realiad_{resolution or present[0]}"
 
@@ -78,10 +75,11 @@ def _mask_of(image: Path) -> Path | None:
 
 
 def _from_folders(category: Path) -> list[Sample]:
-    samples = []
-    for image in sorted(category.glob("OK/*/*")):
-        if is_image(image) and image.suffix != ".png":
-            samples.append(Sample(image, None, category.name, GOOD, view_of(image), "train"))
+    samples = [
+        Sample(image, None, category.name, GOOD, view_of(image), "train")
+        for image in sorted(category.glob("OK/*/*"))
+        if is_image(image) and image.suffix != ".png"
+    ]
     for image in sorted(category.glob("NG/*/*/*")):
         if is_image(image) and image.suffix != ".png":
             mask = _mask_of(image)
@@ -104,9 +102,7 @@ def _from_json(root: Path, images: Path, category: str, protocol: str) -> list[S
         raise ValueError(f"{file} is not a Real-IAD split file: {type(error).__name__} {error}") from error
 
 
-def _entry(
-    images: Path, prefix: str, category: str, normal: str, split: str, entry: dict[str, Any]
-) -> Sample:
+def _entry(images: Path, prefix: str, category: str, normal: str, split: str, entry: dict[str, Any]) -> Sample:
     def inside(relative: str) -> Path:
         path = images / prefix / relative
         if not path.resolve().is_relative_to(images.resolve()):

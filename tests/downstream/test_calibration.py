@@ -69,9 +69,7 @@ def test_p_values_are_super_uniform_also_with_ties() -> None:
 
 
 def test_p_values_by_hand() -> None:
-    np.testing.assert_array_equal(
-        conformal_p_values([1.0, 2.0, 3.0], [0.5, 2.0, 2.5, 9.0]), [1.0, 0.75, 0.5, 0.25]
-    )
+    np.testing.assert_array_equal(conformal_p_values([1.0, 2.0, 3.0], [0.5, 2.0, 2.5, 9.0]), [1.0, 0.75, 0.5, 0.25])
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.07, 0.1, 0.29, 0.3, 1 / 3, 0.5])

@@ -121,9 +121,7 @@ def test_extra_normal_photographs_make_the_asked_rate_reachable(
     assert "cut.png" in summary["warnings"][0]
 
 
-def test_photographs_beyond_max_references_calibrate(
-    scene: tuple[Path, Path, Path, Path], write_tiles: Write
-) -> None:
+def test_photographs_beyond_max_references_calibrate(scene: tuple[Path, Path, Path, Path], write_tiles: Write) -> None:
     write_tiles("shots", range(30, 49))  # 23 in all: 4 references, 19 others
     score(*scene, "--max-references", "4")
     summary = json.loads((scene[3] / "summary.json").read_text())
@@ -183,9 +181,7 @@ def test_unreadable_images_are_listed_and_do_not_stop_the_run(
     assert score(*scene, "--false-alarm-rate", "0.2") == 1  # an anomaly is the more urgent news
 
 
-def test_every_kind_of_picture_and_name_is_scored(
-    write_tiles: Write, extractor_dir: Path, tmp_path: Path
-) -> None:
+def test_every_kind_of_picture_and_name_is_scored(write_tiles: Write, extractor_dir: Path, tmp_path: Path) -> None:
     normal = write_tiles("shots", range(2))
     Image.open(normal / "tile_0.png").resize((200, 200)).save(normal / "larger.jpg")
     line = write_tiles("line", range(5, 6))
@@ -311,9 +307,7 @@ def test_help_tells_the_exit_codes_and_loads_no_torch() -> None:
         "import sys; from downstream.cli import main; code = main(['score', '--help']); "
         "sys.exit(9 if 'torch' in sys.modules else code)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0
     assert "  1  at least one image is anomalous" in done.stdout
     assert "  3  no anomaly found, but none can be" in done.stdout

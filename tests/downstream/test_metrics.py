@@ -133,9 +133,7 @@ def test_with_only_anomalous_images_the_pixel_metrics_remain() -> None:
     measured = evaluate_maps(maps[1:], masks[1:])
     assert math.isnan(measured.image_auroc)
     assert math.isnan(measured.image_ap)
-    assert measured.pixel_auroc == pytest.approx(
-        roc_auc_score(masks[1:].ravel(), maps[1:].ravel()), abs=1e-12
-    )
+    assert measured.pixel_auroc == pytest.approx(roc_auc_score(masks[1:].ravel(), maps[1:].ravel()), abs=1e-12)
     assert measured.notes == ("no normal images: image metrics are undefined (nan)",)
 
 

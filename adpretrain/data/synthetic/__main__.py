@@ -28,9 +28,7 @@ def parser() -> ArgumentParser:
         required=True,
         help="folder to write; it must not exist, be empty, or hold this set",
     )
-    parser.add_argument(
-        "--products", type=int, default=80, help="how many products; pretraining wants 70 or more"
-    )
+    parser.add_argument("--products", type=int, default=80, help="how many products; pretraining wants 70 or more")
     parser.add_argument(
         "--samples", type=int, default=12, help="normal samples per product; half of them are the train split"
     )
@@ -43,9 +41,7 @@ def parser() -> ArgumentParser:
     )
     parser.add_argument("--size", type=int, default=256, help="image side in pixels, even, at least 64")
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other products")
-    parser.add_argument(
-        "--workers", type=int | None, default=None, help="processes; default: one per core, at most 16"
-    )
+    parser.add_argument("--workers", type=int | None, default=None, help="processes; default: one per core, at most 16")
     return parser
 
 

@@ -102,9 +102,7 @@ def photographed(art: Art, rng: Generator, size: int) -> Draw:
         shade *= np.float32(rng.choice(dull))
         part = pose.warp(art.part)
         dark = np.roll(part, (shadow_shift, shadow_shift), (0, 1))
-        backdrop = 1 + np.float32(behind_gain) * field(behind, rng) / np.float32(
-            max(0.2, float(ground.mean()))
-        )
+        backdrop = 1 + np.float32(behind_gain) * field(behind, rng) / np.float32(max(0.2, float(ground.mean())))
         backdrop = backdrop * (1 - np.float32(shadow) * dark)
         image = np.empty_like(albedo)
         for c in range(albedo.shape[-1]):

@@ -80,13 +80,9 @@ def ground(rng: Generator, size: int) -> Draw:
         lines = pose.warp(field(grooves, rng), wrap=True)
         glints = np.maximum(lines, 0) ** 2 * 0.5 - np.maximum(-lines, 0) * 0.3
         x, y = pose.coords()
-        waves = np.sin(
-            (x * np.float32(np.cos(angle)) + y * np.float32(np.sin(angle))) * chatter + rng.uniform(0, 6)
-        )
+        waves = np.sin((x * np.float32(np.cos(angle)) + y * np.float32(np.sin(angle))) * chatter + rng.uniform(0, 6))
         lively = np.clip(1 + 0.7 * np.roll(patch, size // 2, 0), 0, 2.5)
-        texture = (
-            groove_gain * glints * lively + grain_gain * field(grains, rng) + np.float32(chatter_gain) * waves
-        )
+        texture = groove_gain * glints * lively + grain_gain * field(grains, rng) + np.float32(chatter_gain) * waves
         return level * (1 + texture + patch_gain * patch)
 
     return filled(tone, make_palette(rng, grey=0.95))
@@ -135,9 +131,7 @@ def wood(rng: Generator, size: int) -> Draw:
 
 def leather(rng: Generator, size: int) -> Draw:
     """Leather, orange peel, shrivelled paint: creases at the zeros of a narrow-band field, side-lit."""
-    cells = spectrum(
-        size, loguniform(rng, 7, 26), band=rng.uniform(0.2, 0.45), stretch=loguniform(rng, 1, 1.6)
-    )
+    cells = spectrum(size, loguniform(rng, 7, 26), band=rng.uniform(0.2, 0.45), stretch=loguniform(rng, 1, 1.6))
     fine = spectrum(size, loguniform(rng, 1, 3), slope=0.5)
     light, level = rng.uniform(0, 2 * np.pi), rng.uniform(0.2, 0.7)
     depth, crease, fine_gain = (

@@ -89,8 +89,7 @@ def set_up(rig: Rig, surface: Array, view: int, rng: Generator) -> Develop:
             cx, cy = rng.normal(0, 0.7, 2)
             wide, high = rig.glare_width * rng.uniform(0.3, 1.5, 2)
             spot = np.exp(
-                -(((x - np.float32(cx)) / np.float32(wide)) ** 2)
-                - ((y - np.float32(cy)) / np.float32(high)) ** 2
+                -(((x - np.float32(cx)) / np.float32(wide)) ** 2) - ((y - np.float32(cy)) / np.float32(high)) ** 2
             )
             glare[..., 0] += np.float32(rig.glare * rng.uniform(0.3, 1)) * spot
     weight = min(0.25, 0.5 * (rig.blur * size / 256 * rng.uniform(0.6, 1.2)) ** 2)

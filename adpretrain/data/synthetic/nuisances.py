@@ -57,13 +57,9 @@ def streaks(rng: Generator, size: int) -> Nuisance:
         for _ in range(rng.poisson(count)):
             sign = -1 if rng.random() < dark else 1
             spread = width * rng.exponential(1) * size / 256 + 0.4
-            profile += (
-                sign * gain * rng.exponential(0.5) * np.exp(-(((axis - rng.uniform(0, size)) / spread) ** 2))
-            )
+            profile += sign * gain * rng.exponential(0.5) * np.exp(-(((axis - rng.uniform(0, size)) / spread) ** 2))
         profile = np.clip(profile, -0.5, 0.6)
-        fade = 1 + 0.5 * np.sin(axis * rng.uniform(0.5, 4) / size * np.pi + rng.uniform(0, 6)).astype(
-            np.float32
-        )
+        fade = 1 + 0.5 * np.sin(axis * rng.uniform(0.5, 4) / size * np.pi + rng.uniform(0, 6)).astype(np.float32)
         lines = profile[None, :] * fade[:, None] if vertical else profile[:, None] * fade[None, :]
         return image * (1 + lines * part)[..., None], part
 
@@ -81,9 +77,7 @@ def marks(rng: Generator, size: int) -> Nuisance:
             if smudged or rng.random() < 0.3:
                 alpha = blob(size, y, x, rng.uniform(0.04, 0.2) * size, rng, softness=0.8)
             else:
-                alpha = strokes(
-                    size, y, x, rng.uniform(0.05, 0.4) * size, rng.uniform(0.5, 1.2) * size / 256, rng
-                )
+                alpha = strokes(size, y, x, rng.uniform(0.05, 0.4) * size, rng.uniform(0.5, 1.2) * size / 256, rng)
             image = toward(image, strength * alpha * part, target)
         return image, part
 

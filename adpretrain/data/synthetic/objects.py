@@ -187,9 +187,7 @@ def connector(rng: Generator, size: int) -> Draw:
                 y - np.float32((j - (rows - 1) / 2) * step[1]),
             )
             art.add(box(u, v, half, half, half * 0.2), cavity, raise_by=-2)
-            art.add(
-                circle(u, v, half * 0.5) if round_pins else box(u, v, half * 0.5, half * 0.5), pin, raise_by=2
-            )
+            art.add(circle(u, v, half * 0.5) if round_pins else box(u, v, half * 0.5, half * 0.5), pin, raise_by=2)
     return photographed(art, rng, size)
 
 
@@ -199,20 +197,14 @@ def screw(rng: Generator, size: int) -> Draw:
     radius, pitch, metal = rng.uniform(0.12, 0.22), rng.uniform(0.06, 0.12), material(rng)
     art = blank(size)
     lean = y * np.float32(0.3)
-    thread = np.float32(rng.uniform(0.02, 0.05)) * np.sin(
-        (x + lean * np.sign(y)) * np.float32(2 * np.pi / pitch)
-    )
-    shank = np.maximum(
-        np.abs(y) - np.minimum(np.float32(radius), (np.float32(0.85) - x) * 1.5), np.abs(x - 0.1) - 0.75
-    )
+    thread = np.float32(rng.uniform(0.02, 0.05)) * np.sin((x + lean * np.sign(y)) * np.float32(2 * np.pi / pitch))
+    shank = np.maximum(np.abs(y) - np.minimum(np.float32(radius), (np.float32(0.85) - x) * 1.5), np.abs(x - 0.1) - 0.75)
     art.add(shank + thread * (x > -0.2), metal)
     ridge = np.sin((x + lean) * np.float32(2 * np.pi / pitch)) * (x > -0.2) * np.float32(size * 0.008)
     art.height += art.part * (
         ridge + np.float32(size * 0.05) * np.sqrt(np.clip(1 - (y / np.float32(radius)) ** 2, 0, 1))
     )
-    art.add(
-        box(x + 0.72, y, rng.uniform(0.08, 0.15), rng.uniform(0.3, 0.42), 0.05), metal, raise_by=4, bevel=12
-    )
+    art.add(box(x + 0.72, y, rng.uniform(0.08, 0.15), rng.uniform(0.3, 0.42), 0.05), metal, raise_by=4, bevel=12)
     return photographed(art, rng, size)
 
 
@@ -224,9 +216,7 @@ def button(rng: Generator, size: int) -> Draw:
     art.add(circle(x, y, radius), colour, raise_by=5, bevel=25)
     art.add(np.abs(circle(x, y, radius * 0.82)) - 0.02, np.clip(colour * 0.8, 0, 1), raise_by=2)
     for turn in np.arange(count) * 2 * np.pi / count:
-        mark = box(
-            x - 0.6 * radius * np.cos(turn), y - 0.6 * radius * np.sin(turn), *rng.uniform(0.015, 0.06, 2)
-        )
+        mark = box(x - 0.6 * radius * np.cos(turn), y - 0.6 * radius * np.sin(turn), *rng.uniform(0.015, 0.06, 2))
         art.add(mark, np.clip(colour * rng.uniform(0.6, 1.4), 0, 1), raise_by=1)
     holes = int(rng.choice([0, 2, 4]))
     for turn in np.arange(holes) * 2 * np.pi / max(holes, 1):

@@ -58,9 +58,7 @@ def streak(image: Array, part: Array, site: Site, rng: Generator) -> Array:
     width = loguniform(rng, 2, 14) * size / 256
     line = ndimage.uniform_filter(paint_lines(size, [(path, width)]), max(2, round(0.4 * width)))
     texture = 1 + 0.4 * field(spectrum(size, 6, slope=0.5), rng)
-    return toward(
-        image, np.clip(0.8 * site.strength * line * part * texture, 0, 0.95), target_of(image, site, rng)
-    )
+    return toward(image, np.clip(0.8 * site.strength * line * part * texture, 0, 0.95), target_of(image, site, rng))
 
 
 def fibre(image: Array, part: Array, site: Site, rng: Generator) -> Array:
@@ -80,9 +78,7 @@ def specks(image: Array, part: Array, site: Site, rng: Generator) -> Array:
     for _ in range(rng.integers(4, 25)):
         y, x = rng.normal((site.y, site.x), 0.6 * site.radius + 3)
         if 0 <= y < size and 0 <= x < size:
-            np.maximum(
-                alpha, blob(size, y, x, loguniform(rng, 1.2, 4.5) * size / 256, rng, softness=0.5), out=alpha
-            )
+            np.maximum(alpha, blob(size, y, x, loguniform(rng, 1.2, 4.5) * size / 256, rng, softness=0.5), out=alpha)
     return toward(image, min(0.95, 1.5 * site.strength) * alpha * part, target_of(image, site, rng))
 
 
@@ -101,8 +97,6 @@ def uneven(image: Array, part: Array, site: Site, rng: Generator) -> Array:
         aspect=4,
     )
     angle, stretch = rng.choice([0, np.pi / 2]), loguniform(rng, 1, 40)
-    lines = field(
-        spectrum(size, loguniform(rng, 1.2, 8), slope=0.3, angle=float(angle), stretch=stretch), rng
-    )
+    lines = field(spectrum(size, loguniform(rng, 1.2, 8), slope=0.3, angle=float(angle), stretch=stretch), rng)
     gain = (1 if site.bright else -1) * rng.uniform(0.1, 0.4) * (0.6 + site.strength)
     return image * (1 + alpha * (np.float32(gain) + np.float32(rng.uniform(0, 0.12)) * lines))[..., None]

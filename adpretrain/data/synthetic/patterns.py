@@ -133,18 +133,14 @@ def stripes(rng: Generator, size: int) -> Draw:
         w * np.cos(2 * np.pi * n * np.arange(256) / 256 + p)
         for n, (w, p) in enumerate(zip(weights, phases, strict=True), 1)
     ).astype(np.float32)
-    fine = spectrum(
-        size, loguniform(rng, 0.9, 3), slope=0.4, angle=angle + np.pi / 2, stretch=loguniform(rng, 1, 12)
-    )
+    fine = spectrum(size, loguniform(rng, 0.9, 3), slope=0.4, angle=angle + np.pi / 2, stretch=loguniform(rng, 1, 12))
     fine_gain = loguniform(rng, 0.008, 0.05)
     k = 128 / period * 256
 
     def tone(rng: Generator, pose: Pose) -> Array:
         x, y = pose.coords()
         phase = (x * np.float32(np.cos(angle) * k) + y * np.float32(np.sin(angle) * k)) + rng.uniform(0, 256)
-        return (
-            level + profile[phase.astype(np.int32) & 255] + fine_gain * pose.warp(field(fine, rng), wrap=True)
-        )
+        return level + profile[phase.astype(np.int32) & 255] + fine_gain * pose.warp(field(fine, rng), wrap=True)
 
     return filled(tone, make_palette(rng, grey=0.6))
 

@@ -71,11 +71,7 @@ def make_product(index: int, seed: int, size: int) -> Product:
     kind = kind_of(index, seed)
     textured = kind in TEXTURES
     draw = PRODUCTS[kind](rng, size)
-    turns = (
-        rng.choice([0.02, 0.08], p=[0.7, 0.3])
-        if textured
-        else rng.choice([0.03, 0.1, 3.0], p=[0.5, 0.3, 0.2])
-    )
+    turns = rng.choice([0.02, 0.08], p=[0.7, 0.3]) if textured else rng.choice([0.03, 0.1, 3.0], p=[0.5, 0.3, 0.2])
     families = tuple(rng.permutation(list(DEFECTS)).tolist())
     name = f"p{index:03d}_{kind}"
     return Product(

@@ -65,11 +65,7 @@ def course(
     y: float, x: float, length: float, rng: Generator, *, bend: float, jag: float = 0.0, steps: int = 24
 ) -> NDArray[np.float64]:
     """A path [steps, 2] around a point: turns by `bend` radians in all, and by `jag` at random per step."""
-    turns = (
-        rng.uniform(0, 2 * np.pi)
-        + np.linspace(0, 1, steps) * bend * rng.normal()
-        + jag * rng.normal(size=steps)
-    )
+    turns = rng.uniform(0, 2 * np.pi) + np.linspace(0, 1, steps) * bend * rng.normal() + jag * rng.normal(size=steps)
     stride = length / steps
     path = np.cumsum(np.stack([np.cos(turns), np.sin(turns)], 1) * stride, 0)
     return path - path[steps // 2] + (x, y)

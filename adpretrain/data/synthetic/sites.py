@@ -34,9 +34,7 @@ def choose_site(part: Array, rng: Generator, boost: float) -> Site:
     radius = loguniform(rng, 2.5, 60) * size / 256
     # The eye (and a camera) finds a faint large mark as easily as a strong small one.
     strength = loguniform(rng, 0.15, 1.4) * (6 * size / 256 / radius) ** 0.25 * boost
-    return Site(
-        float(y[pick]), float(x[pick]), radius, float(np.clip(strength, 0.1, 0.95)), bool(rng.random() < 0.42)
-    )
+    return Site(float(y[pick]), float(x[pick]), radius, float(np.clip(strength, 0.1, 0.95)), bool(rng.random() < 0.42))
 
 
 def target_of(image: Array, site: Site, rng: Generator) -> Array:
@@ -47,12 +45,8 @@ def target_of(image: Array, site: Site, rng: Generator) -> Array:
     return random_colour(rng, value if rng.random() < 0.7 else rng.uniform(0.1, 0.8), rng.choice([0.1, 0.7]))
 
 
-def blob_at(
-    part: Array, site: Site, rng: Generator, softness: float, rough: float = 0.25, scale: float = 1.0
-) -> Array:
-    return part * blob(
-        part.shape[0], site.y, site.x, site.radius * scale, rng, softness=softness, rough=rough
-    )
+def blob_at(part: Array, site: Site, rng: Generator, softness: float, rough: float = 0.25, scale: float = 1.0) -> Array:
+    return part * blob(part.shape[0], site.y, site.x, site.radius * scale, rng, softness=softness, rough=rough)
 
 
 def rim_site(part: Array, site: Site) -> Site:

@@ -49,12 +49,8 @@ def cutpaste(image: Array, part: Array, site: Site, rng: Generator) -> Array:
         alpha = blob_at(part, site, rng, softness=0.1)
     else:
         x, y = grid(size)
-        half_w, half_h = (
-            site.radius * np.sqrt([loguniform(rng, 0.4, 2.5), loguniform(rng, 0.4, 2.5)]) * 2 / size
-        )
-        inside = np.minimum(
-            half_w - np.abs(x - (site.x / size * 2 - 1)), half_h - np.abs(y - (site.y / size * 2 - 1))
-        )
+        half_w, half_h = site.radius * np.sqrt([loguniform(rng, 0.4, 2.5), loguniform(rng, 0.4, 2.5)]) * 2 / size
+        inside = np.minimum(half_w - np.abs(x - (site.x / size * 2 - 1)), half_h - np.abs(y - (site.y / size * 2 - 1)))
         alpha = part * np.clip(inside * np.float32(size / 2), 0, 1).astype(np.float32)
     tone = 1 + rng.normal(0, 0.15) * site.strength
     return toward(image, alpha, moved * np.float32(tone))
@@ -93,11 +89,7 @@ def blur(image: Array, part: Array, site: Site, rng: Generator) -> Array:
     alpha = part * blob(size, site.y, site.x, wide, rng, softness=rng.uniform(0.2, 0.6))
     sigma = rng.uniform(1.5, 6) * size / 256
     kernel = (
-        (sigma, sigma, 0)
-        if rng.random() < 0.6
-        else (3 * sigma, 0.0, 0)
-        if rng.random() < 0.5
-        else (0.0, 3 * sigma, 0)
+        (sigma, sigma, 0) if rng.random() < 0.6 else (3 * sigma, 0.0, 0) if rng.random() < 0.5 else (0.0, 3 * sigma, 0)
     )
     box = window(size, site.y, site.x, 2.2 * wide + 2)
     smeared = ndimage.gaussian_filter(image[box], kernel, truncate=2.5, mode="nearest")
@@ -123,8 +115,7 @@ def swap(image: Array, part: Array, site: Site, rng: Generator) -> Array:
         rng,
     )
     texture = (
-        mean * (1 + rng.normal(0, 0.1))
-        + (np.clip(spread, 0.03, 0.2) * rng.uniform(0.6, 1.8) * foreign)[..., None]
+        mean * (1 + rng.normal(0, 0.1)) + (np.clip(spread, 0.03, 0.2) * rng.uniform(0.6, 1.8) * foreign)[..., None]
     )
     return toward(
         image,
@@ -186,6 +177,4 @@ def wear(image: Array, part: Array, site: Site, rng: Generator) -> Array:
     mean = image[box].mean((0, 1))
     factor = rng.uniform(0.0, 0.4) if rng.random() < 0.5 else rng.uniform(1.6, 2.6)
     tone = 1 + (0.25 if site.bright else -0.2) * site.strength
-    return toward(
-        image, alpha, np.clip(mean * np.float32(tone) + np.float32(factor) * (image - mean), 0, 1.2)
-    )
+    return toward(image, alpha, np.clip(mean * np.float32(tone) + np.float32(factor) * (image - mean), 0, 1.2))

@@ -109,9 +109,7 @@ def _reusable(root: Path, parameters: dict[str, int]) -> bool:
     if found.get("parameters") == parameters and found.get("generator") == VERSION:
         return True
     what = f"a synthetic set made with {found['parameters']}" if "parameters" in found else "other files"
-    raise ValueError(
-        f"{root} holds {what}, not the set asked for ({parameters}); delete it or choose another folder"
-    )
+    raise ValueError(f"{root} holds {what}, not the set asked for ({parameters}); delete it or choose another folder")
 
 
 def _run(task: partial[str], products: int, workers: int) -> Iterator[str]:
@@ -173,9 +171,7 @@ def _write_product(root: Path, parameters: dict[str, int], index: int) -> str:
     return product.name
 
 
-def _defective(
-    product: Product, sample: int, number: int, views: int
-) -> Iterator[tuple[int, str, Rendering]]:
+def _defective(product: Product, sample: int, number: int, views: int) -> Iterator[tuple[int, str, Rendering]]:
     """(view, family, rendering) of a defective sample: the next family of its product that shows in C1."""
     families = product.families
     for turn in range(len(families)):
@@ -184,29 +180,21 @@ def _defective(
         if shot.mask is not None:
             break
     else:
-        raise RuntimeError(
-            f"no defect shows on {product.name} sample {sample}: report this seed ({product.seed})"
-        )
+        raise RuntimeError(f"no defect shows on {product.name} sample {sample}: report this seed ({product.seed})")
     yield 0, family, shot
     for view in range(1, views):
-        shown = (
-            np.random.default_rng([product.seed, product.index, sample, view, 99]).random() < SHOWN_IN_VIEW
-        )
+        shown = np.random.default_rng([product.seed, product.index, sample, view, 99]).random() < SHOWN_IN_VIEW
         yield view, family, render(product, sample, view, family if shown else None)
 
 
-def _save(
-    folder: Path, product: Product, sample: int, view: int, label: str, shot: Rendering
-) -> dict[str, str | None]:
+def _save(folder: Path, product: Product, sample: int, view: int, label: str, shot: Rendering) -> dict[str, str | None]:
     """Write one image and its mask; returns its entry in the JSON, with paths relative to the category."""
     where = Path("OK" if label == "OK" else f"NG/{label}") / f"S{sample:04d}"
     tag = "OK" if label == "OK" else f"NG_{label}"
     stem = f"{product.name}_{sample:04d}_{tag}_C{view + 1}_{TIME}"
     (folder / where).mkdir(parents=True, exist_ok=True)
     pixels = (shot.image * 255 + 0.5).astype(np.uint8)
-    photo = (
-        Image.fromarray(pixels[..., 0]).convert("RGB") if pixels.shape[-1] == 1 else Image.fromarray(pixels)
-    )
+    photo = Image.fromarray(pixels[..., 0]).convert("RGB") if pixels.shape[-1] == 1 else Image.fromarray(pixels)
     photo.save(folder / where / f"{stem}.jpg", quality=product.rig.quality, subsampling=0)
     mask_path = None
     if shot.mask is not None:

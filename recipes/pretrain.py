@@ -1,0 +1,374 @@
+"""Pretrain a feature projector on residual features (ADPretrain).
+
+  python recipes/pretrain.py --config recipes/configs/demo.yaml
+  accelerate launch recipes/pretrain.py --config recipes/configs/dinov2-base.yaml --data.root /data/Real-IAD
+
+Flags override the file's keys. The same command resumes an interrupted run; Ctrl-C saves first. The run's folder gets
+config.yaml, metrics.jsonl, curves.png, checkpoints and, at the end, the extractor (ADExtractor.from_pretrained).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import platform
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torchvision
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from run_folder import RunFolder, git_commit
+
+from adpretrain._version import __version__
+from adpretrain.backbones import FeatureMaps, References, load_backbone
+from adpretrain.batches import CachedBatches, LabelledBatch, OnlineBatches, ResidualBatch, label, thin
+from adpretrain.conditioning import Conditioning
+from adpretrain.config import PretrainConfig, parse_command_line
+from adpretrain.data import ImageDataset, Sample, index_dataset
+from adpretrain.data.pairs import PretrainingSet, StepBatches
+from adpretrain.extractor import ADExtractor, build_projector
+from adpretrain.objective import Losses, Objective, measure_centers
+from downstream.evaluate import FeatureSet, by_product, encode_samples, few_shot
+
+CONDITIONING_IMAGES = 2  # normal images of every product that measure the feature statistics
+CENTER_STEPS = 8  # batches that measure the centres
+
+
+class Interruption:
+    """Set by Ctrl-C or SIGTERM; the loop then saves and leaves. A second Ctrl-C ends at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._request)
+
+    def _request(self, number: int, frame: Any) -> None:
+        self.requested = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def agreed(self, accelerator: Accelerator) -> bool:
+        """Whether any process was asked to stop: all must leave at the same step."""
+        if accelerator.num_processes == 1:
+            return self.requested
+        flag = torch.tensor(float(self.requested), device=accelerator.device)
+        return bool(accelerator.reduce(flag, "sum") > 0)
+
+
+def split_samples(config: PretrainConfig) -> tuple[list[Sample], list[Sample]]:
+    """(training, held-out) samples; ``data.held_out`` lists category names or patterns such as "p09*"."""
+    samples = index_dataset(config.data.name, config.data.root)
+    names = sorted({sample.category for sample in samples})
+    held = {name for pattern in config.data.held_out for name in fnmatch.filter(names, pattern)}
+    for pattern in config.data.held_out:
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(f"held-out category {pattern!r} matches none of: {', '.join(names)}")
+    return [s for s in samples if s.category not in held], [s for s in samples if s.category in held]
+
+
+def build_extractor(config: PretrainConfig, samples: list[Sample], device: torch.device) -> ADExtractor:
+    """Backbone, fresh projector and, if asked for, the conditioning measured on the training normals."""
+    backbone = load_backbone(**dataclasses.asdict(config.backbone)).to(device)
+    conditioning = Conditioning(backbone.channels) if config.conditioning else None
+    extractor = ADExtractor(
+        backbone,
+        build_projector(config.projector, backbone.channels),
+        config.projector,
+        conditioning,
+        matching=config.matching,
+    ).to(device)
+    if conditioning is not None:
+        groups = by_product([sample for sample in samples if not sample.anomalous]).values()
+        chosen = [group[:CONDITIONING_IMAGES] for group in groups if len(group) >= CONDITIONING_IMAGES]
+        batches = []
+        for group in chosen:
+            data = ImageDataset(group, backbone.preprocess)
+            batches.append(backbone(torch.stack([data[i]["image"] for i in range(len(data))]).to(device)))
+        conditioning.fit(batches, config.matching)
+    return extractor
+
+
+def evaluate_held_out(extractor: ADExtractor, held_out: list[FeatureSet], shots: int) -> dict[str, float]:
+    """Mean FeatureNorm image AUROC and AUPRO over held-out products, with and without the projector."""
+    line = {}
+    for prefix, candidate in (("", extractor), ("raw_", extractor.without_projector())):
+        results = [few_shot(candidate, images, shots) for images in held_out]
+        for name in ("image_auroc", "aupro"):
+            values = torch.tensor([getattr(result, name) for result in results])
+            line[prefix + name] = float(values.nanmean())
+    return line
+
+
+@dataclass
+class Run:
+    """Everything the loop touches."""
+
+    config: PretrainConfig
+    accelerator: Accelerator
+    console: Console
+    folder: RunFolder
+    data: PretrainingSet
+    extractor: ADExtractor
+    objective: Objective
+    model: torch.nn.Module  # the extractor's projector, as accelerate wraps it
+    optimizer: Any
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    steps: int
+    held_out: list[FeatureSet]
+
+    def schedule(self, start: int, stop: int) -> StepBatches:
+        """This process's batches of the steps from ``start`` to ``stop``."""
+        size, seed = self.config.optim.batch_size, self.config.seed
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        return StepBatches(len(self.data), size, start, stop, seed, rank, processes)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds. No generator states: everything random is derived from seed, epoch and index."""
+        weights = {k: v for k, v in self.extractor.state_dict().items() if not k.startswith("backbone.")}
+        scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else {}
+        return {
+            "extractor": weights,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": scaler,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from what `state` gave."""
+        self.extractor.load_state_dict(state["extractor"], strict=False)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        if self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+
+def set_up(config: PretrainConfig, console: Console, accelerator: Accelerator) -> Run:
+    """Index the data, build the networks, the optimiser and the run's folder."""
+    samples, held_out = split_samples(config)
+    if config.data.on_error == "skip":
+        preprocess = load_backbone(**dataclasses.asdict(config.backbone)).preprocess
+        samples = ImageDataset(samples, preprocess, "skip").samples
+    folder = RunFolder(config, console, accelerator.is_main_process)
+    torch.manual_seed(config.seed)
+    extractor = build_extractor(config, samples, accelerator.device)
+    seed = config.cache.seed if config.cache.draws else config.seed
+    data = PretrainingSet(samples, extractor.preprocess, config.shots, seed, config.augment)
+    global_batch = config.optim.batch_size * accelerator.num_processes
+    steps = config.optim.steps or len(data) // global_batch * config.optim.epochs
+    assert extractor.projector is not None
+    adam = torch.optim.Adam(extractor.projector.parameters(), config.optim.lr, weight_decay=config.optim.weight_decay)
+    # The scheduler is not prepared by accelerate: a prepared one steps once per process.
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(adam, [round(share * steps) for share in config.optim.milestones])
+    model, optimizer = accelerator.prepare(extractor.projector, adam)
+    objective = Objective(config.loss, extractor)
+    products = by_product(held_out) if accelerator.is_main_process else {}
+    with progress_bar(console) as bar:
+        groups = list(products.values())
+        sets = [encode_samples(g, extractor.backbone) for g in bar.track(groups, description="held-out products")]
+    return Run(
+        config, accelerator, console, folder, data, extractor, objective, model, optimizer, scheduler, steps, sets
+    )
+
+
+def make_batches(run: Run) -> CachedBatches | OnlineBatches:
+    """Residuals of the batches: computed once before training, or step by step."""
+    config, device = run.config, run.accelerator.device
+    if not config.cache.draws:
+        return OnlineBatches(run.extractor, run.data, config.data.workers, device)
+    with progress_bar(run.console) as bar:
+        stages = iter(("encoding images", "matching references"))
+        return CachedBatches(
+            run.extractor,
+            run.data,
+            device,
+            config.cache.draws,
+            config.cache.folder,
+            config.cache.threads,
+            track=lambda items, total: bar.track(items, total=total, description=next(stages)),
+        )
+
+
+def prepare(run: Run, batch: ResidualBatch) -> LabelledBatch:
+    """Token labels, and as many tokens per image as the configuration asks for."""
+    labelled = label(batch, run.config.loss.token_label, run.config.loss.token_pixels)
+    return thin(labelled, batch.keys, run.config.tokens, run.config.seed) if run.config.tokens else labelled
+
+
+def progress_bar(console: Console) -> Progress:
+    """The one look of all long work."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
+
+
+def project(run: Run, view: FeatureMaps, contexts: Sequence[tuple[int, References]]) -> FeatureMaps:
+    """One view's residuals through the projector; with cross attention, group by group, each with its context."""
+    if not contexts:
+        return run.model(view)
+    parts = zip(*(level.split([count for count, _ in contexts]) for level in view), strict=True)
+    projected = [run.model(list(part), context) for part, (_, context) in zip(parts, contexts, strict=True)]
+    return [torch.cat(level) for level in zip(*projected, strict=True)]
+
+
+def training_step(run: Run, batch: LabelledBatch) -> Losses:
+    """Forward, backward, update. Raises FloatingPointError naming the level if a loss is not finite."""
+    with run.accelerator.autocast():
+        projected = [project(run, view, batch.contexts) for view in batch.views]
+    losses = run.objective(projected, batch)
+    run.accelerator.backward(losses.total)
+    if run.config.optim.clip:
+        run.accelerator.clip_grad_norm_(run.model.parameters(), run.config.optim.clip)
+    run.optimizer.step()
+    run.scheduler.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    return losses
+
+
+def after_step(run: Run, step: int, losses: Losses, images_per_s: float, stopping: bool) -> None:
+    """Log, evaluate and save where the configuration asks for it; ``step`` counts finished steps."""
+    config, last = run.config, step == run.steps
+    if run.accelerator.is_main_process and (step % config.log_every == 0 or last):
+        line = {
+            "loss": float(losses.total.detach()),
+            "angle": float(losses.angle),
+            "norm": float(losses.norm),
+        }
+        line |= {"lr": run.scheduler.get_last_lr()[0], "images_per_s": round(images_per_s, 2)}
+        run.folder.log({"step": step, **line})
+        run.accelerator.log(line, step=step)
+    if run.held_out and (last or (config.eval.every and step % config.eval.every == 0)):
+        report_held_out(run, step)
+    if run.accelerator.is_main_process and (stopping or last or step % config.checkpoint_every == 0):
+        run.folder.save_checkpoint(step, run.state())
+        run.folder.plot()
+
+
+def report_held_out(run: Run, step: int) -> None:
+    """Score the held-out products, log the result and say it."""
+    run.extractor.eval()
+    line = evaluate_held_out(run.extractor, run.held_out, run.config.eval.shots)
+    run.model.train()
+    run.folder.log({"step": step, **line})
+    run.accelerator.log(line, step=step)
+    percent = {key: f"{100 * value:.1f}" for key, value in line.items()}
+    run.console.print(
+        f"step {step}: held-out image AUROC {percent['image_auroc']} (raw residual {percent['raw_image_auroc']}), "
+        f"AUPRO {percent['aupro']} ({percent['raw_aupro']})"
+    )
+
+
+def train(run: Run, interruption: Interruption) -> bool:
+    """Train to the last step, or to an interruption; returns whether the training is complete."""
+    checkpoint = run.folder.load_checkpoint()
+    start = 0
+    if checkpoint is not None:
+        run.restore(checkpoint)
+        start = checkpoint["step"]
+        run.console.print(f"resuming {run.folder.path} at step {start} of {run.steps}")
+    if run.accelerator.is_main_process:
+        run.folder.drop_metrics_after(start)
+    batches = make_batches(run)
+    if start == 0 and run.config.loss.lambda_ and run.config.loss.center == "residual":
+        first = StepBatches(len(run.data), run.config.optim.batch_size, 0, CENTER_STEPS, run.config.seed)
+        # The same batches on every process, so that all have the same centres.
+        measure_centers(run.extractor, (prepare(run, batch) for batch in batches(first)))
+    if start == 0 and run.held_out:
+        report_held_out(run, 0)
+    run.model.train()
+    source = iter(batches(run.schedule(start, run.steps)))
+    global_batch = run.config.optim.batch_size * run.accelerator.num_processes
+    with progress_bar(run.console) as bar:
+        task = bar.add_task("pretraining", total=run.steps, completed=start)
+        for step in range(start + 1, run.steps + 1):
+            began = time.perf_counter()
+            with run.accelerator.autocast():
+                batch = next(source)
+            try:
+                losses = training_step(run, prepare(run, batch))
+            except FloatingPointError as error:
+                raise FloatingPointError(f"step {step}: {error}") from None
+            stopping = interruption.agreed(run.accelerator)
+            rate = global_batch / (time.perf_counter() - began)
+            after_step(run, step, losses, rate, stopping)
+            text = f"norm {float(losses.norm):.3f}  angle {float(losses.angle):.3f}  {rate:.0f} images/s"
+            bar.update(task, completed=step, description=text)
+            if stopping and step < run.steps:
+                run.console.print(f"stopped at step {step}; the same command resumes")
+                return False
+    return True
+
+
+def provenance(run: Run) -> dict[str, Any]:
+    """Where the extractor came from, for its config.json."""
+    held_out = [line for line in run.folder.read_metrics() if "image_auroc" in line]
+    config = dataclasses.asdict(run.config)
+    return {
+        "data": {
+            "name": run.config.data.name,
+            "images": len(run.data),
+            "categories": len({sample.category for sample in run.data.samples}),
+            "held_out": run.config.data.held_out,
+        },
+        "steps": run.steps,
+        "processes": run.accelerator.num_processes,
+        "seed": run.config.seed,
+        "git_commit": git_commit(),
+        "versions": {
+            "adpretrain": __version__,
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "python": platform.python_version(),
+        },
+        "training": {key: config[key] for key in ("loss", "optim", "shots", "augment")},
+        "held_out_metrics": held_out[-1] if held_out else {},
+    }
+
+
+def finish(run: Run) -> None:
+    """Save the extractor with its provenance."""
+    config = dataclasses.replace(run.extractor.config, provenance=provenance(run))
+    run.extractor.config = config
+    run.extractor.eval().save_pretrained(run.folder.extractor_path)
+    run.folder.plot()
+    run.console.print(f"extractor saved: ADExtractor.from_pretrained({str(run.folder.extractor_path)!r})")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 = finished or stopped on request (resumable), 1 = the training failed, 2 = a mistake in what was asked."""
+    interruption = Interruption()
+    console = Console(stderr=True)
+    try:
+        config = parse_command_line(PretrainConfig, argv, __doc__)
+        tracker = {"log_with": "tensorboard", "project_dir": config.run} if config.tracker else {}
+        accelerator = Accelerator(mixed_precision=config.optim.precision, **tracker)
+        console.quiet = not accelerator.is_main_process
+        run = set_up(config, console, accelerator)
+        if config.tracker:
+            accelerator.init_trackers("tensorboard")
+        complete = train(run, interruption)
+    except ValueError as error:
+        console.print(f"[red]error:[/] {error}", highlight=False)
+        return 2
+    except FloatingPointError as error:
+        console.print(f"[red]training failed:[/] {error}", highlight=False)
+        return 1
+    if complete and accelerator.is_main_process:
+        finish(run)
+    accelerator.end_training()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""The folder of a pretraining run: resolved config, checkpoints, metrics as JSON lines, a plot.
+
+run/config.yaml  run/metrics.jsonl  run/curves.png  run/checkpoints/step_*.pt  run/extractor/  run/tensorboard/
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+
+from adpretrain.config import PretrainConfig, check_keys, to_yaml
+from adpretrain.files import atomic_path
+
+KEEP = 2  # checkpoints
+FREE_KEYS = (
+    "run",
+    "tracker",
+    "log_every",
+    "checkpoint_every",
+    "data.workers",
+    "data.root",
+)  # may change on resuming
+
+
+class RunFolder:
+    """Paths and files of one run. Opening a folder that holds another configuration raises ValueError."""
+
+    def __init__(self, config: PretrainConfig, console: Console, main: bool) -> None:
+        self.path = Path(config.run)
+        self.console, self.main = console, main
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.extractor_path = self.path / "extractor"
+        written = self.path / "config.yaml"
+        if written.exists():
+            _refuse_other(written, config)
+        elif main:
+            with atomic_path(written) as temporary:
+                temporary.write_text(to_yaml(config), encoding="utf-8")
+
+    def checkpoints(self) -> list[Path]:
+        """Newest first."""
+        return sorted((self.path / "checkpoints").glob("step_*.pt"), reverse=True)
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """The newest readable checkpoint, or None. An unreadable one is named and the one before it is tried."""
+        for path in self.checkpoints():
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True)
+            except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+                self.console.print(f"[yellow]checkpoint {path} is unreadable ({error}); trying the one before it")
+        return None
+
+    def save_checkpoint(self, step: int, state: dict[str, Any]) -> None:
+        """Write ``step_{step}.pt`` under a temporary name, rename it, then delete the oldest beyond `KEEP`."""
+        with atomic_path(self.path / "checkpoints" / f"step_{step:07d}.pt") as temporary:
+            torch.save({"step": step, **state}, temporary)
+        for old in self.checkpoints()[KEEP:]:
+            old.unlink()
+
+    def drop_metrics_after(self, step: int) -> None:
+        """Forget what an interrupted run logged beyond its last checkpoint: those steps are run again."""
+        lines = [line for line in self.read_metrics() if line["step"] <= step]
+        if self.metrics_path.exists():
+            with atomic_path(self.metrics_path) as temporary:
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        with self.metrics_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All complete lines logged so far."""
+        if not self.metrics_path.exists():
+            return []
+        lines = []
+        for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:  # cut off by a kill in the middle of a write
+                break
+        return lines
+
+    def plot(self) -> None:
+        """Loss and held-out curves: curves.png."""
+        from matplotlib.figure import Figure
+
+        metrics = self.read_metrics()
+        losses = [line for line in metrics if "loss" in line]
+        held_out = [line for line in metrics if "image_auroc" in line]
+        figure = Figure(figsize=(10, 3.6), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for key, label in (("norm", "norm loss"), ("angle", "angle loss")):
+            if any(line[key] for line in losses):
+                left.plot([line["step"] for line in losses], [line[key] for line in losses], label=label)
+        left.set(title="training losses, summed over levels", xlabel="step")
+        for key, label in (("image_auroc", "image AUROC"), ("aupro", "AUPRO")):
+            steps = [line["step"] for line in held_out]
+            (curve,) = right.plot(steps, [100 * line[key] for line in held_out], marker="o", label=label)
+            if held_out:
+                right.axhline(
+                    100 * held_out[0][f"raw_{key}"],
+                    ls=":",
+                    color=curve.get_color(),
+                    label=f"{label}, raw residual",
+                )
+        right.set(title="held-out pretraining categories, FeatureNorm (%)", xlabel="step")
+        for axes in (left, right):
+            axes.grid(alpha=0.3)
+            if axes.has_data():
+                axes.legend(frameon=False, fontsize=8)
+        with atomic_path(self.path / "curves.png") as temporary:
+            figure.savefig(temporary, dpi=130)
+
+
+def _refuse_other(written: Path, config: PretrainConfig) -> None:
+    before = yaml.safe_load(written.read_text(encoding="utf-8"))
+    check_keys(PretrainConfig, before, str(written))
+    old, new = _flat(before), _flat(yaml.safe_load(to_yaml(config)))
+    changed = [key for key in new if key not in FREE_KEYS and old.get(key) != new[key]]
+    if changed:
+        listing = "; ".join(f"{key} was {old.get(key)!r}, now {new[key]!r}" for key in changed)
+        raise ValueError(f"{written.parent} holds a run with another configuration ({listing}): choose another --run")
+
+
+def _flat(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def git_commit() -> str | None:
+    """The commit this file stands at, None outside a checkout."""
+    result = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return result.stdout.strip() or None
