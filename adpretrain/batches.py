@@ -184,8 +184,8 @@ def _load(path: Path) -> dict[str, Tensor] | None:
 
 @dataclass(frozen=True)
 class LabelledBatch:
-    """What the losses see: ``views`` and ``contexts`` as in `ResidualBatch`, and L levels of labels, bool [B, H_l, W_l],
-    for the norm loss and for the angle loss."""
+    """What the losses see: ``views`` and ``contexts`` as in `ResidualBatch`; labels for the norm loss and for the angle
+    loss, L levels of bool [B, H_l, W_l]."""
 
     views: list[FeatureMaps]
     labels: list[Tensor]

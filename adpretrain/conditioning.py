@@ -1,7 +1,8 @@
-"""Conditioning of features before and of residuals after matching: the same scale for every channel and product.
+"""Conditioning of features before and of residuals after matching: no drift between photographs, one scale for all.
 
 ADPretrain feeds residuals to the projector as they come. With a fixed radius r in the norm loss this leaves the
-scale of each backbone, level and product to luck; `Conditioning` removes it. It is an option of the extractor.
+scale of each backbone, level and product to luck, and a photograph that is a little brighter, sharper or noisier than
+its references looks anomalous everywhere. `Conditioning` removes both. It is an option of the extractor.
 
 Shapes: C channels, L levels, R = 1 or B banks of N = K * T reference tokens, T tokens per image.
 """
@@ -20,32 +21,36 @@ SCALE_QUERIES = 98  # tokens of each reference that estimate its product's scale
 EPS = 1e-6
 
 
-class Conditioning(nn.Module):
-    """Per level: z-scored channels divided by sqrt(C), then residuals divided by the product's own normal scale.
+def _centred(feature_BCHW: Tensor) -> Tensor:
+    return feature_BCHW - feature_BCHW.flatten(2).median(2).values[..., None, None]
 
-    The statistics (``mean``, ``std`` per channel; ``single`` per level) come from normal pretraining images and are
-    saved with the projector. A product's scale is the mean norm of its references' leave-one-out residuals, so that
-    a normal residual has norm about 1 on a calm and on a busy product alike. A single reference has nothing to
-    leave out; its tokens are matched within the photograph and the norm is multiplied by ``single``, the ratio
-    between the two kinds of norm on the pretraining set.
+
+class Conditioning(nn.Module):
+    """Per level: channels centred on their median over the photograph and divided by std sqrt(C), then residuals
+    divided by the product's own normal scale.
+
+    The median, unlike the mean, does not follow a defect that covers less than half of the picture. The statistics
+    (``std`` per channel; ``single`` per level) come from normal pretraining images and are saved with the projector.
+    A product's scale is the mean norm of its references' leave-one-out residuals, so that a normal residual has norm
+    about 1 on a calm and on a busy product alike. A single reference has nothing to leave out; its tokens are matched
+    within the photograph and the norm is multiplied by ``single``, the ratio between the two kinds of norm on the
+    pretraining set.
     """
 
     def __init__(self, channels: list[int]) -> None:
         super().__init__()
         self.levels = len(channels)
         for level, width in enumerate(channels):
-            self.register_buffer(f"mean_{level}", torch.zeros(width))
             self.register_buffer(f"std_{level}", torch.ones(width))
         self.single: Tensor
         self.register_buffer("single", torch.ones(len(channels)))
 
     def standardise(self, features: FeatureMaps) -> FeatureMaps:
-        """L levels [B, C_l, H_l, W_l] -> (x - mean) / (std sqrt(C_l)), same shapes."""
+        """L levels [B, C_l, H_l, W_l] -> (x - median over the photograph) / (std sqrt(C_l)), same shapes."""
         out = []
         for level, feature in enumerate(features):
-            mean, std = getattr(self, f"mean_{level}"), getattr(self, f"std_{level}")
-            scale = 1.0 / (std * feature.shape[1] ** 0.5)
-            out.append((feature - mean[:, None, None]) * scale[:, None, None])
+            scale = getattr(self, f"std_{level}") * feature.shape[1] ** 0.5
+            out.append(_centred(feature) / scale[:, None, None])
         return out
 
     def product_scale(self, references: References, images: int, metric: str = "l2") -> list[Tensor]:
@@ -63,14 +68,13 @@ class Conditioning(nn.Module):
     def fit(self, batches: Iterable[FeatureMaps], metric: str = "l2") -> Conditioning:
         """Measure the statistics on batches of raw features; each batch holds normal images of one product (>= 2).
 
-        Means and variances are accumulated in float64 over all tokens; ``single`` is the ratio of the mean norm
-        between two photographs to the mean norm within one, averaged over products.
+        ``std`` is the root mean square of the centred channels over all tokens (in float64); ``single`` is the ratio
+        of the mean norm between two photographs to the mean norm within one, averaged over products.
         """
         batches = list(batches)
         for level in range(self.levels):
-            rows = torch.cat([tokens(batch[level]).flatten(0, 1) for batch in batches]).double()
-            getattr(self, f"mean_{level}").copy_(rows.mean(0))
-            getattr(self, f"std_{level}").copy_(rows.std(0).clamp_min(EPS))
+            rows = torch.cat([tokens(_centred(batch[level])).flatten(0, 1) for batch in batches]).double()
+            getattr(self, f"std_{level}").copy_(rows.square().mean(0).sqrt().clamp_min(EPS))
         ratios = []
         for batch in batches:
             first, second = (self.standardise([level[i : i + 1] for level in batch]) for i in (0, 1))

@@ -5,6 +5,7 @@ Every field is a key of the YAML files in recipes/configs and a flag of the reci
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import sys
@@ -166,7 +167,7 @@ class PretrainConfig:
         run: folder of the run; the same command in the same folder resumes.
         shots: numbers of references K drawn from, per image.
         matching: nearest reference by "l2" (paper) or "cosine" (released code).
-        conditioning: z-score channels and scale residuals per product (see `adpretrain.conditioning`).
+        conditioning: remove drift between photographs and scale channels and residuals (`adpretrain.conditioning`).
         augment: "epoch" draws new views every epoch; "once" keeps each image's first two views; "none" has one plain
             view (no angle loss).
         cache: keep the residuals of every image in memory instead of computing them step by step.
@@ -211,6 +212,9 @@ def check_keys(cls: type, mapping: Any, where: str, prefix: str = "") -> None:
     if not isinstance(mapping, Mapping):
         raise ValueError(f"{where}: {prefix.rstrip('.') or 'the top level'} must be a mapping, got {mapping!r}")
     hints = typing.get_type_hints(cls)
+    for item in dataclasses.fields(cls):  # jsonargparse would fill an absent section with its defaults
+        if item.default is item.default_factory is dataclasses.MISSING and item.name not in mapping:
+            raise ValueError(f"{where}: key {prefix}{item.name} is missing")
     for key, value in mapping.items():
         if key not in hints:
             close = difflib.get_close_matches(str(key), hints, n=1)
@@ -220,8 +224,13 @@ def check_keys(cls: type, mapping: Any, where: str, prefix: str = "") -> None:
             check_keys(typing.cast(type, hints[key]), value, where, f"{prefix}{key}.")
 
 
+class _Help(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Help with the description's own line breaks, so that its examples stay readable."""
+
+
 def _parser(cls: type, description: str | None = None) -> jsonargparse.ArgumentParser:
-    parser = jsonargparse.ArgumentParser(description=description, exit_on_error=False)
+    parser = jsonargparse.ArgumentParser(description=description, exit_on_error=False, formatter_class=_Help)
+    parser.usage = "%(prog)s --config FILE [--key value ...]"
     parser.add_argument("--config", action="config", help="YAML file; flags after it override its keys")
     parser.add_class_arguments(cls)
     return parser

@@ -46,7 +46,19 @@ def _split_levels(state_dict: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     for level, weights in levels.items():
         if missing := _EXPECTED - weights.keys():
             raise ValueError(f"level l{level} of the checkpoint lacks {sorted(missing)}")
+        _check_shapes(level, weights)
     return [levels[level] for level in sorted(levels)]
+
+
+def _check_shapes(level: int, weights: Mapping[str, Tensor]) -> None:
+    """Those that are taken apart; `load_state_dict` checks the others."""
+    shape = tuple(weights["x_ref"].shape)
+    if len(shape) != 3 or shape[0] != 1:
+        raise ValueError(f"l{level}_proj.x_ref is {list(shape)}, expected [1, N_r, C]")
+    width = shape[2]
+    for name, expected in zip(_RESHAPED[1:], ((width, width, 1), (3 * width, width), (3 * width,)), strict=True):
+        if weights[name].shape != expected:
+            raise ValueError(f"l{level}_proj.{name} is {list(weights[name].shape)}, expected {list(expected)}")
 
 
 def _level_from_official(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -214,7 +214,15 @@ class ADExtractor(nn.Module):
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Write config.json and model.safetensors (projector, centres, conditioning; never the backbone or
-        references). The folder appears, or is replaced, only when complete. Returns its path."""
+        references). The folder appears, or is replaced, only when complete. Returns its path.
+
+        Raises ValueError if ``folder`` holds other files: replacing it would delete them.
+        """
+        target = Path(folder)
+        others = {path.name for path in target.iterdir()} - {CONFIG_NAME, WEIGHTS_NAME} if target.is_dir() else set()
+        if others or (target.exists() and not target.is_dir()):
+            what = f"holds other files ({_some(others)})" if others else "is a file"
+            raise ValueError(f"{folder} {what}: save into a new folder or over an earlier extractor")
         weights = {k: v.contiguous() for k, v in self.state_dict().items() if not k.startswith("backbone.")}
         with atomic_folder(folder) as temporary:
             save_file(weights, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
@@ -251,7 +259,9 @@ class ADExtractor(nn.Module):
 
 
 def images_in_bank(features: FeatureMaps, references: References) -> int:
-    """K, from the sizes of the feature maps and of the banks."""
+    """K, from the sizes of the feature maps and of the banks. Raises ValueError if they do not fit each other."""
+    if len(references) != len(features):
+        raise ValueError(f"references must be one bank per level: {len(features)} are needed, got {len(references)}")
     per_image = features[0].shape[2] * features[0].shape[3]
     if references[0].shape[1] % per_image:
         raise ValueError(

@@ -40,9 +40,15 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.chmod(0o755)  # mkdtemp makes private folders; a saved artefact is shared like any other file
         if path.exists():
             previous = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-            os.replace(path, previous / path.name)
-            os.replace(temporary, path)
-            shutil.rmtree(previous, ignore_errors=True)
+            try:
+                os.replace(path, previous / path.name)
+                try:
+                    os.replace(temporary, path)
+                except BaseException:
+                    os.replace(previous / path.name, path)
+                    raise
+            finally:
+                shutil.rmtree(previous, ignore_errors=True)
         else:
             os.replace(temporary, path)
     finally:

@@ -60,7 +60,10 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
 
 def read_mask(path: str | os.PathLike[str]) -> Image.Image:
     """Read a defect mask as 8-bit gray: any value above zero is a defect. Errors as in `read_image`."""
-    values = np.asarray(_open(path))
+    mask = _open(path)
+    if mask.mode in ("P", "PA", "LA"):  # the colour counts, not the palette's index, and never the opacity
+        mask = mask.convert("RGB")
+    values = np.asarray(mask)
     if values.ndim == 3:  # RGB or RGBA masks: a pixel is marked if any colour channel is
         values = values[..., :3].max(axis=2)
     return Image.fromarray(((values > 0) * 255).astype(np.uint8))
@@ -137,9 +140,10 @@ class TwoViews:
     def __call__(self, image: Image.Image, seed: int) -> Tensor:
         """Photograph -> float tensor [2, 3, S, S]; the same seed gives the same views."""
         placed = F.to_image(self.preprocess.view_of(image))
-        # torchvision draws from torch's global generator: fork it, so that nobody else's numbers change.
+        # torchvision draws from torch's global generator: fork it, so that nobody else's numbers change
+        # (torch.manual_seed would reseed the GPUs too, which are not forked).
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             views = [self.augment(placed) for _ in range(2)]
         return torch.stack([self.preprocess.normalise(view) for view in views])
 

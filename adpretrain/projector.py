@@ -77,9 +77,12 @@ class LearnableKeyValueProjector(nn.Module):
 
     R are N_r learnable references, R_h = Linear(R) is shared by all layers. The attention output, made of learnt
     normal patterns, is subtracted instead of added. Neither the paper nor the released code has a layer norm: the
-    norm of a residual is the signal. Keys and values do not depend on the image: training projects them once per
-    forward, inference once per set of weights. The cache is dropped by `train`, by loading weights and by moving,
-    and is used only while the very parameter versions it was made from are in place.
+    norm of a residual is the signal. Both output layers start at zero (our choice; the paper is silent), so that an
+    untrained projector returns its input and training starts from the residual norm, a working detector.
+
+    Keys and values do not depend on the image: training projects them once per forward, inference once per set of
+    weights. The cache is dropped by `train`, by loading weights and by moving, and is used only while the very
+    parameter versions it was made from are in place.
     """
 
     def __init__(
@@ -90,19 +93,25 @@ class LearnableKeyValueProjector(nn.Module):
         self.reference_projection = nn.Linear(width, width)
         self.attention = nn.ModuleList(Attention(width, heads) for _ in range(layers))
         self.mlp = nn.ModuleList(MLP(width, mlp_ratio, squeeze_excite) for _ in range(layers))
-        self._cache: tuple[Any, list[tuple[Tensor, Tensor]]] | None = None
+        for name, parameter in self.named_parameters():
+            if ".out." in name or ".fc2." in name:
+                nn.init.zeros_(parameter)
+        self._cache: tuple[Any, list[tuple[Tensor, Tensor]], list[Tensor]] | None = None
 
     def _project_references(self) -> list[tuple[Tensor, Tensor]]:
         hidden = self.reference_projection(self.references)[None]
         return [attention.project_context(hidden) for attention in self.attention]  # type: ignore[operator]
 
-    def _cache_key(self) -> Any:
-        sources = [self.references, *self.reference_projection.parameters()]
+    def _sources(self) -> list[Tensor]:
+        sources: list[Tensor] = [self.references, *self.reference_projection.parameters()]
         for attention in self.attention:
-            sources += list(attention.key_value.parameters())  # type: ignore[union-attr, operator]
+            sources += list(attention.key_value.parameters())  # type: ignore[union-attr]
+        return sources
+
+    def _cache_key(self) -> Any:
         device = self.references.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        versions = [(p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype, p.device) for p in sources]
+        versions = [(p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype, p.device) for p in self._sources()]
         return autocast, torch.is_inference_mode_enabled(), versions
 
     def keys_values(self) -> list[tuple[Tensor, Tensor]]:
@@ -111,7 +120,8 @@ class LearnableKeyValueProjector(nn.Module):
             return self._project_references()
         key = self._cache_key()
         if self._cache is None or self._cache[0] != key:
-            self._cache = (key, self._project_references())
+            # The sources are held so that their addresses, part of the key, cannot be given to newer weights.
+            self._cache = (key, self._project_references(), [p.detach() for p in self._sources()])
         return self._cache[1]
 
     def forward(self, x_BTC: Tensor, reference_residuals_BMC: Tensor | None = None) -> Tensor:

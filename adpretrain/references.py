@@ -78,7 +78,7 @@ class AlignedReferences:
             raise ValueError(f"the pool must be [P, C, H, W] with P > 0, got {tuple(features_PCHW.shape)}")
         if min(features_PCHW.shape[2:]) < cells:
             raise ValueError(
-                f"a {cells} x {cells} grid needs feature maps of at least that size, got {tuple(features_PCHW.shape[2:])}"
+                f"a {cells} x {cells} grid needs maps of at least that size, got {tuple(features_PCHW.shape[2:])}"
             )
         self.cells = cells
         blocks = self._blocks(features_PCHW)  # [P, S^2, G, C]

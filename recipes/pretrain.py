@@ -161,13 +161,14 @@ def set_up(config: PretrainConfig, console: Console, accelerator: Accelerator) -
     if config.data.on_error == "skip":
         preprocess = load_backbone(**dataclasses.asdict(config.backbone)).preprocess
         samples = ImageDataset(samples, preprocess, "skip").samples
-    folder = RunFolder(config, console, accelerator.is_main_process)
     torch.manual_seed(config.seed)
     extractor = build_extractor(config, samples, accelerator.device)
     seed = config.cache.seed if config.cache.draws else config.seed
     data = PretrainingSet(samples, extractor.preprocess, config.shots, seed, config.augment)
-    global_batch = config.optim.batch_size * accelerator.num_processes
-    steps = config.optim.steps or len(data) // global_batch * config.optim.epochs
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    per_epoch = StepBatches(len(data), config.optim.batch_size, 0, 0, config.seed, rank, processes).per_epoch
+    steps = config.optim.steps or per_epoch * config.optim.epochs
+    folder = RunFolder(config, console, accelerator.is_main_process)  # after everything a mistake could stop
     assert extractor.projector is not None
     adam = torch.optim.Adam(extractor.projector.parameters(), config.optim.lr, weight_decay=config.optim.weight_decay)
     # The scheduler is not prepared by accelerate: a prepared one steps once per process.
@@ -269,7 +270,7 @@ def report_held_out(run: Run, step: int) -> None:
     )
 
 
-def train(run: Run, interruption: Interruption) -> bool:
+def train(run: Run) -> bool:
     """Train to the last step, or to an interruption; returns whether the training is complete."""
     checkpoint = run.folder.load_checkpoint()
     start = 0
@@ -287,6 +288,7 @@ def train(run: Run, interruption: Interruption) -> bool:
     if start == 0 and run.held_out:
         report_held_out(run, 0)
     run.model.train()
+    interruption = Interruption()  # only from here on is there something to save
     source = iter(batches(run.schedule(start, run.steps)))
     global_batch = run.config.optim.batch_size * run.accelerator.num_processes
     with progress_bar(run.console) as bar:
@@ -346,8 +348,8 @@ def finish(run: Run) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 = finished or stopped on request (resumable), 1 = the training failed, 2 = a mistake in what was asked."""
-    interruption = Interruption()
+    """0 = finished or stopped on request (resumable), 1 = the training failed, 2 = a mistake in what was asked, 130 =
+    stopped before training began."""
     console = Console(stderr=True)
     try:
         config = parse_command_line(PretrainConfig, argv, __doc__)
@@ -357,10 +359,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = set_up(config, console, accelerator)
         if config.tracker:
             accelerator.init_trackers("tensorboard")
-        complete = train(run, interruption)
+        complete = train(run)
     except ValueError as error:
         console.print(f"[red]error:[/] {error}", highlight=False)
         return 2
+    except KeyboardInterrupt:
+        console.print("stopped before the training began; the same command starts again")
+        return 130
     except FloatingPointError as error:
         console.print(f"[red]training failed:[/] {error}", highlight=False)
         return 1

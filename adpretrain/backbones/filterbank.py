@@ -137,7 +137,16 @@ class FilterBank(Backbone):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> FeatureMaps:
-        """[B, 3, S, S] in 0..1 -> 4 levels [B, C_l, S/8, S/8]; computed in float32 whatever the autocast state."""
+        """[B, 3, S, S] in 0..1 -> 4 levels [B, C_l, S/8, S/8]; computed in float32 whatever the autocast state.
+
+        Raises ValueError for images of another size than the backbone was made for.
+        """
+        side = self.grid * POOL
+        if images.ndim != 4 or images.shape[1:] != (3, side, side):
+            raise ValueError(
+                f"this filterbank takes images [B, 3, {side}, {side}], got {tuple(images.shape)}: prepare them with "
+                ".preprocess, or choose another image_size"
+            )
         with torch.autocast(images.device.type, enabled=False):
             # One image at a time on a CPU: the maps of one image stay in its cache.
             parts = images.float().split(1 if images.device.type == "cpu" else images.shape[0])

@@ -22,7 +22,22 @@ DATASETS: dict[str, Callable[..., list[Sample]]] = {
 
 
 def index_dataset(name: str, root: str | Path) -> list[Sample]:
-    """The samples of a data set on disk. Raises ValueError for an unknown name or a folder of another layout."""
+    """The samples of a data set on disk; "auto" finds the layout.
+
+    Raises ValueError for an unknown name or a folder of another layout.
+    """
+    if name == "auto":
+        return _detect(root)
     if name not in DATASETS:
-        raise ValueError(f"data set {name!r} is unknown; choose one of: {', '.join(DATASETS)}")
+        raise ValueError(f"data set {name!r} is unknown; choose one of: auto, {', '.join(DATASETS)}")
     return DATASETS[name](root)
+
+
+def _detect(root: str | Path) -> list[Sample]:
+    reasons = []
+    for name in ("realiad", "mvtec", "mtd"):  # a plain folder has no labels and would match anything
+        try:
+            return DATASETS[name](root)
+        except ValueError as error:
+            reasons.append(f"  {name}: {error}")
+    raise ValueError(f"{root} is in none of the known layouts:\n" + "\n".join(reasons))

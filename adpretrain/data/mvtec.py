@@ -29,7 +29,7 @@ def index_mvtec(root: str | Path, categories: Sequence[str] = ()) -> list[Sample
     samples = []
     for name in categories or found:
         for split in ("train", "test"):
-            for folder in sorted((found[name] / split).glob("*/")):
+            for folder in sorted(path for path in (found[name] / split).glob("*") if path.is_dir()):
                 samples += _of_defect(found[name], split, folder)
     return samples
 

@@ -32,7 +32,7 @@ class PretrainingSet(Dataset[dict[str, Any]]):
     """Pretraining samples with their references; indexed by (epoch, index).
 
     An item is a dict: ``views`` float [V, 3, S, S], ``references`` float [K, 3, S, S], ``mask`` bool [S, S], ``epoch``
-    and ``index``. K is drawn per image from ``shots`` (ADPretrain Tab. 13: Rand(1, 4, 8)); the K references are distinct
+    and ``index``. K is drawn per image from ``shots`` (ADPretrain Tab. 13: Rand(1, 4, 8)); the references are distinct
     normal images of the same category and view, never the image itself.
 
     Raises ValueError if a category's view has too few normal images for the largest K.
@@ -157,5 +157,6 @@ def token_labels(masks_BSS: Tensor, grid: tuple[int, int], rule: str = "nearest"
         return F.interpolate(masks, size=grid, mode="nearest-exact")[:, 0] > 0
     if rule == "pixels":
         share = F.adaptive_avg_pool2d(masks, grid)[:, 0]
-        return share * (224 * 224 / (grid[0] * grid[1])) > pixels
+        # The margin is for rounding: exactly ``pixels`` of a 14 x 14 patch come out a little above in float32.
+        return share * (224 * 224 / (grid[0] * grid[1])) > pixels + 1e-3
     raise ValueError(f"token label rule {rule!r} is unknown; choose 'nearest' or 'pixels'")

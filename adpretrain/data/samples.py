@@ -64,9 +64,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
     def _readable(self, sample: Sample) -> bool:
         try:
-            read_image(sample.image)
-            if sample.mask is not None:
-                read_mask(sample.mask)
+            load_mask(sample, read_image(sample.image).size, self.preprocess)
         except ValueError as error:
             self.skipped.append((sample.image, str(error)))
             return False

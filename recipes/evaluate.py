@@ -1,0 +1,196 @@
+"""Few-shot comparison on labelled photographs: with and without the pretrained projector, on the same references.
+
+  python recipes/evaluate.py --extractors runs/demo/pretrain-seed0/extractor --root data/mtd --shots 4 8 --draws 3
+
+Rows: the backbone's plain norm; the norm of raw residuals (feature minus nearest reference, nothing learnt); the
+residuals conditioned with the pretraining set's statistics; FeatureNorm on the pretrained features. Several
+extractors (seeds of one training) are averaged, and their spread is printed. References are drawn at random from the
+normal training images; nothing is ever chosen on the scored images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import fnmatch
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from adpretrain.data import DATASETS, Sample, index_dataset
+from adpretrain.extractor import ADExtractor
+from adpretrain.files import atomic_path
+from adpretrain.references import random_references
+from downstream.evaluate import FeatureSet, backbone_norm, by_product, encode_samples, measure, score
+
+METRICS = ("image_auroc", "pixel_auroc", "aupro")
+BACKBONE, RAW, CONDITIONED = "backbone norm", "raw residual norm", "conditioned residual norm"
+PRETRAINED = "pretrained FeatureNorm"
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One row's metrics (in %) on one product, K, draw of references, kind of defect and extractor."""
+
+    row: str
+    product: str
+    shots: int
+    draw: int
+    defect: str
+    seed: int
+    values: tuple[float, ...]
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--extractors", type=Path, nargs="+", required=True, help="folders of extractors of one kind")
+    parser.add_argument("--dataset", default="auto", help=f"layout: auto, {', '.join(DATASETS)}")
+    parser.add_argument("--root", type=Path, required=True, help="folder of the data set")
+    parser.add_argument("--categories", nargs="*", default=["*"], help='categories to score, patterns such as "p00*"')
+    parser.add_argument("--defects", nargs="*", default=[], help="kinds of defects to score (all by default)")
+    parser.add_argument("--shots", type=int, nargs="+", default=[4], help="numbers of references K")
+    parser.add_argument("--draws", type=int, default=1, help="draws of references, for the spread between draws")
+    parser.add_argument("--per-defect", action="store_true", help="also a table for every kind of defect")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, help="write every single result to this file")
+    return parser.parse_args(argv)
+
+
+def chosen_samples(options: argparse.Namespace) -> list[Sample]:
+    """The samples asked for. Raises ValueError if a pattern matches nothing."""
+    samples = index_dataset(options.dataset, options.root)
+    names = sorted({sample.category for sample in samples})
+    keep = {name for pattern in options.categories for name in fnmatch.filter(names, pattern)}
+    if not keep:
+        raise ValueError(f"categories {options.categories} match none of: {', '.join(names)}")
+    kinds = sorted({sample.defect for sample in samples if sample.anomalous})
+    if unknown := set(options.defects) - set(kinds):
+        raise ValueError(f"defects {sorted(unknown)} are unknown; this set has: {', '.join(kinds)}")
+    return [
+        sample
+        for sample in samples
+        if sample.category in keep and (not sample.anomalous or not options.defects or sample.defect in options.defects)
+    ]
+
+
+def evaluate_product(
+    name: str, images: FeatureSet, extractors: list[ADExtractor], options: argparse.Namespace
+) -> Iterator[Result]:
+    """Every row on one product."""
+    size = extractors[0].preprocess.image_size
+    rows = [(RAW, 0, ADExtractor(extractors[0].backbone, matching=extractors[0].config.matching))]
+    if extractors[0].conditioning is not None:
+        rows.append((CONDITIONED, 0, extractors[0].without_projector()))
+    rows += [(PRETRAINED, seed, extractor) for seed, extractor in enumerate(extractors)]
+    pool = images.normals()
+    for shots in options.shots:
+        for draw in range(options.draws):
+            references = [pool[index] for index in random_references(len(pool), shots, seed=draw)]
+            queries = images.queries(references)
+            predictions = [(BACKBONE, 0, backbone_norm(images, queries, size))]
+            predictions += [(row, seed, score(extractor, images, references, queries)) for row, seed, extractor in rows]
+            for defect, keep in _by_defect(images, queries, options.per_defect):
+                for row, seed, prediction in predictions:
+                    part = type(prediction)(prediction.scores[keep], prediction.maps[keep])
+                    metrics = measure(part, images, [queries[index] for index in keep])
+                    values = tuple(100 * getattr(metrics, metric) for metric in METRICS)
+                    yield Result(row, name, shots, draw, defect, seed, values)
+
+
+def _by_defect(images: FeatureSet, queries: Sequence[int], each: bool) -> Iterator[tuple[str, list[int]]]:
+    """("all", positions) and, if asked for, every kind of defect with all the normal images."""
+    yield "all", list(range(len(queries)))
+    kinds = [images.samples[query].defect for query in queries]
+    for kind in sorted(set(kinds) - {"good"}) if each else ():
+        yield kind, [position for position, found in enumerate(kinds) if found in ("good", kind)]
+
+
+def summarise(results: Sequence[Result], shots: int, defect: str) -> dict[str, dict[str, np.ndarray]]:
+    """Row -> mean over products, draws and seeds, spread between draws, spread between seeds, gain over raw residuals.
+
+    Spreads are standard deviations of the mean over products (n - 1); 0 where there is only one draw or seed.
+    """
+    grouped: dict[str, dict[tuple[int, int], list[tuple[float, ...]]]] = defaultdict(lambda: defaultdict(list))
+    for result in results:
+        if result.shots == shots and result.defect == defect:
+            grouped[result.row][result.seed, result.draw].append(result.values)
+    out = {}
+    for row, cells in grouped.items():
+        table = {key: np.nanmean(values, axis=0) for key, values in cells.items()}
+        by_seed, by_draw = (
+            np.array(
+                [
+                    np.mean([v for k, v in table.items() if k[axis] == i], axis=0)
+                    for i in sorted({k[axis] for k in table})
+                ]
+            )
+            for axis in (0, 1)
+        )
+        out[row] = {
+            "mean": by_seed.mean(0),
+            "between_draws": by_draw.std(0, ddof=1) if len(by_draw) > 1 else np.zeros(len(METRICS)),
+            "between_seeds": by_seed.std(0, ddof=1) if len(by_seed) > 1 else np.zeros(len(METRICS)),
+            "per_draw": by_draw,
+        }
+    for cells in out.values():
+        cells["gain"] = cells["mean"] - out[RAW]["mean"]
+    return out
+
+
+def show(results: Sequence[Result], options: argparse.Namespace, console: Console) -> None:
+    """The tables, one line per row and K."""
+    defects = list(dict.fromkeys(result.defect for result in results))
+    for defect in defects:
+        products = len({result.product for result in results})
+        title = f"{products} product(s), defects: {defect}, mean over {options.draws} reference draw(s), in %"
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        for column in ("K", "features", "image AUROC", "pixel AUROC", "AUPRO"):
+            table.add_column(column, justify="left" if column == "features" else "right")
+        for shots in options.shots:
+            for row, cells in summarise(results, shots, defect).items():
+                spread = cells["between_draws"] if options.draws > 1 else cells["between_seeds"]
+                marked = options.draws > 1 or (row == PRETRAINED and len(options.extractors) > 1)
+                values = [
+                    f"{m:.1f}" + (f" ± {s:.1f}" if marked else "") for m, s in zip(cells["mean"], spread, strict=True)
+                ]
+                table.add_row(str(shots), row, *values)
+            cells = summarise(results, shots, defect)[PRETRAINED]
+            gains = [f"{gain:+.1f}" for gain in cells["gain"]]
+            table.add_row("", "  gain over raw residual", *gains)
+            if len(options.extractors) > 1:
+                seeds = [f"{spread:.2f}" for spread in cells["between_seeds"]]
+                table.add_row("", f"  spread of {len(options.extractors)} training seeds", *seeds)
+        console.print(table)
+        console.print()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(argv)
+    errors = Console(stderr=True)
+    try:
+        samples = chosen_samples(options)
+        extractors = [ADExtractor.from_pretrained(folder, options.device) for folder in options.extractors]
+        results: list[Result] = []
+        with Progress(console=errors) as bar:
+            for name, group in bar.track(list(by_product(samples).items()), description="products"):
+                images = encode_samples(group, extractors[0].backbone, options.device)
+                results += evaluate_product(name, images, extractors, options)
+    except ValueError as error:
+        errors.print(f"[red]error:[/] {error}", highlight=False)
+        return 2
+    show(results, options, Console(width=max(100, errors.width)))
+    if options.json:
+        with atomic_path(options.json) as temporary:
+            temporary.write_text(json.dumps([dataclasses.asdict(result) for result in results]), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""A tiny synthetic set and the pretraining command as a user runs it: in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from adpretrain.data.synthetic import make_synthetic
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def tiny_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_synthetic(tmp_path_factory.mktemp("tiny"), 6, 6, 4, size=128, seed=3, workers=2, progress=False)
+
+
+@pytest.fixture
+def pretrain(tiny_set: Path) -> Callable[..., subprocess.Popen[str]]:
+    """Start recipes/pretrain.py on the tiny set with further flags."""
+
+    def start(run: Path, *flags: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "recipes/pretrain.py", "--config", "recipes/configs/demo.yaml", "--run", str(run)]
+        command += ["--data.root", str(tiny_set), "--cache.folder", "", "--shots", "[1,3]", "--optim.batch_size", "8"]
+        command += ["--projector.references", "16", "--tracker", "false", "--log_every", "1", *flags]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    return start
+
+
+def finish(process: subprocess.Popen[str], expected: int = 0) -> str:
+    """Wait; fail with the process's own words if it did not end as expected."""
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == expected, output
+    return output

@@ -1,0 +1,109 @@
+"""The pretraining command: learns, resumes to the same bytes, refuses what it should."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import finish
+
+from adpretrain import ADExtractor
+
+pytestmark = pytest.mark.slow
+Start = Callable[..., subprocess.Popen[str]]
+
+
+def lines(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(pretrain: Start, tmp_path: Path) -> None:
+    flags = ("--optim.steps", "40", "--checkpoint_every", "5")
+    finish(pretrain(tmp_path / "whole", *flags))
+    process = pretrain(tmp_path / "cut", *flags)
+    while not list((tmp_path / "cut" / "checkpoints").glob("step_*.pt")):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    output = finish(process)
+    assert "the same command resumes" in output
+    assert not (tmp_path / "cut" / "extractor").exists()
+    assert "resuming" in finish(pretrain(tmp_path / "cut", *flags))
+    weights = [(tmp_path / name / "extractor" / "model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert weights[0] == weights[1]
+    losses = [[line["loss"] for line in lines(tmp_path / name) if "loss" in line] for name in ("whole", "cut")]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 40
+
+
+def test_killed_without_warning_and_a_torn_checkpoint(pretrain: Start, tmp_path: Path) -> None:
+    flags = ("--optim.steps", "40", "--checkpoint_every", "5")
+    process = pretrain(tmp_path / "run", *flags)
+    folder = tmp_path / "run" / "checkpoints"
+    while len(list(folder.glob("step_*.pt"))) < 2:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    newest = max(folder.glob("step_*.pt"))
+    newest.write_bytes(newest.read_bytes()[:5000])
+    output = finish(pretrain(tmp_path / "run", *flags))
+    assert newest.name in output.replace("\n", "")
+    assert "unreadable" in output
+    assert lines(tmp_path / "run")[-1]["step"] == 40
+
+
+def test_run_folder_holds_what_the_readme_says_and_the_extractor_knows_its_origin(
+    pretrain: Start, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    output = finish(pretrain(run, "--optim.steps", "6", "--eval.every", "3", "--tracker", "true"))
+    assert "held-out image AUROC" in output
+    for name in ("config.yaml", "metrics.jsonl", "curves.png", "tensorboard", "extractor/config.json"):
+        assert (run / name).exists(), name
+    provenance = ADExtractor.from_pretrained(run / "extractor").config.provenance
+    assert provenance["steps"] == 6
+    assert provenance["data"]["categories"] == 4
+    assert provenance["held_out_metrics"]["image_auroc"] == lines(run)[-1]["image_auroc"]
+    first = next(line for line in lines(run) if "image_auroc" in line)
+    # Before training the projector returns its input: the same features, hence the same scores.
+    assert first["image_auroc"] == pytest.approx(first["raw_image_auroc"], abs=1e-9)
+    other = finish(pretrain(run, "--optim.steps", "7", "--eval.every", "3"), expected=2)
+    assert "optim.steps was 6, now 7" in other.replace("\n", " ")
+
+
+def test_both_losses_online_with_new_views_every_epoch(pretrain: Start, tmp_path: Path) -> None:
+    flags = [
+        "--augment",
+        "epoch",
+        "--cache.draws",
+        "0",
+        "--loss.lambda_",
+        "1.0",
+        "--tokens",
+        "0",
+        "--data.workers",
+        "1",
+    ]
+    finish(pretrain(tmp_path / "run", *flags, "--optim.steps", "3", "--optim.precision", "bf16"))
+    logged = [line for line in lines(tmp_path / "run") if "loss" in line]
+    assert all(line["angle"] != 0 and line["norm"] > 0 for line in logged)
+
+
+def test_mistakes_are_named_in_a_sentence(pretrain: Start, tmp_path: Path, tiny_set: Path) -> None:
+    for flags, words in (
+        (["--data.held_out", '["screw"]'], "held-out category 'screw' matches none of"),
+        (["--shots", "[8]"], "K = 8 references need 9 normal images"),
+        (["--backbone.name", "resnet"], "backbone 'resnet' is unknown; choose one of"),
+        (["--data.root", str(tmp_path / "nowhere")], "not found"),
+        (["--optim.batch_size", "4000"], "exceeds"),
+    ):
+        output = " ".join(finish(pretrain(tmp_path / "run", *flags), expected=2).split())
+        assert words in output
+        assert "Traceback" not in output
+        assert not (tmp_path / "run" / "config.yaml").exists()

@@ -1,0 +1,118 @@
+"""Conditioning: unit channels, products of equal normal scale, a single reference."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from adpretrain.backbones import FeatureMaps
+from adpretrain.conditioning import Conditioning
+from adpretrain.residual import residual_features, tokens
+
+CHANNELS = [6, 9]
+
+
+def product(seed: int, images: int = 3, spread: float = 1.0) -> FeatureMaps:
+    """Normal images of one product: a pattern of its own plus noise of ``spread``, channels of unequal scale."""
+    rng = torch.Generator().manual_seed(seed)
+    maps = []
+    for width in CHANNELS:
+        scale = torch.logspace(-2, 3, width)[:, None, None]
+        offset = torch.linspace(-50, 50, width)[:, None, None]
+        pattern = torch.randn(1, width, 5, 5, generator=rng)
+        maps.append(offset + scale * (pattern + spread * torch.randn(images, width, 5, 5, generator=rng)))
+    return maps
+
+
+def fitted() -> tuple[Conditioning, list[FeatureMaps]]:
+    batches = [product(seed, spread=0.1 + 0.2 * seed) for seed in range(6)]
+    return Conditioning(CHANNELS).fit(batches), batches
+
+
+def naive_leave_one_out(bank_NC: Tensor, images: int) -> float:
+    """Mean distance of every token to the nearest token of another image (of the same one if there is only one)."""
+    each = bank_NC.shape[0] // images
+    rows = bank_NC.double()
+    total = 0.0
+    for own in range(len(rows)):
+        others = [r for r in range(len(rows)) if (r // each != own // each if images > 1 else r != own)]
+        total += min(float((rows[own] - rows[r]).norm()) for r in others)
+    return total / len(rows)
+
+
+def test_standardised_channels_have_median_zero_and_mean_square_one_over_c() -> None:
+    conditioning, batches = fitted()
+    standardised = [conditioning.standardise(batch) for batch in batches]
+    for level, width in enumerate(CHANNELS):
+        photographs = torch.cat([batch[level] for batch in standardised]).flatten(2).numpy()
+        np.testing.assert_allclose(np.median(photographs, axis=2), 0, atol=1e-6)  # 25 tokens: the median is one of them
+        rows = torch.cat([tokens(batch[level]).flatten(0, 1) for batch in standardised])
+        torch.testing.assert_close(rows.square().mean(0), torch.full((width,), 1 / width), rtol=1e-4, atol=0)
+        # hence a token has squared norm 1 on average, whatever the width
+        assert rows.square().sum(1).mean().item() == pytest.approx(1.0, rel=1e-4)
+
+
+def test_drift_of_a_whole_photograph_vanishes_and_a_defect_stays_where_it_is() -> None:
+    conditioning, batches = fitted()
+    batch = batches[2]
+    drifted = [level + torch.randn(level.shape[:2])[..., None, None] for level in batch]
+    for a, b in zip(conditioning.standardise(drifted), conditioning.standardise(batch), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    defective = [level.clone() for level in batch]
+    for level in defective:
+        level[:, :, :2, :2] += 1e6  # 4 of 25 tokens; a mean would move all others by 160,000
+    for a, b in zip(conditioning.standardise(defective), conditioning.standardise(batch), strict=True):
+        others = (a - b)[:, :, 2:].abs()
+        assert others.max() < 2 * b.abs().max()
+
+
+def test_a_channel_that_never_varies_stays_finite() -> None:
+    batch = product(0)
+    batch[0][:, 2] = 7.0
+    out = Conditioning(CHANNELS).fit([batch, batch]).standardise(batch)
+    assert all(level.isfinite().all() for level in out)
+    assert out[0][:, 2].abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("images", [2, 4])
+def test_the_product_scale_is_the_mean_leave_one_out_norm(images: int) -> None:
+    conditioning, _ = fitted()
+    calm, busy = (conditioning.standardise(product(20, images, spread)) for spread in (0.05, 2.0))
+    banks = [torch.stack([tokens(a).flatten(0, 1), tokens(b).flatten(0, 1)]) for a, b in zip(calm, busy, strict=True)]
+    scales = conditioning.product_scale(banks, images)
+    for bank, scale in zip(banks, scales, strict=True):
+        assert scale.shape == (2,)
+        assert scale[1] > 5 * scale[0]
+        for own, value in zip(bank, scale, strict=True):
+            assert naive_leave_one_out(own / value, images) == pytest.approx(1.0, rel=1e-4)
+
+
+def test_one_reference_is_scaled_by_the_ratio_of_the_pretraining_set() -> None:
+    conditioning, batches = fitted()
+    expected = torch.zeros(len(CHANNELS))
+    for batch in batches:
+        maps = conditioning.standardise(batch)
+        for level in range(len(CHANNELS)):
+            first, second = tokens(maps[level])[:2]
+            between = residual_features([maps[level][:1]], [second[None]])[0].norm(dim=1).mean()
+            expected[level] += between / naive_leave_one_out(second, 1) / len(batches)
+            assert first.shape == second.shape
+    torch.testing.assert_close(conditioning.single, expected, rtol=1e-4, atol=0)
+    bank = [tokens(level)[0][None] for level in conditioning.standardise(product(30, 1))]
+    for level, scale in enumerate(conditioning.product_scale(bank, 1)):
+        within = naive_leave_one_out(bank[level][0], 1)
+        assert float(scale[0]) == pytest.approx(within * float(expected[level]), rel=1e-4)
+
+
+def test_identical_references_do_not_divide_by_zero() -> None:
+    bank = [tokens(level[:1]).repeat(1, 2, 1) for level in product(3)]
+    assert all((scale > 0).all() for scale in Conditioning(CHANNELS).product_scale(bank, 2))
+
+
+def test_the_statistics_are_saved() -> None:
+    conditioning, batches = fitted()
+    loaded = Conditioning(CHANNELS)
+    loaded.load_state_dict(conditioning.state_dict())
+    for a, b in zip(loaded.standardise(batches[0]), conditioning.standardise(batches[0]), strict=True):
+        assert torch.equal(a, b)
+    assert set(loaded.state_dict()) == {"single", "std_0", "std_1"}

@@ -1,0 +1,365 @@
+"""The extractor: saved and loaded in a new process, damaged folders, references, autocast, training on its output."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from adpretrain import ADExtractor
+from adpretrain.backbones import load_backbone
+from adpretrain.conditioning import Conditioning
+from adpretrain.config import ProjectorConfig
+from adpretrain.extractor import FORMAT_VERSION, build_projector
+from adpretrain.projector import ARCHITECTURES
+from adpretrain.residual import residual_features
+
+SIDE = 64
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+def images(count: int, seed: int = 0) -> Tensor:
+    return torch.rand(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
+
+
+def make(architecture: str | None = "learnable_kv", conditioned: bool = True, **projector: Any) -> ADExtractor:
+    torch.manual_seed(0)
+    backbone = load_backbone("filterbank", image_size=SIDE)
+    conditioning = Conditioning(backbone.channels) if conditioned else None
+    if conditioning:
+        conditioning.fit([backbone(images(3, seed=seed)) for seed in (10, 11)])
+    config = None
+    if architecture:
+        config = ProjectorConfig(architecture, **{"references": 64, "heads": 4, "mlp_ratio": 2.0, **projector})
+    trained = build_projector(config, backbone.channels) if config else None
+    for parameter in trained.parameters() if trained else ():
+        torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)  # untrained, it would return its input
+    return ADExtractor(
+        backbone,
+        projector=trained,
+        projector_config=config,
+        conditioning=conditioning,
+        centers=[torch.randn(width) for width in backbone.channels],
+        provenance={"seed": 0, "data": "noise"},
+    )
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def in_new_process(script: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make().set_references(images(2, 1)).save_pretrained(tmp_path_factory.mktemp("saved") / "extractor")
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """A copy of the saved extractor, to be damaged."""
+    return Path(shutil.copytree(saved, tmp_path / "extractor"))
+
+
+@pytest.mark.slow  # imports the library in a new process
+def test_a_new_process_gives_bit_equal_features(saved: Path, tmp_path: Path) -> None:
+    query, references = images(2, 2), images(2, 1)
+    save_file({"query": query, "references": references}, tmp_path / "in.safetensors")
+    script = """
+        import sys, torch
+        from safetensors.torch import load_file, save_file
+        from adpretrain import ADExtractor
+        folder, source, target = sys.argv[1:]
+        data = load_file(source)
+        extractor = ADExtractor.from_pretrained(folder).set_references(data["references"])
+        assert not extractor.training
+        save_file({str(i): x.contiguous() for i, x in enumerate(extractor(data["query"]))}, target)
+    """
+    done = in_new_process(script, saved, tmp_path / "in.safetensors", tmp_path / "out.safetensors")
+    assert done.returncode == 0, done.stderr
+    theirs = load_file(tmp_path / "out.safetensors")
+    ours = make().set_references(references)(query)
+    assert same(ours, [theirs[str(level)] for level in range(4)])
+    assert all(x.std() > 0 for x in ours)
+
+
+def test_the_folder_holds_no_references_and_no_backbone(saved: Path) -> None:
+    assert sorted(os.listdir(saved)) == [CONFIG, WEIGHTS]
+    weights = load_file(saved / WEIGHTS)
+    extractor = make()
+    expected = {name for name in extractor.state_dict() if not name.startswith("backbone.")}
+    assert set(weights) == expected
+    assert {name.split(".")[0] for name in weights} == {"projector", "conditioning", *(f"center_{i}" for i in range(4))}
+    banks = extractor.encode_references(images(2, 1))
+    rows = torch.cat([row.flatten() for row in weights.values() if row.is_floating_point()]).sort().values
+    for bank in banks:  # not one of the references' numbers is in the file, beyond chance
+        found = torch.isin(bank.flatten(), rows).float().mean()
+        assert found < 0.01
+    assert ADExtractor.from_pretrained(saved).references is None
+
+
+def test_the_config_comes_back(saved: Path) -> None:
+    loaded = ADExtractor.from_pretrained(saved)
+    assert loaded.config == make().config
+    assert loaded.config.provenance == {"seed": 0, "data": "noise"}
+    assert loaded.preprocess == loaded.backbone.preprocess
+    assert json.loads((saved / CONFIG).read_text())["format_version"] == FORMAT_VERSION
+
+
+@pytest.mark.parametrize("architecture", [None, *ARCHITECTURES])
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_every_architecture_saves_and_loads(architecture: str | None, conditioned: bool, tmp_path: Path) -> None:
+    extractor = make(architecture, conditioned, references=16)
+    loaded = ADExtractor.from_pretrained(extractor.save_pretrained(tmp_path / "extractor"))
+    banks, query = extractor.encode_references(images(2, 1)), images(2, 2)
+    assert same(loaded(query, banks), extractor(query, banks))
+
+
+# Damaged folders
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    content = json.loads((folder / CONFIG).read_text())
+    for key, value in changes.items():
+        *parents, last = key.split("__")
+        part = content
+        for parent in parents:
+            part = part[parent]
+        if value is None:
+            del part[last]
+        else:
+            part[last] = value
+    (folder / CONFIG).write_text(json.dumps(content))
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    weights = load_file(folder / WEIGHTS)
+    change(weights)
+    save_file(weights, folder / WEIGHTS)
+
+
+def _nan(weights: dict[str, Tensor]) -> None:
+    weights["center_1"][3] = float("nan")
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "newer": (
+        lambda f: edit_config(f, format_version=FORMAT_VERSION + 1, library_version="9.9"),
+        rf"has format version {FORMAT_VERSION + 1}, written by adpretrain 9\.9.*upgrade adpretrain",
+    ),
+    "no config": (lambda f: (f / CONFIG).unlink(), r"has no config\.json: expected a folder written by"),
+    "garbage config": (lambda f: (f / CONFIG).write_text("{"), r"cannot read .*config\.json"),
+    "binary config": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe"), r"cannot read .*config\.json"),
+    "list config": (lambda f: (f / CONFIG).write_text("[1]"), r"config\.json: the top level must be a mapping"),
+    "unknown key": (lambda f: edit_config(f, matchnig="l2"), r"unknown key matchnig \(did you mean matching\?\)"),
+    "no backbone": (lambda f: edit_config(f, backbone=None), r"config\.json: key backbone is missing"),
+    "no preprocess": (lambda f: edit_config(f, preprocess=None), r"config\.json: key preprocess is missing"),
+    "unknown backbone": (lambda f: edit_config(f, backbone__name="resnet9000"), "'resnet9000' is unknown.*filterbank"),
+    "bad type": (lambda f: edit_config(f, channels="many"), r"(?s)config\.json.*channels"),
+    "bad metric": (lambda f: edit_config(f, matching="l7"), "'l7' is unknown"),
+    "bad projector": (lambda f: edit_config(f, projector__heads="four"), r"(?s)config\.json.*heads"),
+    "bad preprocess": (lambda f: edit_config(f, preprocess__resize=8), "image_size 64 must be in"),
+    "other backbone": (
+        lambda f: edit_config(f, channels=[768] * 4),
+        r"made on features of \[768, 768, 768, 768\] channels.*'filterbank' gives \[29, 29, 29, 30\]",
+    ),
+    "other sizes": (
+        lambda f: edit_config(f, projector__references=32),
+        r"projector\.levels\.0\.references is \[64, 29\], its config says \[32, 29\]",
+    ),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), r"cannot read weights .*model\.safetensors"),
+    "truncated weights": (lambda f: _truncate(f / WEIGHTS), r"cannot read weights .*model\.safetensors"),
+    "garbage weights": (lambda f: (f / WEIGHTS).write_bytes(b"x" * 99), r"cannot read weights .*model\.safetensors"),
+    "nan": (lambda f: edit_weights(f, _nan), r"model\.safetensors: center_1 holds NaN"),
+    "missing weight": (lambda f: edit_weights(f, lambda w: w.pop("center_1")), "lacks center_1"),
+    "surplus weight": (
+        lambda f: edit_weights(f, lambda w: w.update({f"x{i}": torch.zeros(1) for i in range(5)})),
+        "holds unknown weights x0, x1, x2 and 2 more",
+    ),
+    "gone": (shutil.rmtree, "is not a folder: expected a folder written by ADExtractor.save_pretrained"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_folder_is_refused_and_says_why(folder: Path, damage: str) -> None:
+    inflict, message = DAMAGE[damage]
+    inflict(folder)
+    with pytest.raises(ValueError, match=message):
+        ADExtractor.from_pretrained(folder)
+
+
+# Saving
+
+
+def test_saving_again_replaces_the_earlier_extractor(folder: Path) -> None:
+    make(None).save_pretrained(folder)
+    assert ADExtractor.from_pretrained(folder).projector is None
+    assert os.listdir(folder.parent) == ["extractor"]
+
+
+def test_saving_never_deletes_other_files(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "only_copy.txt").write_text("words")
+    (tmp_path / "notes.txt").write_text("more words")
+    with pytest.raises(ValueError, match=r"thesis holds other files \(only_copy\.txt\): save into a new folder"):
+        make(None).save_pretrained(tmp_path / "thesis")
+    with pytest.raises(ValueError, match=r"notes\.txt is a file: save into a new folder"):
+        make(None).save_pretrained(tmp_path / "notes.txt")
+    assert (tmp_path / "thesis" / "only_copy.txt").read_text() == "words"
+    assert (tmp_path / "notes.txt").read_text() == "more words"
+    (tmp_path / "new").mkdir()
+    assert ADExtractor.from_pretrained(make(None).save_pretrained(tmp_path / "new")).projector is None
+
+
+def test_a_parent_that_is_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        make(None).save_pretrained(tmp_path / "file" / "run")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.slow  # imports the library in a new process
+def test_a_save_that_runs_out_of_space_leaves_the_earlier_extractor(folder: Path) -> None:
+    """The file size limit stops the write of the weights after 20 kB, as a full disk would."""
+    before = {name: (folder / name).read_bytes() for name in (CONFIG, WEIGHTS)}
+    script = """
+        import resource, sys, torch
+        from adpretrain import ADExtractor
+        extractor = ADExtractor.from_pretrained(sys.argv[1])
+        for parameter in extractor.projector.parameters():
+            torch.nn.init.zeros_(parameter)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        extractor.save_pretrained(sys.argv[1])
+    """
+    done = in_new_process(script, folder)
+    assert done.returncode == 1, done.stderr
+    assert "File too large" in done.stderr
+    assert {name: (folder / name).read_bytes() for name in (CONFIG, WEIGHTS)} == before
+    assert os.listdir(folder.parent) == ["extractor"]
+    ADExtractor.from_pretrained(folder)
+
+
+# Features
+
+
+@pytest.mark.parametrize("matching", ["l2", "cosine"])
+def test_without_projector_and_conditioning_the_features_are_the_residuals(matching: str) -> None:
+    backbone = load_backbone("filterbank", image_size=SIDE)
+    extractor = ADExtractor(backbone, matching=matching).set_references(images(3, 1))
+    banks = [level.flatten(2).transpose(1, 2).reshape(1, -1, level.shape[1]) for level in backbone(images(3, 1))]
+    assert same(extractor.references, banks)
+    assert same(extractor(images(2)), residual_features(backbone(images(2)), banks, matching))
+
+
+@pytest.mark.parametrize("architecture", [None, "learnable_kv", "self_cross_attention"])
+def test_references_per_image_equal_shared_ones_one_at_a_time(architecture: str | None) -> None:
+    extractor = make(architecture)
+    query = images(3)
+    references = images(6, 1).view(3, 2, 3, SIDE, SIDE)
+    together = extractor(query, extractor.encode_references(references))
+    for index in range(3):
+        alone = extractor(query[index : index + 1], extractor.encode_references(references[index]))
+        for all_of_them, one in zip(together, alone, strict=True):
+            torch.testing.assert_close(all_of_them[index], one[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shots", [1, 2])
+def test_references_of_one_call_do_not_stay(shots: int) -> None:
+    """The product scale is cached for the references that were set, never for those of a call."""
+    extractor, query = make(), images(2)
+    banks = extractor.encode_references(images(shots, 5) * 0.3)
+    extractor.set_references(images(2, 1))
+    first = extractor(query)
+    other = extractor(query, banks)
+    assert not same(first, other)
+    assert same(extractor(query), first)
+    assert same(extractor.set_references(banks)(query), other)
+    assert same(extractor.set_references(images(2, 1))(query), first)
+
+
+def test_the_baseline_is_the_same_up_to_the_residuals() -> None:
+    extractor = make().set_references(images(2, 1))
+    raw = extractor.without_projector()
+    assert same(raw(images(2)), make(None).set_references(images(2, 1))(images(2)))
+    with torch.inference_mode():
+        projected = extractor.projector(raw(images(2)))
+    assert same(projected, extractor(images(2)))
+
+
+def test_autocast_is_close_and_full_precision_returns() -> None:
+    extractor = make().set_references(images(2, 1))
+    single = extractor(images(2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = extractor(images(2))
+    assert same(extractor(images(2)), single)
+    assert not same(half, single)
+    for a, b in zip(half, single, strict=True):
+        assert (a.float() - b).norm() < 0.02 * b.norm()
+
+
+def test_a_layer_can_train_on_the_features() -> None:
+    extractor = make().set_references(images(2, 1))
+    features = extractor(images(2))[0]
+    assert not features.is_inference()
+    assert not features.requires_grad
+    layer = torch.nn.Conv2d(features.shape[1], 1, 1)
+    layer(features).sum().backward()
+    assert torch.allclose(layer.weight.grad.flatten(), features.sum((0, 2, 3)), rtol=1e-4, atol=1e-3)
+    features += 1  # inference tensors would refuse this
+
+
+def test_moving_moves_the_references() -> None:
+    extractor = make(None, conditioned=False).set_references(images(2, 1))
+    extractor.to(torch.float64)
+    assert {bank.dtype for bank in extractor.references} == {torch.float64}
+
+
+def test_reference_errors_say_what_to_do() -> None:
+    extractor = make(None)
+    with pytest.raises(ValueError, match=r"call set_references\(normal_images\) first"):
+        extractor(images(1))
+    for wrong in (torch.zeros(3, SIDE, SIDE), torch.zeros(1, 0, 3, SIDE, SIDE)):
+        with pytest.raises(ValueError, match=r"\[K, 3, S, S\] or \[B, K, 3, S, S\] with K > 0"):
+            extractor.set_references(wrong)
+    with pytest.raises(ValueError, match=r"images \[B, 3, 64, 64\], got \(1, 3, 96, 96\)"):
+        extractor.set_references(torch.zeros(1, 3, 96, 96))
+    banks = extractor.encode_references(images(2, 1))
+    with pytest.raises(ValueError, match="one bank per level: 4 are needed, got 3"):
+        extractor(images(1), banks[:3])
+    with pytest.raises(ValueError, match="127 tokens is not a whole number of 64-token images"):
+        extractor(images(1), [bank[:, 1:] for bank in banks])
+    with pytest.raises(ValueError, match="do not fit a batch of 3 images"):
+        extractor(images(3), [bank.repeat(2, 1, 1) for bank in banks])
+
+
+def test_impossible_parts_are_refused() -> None:
+    backbone = load_backbone("filterbank", image_size=SIDE)
+    with pytest.raises(ValueError, match="'l3' is unknown"):
+        ADExtractor(backbone, matching="l3")
+    config = ProjectorConfig("linear")
+    with pytest.raises(ValueError, match="given together or not at all"):
+        ADExtractor(backbone, projector=build_projector(config, backbone.channels))
+    assert dataclasses.replace(config, heads=2).heads == 2

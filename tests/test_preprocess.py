@@ -1,0 +1,259 @@
+"""Reading every kind of photograph, transforming it, and the two views."""
+
+import random
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from adpretrain.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess, TwoViews, read_image, read_mask
+
+
+def gradient(height: int = 24, width: int = 32) -> np.ndarray:
+    """An RGB picture whose corners are all different."""
+    ys, xs = np.mgrid[:height, :width]
+    return np.stack([ys * 255 // (height - 1), xs * 255 // (width - 1), np.full_like(xs, 90)], -1).astype(np.uint8)
+
+
+def png(path: Path, header: tuple[int, int, int, int], rows: bytes) -> Path:
+    """A PNG written byte by byte: (width, height, bit depth, colour type) and its unfiltered rows."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", *header, 0, 0, 0))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    return path
+
+
+def test_rgb_is_read_as_it_is(tmp_path: Path) -> None:
+    Image.fromarray(gradient()).save(tmp_path / "a.png")
+    image = read_image(tmp_path / "a.png")
+    assert image.mode == "RGB"
+    assert np.array_equal(np.asarray(image), gradient())
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bit_gray_keeps_its_brightness(tmp_path: Path, suffix: str) -> None:
+    """65535 is white and 0 is black in every file: two files of different ranges stay comparable."""
+    values = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
+    for name, array in (("full", values), ("dark", values // 4)):
+        Image.fromarray(array).save(tmp_path / f"{name}.{suffix}")
+    full, dark = (np.asarray(read_image(tmp_path / f"{name}.{suffix}")) for name in ("full", "dark"))
+    assert np.array_equal(full, np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, axis=2))
+    assert dark.max() == 64
+    assert abs(dark.astype(float) - full / 4).max() <= 0.5
+
+
+def test_16_bit_colour(tmp_path: Path) -> None:
+    pixels = gradient(4, 5).astype(">u2") * 257
+    path = png(tmp_path / "a.png", (5, 4, 16, 2), b"".join(b"\0" + row.tobytes() for row in pixels))
+    assert np.array_equal(np.asarray(read_image(path)), gradient(4, 5))
+
+
+@pytest.mark.parametrize("top", [1.0, 255.0])
+def test_float_tiff_by_its_type_s_range(tmp_path: Path, top: float) -> None:
+    values = np.linspace(0, top, 64, dtype=np.float32).reshape(8, 8)
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    expected = np.rint(np.linspace(0, 255, 64)).reshape(8, 8)
+    assert abs(np.asarray(read_image(tmp_path / "a.tif"))[..., 0] - expected).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK"])
+def test_other_modes_look_the_same_in_rgb(tmp_path: Path, mode: str) -> None:
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    pixels[:, 4:] = 255
+    suffix = "tif" if mode == "CMYK" else "png"
+    Image.fromarray(pixels).convert(mode).save(tmp_path / f"a.{suffix}")
+    assert np.array_equal(np.asarray(read_image(tmp_path / f"a.{suffix}")), pixels)
+
+
+def test_transparency_is_white(tmp_path: Path) -> None:
+    rgba = np.zeros((2, 3, 4), np.uint8)
+    rgba[:, 0] = (200, 100, 0, 255)  # opaque
+    rgba[:, 1] = (200, 100, 0, 0)  # gone
+    rgba[:, 2] = (200, 100, 0, 128)  # half
+    Image.fromarray(rgba).save(tmp_path / "a.png")
+    row = np.asarray(read_image(tmp_path / "a.png"))[0].astype(int)
+    assert row[:2].tolist() == [[200, 100, 0], [255, 255, 255]]
+    assert abs(row[2] - (np.array([200, 100, 0]) * 128 + 255 * 127) / 255).max() <= 1
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([0, 0, 0, 9, 9, 9])
+    palette.putdata([0, 1])
+    palette.save(tmp_path / "p.png", transparency=0)
+    assert np.asarray(read_image(tmp_path / "p.png"))[0].tolist() == [[255] * 3, [9] * 3]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation_is_applied(tmp_path: Path, orientation: int) -> None:
+    """Every camera orientation of one scene gives the same upright picture."""
+    upright = Image.fromarray(gradient())
+    undo = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = upright.transpose(undo[orientation]) if orientation in undo else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "a.png", exif=exif)
+    assert np.array_equal(np.asarray(read_image(tmp_path / "a.png")), gradient())
+
+
+def _truncated(path: Path) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:-2000])
+
+
+def _bomb(path: Path) -> None:
+    png(path, (40_000, 40_000, 8, 0), b"")  # 1.6 gigapixels in 60 bytes
+
+
+BAD_FILES: dict[str, Callable[[Path], object]] = {
+    "truncated.png": _truncated,
+    "truncated.jpg": _truncated,
+    "bomb.png": _bomb,
+    "text.png": lambda path: path.write_text("not a picture"),
+    "empty.jpg": lambda path: path.touch(),
+    "folder.png": lambda path: path.mkdir(),
+    "missing.png": lambda path: None,
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+@pytest.mark.parametrize("read", [read_image, read_mask])
+def test_an_unreadable_file_is_named(tmp_path: Path, name: str, read: Callable[[Path], Image.Image]) -> None:
+    BAD_FILES[name](tmp_path / name)
+    reason = "image not found" if name == "missing.png" else "cannot read image"
+    with pytest.raises(ValueError, match=rf"{reason}.*{name}"):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "RGB", "RGBA", "P", "I;16"])
+@pytest.mark.parametrize("mark", [1, 255])
+def test_a_mask_is_what_is_not_black_in_any_mode(tmp_path: Path, mode: str, mark: int) -> None:
+    defect = np.zeros((6, 8), bool)
+    defect[1:3, 2:7] = True
+    if mode == "P":  # an optimiser may give index 0 to any colour
+        mask = Image.fromarray(1 - defect.astype(np.uint8)).convert("P")
+        mask.putpalette([mark, 0, 0, 0, 0, 0])
+    elif mode == "I;16":
+        mask = Image.fromarray(defect.astype(np.uint16) * mark)
+    else:
+        mask = Image.fromarray(defect.astype(np.uint8) * (255 if mode == "1" else mark)).convert(mode)
+    mask.save(tmp_path / "m.png")
+    assert Image.open(tmp_path / "m.png").mode == mode
+    read = read_mask(tmp_path / "m.png")
+    assert read.mode == "L"
+    assert np.array_equal(np.asarray(read), defect * 255)
+
+
+def test_the_tensor_is_the_normalised_picture() -> None:
+    preprocess = Preprocess(image_size=32, resize=32, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    expected = (pixels / 255 - np.array(IMAGENET_MEAN)) / np.array(IMAGENET_STD)
+    tensor = preprocess(Image.fromarray(pixels))
+    assert tensor.dtype == torch.float32
+    np.testing.assert_allclose(tensor.numpy(), expected.transpose(2, 0, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_resizing_is_torchs_antialiased_interpolation(interpolation: str) -> None:
+    smooth = gradient(120, 200)
+    preprocess = Preprocess(image_size=48, resize=48, interpolation=interpolation)
+    reference = torch.from_numpy(smooth).permute(2, 0, 1)[None].double()
+    reference = F.interpolate(reference, size=(48, 48), mode=interpolation, antialias=True, align_corners=False)
+    assert (preprocess(Image.fromarray(smooth)) * 255 - reference[0]).abs().max() <= 1.0
+
+
+def test_the_crop_is_the_centre_and_the_view_is_what_the_network_sees() -> None:
+    picture = Image.fromarray(gradient(64, 64))
+    cropped = Preprocess(image_size=32, resize=64)
+    assert np.array_equal(np.asarray(cropped.view_of(picture)), gradient(64, 64)[16:48, 16:48])
+    assert torch.equal(cropped(picture), Preprocess(image_size=32, resize=32)(cropped.view_of(picture)))
+
+
+def test_masks_are_resized_by_nearest_neighbour_with_the_image_s_geometry() -> None:
+    mask = np.zeros((100, 60), np.uint8)
+    mask[37:62, 20:41] = 255
+    out = Preprocess(image_size=30, resize=50).mask(Image.fromarray(mask))
+    assert out.dtype == torch.bool
+    rows = [int((y + 10 + 0.5) * 100 / 50) for y in range(30)]
+    columns = [int((x + 10 + 0.5) * 60 / 50) for x in range(30)]
+    assert np.array_equal(out.numpy(), mask[np.ix_(rows, columns)] > 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"interpolation": "lanczos"}, "'lanczos' is unknown"),
+        ({"image_size": 256, "resize": 224}, r"image_size 256 must be in 1\.\.resize \(224\)"),
+        ({"image_size": 0}, "image_size 0"),
+        ({"std": (1.0, 0.0, 1.0)}, "must be positive"),
+    ],
+)
+def test_impossible_settings_are_refused(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Preprocess(**arguments)
+
+
+def test_a_preprocess_survives_json_lists() -> None:
+    assert Preprocess(mean=[0.1, 0.2, 0.3], std=[1, 1, 1]) == Preprocess(mean=(0.1, 0.2, 0.3))
+    assert Preprocess(**Preprocess(image_size=64, resize=80).to_dict()) == Preprocess(image_size=64, resize=80)
+
+
+def photograph() -> Image.Image:
+    rng = np.random.default_rng(0)
+    return Image.fromarray(rng.integers(60, 200, (64, 64, 3), dtype=np.uint8))
+
+
+def test_views_depend_on_the_seed_alone() -> None:
+    two_views = TwoViews(Preprocess(image_size=32, resize=32))
+    first = two_views(photograph(), seed=7)
+    torch.rand(5)
+    assert first.shape == (2, 3, 32, 32)
+    assert torch.equal(two_views(photograph(), seed=7), first)
+    assert not torch.equal(two_views(photograph(), seed=8), first)
+    assert not torch.equal(first[0], first[1])
+
+
+def test_views_leave_every_global_generator_alone() -> None:
+    def draws() -> tuple[object, ...]:
+        return torch.rand(3).tolist(), np.random.random(3).tolist(), random.random()  # noqa: NPY002
+
+    def seed_all() -> None:
+        torch.manual_seed(1)
+        np.random.seed(1)  # noqa: NPY002
+        random.seed(1)
+
+    seed_all()
+    expected = draws()
+    seed_all()
+    TwoViews(Preprocess(image_size=32, resize=32))(photograph(), seed=3)
+    assert draws() == expected
+    assert torch.initial_seed() == 1
+
+
+def test_views_have_the_released_probabilities_and_geometry() -> None:
+    """Of 240 views about 20 % are gray and 8 % untouched; the brightest square never moves."""
+    pixels = np.full((32, 32, 3), (80, 60, 40), np.uint8)
+    pixels[20:28, 4:12] = (240, 230, 200)
+    picture, preprocess = Image.fromarray(pixels), Preprocess(image_size=32, resize=32)
+    views = torch.cat([TwoViews(preprocess)(picture, seed) for seed in range(120)])
+    gray = (views[:, 0] == views[:, 1]).flatten(1).all(1) & (views[:, 1] == views[:, 2]).flatten(1).all(1)
+    plain = (views == preprocess(picture)).flatten(1).all(1)
+    for share, expected in ((gray, 0.2), (plain, 0.2 * 0.8 * 0.5)):
+        assert abs(share.float().mean().item() - expected) < 4 * (expected * (1 - expected) / 240) ** 0.5
+    light = views.mean(1)
+    inside, outside = light[:, 22:26, 6:10].mean((1, 2)), light[:, 4:12, 20:28].mean((1, 2))
+    assert (inside > outside).all()
