@@ -191,7 +191,12 @@ class ADExtractor(nn.Module):
         """Encoded features and banks -> the extractor's output: everything after the backbone."""
         shots = images_in_bank(features, references)
         scales = self.scales(references, shots)
-        residuals = self.residuals(features, references, scales)
+        return self.project(self.residuals(features, references, scales), references, shots, scales)
+
+    def project(
+        self, residuals: FeatureMaps, references: References, shots: int, scales: list[Tensor] | None
+    ) -> FeatureMaps:
+        """Residuals -> projected features; the references feed the cross-attention ablations only."""
         if self.projector is None:
             return residuals
         if not self.projector.needs_reference_residuals:
@@ -226,6 +231,7 @@ class ADExtractor(nn.Module):
         weights = {k: v.contiguous() for k, v in self.state_dict().items() if not k.startswith("backbone.")}
         with atomic_folder(folder) as temporary:
             save_file(weights, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
+            (temporary / WEIGHTS_NAME).chmod(0o644)  # safetensors makes private files
             text = json.dumps(dataclasses.asdict(self.config), indent=2)
             (temporary / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
         return Path(folder)

@@ -83,17 +83,40 @@ def reference_banks(extractor: ADExtractor, images: FeatureSet, references: Sequ
 
 
 @torch.no_grad()
-def score(extractor: ADExtractor, images: FeatureSet, references: Sequence[int], queries: Sequence[int]) -> Prediction:
-    """FeatureNorm of the queries against the references; sets the extractor's references."""
-    banks = reference_banks(extractor, images, references)
-    extractor.set_references(banks)
-    detector = FeatureNorm(extractor, image_size=extractor.preprocess.image_size)
-    parts = []
+def score(
+    extractors: Sequence[ADExtractor], images: FeatureSet, references: Sequence[int], queries: Sequence[int]
+) -> list[Prediction]:
+    """FeatureNorm of the queries against the references, with each extractor.
+
+    The extractors must differ in their projectors only (`same_residuals`): the queries are matched once for all.
+    """
+    first = extractors[0]
+    banks = reference_banks(first, images, references)
+    scales = first.scales(banks, len(references))
+    detector = FeatureNorm(first, image_size=first.preprocess.image_size)
+    parts: list[list[Prediction]] = [[] for _ in extractors]
     for start in range(0, len(queries), BATCH):
         rows = list(queries[start : start + BATCH])
-        features = extractor.condition([level[rows] for level in images.features])
-        parts.append(detector.from_features(extractor.from_encoded(features, banks)))
-    return Prediction(torch.cat([p.scores for p in parts]), torch.cat([p.maps for p in parts]))
+        features = first.condition([level[rows] for level in images.features])
+        residuals = first.residuals(features, banks, scales)
+        for collected, extractor in zip(parts, extractors, strict=True):
+            projected = extractor.project(residuals, banks, len(references), scales)
+            collected.append(detector.from_features(projected))
+    return [_joined(collected) for collected in parts]
+
+
+def _joined(parts: Sequence[Prediction]) -> Prediction:
+    return Prediction(torch.cat([part.scores for part in parts]), torch.cat([part.maps for part in parts]))
+
+
+def same_residuals(first: ADExtractor, second: ADExtractor) -> bool:
+    """Whether two extractors match and scale alike, so that their projectors get the same residuals."""
+    if (first.config.backbone, first.config.matching) != (second.config.backbone, second.config.matching):
+        return False
+    if first.conditioning is None or second.conditioning is None:
+        return first.conditioning is second.conditioning
+    ours, theirs = first.conditioning.state_dict(), second.conditioning.state_dict()
+    return all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
 @torch.no_grad()
@@ -104,7 +127,7 @@ def backbone_norm(images: FeatureSet, queries: Sequence[int], image_size: int) -
         detector.from_features([level[list(queries[start : start + BATCH])] for level in images.features])
         for start in range(0, len(queries), BATCH)
     ]
-    return Prediction(torch.cat([p.scores for p in parts]), torch.cat([p.maps for p in parts]))
+    return _joined(parts)
 
 
 def measure(prediction: Prediction, images: FeatureSet, queries: Sequence[int]) -> Metrics:
@@ -118,4 +141,4 @@ def few_shot(extractor: ADExtractor, images: FeatureSet, shots: int, seed: int =
     pool = images.normals()
     references = [pool[index] for index in random_references(len(pool), shots, seed)]
     queries = images.queries(references)
-    return measure(score(extractor, images, references, queries), images, queries)
+    return measure(score([extractor], images, references, queries)[0], images, queries)

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -27,8 +28,12 @@ from rich.table import Table
 from adpretrain.data import DATASETS, Sample, index_dataset
 from adpretrain.extractor import ADExtractor
 from adpretrain.files import atomic_path
+from adpretrain.preprocess import read_image
 from adpretrain.references import random_references
-from downstream.evaluate import FeatureSet, backbone_norm, by_product, encode_samples, measure, score
+from downstream.detector import Prediction
+from downstream.evaluate import FeatureSet, backbone_norm, by_product, encode_samples, measure, same_residuals, score
+from downstream.featurenorm import FeatureNorm
+from downstream.visualise import ColourScale, panel, save_png, shown_region
 
 METRICS = ("image_auroc", "pixel_auroc", "aupro")
 BACKBONE, RAW, CONDITIONED = "backbone norm", "raw residual norm", "conditioned residual norm"
@@ -58,6 +63,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shots", type=int, nargs="+", default=[4], help="numbers of references K")
     parser.add_argument("--draws", type=int, default=1, help="draws of references, for the spread between draws")
     parser.add_argument("--per-defect", action="store_true", help="also a table for every kind of defect")
+    parser.add_argument("--panels", type=Path, help="folder for a picture of the median-scored image of every defect")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="write every single result to this file")
     return parser.parse_args(argv)
@@ -85,23 +91,30 @@ def evaluate_product(
 ) -> Iterator[Result]:
     """Every row on one product."""
     size = extractors[0].preprocess.image_size
-    rows = [(RAW, 0, ADExtractor(extractors[0].backbone, matching=extractors[0].config.matching))]
+    raw = ADExtractor(extractors[0].backbone, matching=extractors[0].config.matching)
+    rows = [(PRETRAINED, seed) for seed in range(len(extractors))]
+    candidates = list(extractors)
     if extractors[0].conditioning is not None:
-        rows.append((CONDITIONED, 0, extractors[0].without_projector()))
-    rows += [(PRETRAINED, seed, extractor) for seed, extractor in enumerate(extractors)]
+        rows.insert(0, (CONDITIONED, 0))
+        candidates.insert(0, extractors[0].without_projector())
     pool = images.normals()
     for shots in options.shots:
         for draw in range(options.draws):
             references = [pool[index] for index in random_references(len(pool), shots, seed=draw)]
             queries = images.queries(references)
             predictions = [(BACKBONE, 0, backbone_norm(images, queries, size))]
-            predictions += [(row, seed, score(extractor, images, references, queries)) for row, seed, extractor in rows]
+            predictions.append((RAW, 0, score([raw], images, references, queries)[0]))
+            scored = score(candidates, images, references, queries)
+            predictions += [(row, seed, found) for (row, seed), found in zip(rows, scored, strict=True)]
             for defect, keep in _by_defect(images, queries, options.per_defect):
                 for row, seed, prediction in predictions:
                     part = type(prediction)(prediction.scores[keep], prediction.maps[keep])
                     metrics = measure(part, images, [queries[index] for index in keep])
                     values = tuple(100 * getattr(metrics, metric) for metric in METRICS)
                     yield Result(row, name, shots, draw, defect, seed, values)
+            if options.panels and draw == 0:
+                folder = options.panels / name / f"K{shots}"
+                save_panels(folder, extractors[0], images, references, queries, predictions[-len(extractors)][2])
 
 
 def _by_defect(images: FeatureSet, queries: Sequence[int], each: bool) -> Iterator[tuple[str, list[int]]]:
@@ -110,6 +123,34 @@ def _by_defect(images: FeatureSet, queries: Sequence[int], each: bool) -> Iterat
     kinds = [images.samples[query].defect for query in queries]
     for kind in sorted(set(kinds) - {"good"}) if each else ():
         yield kind, [position for position, found in enumerate(kinds) if found in ("good", kind)]
+
+
+def save_panels(
+    folder: Path,
+    extractor: ADExtractor,
+    images: FeatureSet,
+    references: Sequence[int],
+    queries: Sequence[int],
+    prediction: Prediction,
+) -> None:
+    """Photograph, heatmap and ground truth of the median-scored image of every kind of defect: a typical one, not the
+    best. The colour scale is that of `adpretrain score`: its middle is the references' highest leave-one-out value.
+    """
+    photos = [read_image(images.samples[index].image) for index in references]
+    normal = FeatureNorm(extractor, extractor.preprocess.image_size).leave_one_out(
+        torch.stack([extractor.preprocess(photo) for photo in photos])
+    )
+    scale = ColourScale.from_normal_maps(normal.maps.numpy())
+    kinds = sorted({images.samples[query].defect for query in queries} - {"good"})
+    for kind in kinds:
+        positions = [p for p, query in enumerate(queries) if images.samples[query].defect == kind]
+        positions.sort(key=lambda position: float(prediction.scores[position]))
+        median = positions[len(positions) // 2]
+        sample = images.samples[queries[median]]
+        photo = shown_region(read_image(sample.image), extractor.preprocess)
+        mask = images.masks[queries[median]].numpy()
+        title = f"{kind}: {sample.image.name}, score {float(prediction.scores[median]):.2f}"
+        save_png(panel(photo, prediction.maps[median].numpy(), scale, mask, title), folder / f"{kind}.png")
 
 
 def summarise(results: Sequence[Result], shots: int, defect: str) -> dict[str, dict[str, np.ndarray]]:
@@ -177,6 +218,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         samples = chosen_samples(options)
         extractors = [ADExtractor.from_pretrained(folder, options.device) for folder in options.extractors]
+        for folder, extractor in zip(options.extractors, extractors, strict=True):
+            if not same_residuals(extractors[0], extractor):
+                raise ValueError(
+                    f"{folder} and {options.extractors[0]} are not seeds of one training: score them apart"
+                )
         results: list[Result] = []
         with Progress(console=errors) as bar:
             for name, group in bar.track(list(by_product(samples).items()), description="products"):

@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -102,14 +102,10 @@ def build_extractor(config: PretrainConfig, samples: list[Sample], device: torch
 
 
 def evaluate_held_out(extractor: ADExtractor, held_out: list[FeatureSet], shots: int) -> dict[str, float]:
-    """Mean FeatureNorm image AUROC and AUPRO over held-out products, with and without the projector."""
-    line = {}
-    for prefix, candidate in (("", extractor), ("raw_", extractor.without_projector())):
-        results = [few_shot(candidate, images, shots) for images in held_out]
-        for name in ("image_auroc", "aupro"):
-            values = torch.tensor([getattr(result, name) for result in results])
-            line[prefix + name] = float(values.nanmean())
-    return line
+    """Mean FeatureNorm image AUROC and AUPRO over held-out products."""
+    results = [few_shot(extractor, images, shots) for images in held_out]
+    means = {name: [getattr(result, name) for result in results] for name in ("image_auroc", "aupro")}
+    return {name: float(torch.tensor(values).nanmean()) for name, values in means.items()}
 
 
 @dataclass
@@ -128,6 +124,7 @@ class Run:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     steps: int
     held_out: list[FeatureSet]
+    baseline: dict[str, float] = field(default_factory=dict)  # the held-out metrics without the projector
 
     def schedule(self, start: int, stop: int) -> StepBatches:
         """This process's batches of the steps from ``start`` to ``stop``."""
@@ -259,7 +256,11 @@ def after_step(run: Run, step: int, losses: Losses, images_per_s: float, stoppin
 def report_held_out(run: Run, step: int) -> None:
     """Score the held-out products, log the result and say it."""
     run.extractor.eval()
-    line = evaluate_held_out(run.extractor, run.held_out, run.config.eval.shots)
+    shots = run.config.eval.shots
+    if not run.baseline:
+        raw = evaluate_held_out(run.extractor.without_projector(), run.held_out, shots)
+        run.baseline.update({f"raw_{name}": value for name, value in raw.items()})
+    line = {**evaluate_held_out(run.extractor, run.held_out, shots), **run.baseline}
     run.model.train()
     run.folder.log({"step": step, **line})
     run.accelerator.log(line, step=step)

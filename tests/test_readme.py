@@ -1,0 +1,106 @@
+"""Every snippet of the README runs: the python blocks as they are, the commands at a small size."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from adpretrain.data.synthetic import make_synthetic
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BIN = Path(sys.executable).parent
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
+
+
+def commands() -> list[str]:
+    """Shell lines without comments; continued lines joined."""
+    lines = "\n".join(blocks("sh")).replace("\\\n", " ").splitlines()
+    return [line.split("#")[0].strip() for line in lines if line.split("#")[0].strip()]
+
+
+def run(command: list[str], folder: Path, expected: tuple[int, ...] = (0,)) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    result = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert result.returncode in expected, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+def test_python_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert len(blocks("python")) >= 2
+    scope: dict[str, object] = {}
+    for block in blocks("python"):
+        exec(block, scope)
+    assert (tmp_path / "my-extractor" / "model.safetensors").is_file()
+
+
+def test_every_command_is_known_to_this_test() -> None:
+    known = (
+        "make ",
+        "adpretrain score",
+        "python -m adpretrain.data.synthetic",
+        "accelerate launch",
+        ".venv/bin/python",
+    )
+    assert [command for command in commands() if not command.startswith(known)] == []
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    assert {command.split()[1] for command in commands() if command.startswith("make ")} <= targets
+
+
+@pytest.mark.slow
+def test_pretrain_and_inspect_commands(tmp_path: Path) -> None:
+    """The README's own commands, with smaller numbers appended where a flag may be repeated."""
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    make, launch = (next(c for c in commands() if c.startswith(start)) for start in ("python -m", "accelerate"))
+    small = ["--products", "6", "--samples", "6", "--defects", "3", "--size", "128", "--workers", "2"]
+    run([*shlex.split(make), *small], tmp_path)
+    settings = ["--shots", "[1,3]", "--optim.steps", "4", "--optim.batch_size", "8", "--cache.folder", ""]
+    output = run([*shlex.split(launch), *settings], tmp_path)
+    assert "extractor saved" in output
+    product = sorted((tmp_path / "data" / "synthetic").glob("realiad_*/*"))[0]
+    for name, pattern in (("shots", "OK"), ("line3", "NG")):
+        (tmp_path / name).mkdir()
+        for index, image in enumerate(sorted(product.glob(f"{pattern}/**/*.jpg"))):
+            (tmp_path / name / f"{index}.jpg").write_bytes(image.read_bytes())
+    score = next(c for c in commands() if c.startswith("adpretrain score"))
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    (tmp_path / "runs" / "demo" / "pretrain-seed0").symlink_to(tmp_path / "runs" / "mine")
+    run(shlex.split(score), tmp_path, expected=(0, 1))
+    assert (tmp_path / "out" / "report.html").is_file()
+    assert (tmp_path / "out" / "scores.csv").read_text().startswith("path,score,p_value,verdict")
+
+
+@pytest.mark.slow
+def test_evaluate_prints_every_row_on_the_same_references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = make_synthetic(tmp_path / "set", 1, 6, 4, size=128, seed=2, workers=1, progress=False)
+    scope: dict[str, object] = {}
+    monkeypatch.chdir(tmp_path)
+    exec(blocks("python")[0], scope)  # an untrained extractor
+    command = [
+        sys.executable,
+        "recipes/evaluate.py",
+        "--extractors",
+        str(tmp_path / "my-extractor"),
+        "--root",
+        str(root),
+    ]
+    output = run([*command, "--shots", "2", "4", "--per-defect", "--json", str(tmp_path / "t.json")], ROOT)
+    rows = [line.split() for line in output.splitlines() if " norm" in line or "FeatureNorm" in line]
+    assert len(rows) >= 8
+    # An untrained projector returns its input: the last two rows must agree.
+    conditioned = [row[-3:] for row in rows if "conditioned" in row]
+    pretrained = [row[-3:] for row in rows if "pretrained" in row]
+    assert conditioned == pretrained
+    assert (tmp_path / "t.json").is_file()
