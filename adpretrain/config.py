@@ -247,7 +247,7 @@ def from_dict(cls: type[T], mapping: Mapping[str, Any], where: str = "configurat
 
 
 def _instantiate(cls: type[T], parser: jsonargparse.ArgumentParser, parsed: jsonargparse.Namespace) -> T:
-    values = vars(parser.instantiate_classes(parsed))
+    values = vars(parser.instantiate(parsed))
     return cls(**{item.name: values[item.name] for item in dataclasses.fields(cls)})  # type: ignore[arg-type]
 
 

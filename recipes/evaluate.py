@@ -228,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name, group in bar.track(list(by_product(samples).items()), description="products"):
                 images = encode_samples(group, extractors[0].backbone, options.device)
                 results += evaluate_product(name, images, extractors, options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         errors.print(f"[red]error:[/] {error}", highlight=False)
         return 2
     show(results, options, Console(width=max(100, errors.width)))

@@ -361,7 +361,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.tracker:
             accelerator.init_trackers("tensorboard")
         complete = train(run)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: a full disk, a folder that is not writable
         console.print(f"[red]error:[/] {error}", highlight=False)
         return 2
     except KeyboardInterrupt:

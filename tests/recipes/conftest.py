@@ -21,13 +21,23 @@ def tiny_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def pretrain(tiny_set: Path) -> Callable[..., subprocess.Popen[str]]:
+def arguments(tiny_set: Path) -> Callable[..., list[str]]:
+    """The pretraining command's flags for the tiny set, with further ones."""
+
+    def build(run: Path, *flags: str) -> list[str]:
+        fixed = ["--config", str(ROOT / "recipes" / "configs" / "demo.yaml"), "--run", str(run)]
+        fixed += ["--data.root", str(tiny_set), "--cache.folder", "", "--shots", "[1,3]", "--optim.batch_size", "8"]
+        return [*fixed, "--projector.references", "16", "--tracker", "false", "--log_every", "1", *flags]
+
+    return build
+
+
+@pytest.fixture
+def pretrain(arguments: Callable[..., list[str]]) -> Callable[..., subprocess.Popen[str]]:
     """Start recipes/pretrain.py on the tiny set with further flags."""
 
     def start(run: Path, *flags: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "recipes/pretrain.py", "--config", "recipes/configs/demo.yaml", "--run", str(run)]
-        command += ["--data.root", str(tiny_set), "--cache.folder", "", "--shots", "[1,3]", "--optim.batch_size", "8"]
-        command += ["--projector.references", "16", "--tracker", "false", "--log_every", "1", *flags]
+        command = [sys.executable, "recipes/pretrain.py", *arguments(run, *flags)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -10,11 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import finish
+from conftest import ROOT, finish
 
 from adpretrain import ADExtractor
 
-pytestmark = pytest.mark.slow
 Start = Callable[..., subprocess.Popen[str]]
 
 
@@ -22,6 +21,7 @@ def lines(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(pretrain: Start, tmp_path: Path) -> None:
     flags = ("--optim.steps", "40", "--checkpoint_every", "5")
     finish(pretrain(tmp_path / "whole", *flags))
@@ -41,6 +41,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(pretrain: Star
     assert len(losses[0]) == 40
 
 
+@pytest.mark.slow
 def test_killed_without_warning_and_a_torn_checkpoint(pretrain: Start, tmp_path: Path) -> None:
     flags = ("--optim.steps", "40", "--checkpoint_every", "5")
     process = pretrain(tmp_path / "run", *flags)
@@ -58,6 +59,7 @@ def test_killed_without_warning_and_a_torn_checkpoint(pretrain: Start, tmp_path:
     assert lines(tmp_path / "run")[-1]["step"] == 40
 
 
+@pytest.mark.slow
 def test_run_folder_holds_what_the_readme_says_and_the_extractor_knows_its_origin(
     pretrain: Start, tmp_path: Path
 ) -> None:
@@ -77,6 +79,7 @@ def test_run_folder_holds_what_the_readme_says_and_the_extractor_knows_its_origi
     assert "optim.steps was 6, now 7" in other.replace("\n", " ")
 
 
+@pytest.mark.slow
 def test_both_losses_online_with_new_views_every_epoch(pretrain: Start, tmp_path: Path) -> None:
     flags = [
         "--augment",
@@ -95,15 +98,31 @@ def test_both_losses_online_with_new_views_every_epoch(pretrain: Start, tmp_path
     assert all(line["angle"] != 0 and line["norm"] > 0 for line in logged)
 
 
-def test_mistakes_are_named_in_a_sentence(pretrain: Start, tmp_path: Path, tiny_set: Path) -> None:
-    for flags, words in (
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
         (["--data.held_out", '["screw"]'], "held-out category 'screw' matches none of"),
         (["--shots", "[8]"], "K = 8 references need 9 normal images"),
         (["--backbone.name", "resnet"], "backbone 'resnet' is unknown; choose one of"),
-        (["--data.root", str(tmp_path / "nowhere")], "not found"),
+        (["--data.root", "nowhere"], "not found: nowhere"),
         (["--optim.batch_size", "4000"], "exceeds"),
-    ):
-        output = " ".join(finish(pretrain(tmp_path / "run", *flags), expected=2).split())
-        assert words in output
-        assert "Traceback" not in output
-        assert not (tmp_path / "run" / "config.yaml").exists()
+        (["--optim.lrr", "1"], "--optim.lrr"),
+        (["--run", "/dev/null/run"], "/dev/null/run"),
+    ],
+)
+def test_mistakes_are_named_in_a_sentence(
+    arguments: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    flags: list[str],
+    words: str,
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "recipes")
+    import pretrain as recipe
+
+    assert recipe.main(arguments(tmp_path / "run", *flags)) == 2
+    output = " ".join(capfd.readouterr().err.split())
+    assert words in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "run" / "config.yaml").exists()
