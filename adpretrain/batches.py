@@ -67,7 +67,7 @@ def encode_batch(extractor: ADExtractor, batch: dict[str, Any], device: torch.de
     for images in batch["references"]:
         count, shots = images.shape[:2]
         banks = extractor.encode_references(images.to(device, non_blocking=True))
-        scales = extractor.scales(banks, shots)
+        scales = extractor.scales(views[0], banks)
         for collected, view in zip(parts, views, strict=True):
             collected.append(extractor.residuals([level[start : start + count] for level in view], banks, scales))
         if extractor.projector is not None and extractor.projector.needs_reference_residuals:
@@ -163,7 +163,7 @@ class CachedBatches:
             references = self.data.draw_references(index, draw)
             chosen = [torch.cat([plain[other][level] for other in references]) for level in range(len(views))]
             banks = [tokens(level.to(self.device)).flatten(0, 1)[None] for level in chosen]
-            draws.append(extractor.residuals(views, banks, extractor.scales(banks, len(references))))
+            draws.append(extractor.residuals(views, banks, extractor.scales(views, banks)))
         return [torch.stack(level).half().cpu() for level in zip(*draws, strict=True)]
 
     def __call__(self, steps: StepBatches) -> Iterator[ResidualBatch]:

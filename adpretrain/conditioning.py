@@ -1,23 +1,25 @@
 """Conditioning of features before and of residuals after matching: no drift between photographs, one scale for all.
 
 ADPretrain feeds residuals to the projector as they come. With a fixed radius r in the norm loss this leaves the
-scale of each backbone, level and product to luck, and a photograph that is a little brighter, sharper or noisier than
-its references looks anomalous everywhere. `Conditioning` removes both. It is an option of the extractor.
+scale of each backbone, level and product to luck, a photograph that is a little brighter, sharper or noisier than its
+references looks anomalous everywhere, and so does whatever varies from one good part to the next. `Conditioning`
+removes all three. It is an option of the extractor.
 
 Shapes: C channels, L levels, R = 1 or B banks of N = K * T reference tokens, T tokens per image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adpretrain.backbones.base import FeatureMaps, References
 from adpretrain.residual import leave_one_out_residuals, residual_features, tokens
 
-SCALE_QUERIES = 98  # tokens of each reference that estimate its product's scale
+LOCAL = 0.5  # share of the token's own neighbourhood in its scale
 EPS = 1e-6
 
 
@@ -27,14 +29,16 @@ def _centred(feature_BCHW: Tensor) -> Tensor:
 
 class Conditioning(nn.Module):
     """Per level: channels centred on their median over the photograph and divided by std sqrt(C), then residuals
-    divided by the product's own normal scale.
+    divided by how much the product itself varies around the matched reference.
 
     The median, unlike the mean, does not follow a defect that covers less than half of the picture. The statistics
     (``std`` per channel; ``single`` per level) come from normal pretraining images and are saved with the projector.
-    A product's scale is the mean norm of its references' leave-one-out residuals, so that a normal residual has norm
-    about 1 on a calm and on a busy product alike. A single reference has nothing to leave out; its tokens are matched
-    within the photograph and the norm is multiplied by ``single``, the ratio between the two kinds of norm on the
-    pretraining set.
+
+    What varies from one good part to the next (an edge, a print, a highlight) must not count as much as the same
+    residual on a calm surface. So each reference token has a scale: half the mean leave-one-out residual norm of all
+    references, half that of the token's own 3 x 3 neighbourhood. A normal residual then has norm about 1 on calm and
+    on busy places and products alike. A single reference has nothing to leave out; its tokens are matched within the
+    photograph and the norms multiplied by ``single``, the ratio of the two kinds of norm on the pretraining set.
     """
 
     def __init__(self, channels: list[int]) -> None:
@@ -53,16 +57,21 @@ class Conditioning(nn.Module):
             out.append(_centred(feature) / scale[:, None, None])
         return out
 
-    def product_scale(self, references: References, images: int, metric: str = "l2") -> list[Tensor]:
-        """Mean leave-one-out residual norm of each bank of ``images`` = K references: L levels of [R]."""
-        scales = []
-        for level, bank_RNC in enumerate(references):
-            norms = [
-                leave_one_out_residuals(bank, images, metric, SCALE_QUERIES).norm(dim=1).mean() for bank in bank_RNC
-            ]
+    def scales(self, references: References, grids: Sequence[tuple[int, int]], metric: str = "l2") -> list[Tensor]:
+        """The scale of every reference token, L levels [R, N_l], for feature maps of H_l x W_l = ``grids`` tokens.
+
+        Raises ValueError if a bank is not a whole number of photographs.
+        """
+        out = []
+        for level, (bank_RNC, (height, width)) in enumerate(zip(references, grids, strict=True)):
+            images = bank_RNC.shape[1] // (height * width)
             ratio = self.single[level] if images == 1 else 1.0
-            scales.append((torch.stack(norms) * ratio).clamp_min(EPS))
-        return scales
+            norms = torch.stack([leave_one_out_residuals(bank, images, metric).norm(dim=1) for bank in bank_RNC])
+            maps = (norms * ratio).view(-1, 1, height, width)
+            around = F.avg_pool2d(F.pad(maps, (1, 1, 1, 1), mode="replicate"), 3, stride=1).view_as(norms)
+            mean = (norms * ratio).mean(1, keepdim=True)
+            out.append((LOCAL * around + (1 - LOCAL) * mean).clamp_min(EPS))
+        return out
 
     @torch.no_grad()
     def fit(self, batches: Iterable[FeatureMaps], metric: str = "l2") -> Conditioning:

@@ -136,10 +136,13 @@ class EvalConfig:
     Args:
         every: steps between evaluations; 0 = only at the end.
         shots: references per category.
+        keep: the projector that is published: the "last" one, or the "best" one on the held-out categories (mean of
+            image AUROC and AUPRO), the untrained one included. A benchmark's test set never chooses.
     """
 
     every: int = 0
     shots: int = 4
+    keep: Literal["last", "best"] = "last"
 
 
 @dataclass(frozen=True)

@@ -159,13 +159,18 @@ class ADExtractor(nn.Module):
         self._scales = None
         return self
 
-    def scales(self, references: References, shots: int) -> list[Tensor] | None:
-        """The product scale of every bank of ``shots`` = K images, L levels of [R]; None without conditioning."""
+    def scales(self, features: FeatureMaps, references: References) -> list[Tensor] | None:
+        """The scale of every reference token, L levels of [R, N_l]; None without conditioning.
+
+        Only the sizes of ``features`` are used. Those of the kept references are computed once.
+        """
         if self.conditioning is None:
             return None
         if references is self._references and self._scales is not None:
             return self._scales
-        scales = self.conditioning.product_scale(references, shots, self.config.matching)
+        images_in_bank(features, references)
+        grids = [(int(level.shape[2]), int(level.shape[3])) for level in features]
+        scales = self.conditioning.scales(references, grids, self.config.matching)
         if references is self._references:
             self._scales = scales
         return scales
@@ -174,23 +179,20 @@ class ADExtractor(nn.Module):
         self, features: FeatureMaps, references: References, scales: list[Tensor] | None = None
     ) -> FeatureMaps:
         """Encoded features and banks -> residual features of the same shapes, divided by ``scales`` if given."""
-        residuals = residual_features(features, references, self.config.matching)
-        if scales is None:
-            return residuals
-        return [residual / scale[:, None, None, None] for residual, scale in zip(residuals, scales, strict=True)]
+        return residual_features(features, references, self.config.matching, scales=scales)
 
     def reference_residuals(self, references: References, shots: int, scales: list[Tensor] | None) -> References:
         """The references' residuals among themselves, context of the cross-attention ablations: L of [R, N_l, C_l]."""
         metric, out = self.config.matching, []
         for level, bank_RNC in enumerate(references):
             context = torch.stack([leave_one_out_residuals(bank, shots, metric) for bank in bank_RNC])
-            out.append(context if scales is None else context / scales[level][:, None, None])
+            out.append(context if scales is None else context / scales[level][..., None])
         return out
 
     def from_encoded(self, features: FeatureMaps, references: References) -> FeatureMaps:
         """Encoded features and banks -> the extractor's output: everything after the backbone."""
         shots = images_in_bank(features, references)
-        scales = self.scales(references, shots)
+        scales = self.scales(features, references)
         return self.project(self.residuals(features, references, scales), references, shots, scales)
 
     def project(

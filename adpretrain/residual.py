@@ -6,6 +6,8 @@ K reference images (N = K * T).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -102,49 +104,61 @@ def _search(
     return torch.cat(best)
 
 
-def residual_tokens(query_BTC: Tensor, bank_RNC: Tensor, metric: str = "l2", chunk_bytes: int = CHUNK_BYTES) -> Tensor:
-    """x - x*, with x* the nearest (un-normalised) reference: [B, T, C]."""
+def residual_tokens(
+    query_BTC: Tensor,
+    bank_RNC: Tensor,
+    metric: str = "l2",
+    chunk_bytes: int = CHUNK_BYTES,
+    scale_RN: Tensor | None = None,
+) -> Tensor:
+    """x - x*, with x* the nearest (un-normalised) reference, divided by the scale of x* if given: [B, T, C]."""
     index_BT = nearest_reference(query_BTC, bank_RNC, metric, chunk_bytes)
     if bank_RNC.shape[0] == 1:
-        return query_BTC - bank_RNC[0][index_BT]
-    return query_BTC - bank_RNC.gather(1, index_BT[..., None].expand(-1, -1, bank_RNC.shape[2]))
+        residual = query_BTC - bank_RNC[0][index_BT]
+        return residual if scale_RN is None else residual / scale_RN[0][index_BT][..., None]
+    residual = query_BTC - bank_RNC.gather(1, index_BT[..., None].expand(-1, -1, bank_RNC.shape[2]))
+    return residual if scale_RN is None else residual / scale_RN.gather(1, index_BT)[..., None]
 
 
 def residual_features(
-    features: FeatureMaps, references: References, metric: str = "l2", chunk_bytes: int = CHUNK_BYTES
+    features: FeatureMaps,
+    references: References,
+    metric: str = "l2",
+    chunk_bytes: int = CHUNK_BYTES,
+    scales: Sequence[Tensor] | None = None,
 ) -> FeatureMaps:
     """Residual features r = x - argmin_{x' in R_l} ||x - x'|| of every level (ADPretrain Sec. 3.1).
 
     ``features``: L levels [B, C_l, H_l, W_l]; ``references``: L levels [R, N_l, C_l], R = 1 (one bank for the
     batch) or B (one per image). ``metric``: "l2" (the paper) or "cosine" (the released code: nearest by angle,
-    then the un-normalised match is subtracted). Returns maps of the features' shapes.
+    then the un-normalised match is subtracted). ``scales``: L levels [R, N_l] that divide the residual by a number of
+    the matched reference. Returns maps of the features' shapes.
 
     Raises ValueError if metric, levels, channels or batch sizes do not fit.
     """
     if len(features) != len(references):
         raise ValueError(f"features have {len(features)} levels but references have {len(references)}")
+    divisors: Sequence[Tensor | None] = scales or [None] * len(features)
+    levels = zip(features, references, divisors, strict=True)
     return [
-        as_map(residual_tokens(tokens(feature), bank, metric, chunk_bytes), feature)
-        for feature, bank in zip(features, references, strict=True)
+        as_map(residual_tokens(tokens(feature), bank, metric, chunk_bytes, scale), feature)
+        for feature, bank, scale in levels
     ]
 
 
-def leave_one_out_residuals(bank_NC: Tensor, images: int, metric: str = "l2", per_image: int = 0) -> Tensor:
+def leave_one_out_residuals(bank_NC: Tensor, images: int, metric: str = "l2") -> Tensor:
     """Residuals of a bank's own tokens, those of each image against the other images': [N, C].
 
     ``bank_NC`` holds the tokens of ``images`` = K photographs, one after the other. With a single photograph there
     is nothing to leave out, so its tokens are matched with the photograph's other tokens, never with themselves.
-    ``per_image`` > 0 takes only about that many evenly spaced tokens of each photograph as queries.
 
     Raises ValueError if N is not a multiple of ``images``.
     """
     size = bank_NC.shape[0]
     if images < 1 or size % images:
         raise ValueError(f"{size} reference tokens cannot come from {images} images of one size")
-    step = max(1, size // images // per_image) if per_image else 1
-    rows_Q = torch.arange(size, device=bank_NC.device).view(images, -1)[:, ::step].flatten()
     parts = images if images > 1 else size
     with torch.no_grad(), torch.autocast(bank_NC.device.type, enabled=False):
-        own_Q = rows_Q // (size // parts)
-        index_Q = _search(bank_NC[rows_Q], bank_NC, metric, CHUNK_BYTES, own_Q, parts)
-    return bank_NC[rows_Q] - bank_NC[index_Q]
+        own_N = torch.arange(size, device=bank_NC.device) // (size // parts)
+        index_N = _search(bank_NC, bank_NC, metric, CHUNK_BYTES, own_N, parts)
+    return bank_NC - bank_NC[index_N]

@@ -92,7 +92,7 @@ def score(
     """
     first = extractors[0]
     banks = reference_banks(first, images, references)
-    scales = first.scales(banks, len(references))
+    scales = first.scales(images.features, banks)
     detector = FeatureNorm(first, image_size=first.preprocess.image_size)
     parts: list[list[Prediction]] = [[] for _ in extractors]
     for start in range(0, len(queries), BATCH):

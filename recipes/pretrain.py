@@ -125,6 +125,7 @@ class Run:
     steps: int
     held_out: list[FeatureSet]
     baseline: dict[str, float] = field(default_factory=dict)  # the held-out metrics without the projector
+    best: dict[str, Any] = field(default_factory=dict)  # step, score and weights of the best projector so far
 
     def schedule(self, start: int, stop: int) -> StepBatches:
         """This process's batches of the steps from ``start`` to ``stop``."""
@@ -141,6 +142,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "scaler": scaler,
+            "best": self.best,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -148,6 +150,7 @@ class Run:
         self.extractor.load_state_dict(state["extractor"], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+        self.best = state["best"]
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
@@ -262,6 +265,10 @@ def report_held_out(run: Run, step: int) -> None:
         run.baseline.update({f"raw_{name}": value for name, value in raw.items()})
     line = {**evaluate_held_out(run.extractor, run.held_out, shots), **run.baseline}
     run.model.train()
+    reached = (line["image_auroc"] + line["aupro"]) / 2
+    if run.config.eval.keep == "best" and reached > run.best.get("score", -1.0):
+        weights = run.accelerator.unwrap_model(run.model).state_dict()
+        run.best = {"step": step, "score": reached, "weights": {k: v.clone() for k, v in weights.items()}}
     run.folder.log({"step": step, **line})
     run.accelerator.log(line, step=step)
     percent = {key: f"{100 * value:.1f}" for key, value in line.items()}
@@ -315,7 +322,8 @@ def train(run: Run) -> bool:
 
 def provenance(run: Run) -> dict[str, Any]:
     """Where the extractor came from, for its config.json."""
-    held_out = [line for line in run.folder.read_metrics() if "image_auroc" in line]
+    kept = run.best.get("step", run.steps)
+    held_out = [line for line in run.folder.read_metrics() if "image_auroc" in line and line["step"] == kept]
     config = dataclasses.asdict(run.config)
     return {
         "data": {
@@ -325,6 +333,7 @@ def provenance(run: Run) -> dict[str, Any]:
             "held_out": run.config.data.held_out,
         },
         "steps": run.steps,
+        "kept_step": kept,
         "processes": run.accelerator.num_processes,
         "seed": run.config.seed,
         "git_commit": git_commit(),
@@ -341,6 +350,9 @@ def provenance(run: Run) -> dict[str, Any]:
 
 def finish(run: Run) -> None:
     """Save the extractor with its provenance."""
+    if run.best:
+        run.accelerator.unwrap_model(run.model).load_state_dict(run.best["weights"])
+        run.console.print(f"keeping the projector of step {run.best['step']}, the best on held-out categories")
     config = dataclasses.replace(run.extractor.config, provenance=provenance(run))
     run.extractor.config = config
     run.extractor.eval().save_pretrained(run.folder.extractor_path)

@@ -155,14 +155,12 @@ def test_tokens_and_maps_are_inverse() -> None:
 
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
 @pytest.mark.parametrize("images", [1, 2, 5])
-@pytest.mark.parametrize("per_image", [0, 7, 1000])
-def test_leave_one_out_against_a_loop(metric: str, images: int, per_image: int) -> None:
+def test_leave_one_out_against_a_loop(metric: str, images: int) -> None:
     each = 30
     bank = normal(images * each, 8)
-    step = max(1, each // per_image) if per_image else 1
     expected = []
     for image in range(images):
-        for token in range(0, each, step):
+        for token in range(each):
             own = image * each + token
             if images == 1:
                 allowed = [row for row in range(each) if row != own]
@@ -170,7 +168,7 @@ def test_leave_one_out_against_a_loop(metric: str, images: int, per_image: int) 
                 allowed = [row for row in range(images * each) if row // each != image]
             distance = brute_distances(bank[None, own : own + 1], bank[None, allowed], metric)
             expected.append(bank[own] - bank[allowed[int(distance.argmin())]])
-    assert torch.equal(leave_one_out_residuals(bank, images, metric, per_image), torch.stack(expected))
+    assert torch.equal(leave_one_out_residuals(bank, images, metric), torch.stack(expected))
 
 
 def test_errors_name_what_does_not_fit() -> None:

@@ -1,0 +1,32 @@
+"""`make demo` at a small size: every step from drawing products to the table and the report."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+
+@pytest.mark.slow
+def test_the_demo_ends_with_a_table_and_a_report(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    command = [sys.executable, "recipes/demo.py", "--out", str(out), "--products", "4", "--seeds", "2", "--steps", "3"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    for row in ("backbone norm", "raw residual norm", "conditioned residual norm", "pretrained FeatureNorm"):
+        assert result.stdout.count(row) >= 3  # K = 2, 4, 8
+    assert "spread of 2 training seeds" in result.stdout
+    results = json.loads((out / "table.json").read_text())
+    assert {entry["shots"] for entry in results} == {2, 4, 8}
+    assert all(0 <= value <= 100 for entry in results for value in entry["values"])
+    assert (out / "inspection" / "report" / "report.html").is_file()
+    assert (out / "pretrain-seed1" / "extractor" / "model.safetensors").is_file()
+    assert len(list((out / "cache").glob("*.safetensors"))) == 1  # the second seed trained on the first one's residuals
