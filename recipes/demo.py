@@ -1,8 +1,8 @@
 """`make demo`: the whole journey on this machine, without any download, in a few minutes.
 
-Makes synthetic products, pretrains a projector on most of them (three seeds, each through `accelerate launch`), loads
-it in a new process, scores products that no training has seen, and prints one table. With --data FOLDER (a folder of
-photographs with a `good` subfolder in the MVTec layout, the Magnetic Tile set, ...) real photographs are scored too.
+Draws synthetic products, pretrains a projector on them (three seeds, each through `accelerate launch`), loads it in a
+new process, inspects and scores products that no training has seen, and prints one table. With --data FOLDER (MVTec
+layout, Real-IAD or Magnetic Tile Defects) real photographs are scored too.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ class RunFolder:
                     100 * held_out[0][f"raw_{key}"],
                     ls=":",
                     color=curve.get_color(),
-                    label=f"{label}, raw residual",
+                    label=f"{label}, without projector",
                 )
         right.set(title="held-out pretraining categories, FeatureNorm (%)", xlabel="step")
         for axes in (left, right):
