@@ -273,7 +273,8 @@ def report_held_out(run: Run, step: int) -> None:
     run.accelerator.log(line, step=step)
     percent = {key: f"{100 * value:.1f}" for key, value in line.items()}
     run.console.print(
-        f"step {step}: held-out image AUROC {percent['image_auroc']} (without the projector {percent['raw_image_auroc']}), "
+        f"step {step}: held-out image AUROC {percent['image_auroc']} "
+        f"(without the projector {percent['raw_image_auroc']}), "
         f"AUPRO {percent['aupro']} ({percent['raw_aupro']})"
     )
 
