@@ -15,7 +15,7 @@ from conftest import ROOT
 @pytest.mark.slow
 def test_the_demo_ends_with_a_table_and_a_report(tmp_path: Path) -> None:
     out = tmp_path / "demo"
-    command = [sys.executable, "recipes/demo.py", "--out", str(out), "--products", "4", "--seeds", "2", "--steps", "3"]
+    command = [sys.executable, "recipes/demo.py", "--out", str(out), "--products", "7", "--seeds", "2", "--steps", "3"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False
