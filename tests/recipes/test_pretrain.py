@@ -71,7 +71,9 @@ def test_run_folder_holds_what_the_readme_says_and_the_extractor_knows_its_origi
     provenance = ADExtractor.from_pretrained(run / "extractor").config.provenance
     assert provenance["steps"] == 6
     assert provenance["data"]["categories"] == 4
-    assert provenance["held_out_metrics"]["image_auroc"] == lines(run)[-1]["image_auroc"]
+    scored = {line["step"]: (line["image_auroc"] + line["aupro"]) / 2 for line in lines(run) if "image_auroc" in line}
+    assert provenance["kept_step"] == max(scored, key=lambda step: scored[step])  # eval.keep is "best" in this config
+    assert provenance["held_out_metrics"]["step"] == provenance["kept_step"]
     first = next(line for line in lines(run) if "image_auroc" in line)
     # Before training the projector returns its input: the same features, hence the same scores.
     assert first["image_auroc"] == pytest.approx(first["raw_image_auroc"], abs=1e-9)
