@@ -70,7 +70,7 @@ def test_run_folder_holds_what_the_readme_says_and_the_extractor_knows_its_origi
         assert (run / name).exists(), name
     provenance = ADExtractor.from_pretrained(run / "extractor").config.provenance
     assert provenance["steps"] == 6
-    assert provenance["data"]["categories"] == 4
+    assert provenance["data"]["categories"] == 5  # of six, p000 is held out
     scored = {line["step"]: (line["image_auroc"] + line["aupro"]) / 2 for line in lines(run) if "image_auroc" in line}
     assert provenance["kept_step"] == max(scored, key=lambda step: scored[step])  # eval.keep is "best" in this config
     assert provenance["held_out_metrics"]["step"] == provenance["kept_step"]
