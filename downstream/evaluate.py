@@ -6,7 +6,7 @@ Shapes: n images of a group, L levels, S side in pixels, K references.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,13 +47,8 @@ class FeatureSet:
         return held or [index for index in range(len(self.samples)) if index not in chosen]
 
 
-def encode_samples(
-    samples: Sequence[Sample],
-    backbone: Backbone,
-    device: torch.device | str = "cpu",
-    step: Callable[[], None] | None = None,
-) -> FeatureSet:
-    """Run a backbone once over samples; ``step`` is called after every image (for a progress bar)."""
+def encode_samples(samples: Sequence[Sample], backbone: Backbone, device: torch.device | str = "cpu") -> FeatureSet:
+    """Run a backbone once over samples."""
     data = ImageDataset(samples, backbone.preprocess)
     features: list[list[Tensor]] = [[] for _ in backbone.channels]
     masks = []
@@ -63,8 +58,6 @@ def encode_samples(
             for level, feature in zip(features, backbone(item["image"][None].to(device)), strict=True):
                 level.append(feature)
         masks.append(item["mask"])
-        if step is not None:
-            step()
     return FeatureSet(list(samples), [torch.cat(level) for level in features], torch.stack(masks))
 
 

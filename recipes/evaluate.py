@@ -178,7 +178,6 @@ def summarise(results: Sequence[Result], shots: int, defect: str) -> dict[str, d
             "mean": by_seed.mean(0),
             "between_draws": by_draw.std(0, ddof=1) if len(by_draw) > 1 else np.zeros(len(METRICS)),
             "between_seeds": by_seed.std(0, ddof=1) if len(by_seed) > 1 else np.zeros(len(METRICS)),
-            "per_draw": by_draw,
         }
     for cells in out.values():
         cells["gain"] = cells["mean"] - out[RAW]["mean"]

@@ -10,41 +10,29 @@ config.yaml, metrics.jsonl, curves.png, checkpoints and, at the end, the extract
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import platform
 import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torchvision
 from accelerate import Accelerator
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from run_folder import RunFolder, git_commit
+from run_folder import git_commit
+from run_setup import Run, make_batches, progress_bar, set_up
 
 from adpretrain._version import __version__
-from adpretrain.backbones import FeatureMaps, References, load_backbone
-from adpretrain.batches import CachedBatches, LabelledBatch, OnlineBatches, ResidualBatch, label, thin
-from adpretrain.conditioning import Conditioning
+from adpretrain.backbones import FeatureMaps, References
+from adpretrain.batches import LabelledBatch, ResidualBatch, label, thin
 from adpretrain.config import PretrainConfig, parse_command_line
-from adpretrain.data import ImageDataset, Sample, index_dataset
-from adpretrain.data.pairs import PretrainingSet, StepBatches
-from adpretrain.extractor import ADExtractor, build_projector
-from adpretrain.objective import Losses, Objective, measure_centers
-from downstream.evaluate import FeatureSet, by_product, encode_samples, few_shot
+from adpretrain.data.pairs import StepBatches
+from adpretrain.extractor import ADExtractor
+from adpretrain.objective import Losses, measure_centers
+from downstream.evaluate import FeatureSet, few_shot
 
-CONDITIONING_IMAGES = 2  # normal images of every product that measure the feature statistics
 CENTER_STEPS = 8  # batches that measure the centres
 
 
@@ -68,39 +56,6 @@ class Interruption:
         return bool(accelerator.reduce(flag, "sum") > 0)
 
 
-def split_samples(config: PretrainConfig) -> tuple[list[Sample], list[Sample]]:
-    """(training, held-out) samples; ``data.held_out`` lists category names or patterns such as "p09*"."""
-    samples = index_dataset(config.data.name, config.data.root)
-    names = sorted({sample.category for sample in samples})
-    held = {name for pattern in config.data.held_out for name in fnmatch.filter(names, pattern)}
-    for pattern in config.data.held_out:
-        if not fnmatch.filter(names, pattern):
-            raise ValueError(f"held-out category {pattern!r} matches none of: {', '.join(names)}")
-    return [s for s in samples if s.category not in held], [s for s in samples if s.category in held]
-
-
-def build_extractor(config: PretrainConfig, samples: list[Sample], device: torch.device) -> ADExtractor:
-    """Backbone, fresh projector and, if asked for, the conditioning measured on the training normals."""
-    backbone = load_backbone(**dataclasses.asdict(config.backbone)).to(device)
-    conditioning = Conditioning(backbone.channels) if config.conditioning else None
-    extractor = ADExtractor(
-        backbone,
-        build_projector(config.projector, backbone.channels),
-        config.projector,
-        conditioning,
-        matching=config.matching,
-    ).to(device)
-    if conditioning is not None:
-        groups = by_product([sample for sample in samples if not sample.anomalous]).values()
-        chosen = [group[:CONDITIONING_IMAGES] for group in groups if len(group) >= CONDITIONING_IMAGES]
-        batches = []
-        for group in chosen:
-            data = ImageDataset(group, backbone.preprocess)
-            batches.append(backbone(torch.stack([data[i]["image"] for i in range(len(data))]).to(device)))
-        conditioning.fit(batches, config.matching)
-    return extractor
-
-
 def evaluate_held_out(extractor: ADExtractor, held_out: list[FeatureSet], shots: int) -> dict[str, float]:
     """Mean FeatureNorm image AUROC and AUPRO over held-out products."""
     results = [few_shot(extractor, images, shots) for images in held_out]
@@ -108,110 +63,10 @@ def evaluate_held_out(extractor: ADExtractor, held_out: list[FeatureSet], shots:
     return {name: float(torch.tensor(values).nanmean()) for name, values in means.items()}
 
 
-@dataclass
-class Run:
-    """Everything the loop touches."""
-
-    config: PretrainConfig
-    accelerator: Accelerator
-    console: Console
-    folder: RunFolder
-    data: PretrainingSet
-    extractor: ADExtractor
-    objective: Objective
-    model: torch.nn.Module  # the extractor's projector, as accelerate wraps it
-    optimizer: Any
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-    steps: int
-    held_out: list[FeatureSet]
-    baseline: dict[str, float] = field(default_factory=dict)  # the held-out metrics without the projector
-    best: dict[str, Any] = field(default_factory=dict)  # step, score and weights of the best projector so far
-
-    def schedule(self, start: int, stop: int) -> StepBatches:
-        """This process's batches of the steps from ``start`` to ``stop``."""
-        size, seed = self.config.optim.batch_size, self.config.seed
-        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        return StepBatches(len(self.data), size, start, stop, seed, rank, processes)
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint holds. No generator states: everything random is derived from seed, epoch and index."""
-        weights = {k: v for k, v in self.extractor.state_dict().items() if not k.startswith("backbone.")}
-        scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else {}
-        return {
-            "extractor": weights,
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "scaler": scaler,
-            "best": self.best,
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Continue from what `state` gave."""
-        self.extractor.load_state_dict(state["extractor"], strict=False)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.best = state["best"]
-        if self.accelerator.scaler:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-
-
-def set_up(config: PretrainConfig, console: Console, accelerator: Accelerator) -> Run:
-    """Index the data, build the networks, the optimiser and the run's folder."""
-    samples, held_out = split_samples(config)
-    if config.data.on_error == "skip":
-        preprocess = load_backbone(**dataclasses.asdict(config.backbone)).preprocess
-        samples = ImageDataset(samples, preprocess, "skip").samples
-    torch.manual_seed(config.seed)
-    extractor = build_extractor(config, samples, accelerator.device)
-    seed = config.cache.seed if config.cache.draws else config.seed
-    data = PretrainingSet(samples, extractor.preprocess, config.shots, seed, config.augment)
-    rank, processes = accelerator.process_index, accelerator.num_processes
-    per_epoch = StepBatches(len(data), config.optim.batch_size, 0, 0, config.seed, rank, processes).per_epoch
-    steps = config.optim.steps or per_epoch * config.optim.epochs
-    folder = RunFolder(config, console, accelerator.is_main_process)  # after everything a mistake could stop
-    assert extractor.projector is not None
-    adam = torch.optim.Adam(extractor.projector.parameters(), config.optim.lr, weight_decay=config.optim.weight_decay)
-    # The scheduler is not prepared by accelerate: a prepared one steps once per process.
-    scheduler = torch.optim.lr_scheduler.MultiStepLR(adam, [round(share * steps) for share in config.optim.milestones])
-    model, optimizer = accelerator.prepare(extractor.projector, adam)
-    objective = Objective(config.loss, extractor)
-    products = by_product(held_out) if accelerator.is_main_process else {}
-    with progress_bar(console) as bar:
-        groups = list(products.values())
-        sets = [encode_samples(g, extractor.backbone) for g in bar.track(groups, description="held-out products")]
-    return Run(
-        config, accelerator, console, folder, data, extractor, objective, model, optimizer, scheduler, steps, sets
-    )
-
-
-def make_batches(run: Run) -> CachedBatches | OnlineBatches:
-    """Residuals of the batches: computed once before training, or step by step."""
-    config, device = run.config, run.accelerator.device
-    if not config.cache.draws:
-        return OnlineBatches(run.extractor, run.data, config.data.workers, device)
-    with progress_bar(run.console) as bar:
-        stages = iter(("encoding images", "matching references"))
-        return CachedBatches(
-            run.extractor,
-            run.data,
-            device,
-            config.cache.draws,
-            config.cache.folder,
-            config.cache.threads,
-            track=lambda items, total: bar.track(items, total=total, description=next(stages)),
-        )
-
-
 def prepare(run: Run, batch: ResidualBatch) -> LabelledBatch:
     """Token labels, and as many tokens per image as the configuration asks for."""
     labelled = label(batch, run.config.loss.token_label, run.config.loss.token_pixels)
     return thin(labelled, batch.keys, run.config.tokens, run.config.seed) if run.config.tokens else labelled
-
-
-def progress_bar(console: Console) -> Progress:
-    """The one look of all long work."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
 
 
 def project(run: Run, view: FeatureMaps, contexts: Sequence[tuple[int, References]]) -> FeatureMaps:
