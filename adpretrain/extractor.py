@@ -6,55 +6,20 @@ Shapes: B images, K reference images, S side, T tokens per image, L levels, C_l 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from adpretrain._version import __version__
+from adpretrain.artefact import ExtractorConfig, read_config, read_weights, write_artefact
 from adpretrain.backbones import Backbone, FeatureMaps, References, load_backbone
 from adpretrain.conditioning import Conditioning
-from adpretrain.config import BackboneConfig, ProjectorConfig, from_dict
-from adpretrain.files import atomic_folder
+from adpretrain.config import BackboneConfig, ProjectorConfig
 from adpretrain.preprocess import Preprocess
 from adpretrain.projector import FeatureProjector
 from adpretrain.residual import METRICS, leave_one_out_residuals, residual_features, tokens
-
-FORMAT_VERSION = 1
-CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
-
-
-@dataclass(frozen=True)
-class ExtractorConfig:
-    """What config.json holds: everything needed to rebuild the extractor, and where it came from.
-
-    Args:
-        backbone: the frozen network.
-        channels: its feature widths, checked on loading.
-        preprocess: how photographs become its input.
-        projector: the projector's sizes; null = none (raw residual features).
-        matching: metric of the nearest reference.
-        conditioning: whether features and residuals are rescaled (`adpretrain.conditioning`).
-        provenance: data, steps, seed, commit, versions, losses, metrics of the training run.
-        format_version: version of this file's format.
-        library_version: version of adpretrain that wrote it.
-    """
-
-    backbone: BackboneConfig
-    channels: list[int]
-    preprocess: Preprocess
-    projector: ProjectorConfig | None = None
-    matching: str = "l2"
-    conditioning: bool = False
-    provenance: dict[str, Any] = field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
-    library_version: str = __version__
 
 
 def build_projector(config: ProjectorConfig, channels: list[int]) -> FeatureProjector:
@@ -225,18 +190,8 @@ class ADExtractor(nn.Module):
 
         Raises ValueError if ``folder`` holds other files: replacing it would delete them.
         """
-        target = Path(folder)
-        others = {path.name for path in target.iterdir()} - {CONFIG_NAME, WEIGHTS_NAME} if target.is_dir() else set()
-        if others or (target.exists() and not target.is_dir()):
-            what = f"holds other files ({_some(others)})" if others else "is a file"
-            raise ValueError(f"{folder} {what}: save into a new folder or over an earlier extractor")
-        weights = {k: v.contiguous() for k, v in self.state_dict().items() if not k.startswith("backbone.")}
-        with atomic_folder(folder) as temporary:
-            save_file(weights, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
-            (temporary / WEIGHTS_NAME).chmod(0o644)  # safetensors makes private files
-            text = json.dumps(dataclasses.asdict(self.config), indent=2)
-            (temporary / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
-        return Path(folder)
+        weights = {k: v for k, v in self.state_dict().items() if not k.startswith("backbone.")}
+        return write_artefact(folder, self.config, weights)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> ADExtractor:
@@ -245,7 +200,7 @@ class ADExtractor(nn.Module):
         Raises ValueError if the folder is not an extractor, was written by a newer library, or if its weights are
         not exactly those its config describes.
         """
-        config = _read_config(Path(folder))
+        config = read_config(Path(folder))
         backbone = load_backbone(**dataclasses.asdict(config.backbone))
         if backbone.channels != config.channels:
             raise ValueError(
@@ -262,7 +217,8 @@ class ADExtractor(nn.Module):
             provenance=config.provenance,
         )
         extractor.config = config
-        _load_weights(extractor, Path(folder) / WEIGHTS_NAME)
+        expected = {k: v for k, v in extractor.state_dict().items() if not k.startswith("backbone.")}
+        extractor.load_state_dict(read_weights(Path(folder), expected), strict=False)  # lacks the backbone's keys only
         return extractor.to(device)
 
 
@@ -277,44 +233,3 @@ def images_in_bank(features: FeatureMaps, references: References) -> int:
             "were the references encoded at another image size?"
         )
     return references[0].shape[1] // per_image
-
-
-def _read_config(folder: Path) -> ExtractorConfig:
-    path = folder / CONFIG_NAME
-    if not path.is_file():
-        what = "is not a folder" if not folder.is_dir() else f"has no {CONFIG_NAME}"
-        raise ValueError(f"{folder} {what}: expected a folder written by ADExtractor.save_pretrained")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
-    version = content.get("format_version") if isinstance(content, dict) else None
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise ValueError(
-            f"{folder} has format version {version}, written by adpretrain {content.get('library_version')}; this is "
-            f"adpretrain {__version__}, which reads up to version {FORMAT_VERSION}: upgrade adpretrain"
-        )
-    return from_dict(ExtractorConfig, content, str(path))
-
-
-def _load_weights(extractor: ADExtractor, path: Path) -> None:
-    try:
-        weights = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"cannot read weights {path}: {error}") from error
-    expected = {k: v for k, v in extractor.state_dict().items() if not k.startswith("backbone.")}
-    if missing := expected.keys() - weights.keys():
-        raise ValueError(f"{path} lacks {_some(missing)}: it is not the file this config describes")
-    if surplus := weights.keys() - expected.keys():
-        raise ValueError(f"{path} holds unknown weights {_some(surplus)}: it is not the file this config describes")
-    for name, value in expected.items():
-        if weights[name].shape != value.shape:
-            raise ValueError(f"{path}: {name} is {list(weights[name].shape)}, its config says {list(value.shape)}")
-        if not weights[name].isfinite().all():
-            raise ValueError(f"{path}: {name} holds NaN or infinite values")
-    extractor.load_state_dict(weights, strict=False)  # only the backbone's keys are absent, checked above
-
-
-def _some(names: set[str]) -> str:
-    shown = sorted(names)[:3]
-    return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

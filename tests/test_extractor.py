@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adpretrain import ADExtractor
+from adpretrain.artefact import FORMAT_VERSION
 from adpretrain.backbones import load_backbone
 from adpretrain.conditioning import Conditioning
 from adpretrain.config import ProjectorConfig
-from adpretrain.extractor import FORMAT_VERSION, build_projector
+from adpretrain.extractor import build_projector
 from adpretrain.projector import ARCHITECTURES
 from adpretrain.residual import residual_features
 

@@ -1,0 +1,114 @@
+"""The files of a saved extractor: config.json and model.safetensors, written whole and read strictly."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from adpretrain._version import __version__
+from adpretrain.config import BackboneConfig, ProjectorConfig, from_dict
+from adpretrain.files import atomic_folder
+from adpretrain.preprocess import Preprocess
+
+FORMAT_VERSION = 1
+CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class ExtractorConfig:
+    """What config.json holds: everything needed to rebuild the extractor, and where it came from.
+
+    Args:
+        backbone: the frozen network.
+        channels: its feature widths, checked on loading.
+        preprocess: how photographs become its input.
+        projector: the projector's sizes; null = none (raw residual features).
+        matching: metric of the nearest reference.
+        conditioning: whether features and residuals are rescaled (`adpretrain.conditioning`).
+        provenance: data, steps, seed, commit, versions, losses, metrics of the training run.
+        format_version: version of this file's format.
+        library_version: version of adpretrain that wrote it.
+    """
+
+    backbone: BackboneConfig
+    channels: list[int]
+    preprocess: Preprocess
+    projector: ProjectorConfig | None = None
+    matching: str = "l2"
+    conditioning: bool = False
+    provenance: dict[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+    library_version: str = __version__
+
+
+def write_artefact(folder: str | os.PathLike[str], config: ExtractorConfig, weights: dict[str, Tensor]) -> Path:
+    """Write both files; the folder appears, or is replaced, only when complete. Returns its path.
+
+    Raises ValueError if ``folder`` holds other files: replacing it would delete them.
+    """
+    target = Path(folder)
+    others = {path.name for path in target.iterdir()} - {CONFIG_NAME, WEIGHTS_NAME} if target.is_dir() else set()
+    if others or (target.exists() and not target.is_dir()):
+        what = f"holds other files ({_some(others)})" if others else "is a file"
+        raise ValueError(f"{folder} {what}: save into a new folder or over an earlier extractor")
+    with atomic_folder(folder) as temporary:
+        weights = {name: value.contiguous() for name, value in weights.items()}
+        save_file(weights, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
+        (temporary / WEIGHTS_NAME).chmod(0o644)  # safetensors makes private files
+        text = json.dumps(dataclasses.asdict(config), indent=2)
+        (temporary / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+    return target
+
+
+def read_config(folder: Path) -> ExtractorConfig:
+    """config.json of a saved extractor. Raises ValueError if it is none, or of a newer library."""
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        what = "is not a folder" if not folder.is_dir() else f"has no {CONFIG_NAME}"
+        raise ValueError(f"{folder} {what}: expected a folder written by ADExtractor.save_pretrained")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise ValueError(
+            f"{folder} has format version {version}, written by adpretrain {content.get('library_version')}; this is "
+            f"adpretrain {__version__}, which reads up to version {FORMAT_VERSION}: upgrade adpretrain"
+        )
+    return from_dict(ExtractorConfig, content, str(path))
+
+
+def read_weights(folder: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """model.safetensors of a saved extractor: exactly the tensors of ``expected``, same shapes, all finite.
+
+    Raises ValueError that names what differs.
+    """
+    path = folder / WEIGHTS_NAME
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot read weights {path}: {error}") from error
+    if missing := expected.keys() - weights.keys():
+        raise ValueError(f"{path} lacks {_some(missing)}: it is not the file this config describes")
+    if surplus := weights.keys() - expected.keys():
+        raise ValueError(f"{path} holds unknown weights {_some(surplus)}: it is not the file this config describes")
+    for name, value in expected.items():
+        if weights[name].shape != value.shape:
+            raise ValueError(f"{path}: {name} is {list(weights[name].shape)}, its config says {list(value.shape)}")
+        if not weights[name].isfinite().all():
+            raise ValueError(f"{path}: {name} holds NaN or infinite values")
+    return weights
+
+
+def _some(names: set[str]) -> str:
+    shown = sorted(names)[:3]
+    return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
