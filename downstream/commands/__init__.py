@@ -1,0 +1,16 @@
+"""The subcommands of `adpretrain`, one file each: a function that adds its arguments and returns what to run.
+
+torch is imported only when a command runs, so that --help is quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from jsonargparse import ArgumentParser, Namespace
+
+from downstream.commands.score import score
+
+Run = Callable[[Namespace], int]
+
+COMMANDS: dict[str, Callable[[ArgumentParser], Run]] = {"score": score}

@@ -1,0 +1,114 @@
+"""`adpretrain score`: photographs against a few normal ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jsonargparse import ArgumentParser, Namespace
+
+from downstream.terminal import ProgressBars, plain
+
+if TYPE_CHECKING:
+    from downstream.score import Inspection
+
+TOP = 5  # anomalies listed on stdout
+
+EXIT_CODES = """exit codes, the most urgent one that is true:
+  1  at least one image is anomalous (even if others were unreadable)
+  3  no anomaly found, but none can be ruled out: some images were unreadable, or there is no threshold
+  0  every image was read and none is anomalous
+  2  wrong usage or input: nothing was scored
+Unreadable images never stop the run: they are listed in scores.csv (verdict "unreadable") and, with the
+reason, in summary.json and report.html."""
+
+
+def score(parser: ArgumentParser) -> Callable[[Namespace], int]:
+    """Score photographs against a few normal ones: scores, heatmaps, a threshold, an HTML report."""
+    parser.epilog = EXIT_CODES
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    parser.add_argument("--extractor", type=str, required=True, help="folder written by save_pretrained")
+    parser.add_argument("--normal", type=str, required=True, help="folder of normal photographs, 2 to 8 or more")
+    parser.add_argument("--images", type=str, required=True, help="folder of photographs to score, with subfolders")
+    parser.add_argument("--out", type=str, required=True, help="folder for the results; made if needed")
+    parser.add_argument(
+        "--false-alarm-rate",
+        type=float,
+        default=0.05,
+        help="share of normal images that may be called anomalous",
+    )
+    parser.add_argument(
+        "--calibration",
+        type=str | None,
+        default=None,
+        help="folder of further normal photographs, for the threshold only",
+    )
+    parser.add_argument(
+        "--threshold",
+        type=float | None,
+        default=None,
+        help="use this score instead of a calibrated threshold",
+    )
+    parser.add_argument(
+        "--max-references", type=int, default=16, help="use at most so many references; the others calibrate"
+    )
+    parser.add_argument("--batch-size", type=int, default=16, help="images in memory at once")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument("--json", action="store_true", help="print one JSON object (summary.json) instead of text")
+    return _score
+
+
+def _score(options: Namespace) -> int:
+    from downstream.basis import Options
+    from downstream.score import score_folder
+
+    with ProgressBars() as progress:
+        inspection = score_folder(
+            Path(options.extractor),
+            Path(options.normal),
+            Path(options.images),
+            Path(options.out),
+            Path(options.calibration) if options.calibration else None,
+            Options(options.false_alarm_rate, options.threshold, options.max_references, options.batch_size),
+            options.device,
+            progress,
+        )
+    if options.json:
+        print(json.dumps(inspection.summary, allow_nan=False))
+    else:
+        print(describe(inspection))
+    return inspection.exit_code
+
+
+def describe(inspection: Inspection) -> str:
+    """The run in a few lines of plain text."""
+    from downstream.calibration import percent
+    from downstream.results import ANOMALOUS, UNDECIDED, UNREADABLE, by_score
+
+    summary, results = inspection.summary, inspection.results
+    counts = summary["counts"]
+    anomalous, unreadable = by_score(results, ANOMALOUS), by_score(results, UNREADABLE)
+    ranked = anomalous or by_score(results, UNDECIDED)
+    scored = len(results) - len(unreadable)
+    if summary["threshold"] is None:
+        lines = [f"{scored} images ranked; no threshold, so no verdicts"]
+    else:
+        rate = summary["promised_false_alarm_rate"]
+        promise = f"promised false-alarm rate {percent(rate)}" if rate else "given, no promise"
+        threshold = f"threshold {summary['threshold']:.4g}, {promise}"
+        lines = [f"{counts[ANOMALOUS]} of {scored} images anomalous ({threshold})"]
+    if ranked:
+        lines.append(f"{'score':>10}  {'p-value':>7}  image")
+    for result in ranked[:TOP]:
+        p_value = "" if result.p_value is None else f"{result.p_value:.3g}"
+        lines.append(f"{result.score:>10.4g}  {p_value:>7}  {plain(result.path)}")
+    if len(ranked) > TOP:
+        lines.append(f"{'...':>10}  and {len(ranked) - TOP} more")
+    lines += [f"unreadable: {plain(result.path)} ({plain(result.reason)})" for result in unreadable[:TOP]]
+    if len(unreadable) > TOP:
+        lines.append(f"unreadable: and {len(unreadable) - TOP} more")
+    lines += [f"note: {warning}" for warning in summary["warnings"]]
+    lines.append(f"report: {plain(inspection.out / 'report.html')}")
+    return "\n".join(lines)

@@ -1,0 +1,43 @@
+"""What the terminal shows: progress bars on stderr, and text that any encoding takes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+
+def plain(text: object) -> str:
+    """Text that the terminal takes, whatever the file names and its encoding."""
+    encoding = sys.stdout.encoding or "utf-8"
+    readable = os.fsencode(str(text)).decode("utf-8", errors="replace")
+    return readable.encode(encoding, errors="replace").decode(encoding)
+
+
+class ProgressBars:
+    """Progress on stderr: a live bar on a terminal, silence in a log file."""
+
+    def __enter__(self) -> Callable[[str, int, int], None]:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        self._bars = Progress(
+            TextColumn("{task.description:<22}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._tasks: dict[str, object] = {}
+        self._bars.start()
+        return self._show
+
+    def _show(self, what: str, done: int, total: int) -> None:
+        if what not in self._tasks:
+            self._tasks[what] = self._bars.add_task(what, total=total)
+        self._bars.update(self._tasks[what], completed=done)  # type: ignore[arg-type]
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
