@@ -19,6 +19,7 @@ from adpretrain.files import atomic_folder
 from adpretrain.preprocess import Preprocess
 
 FORMAT_VERSION = 1
+NORMS = ("l2", "released")
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 
 
@@ -32,6 +33,7 @@ class ExtractorConfig:
         preprocess: how photographs become its input.
         projector: the projector's sizes; null = none (raw residual features).
         matching: metric of the nearest reference.
+        norm: the norm that scores a feature: "l2" = ||x||, or "released" = sqrt(||x|| + 1) - 1 (the authors' code).
         conditioning: whether features and residuals are rescaled (`adpretrain.conditioning`).
         provenance: data, steps, seed, commit, versions, losses, metrics of the training run.
         format_version: version of this file's format.
@@ -43,6 +45,7 @@ class ExtractorConfig:
     preprocess: Preprocess
     projector: ProjectorConfig | None = None
     matching: str = "l2"
+    norm: str = "l2"
     conditioning: bool = False
     provenance: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION

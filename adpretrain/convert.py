@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
+from adpretrain.backbones import Backbone
+from adpretrain.config import ProjectorConfig
+from adpretrain.extractor import ADExtractor
 from adpretrain.projector import FeatureProjector
 
 RELEASED_HEADS = 16
@@ -100,3 +104,51 @@ def projector_from_official(state_dict: Mapping[str, Tensor]) -> FeatureProjecto
     except RuntimeError as error:
         raise ValueError(f"the checkpoint's shapes are not those of a released projector: {error}") from error
     return projector.eval()
+
+
+def extractor_from_official(checkpoint: Any, backbone: Backbone, source: Mapping[str, Any]) -> ADExtractor:
+    """A released checkpoint file's content as a complete `ADExtractor` on ``backbone``, as its authors run it.
+
+    Cosine matching, the norm sqrt(||x|| + 1) - 1 and the released projector form; no conditioning; the centres stay
+    zero (the file has none, and scoring does not use them). ``source`` (file name, sha256 ...) goes into the
+    provenance, with the file's own metrics, which its authors took, and chose it by, on a test set.
+
+    Raises ValueError that names what was expected and found if the content is no such checkpoint or of another width.
+    """
+    projectors = checkpoint.get("projectors") if isinstance(checkpoint, Mapping) else None
+    if not isinstance(projectors, Mapping) or not all(isinstance(value, Tensor) for value in projectors.values()):
+        if isinstance(checkpoint, Mapping):
+            found = f"a dict with the keys {', '.join(map(repr, list(checkpoint)[:5])) or '(none)'}"
+        else:
+            found = f"a {type(checkpoint).__name__}"
+        raise ValueError(
+            "this is not a released ADPretrain checkpoint: expected a dict whose 'projectors' are tensors named "
+            f"l1_proj.x_ref, ..., found {found}"
+        )
+    projector = projector_from_official(projectors)
+    config = ProjectorConfig(
+        references=projectors["l1_proj.x_ref"].shape[1],
+        heads=RELEASED_HEADS,
+        mlp_ratio=projectors["l1_proj.layers.0.mlp.fc1.weight"].shape[0] / projectors["l1_proj.x_ref"].shape[2],
+        form="released",
+    )
+    widths = [projectors[f"l{level + 1}_proj.x_ref"].shape[2] for level in range(len(projector.levels))]
+    if widths != backbone.channels:
+        raise ValueError(
+            f"the checkpoint's {len(widths)} projectors have widths {widths}; backbone {backbone.name!r} gives "
+            f"{backbone.channels}: name the backbone that the file was trained on (768: dinov2-base, clip-base; "
+            "1024: dinov2-large, clip-large; 1280: imagebind)"
+        )
+    recorded = {key: float(checkpoint[key]) for key in ("img_auc", "pix_auc", "pix_pro") if key in checkpoint}
+    return ADExtractor(
+        backbone,
+        projector,
+        config,
+        matching="cosine",
+        norm="released",
+        provenance={
+            "converted_from": dict(source),
+            "released_metrics": recorded,
+            "note": "released by the authors of ADPretrain; the metrics are theirs, on the test set it was chosen on",
+        },
+    )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adpretrain.artefact import ExtractorConfig, read_config, read_weights, write_artefact
+from adpretrain.artefact import NORMS, ExtractorConfig, read_config, read_weights, write_artefact
 from adpretrain.backbones import Backbone, FeatureMaps, References, load_backbone
 from adpretrain.conditioning import Conditioning
 from adpretrain.config import BackboneConfig, ProjectorConfig
@@ -43,11 +43,14 @@ class ADExtractor(nn.Module):
         conditioning: Conditioning | None = None,
         centers: list[Tensor] | None = None,
         matching: str = "l2",
+        norm: str = "l2",
         provenance: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if matching not in METRICS:
             raise ValueError(f"matching metric {matching!r} is unknown; choose one of {METRICS}")
+        if norm not in NORMS:
+            raise ValueError(f"norm {norm!r} is unknown; choose one of {NORMS}")
         if (projector is None) != (projector_config is None):
             raise ValueError("projector and projector_config are given together or not at all")
         self.backbone, self.projector, self.conditioning = backbone, projector, conditioning
@@ -57,6 +60,7 @@ class ADExtractor(nn.Module):
             preprocess=backbone.preprocess,
             projector=projector_config,
             matching=matching,
+            norm=norm,
             conditioning=conditioning is not None,
             provenance=provenance or {},
         )
@@ -83,7 +87,9 @@ class ADExtractor(nn.Module):
 
     def without_projector(self) -> ADExtractor:
         """The same extractor up to the residuals: the baseline that the projector is measured against."""
-        raw = ADExtractor(self.backbone, conditioning=self.conditioning, matching=self.config.matching)
+        raw = ADExtractor(
+            self.backbone, conditioning=self.conditioning, matching=self.config.matching, norm=self.config.norm
+        )
         raw._references, raw._scales = self._references, self._scales
         return raw
 
@@ -214,6 +220,7 @@ class ADExtractor(nn.Module):
             projector_config=config.projector,
             conditioning=Conditioning(config.channels) if config.conditioning else None,
             matching=config.matching,
+            norm=config.norm,
             provenance=config.provenance,
         )
         extractor.config = config

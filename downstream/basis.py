@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 
 from adpretrain.extractor import ADExtractor
 from adpretrain.preprocess import Preprocess
+from downstream.aligned import AlignedFeatureNorm
 from downstream.calibration import Calibration, calibrate
+from downstream.choosing import ALIGNED, EVEN, METHODS, choose_references, read_all
 from downstream.featurenorm import FeatureNorm
 from downstream.photos import (
     Photo,
@@ -40,11 +42,16 @@ def silent(what: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class Options:
-    """How to score. `threshold` replaces the calibrated one and with it the promise."""
+    """How to score: the references are chosen by a method of `downstream.choosing`, at most ``shots`` of them.
+
+    ``threshold`` replaces the calibrated one and with it the promise.
+    """
 
     false_alarm_rate: float = 0.05
     threshold: float | None = None
-    max_references: int = 16
+    references: str = EVEN
+    shots: int = 16
+    seed: int = 0
     batch_size: int = 16
 
     def __post_init__(self) -> None:
@@ -52,10 +59,10 @@ class Options:
             raise ValueError(f"false-alarm rate {self.false_alarm_rate}; expected a share between 0 and 1, e.g. 0.05")
         if self.threshold is not None and not math.isfinite(self.threshold):
             raise ValueError(f"threshold {self.threshold}; expected a finite number")
-        if self.max_references < 1 or self.batch_size < 1:
-            raise ValueError(
-                f"max_references {self.max_references} and batch_size {self.batch_size}: expected at least 1"
-            )
+        if self.references not in METHODS:
+            raise ValueError(f"references {self.references!r}; choose one of {', '.join(METHODS)}")
+        if self.shots < 1 or self.batch_size < 1:
+            raise ValueError(f"shots {self.shots} and batch_size {self.batch_size}: expected at least 1")
 
 
 DEFAULTS = Options()
@@ -87,23 +94,30 @@ def prepare(
 ) -> Basis:
     """Fit the references in `normal`; calibrate on them and on the normal photographs in `extra`.
 
-    Of more than `max_references` photographs that many, evenly spaced in sorted order, become references and
-    the others calibrate. An unreadable reference is a ValueError (every score depends on it); an unreadable
-    calibration photograph is left out with a warning. Nothing below `exclude` (the output folder) is read.
+    Photographs that are not chosen as references calibrate. An unreadable reference is a ValueError (every score
+    depends on it); an unreadable calibration photograph is left out with a warning. Nothing below `exclude` (the
+    output folder) is read.
     """
     preprocess = extractor.preprocess
     normals = find_images(normal, exclude)
-    count = min(len(normals), options.max_references)
-    chosen = [normals[index * len(normals) // count] for index in range(count)]
-    references = _read_references(chosen, preprocess, options.batch_size)
+    chosen = choose_references(
+        options.references,
+        normals,
+        options.shots,
+        options.seed,
+        extractor,
+        options.batch_size,
+        lambda done: progress("choosing references", done, len(normals)),
+    )
+    references = read_all(chosen, extractor, options.batch_size)
     images_K = torch.stack([photo.pixels for photo in references]).to(device)
-    progress("fitting the references", 0, count)
-    detector = FeatureNorm(extractor, image_size=preprocess.image_size).fit([images_K])
+    progress("fitting the references", 0, len(chosen))
+    detector = _detector(extractor, options, len(chosen)).fit(images_K.split(options.batch_size))
     scores_K, maps_KSS = np.empty(0), []
-    if count >= 2:
+    if len(chosen) >= 2:
         prediction = detector.leave_one_out(images_K)
         scores_K, maps_KSS = _numpy(prediction.scores), [_numpy(prediction.maps)]
-    progress("fitting the references", count, count)
+    progress("fitting the references", len(chosen), len(chosen))
 
     further, overlap = _further_normals(normals, chosen, find_images(extra, exclude) if extra else [])
     warnings = [*_twins(references), *overlap]
@@ -126,19 +140,17 @@ def prepare(
         threshold=threshold,
         scale=ColourScale.from_normal_maps(np.concatenate(normal_maps), threshold) if normal_maps else None,
         aspects=tuple(photo.aspect for photo in references),
-        description=_describe(extractor),
+        description=_describe(extractor, detector, options),
         warnings=(*_promise(calibration, options), *warnings),
     )
 
 
-def _read_references(paths: Sequence[Path], preprocess: Preprocess, batch_size: int) -> list[Photo]:
-    photos: list[Photo] = []
-    for batch in read_batches(paths, preprocess, batch_size):
-        for item in batch:
-            if isinstance(item, Unreadable):
-                raise ValueError(f"every score depends on the normal photographs, and one is bad: {item.reason}")
-            photos.append(item)
-    return photos
+def _detector(extractor: ADExtractor, options: Options, pool: int) -> FeatureNorm:
+    """Leave-one-out must meet as many references as a new image does, or one fewer where there are no more."""
+    size = extractor.preprocess.image_size
+    if options.references != ALIGNED or pool <= options.shots:
+        return FeatureNorm(extractor, image_size=size)
+    return AlignedFeatureNorm(extractor, options.shots, image_size=size)
 
 
 def _further_normals(
@@ -219,6 +231,8 @@ def _twins(references: Sequence[Photo]) -> list[str]:
     ]
 
 
-def _describe(extractor: ADExtractor) -> str:
+def _describe(extractor: ADExtractor, detector: FeatureNorm, options: Options) -> str:
     features = "projected residuals" if extractor.projector is not None else "raw residuals, no projector"
-    return f"{extractor.backbone.name}, {features}"
+    if isinstance(detector, AlignedFeatureNorm):
+        return f"{extractor.backbone.name}, {features}, the {detector.shots} best aligned references for every image"
+    return f"{extractor.backbone.name}, {features}, references chosen: {options.references}"

@@ -12,11 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Self
 
+from adpretrain.artefact import NORMS
 from adpretrain.backbones import Extract, FeatureMaps
 from adpretrain.extractor import ADExtractor
 from downstream.detector import Prediction
-
-NORMS = ("l2", "released")
 
 
 def gaussian_blur(maps_BSS: Tensor, sigma: float) -> Tensor:
@@ -41,13 +40,16 @@ class FeatureNorm:
 
     ``extract`` is an `ADExtractor` (its references are set by `fit`) or any raw backbone (nothing is fitted: the
     plain norm, the paper's weakest baseline). ``norm``: "l2" = ||x||_2, or "released" = sqrt(||x|| + 1) - 1, the
-    authors' code. ``top``: the image score is the mean of this share of the highest map values; 0 = the maximum,
-    as in the paper. One per cent is the default because a mean over a patch is steadier than one pixel.
+    authors' code; None = the extractor's own ("l2" for a raw backbone). ``top``: the image score is the mean of this
+    share of the highest map values; 0 = the maximum, as in the paper. One per cent is the default because a mean
+    over a patch is steadier than one pixel.
     """
 
     def __init__(
-        self, extract: Extract, image_size: int = 224, sigma: float = 4.0, norm: str = "l2", top: float = 0.01
+        self, extract: Extract, image_size: int = 224, sigma: float = 4.0, norm: str | None = None, top: float = 0.01
     ) -> None:
+        if norm is None:
+            norm = extract.config.norm if isinstance(extract, ADExtractor) else "l2"
         if norm not in NORMS:
             raise ValueError(f"norm {norm!r} is unknown; choose one of {NORMS}")
         if not 0 <= top <= 1:

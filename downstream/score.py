@@ -135,6 +135,8 @@ def _summary(
         "normal": printable(normal),
         "images_folder": printable(images),
         "references": len(basis.aspects),
+        "reference_choice": options.references,
+        "shots": options.shots,
         "threshold": basis.threshold,
         "threshold_from": "user" if options.threshold is not None else "calibration" if calibration else None,
         "asked_false_alarm_rate": options.false_alarm_rate,

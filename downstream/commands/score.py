@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -52,8 +52,14 @@ def score(parser: ArgumentParser) -> Callable[[Namespace], int]:
         help="use this score instead of a calibrated threshold",
     )
     parser.add_argument(
-        "--max-references", type=int, default=16, help="use at most so many references; the others calibrate"
+        "--references",
+        type=Literal["even", "random", "kmeans", "aligned"],
+        default="even",
+        help="which normal photographs become references: evenly spaced by name, drawn with --seed, spread over "
+        "k-means clusters, or the best aligned ones for every image (parts that do not lie in one place)",
     )
+    parser.add_argument("--shots", type=int, default=16, help="number of references K at most; the others calibrate")
+    parser.add_argument("--seed", type=int, default=0, help="of --references random and kmeans")
     parser.add_argument("--batch-size", type=int, default=16, help="images in memory at once")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--json", action="store_true", help="print one JSON object (summary.json) instead of text")
@@ -71,7 +77,14 @@ def _score(options: Namespace) -> int:
             Path(options.images),
             Path(options.out),
             Path(options.calibration) if options.calibration else None,
-            Options(options.false_alarm_rate, options.threshold, options.max_references, options.batch_size),
+            Options(
+                options.false_alarm_rate,
+                options.threshold,
+                options.references,
+                options.shots,
+                options.seed,
+                options.batch_size,
+            ),
             options.device,
             progress,
         )

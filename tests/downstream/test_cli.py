@@ -121,9 +121,9 @@ def test_extra_normal_photographs_make_the_asked_rate_reachable(
     assert "cut.png" in summary["warnings"][0]
 
 
-def test_photographs_beyond_max_references_calibrate(scene: tuple[Path, Path, Path, Path], write_tiles: Write) -> None:
+def test_photographs_beyond_the_shots_calibrate(scene: tuple[Path, Path, Path, Path], write_tiles: Write) -> None:
     write_tiles("shots", range(30, 49))  # 23 in all: 4 references, 19 others
-    score(*scene, "--max-references", "4")
+    score(*scene, "--shots", "4")
     summary = json.loads((scene[3] / "summary.json").read_text())
     assert summary["references"] == 4
     assert len(summary["calibration_scores"]) == 19

@@ -1,0 +1,81 @@
+"""FeatureNorm with references of its own for every image: semantic-aligned matching (ADPretrain App. C).
+
+Shapes: P pool images, B images, K references, L levels, S side in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from adpretrain.backbones import FeatureMaps
+from adpretrain.extractor import ADExtractor
+from adpretrain.references import AlignedReferences
+from adpretrain.residual import tokens
+from downstream.detector import Prediction
+from downstream.featurenorm import FeatureNorm
+
+
+class AlignedFeatureNorm(FeatureNorm):
+    """`FeatureNorm` against the ``shots`` best aligned images of a pool, chosen for every image anew.
+
+    For products that are not always in the same place: the released evaluation of ADPretrain works this way, with
+    K = 8. Alignment is judged on the first level, as in the paper (which uses ResNet-18's first layer). The pool's
+    features of all levels stay in memory.
+    """
+
+    extract: ADExtractor
+
+    def __init__(self, extract: ADExtractor, shots: int = 8, **options: Any) -> None:
+        super().__init__(extract, **options)
+        self.shots = shots
+        self._pool: FeatureMaps = []
+        self._aligned: AlignedReferences | None = None
+
+    def fit(self, normal_batches: Iterable[Tensor]) -> Self:
+        """Encode the pool: batches [b, 3, S, S], P images in all. Raises ValueError if it has fewer than K images."""
+        with torch.no_grad():
+            encoded = [self.extract.encode(batch) for batch in normal_batches]
+        self._pool = [torch.cat(level) for level in zip(*encoded, strict=True)]
+        if not self._pool or len(self._pool[0]) < self.shots:
+            found = len(self._pool[0]) if self._pool else 0
+            raise ValueError(f"K = {self.shots} aligned references cannot be chosen from a pool of {found} images")
+        self._aligned = AlignedReferences(self._pool[0])
+        return self
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> Prediction:
+        """[B, 3, S, S] -> scores [B], maps [B, S, S]. Raises ValueError before `fit`."""
+        features = self.extract.encode(images)
+        return self._against(features, self._distances(features))
+
+    @torch.no_grad()
+    def leave_one_out(self, images: Tensor) -> Prediction:
+        """Score each of the P pool images [P, 3, S, S] against the K best aligned of the others.
+
+        The histograms' centres still come from the whole pool. Raises ValueError if P <= K.
+        """
+        features = self.extract.encode(images)
+        distances_PP = self._distances(features)
+        if distances_PP.shape[0] != distances_PP.shape[1]:
+            raise ValueError(f"leave-one-out takes the pool's own {distances_PP.shape[1]} images, got {len(images)}")
+        if distances_PP.shape[1] <= self.shots:
+            raise ValueError(f"leave-one-out with K = {self.shots} needs a pool of at least {self.shots + 1} images")
+        return self._against(features, distances_PP.fill_diagonal_(torch.inf))
+
+    def _distances(self, features: FeatureMaps) -> Tensor:
+        if self._aligned is None:
+            raise ValueError("no pool to choose references from: call fit(normal_batches) first")
+        return self._aligned.distances(features[0])
+
+    def _against(self, features: FeatureMaps, distances_BP: Tensor) -> Prediction:
+        """One image at a time: a batch of banks would be K times its features."""
+        parts = []
+        for image, chosen in enumerate(distances_BP.topk(self.shots, dim=1, largest=False).indices):
+            banks = [tokens(level[chosen]).flatten(0, 1)[None] for level in self._pool]
+            parts.append(self.from_features(self.extract.from_encoded([f[image : image + 1] for f in features], banks)))
+        return Prediction(torch.cat([part.scores for part in parts]), torch.cat([part.maps for part in parts]))

@@ -1,0 +1,83 @@
+"""Convert a checkpoint released by the authors of ADPretrain into an extractor folder.
+
+  python hub/convert_official.py checkpoints_pro_norm.pth --backbone dinov2-base --out dinov2-base-norm
+
+The folder then loads with ADExtractor.from_pretrained. The checkpoint is read without unpickling any code, only its
+projectors are taken, and the file's name and sha256 are kept in config.json. No backbone weights are needed or saved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import sys
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
+from adpretrain.backbones import load_backbone
+from adpretrain.convert import extractor_from_official
+
+
+class _Help(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    """Keeps the example as it is written."""
+
+
+def read_checkpoint(path: Path) -> Any:
+    """The content of a .pth file, tensors and plain containers only. Raises ValueError for anything else."""
+    if not path.is_file():
+        raise ValueError(f"no such file: {path}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{path} is refused: it is not a plain file of tensors, or holds code ({reason}). Expected a .pth file "
+            "with a dict {'projectors': {...}, ...} as released by the authors of ADPretrain"
+        ) from error
+    except Exception as error:  # torch raises RuntimeError, EOFError, KeyError ... for files that are not its own
+        raise ValueError(f"{path} cannot be read as a .pth file: {error or type(error).__name__}") from error
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def convert(path: Path, backbone: str, out: Path, image_size: int = 224) -> Path:
+    """Checkpoint file -> extractor folder; the folder's path. Raises ValueError as `read_checkpoint` and the
+    conversion do.
+    """
+    checkpoint = read_checkpoint(path)
+    with torch.device("meta"):  # widths and preprocessing are needed, weights are not
+        frozen = load_backbone(backbone, pretrained=False, image_size=image_size)
+    source = {"file": path.name, "sha256": sha256(path), "bytes": path.stat().st_size}
+    return extractor_from_official(checkpoint, frozen, source).save_pretrained(out)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = ArgumentParser(description=__doc__, formatter_class=_Help)
+    parser.add_argument("checkpoint", type=str, help="checkpoints_{img,pix,pro}_{angle,norm}.pth")
+    parser.add_argument("--backbone", type=str, required=True, help="the backbone it was trained on: dinov2-base, ...")
+    parser.add_argument("--out", type=str, required=True, help="folder of the extractor; must be new or an extractor")
+    parser.add_argument("--image-size", type=int, default=224, help="side of the network's input in pixels")
+    options = parser.parse_args(argv)
+    try:
+        folder = convert(Path(options.checkpoint), options.backbone, Path(options.out), options.image_size)
+    except (ValueError, OSError) as error:
+        print(f"convert_official: error: {error}", file=sys.stderr)
+        return 2
+    print(f"ADExtractor.from_pretrained({str(folder)!r})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
