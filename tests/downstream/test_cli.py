@@ -311,3 +311,27 @@ def test_help_tells_the_exit_codes_and_loads_no_torch() -> None:
     assert done.returncode == 0
     assert "  1  at least one image is anomalous" in done.stdout
     assert "  3  no anomaly found, but none can be" in done.stdout
+
+
+@pytest.mark.parametrize("method", ["even", "random", "kmeans"])
+def test_chosen_references_leave_the_others_to_calibrate(
+    scene: tuple[Path, Path, Path, Path], write_tiles: Write, method: str
+) -> None:
+    write_tiles("shots", range(30, 34))  # 8 in all
+    score(*scene, "--references", method, "--shots", "3", "--seed", "5")
+    summary = json.loads((scene[3] / "summary.json").read_text())
+    assert (summary["references"], summary["reference_choice"], summary["shots"]) == (3, method, 3)
+    assert len(summary["calibration_scores"]) == 3 + 5
+
+
+def test_aligned_references_calibrate_on_the_whole_pool(
+    scene: tuple[Path, Path, Path, Path], write_tiles: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tiles("shots", range(30, 46))  # 20 in all
+    assert score(*scene, "--references", "aligned", "--shots", "2") == 1
+    summary = json.loads((scene[3] / "summary.json").read_text())
+    assert len(summary["calibration_scores"]) == summary["references"] == 20
+    assert summary["promised_false_alarm_rate"] == pytest.approx(1 / 21)
+    assert "the 2 best aligned references for every image" in (scene[3] / "report.html").read_text()
+    assert score(*scene, "--references", "nearest") == 2
+    assert "kmeans" in capsys.readouterr().err
