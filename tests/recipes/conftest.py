@@ -13,6 +13,8 @@ import pytest
 from adpretrain.data.synthetic import make_synthetic
 
 ROOT = Path(__file__).resolve().parents[2]
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
 @pytest.fixture(scope="session")
@@ -34,13 +36,18 @@ def arguments(tiny_set: Path) -> Callable[..., list[str]]:
 
 @pytest.fixture
 def pretrain(arguments: Callable[..., list[str]]) -> Callable[..., subprocess.Popen[str]]:
-    """Start recipes/pretrain.py on the tiny set with further flags."""
+    """Start recipes/pretrain.py on the tiny set with further flags, in a process group of its own."""
 
-    def start(run: Path, *flags: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "recipes/pretrain.py", *arguments(run, *flags)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    def start(run: Path, *flags: str, launch: bool = False) -> subprocess.Popen[str]:
+        command = [*(LAUNCH if launch else [sys.executable]), "recipes/pretrain.py", *arguments(run, *flags)]
         return subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command,
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
         )
 
     return start

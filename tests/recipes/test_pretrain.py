@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import time
@@ -23,14 +24,15 @@ def lines(run: Path) -> list[dict[str, float]]:
 
 @pytest.mark.slow
 def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(pretrain: Start, tmp_path: Path) -> None:
+    """Ctrl-C as a terminal sends it, to `accelerate launch` and the training below it at once."""
     flags = ("--optim.steps", "40", "--checkpoint_every", "5")
     finish(pretrain(tmp_path / "whole", *flags))
-    process = pretrain(tmp_path / "cut", *flags)
+    process = pretrain(tmp_path / "cut", *flags, launch=True)
     while not list((tmp_path / "cut" / "checkpoints").glob("step_*.pt")):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    output = finish(process)
+    os.killpg(process.pid, signal.SIGINT)
+    output = process.communicate(timeout=300)[0]
     assert "the same command resumes" in output
     assert not (tmp_path / "cut" / "extractor").exists()
     assert "resuming" in finish(pretrain(tmp_path / "cut", *flags))
