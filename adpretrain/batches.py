@@ -130,7 +130,10 @@ class CachedBatches:
         digest = hashlib.sha256()
         files = [(str(s.image), s.image.stat().st_size, s.image.stat().st_mtime_ns) for s in self.data.samples]
         data = [self.data.shots, self.data.seed, self.data.augment, self.draws, extractor.config.matching]
-        backbone = [extractor.backbone.name, extractor.preprocess.to_dict()]
+        network = extractor.backbone
+        backbone: list[Any] = [network.name, extractor.preprocess.to_dict(), network.levels, network.revision]
+        if network.revision is None:  # local or random weights: told apart by their sums
+            backbone.append([float(parameter.sum()) for parameter in network.parameters()])
         digest.update(json.dumps([files, data, backbone]).encode())
         if extractor.conditioning is not None:
             for value in extractor.conditioning.state_dict().values():

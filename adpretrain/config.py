@@ -25,12 +25,19 @@ class BackboneConfig:
     """The frozen feature network.
 
     Args:
-        name: a name of `adpretrain.backbones.BACKBONES`.
+        name: a name of `adpretrain.backbones.BACKBONES`, or timm/<model name>.
         image_size: side of the square input in pixels.
+        revision: branch, tag or commit of the weights on the Hugging Face Hub; null = the newest.
+        weights: a local file or folder of weights instead of the Hub's; never part of a saved extractor.
+        levels: numbers of the blocks (vision transformers) or stages (others) that give the features, from 1; null =
+            the paper's.
     """
 
     name: str = "filterbank"
     image_size: int = 224
+    revision: str | None = None
+    weights: str | None = None
+    levels: list[int] | None = None
 
 
 @dataclass(frozen=True)

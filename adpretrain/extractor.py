@@ -27,6 +27,21 @@ def build_projector(config: ProjectorConfig, channels: list[int]) -> FeatureProj
     return FeatureProjector(channels, **dataclasses.asdict(config))
 
 
+def backbone_config(backbone: Backbone) -> BackboneConfig:
+    """What it takes to load the same backbone elsewhere: no local path, but the commit of the weights if known."""
+    size, levels = backbone.preprocess.image_size, list(backbone.levels)
+    return BackboneConfig(backbone.name, size, revision=backbone.revision, levels=levels)
+
+
+def saved_backbone(config: BackboneConfig, weights: str | os.PathLike[str] | None) -> Backbone:
+    """The backbone of a saved extractor, at its commit, or with the local ``weights`` of whoever loads it."""
+    if weights is None:
+        given = dataclasses.replace(config, weights=None)  # no path from somebody else's config is ever opened
+    else:
+        given = dataclasses.replace(config, weights=os.fspath(weights), revision=None)
+    return load_backbone(**dataclasses.asdict(given))
+
+
 class ADExtractor(nn.Module):
     """Projected residual features: a drop-in for a raw backbone in every detector.
 
@@ -55,7 +70,7 @@ class ADExtractor(nn.Module):
             raise ValueError("projector and projector_config are given together or not at all")
         self.backbone, self.projector, self.conditioning = backbone, projector, conditioning
         self.config = ExtractorConfig(
-            backbone=BackboneConfig(name=backbone.name, image_size=backbone.preprocess.image_size),
+            backbone=backbone_config(backbone),
             channels=backbone.channels,
             preprocess=backbone.preprocess,
             projector=projector_config,
@@ -200,14 +215,21 @@ class ADExtractor(nn.Module):
         return write_artefact(folder, self.config, weights)
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> ADExtractor:
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        device: str | torch.device = "cpu",
+        weights: str | os.PathLike[str] | None = None,
+    ) -> ADExtractor:
         """Load what `save_pretrained` wrote, strictly, in evaluation mode on ``device``.
+
+        ``weights``: a local file or folder of the backbone's weights, for machines without a network.
 
         Raises ValueError if the folder is not an extractor, was written by a newer library, or if its weights are
         not exactly those its config describes.
         """
         config = read_config(Path(folder))
-        backbone = load_backbone(**dataclasses.asdict(config.backbone))
+        backbone = saved_backbone(config.backbone, weights)
         if backbone.channels != config.channels:
             raise ValueError(
                 f"{folder} was made on features of {config.channels} channels; backbone {backbone.name!r} gives "

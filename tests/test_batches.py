@@ -21,13 +21,13 @@ CPU = torch.device("cpu")
 def data(tmp_path_factory: pytest.TempPathFactory) -> PretrainingSet:
     root = make_synthetic(tmp_path_factory.mktemp("set"), 2, 5, 3, size=128, seed=1, workers=1, progress=False)
     return PretrainingSet(
-        index_realiad(root), load_backbone("filterbank", 64).preprocess, [1, 3], seed=5, augment="none"
+        index_realiad(root), load_backbone("filterbank", image_size=64).preprocess, [1, 3], seed=5, augment="none"
     )
 
 
 @pytest.fixture(scope="module")
 def extractor() -> ADExtractor:
-    backbone = load_backbone("filterbank", 64)
+    backbone = load_backbone("filterbank", image_size=64)
     return ADExtractor(backbone, conditioning=Conditioning(backbone.channels))
 
 

@@ -1,24 +1,55 @@
-"""Frozen feature networks by name: one table, one loader; one family per file."""
+"""Frozen feature networks by name: one table, one loader; one family per file.
+
+Importing this imports none of their libraries and needs no network.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Sequence
 
 from adpretrain.backbones.base import Backbone, Extract, FeatureMaps, References
-from adpretrain.backbones.filterbank import FilterBank
+from adpretrain.backbones.table import BACKBONES, BackboneEntry, BackboneInfo, find_entry, list_backbones
+from adpretrain.backbones.weights import Weights
 
-__all__ = ["BACKBONES", "Backbone", "Extract", "FeatureMaps", "References", "load_backbone"]
+__all__ = [
+    "BACKBONES",
+    "Backbone",
+    "BackboneEntry",
+    "BackboneInfo",
+    "Extract",
+    "FeatureMaps",
+    "References",
+    "list_backbones",
+    "load_backbone",
+]
 
-BACKBONES: dict[str, Callable[..., Backbone]] = {
-    "filterbank": FilterBank,
-}
 
-
-def load_backbone(name: str, image_size: int = 224) -> Backbone:
+def load_backbone(
+    name: str,
+    pretrained: bool = True,
+    revision: str | None = None,
+    weights: str | os.PathLike[str] | None = None,
+    image_size: int = 224,
+    levels: Sequence[int] | None = None,
+) -> Backbone:
     """A frozen backbone by name (see `BACKBONES`), for square inputs of ``image_size`` pixels.
 
-    Raises ValueError for an unknown name, listing the known ones.
+    Args:
+        name: a row of `BACKBONES`, or ``timm/<model name>``.
+        pretrained: False = random weights, for tests.
+        revision: branch, tag or commit of the weights on the Hugging Face Hub; None = the newest. The commit they turn
+            out to be is the backbone's ``revision``.
+        weights: a local file (.safetensors, or .pth, .pt, .bin of plain tensors) or folder instead of the Hub's.
+        image_size: S; must fit the network's patch or stride.
+        levels: numbers of the blocks (vision transformers) or stages (others), from 1; None = the paper's.
+
+    Raises ValueError for an unknown name, a level, size, revision or file that does not fit, or weights that are
+    neither in the local cache nor to be downloaded; it says what would fit, or what to do.
     """
-    if name not in BACKBONES:
-        raise ValueError(f"backbone {name!r} is unknown; choose one of: {', '.join(BACKBONES)}")
-    return BACKBONES[name](image_size=image_size)
+    if not isinstance(pretrained, bool):
+        raise ValueError(f"pretrained must be True or False, got {pretrained!r}; a size is given as image_size=")
+    entry = find_entry(name)
+    path = os.fspath(weights) if weights is not None else None
+    chosen = Weights(name, entry.source, pretrained, revision, path)
+    return entry.build(name, chosen, image_size, list(entry.levels if levels is None else levels))

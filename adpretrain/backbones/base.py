@@ -1,4 +1,4 @@
-"""The nouns every backbone shares.
+"""The nouns every backbone shares, and what every one of them does around its network.
 
 Shapes: B images, L levels, C_l channels, H_l x W_l tokens, S input side; R = 1 (references shared by the batch)
 or B (references per image), N_l reference tokens.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from adpretrain.preprocess import Preprocess
@@ -18,18 +19,100 @@ Extract = Callable[[Tensor], FeatureMaps]  # images [B, 3, S, S], already normal
 
 
 class Backbone(nn.Module):
-    """A frozen multi-level feature network: an `Extract` that knows its name, widths and preprocessing.
+    """A frozen multi-level feature network: an `Extract` that knows where its features come from.
 
-    ``channels`` lists C_l per level; ``preprocess`` turns a photograph into the input it was trained for.
-    Subclasses implement ``forward(images) -> FeatureMaps``. It never trains: `train` keeps evaluation mode.
+    Args:
+        name: the name that `load_backbone` takes.
+        channels: C_l per level.
+        preprocess: turns a photograph into the input the network was trained for; fixes S.
+        levels: numbers of the blocks or stages that give the levels, from 1.
+        network: what computes them; None if the subclass needs none.
+        revision: commit of the weights on the Hugging Face Hub; None if they come from elsewhere.
+
+    Subclasses implement ``maps(images) -> FeatureMaps``. It never trains: no parameter asks for a gradient, `forward`
+    records none, and `train` keeps evaluation mode.
     """
 
-    def __init__(self, name: str, channels: Sequence[int], preprocess: Preprocess) -> None:
+    def __init__(
+        self,
+        name: str,
+        channels: Sequence[int],
+        preprocess: Preprocess,
+        levels: Sequence[int],
+        network: nn.Module | None = None,
+        revision: str | None = None,
+    ) -> None:
         super().__init__()
         self.name = name
         self.channels = list(channels)
         self.preprocess = preprocess
+        self.levels = list(levels)
+        self.revision = revision
+        self.image_size = preprocess.image_size
+        self.network = network
+        self.requires_grad_(False)
         self.eval()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, and of the features whatever the input's dtype or the autocast state."""
+        return next(self.parameters()).dtype
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What the images are converted to: the weights' dtype unless a subclass knows better."""
+        return self.dtype
 
     def train(self, mode: bool = True) -> Backbone:
         return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> FeatureMaps:
+        """[B, 3, S, S], normalised by ``preprocess`` -> L levels [B, C_l, H_l, W_l] in the backbone's dtype.
+
+        Raises ValueError for images of another size than the backbone was made for.
+        """
+        side = self.image_size
+        if images.ndim != 4 or images.shape[1:] != (3, side, side):
+            raise ValueError(
+                f"this {self.name} takes images [B, 3, {side}, {side}], got {tuple(images.shape)}: prepare them with "
+                ".preprocess, or choose another image_size"
+            )
+        return [level.to(self.dtype) for level in self.maps(images.to(self.compute_dtype))]
+
+    def maps(self, images: Tensor) -> FeatureMaps:
+        """[B, 3, S, S] of ``compute_dtype`` -> L levels [B, C_l, H_l, W_l]."""
+        raise NotImplementedError
+
+
+def token_map(tokens_BTC: Tensor) -> Tensor:
+    """The T = G * G tokens of a square grid, row by row: [B, T, C] -> [B, C, G, G]."""
+    side = round(tokens_BTC.shape[1] ** 0.5)
+    return tokens_BTC.transpose(1, 2).unflatten(2, (side, side))
+
+
+def check_levels(name: str, levels: Sequence[int], count: int, what: str) -> list[int]:
+    """``levels`` as a list if they are some of 1..count in increasing order; ValueError naming the valid ones."""
+    chosen = list(levels)
+    valid = range(1, count + 1)
+    if (
+        not chosen
+        or any(type(level) is not int or level not in valid for level in chosen)
+        or chosen != sorted({*chosen})
+    ):
+        raise ValueError(
+            f"levels {chosen} do not fit {name}: list some of its {what} {', '.join(map(str, valid))}, "
+            "in increasing order, each once"
+        )
+    return chosen
+
+
+def check_image_size(name: str, image_size: int, step: int, what: str) -> None:
+    """ValueError naming the nearest valid sizes unless ``image_size`` is a positive multiple of ``step``."""
+    if image_size < step or image_size % step:
+        below = image_size // step * step
+        nearest = f"{below} or {below + step}" if below > 0 else str(step)
+        raise ValueError(
+            f"{name} needs an image_size that is a multiple of {what} ({step} pixels), got {image_size}: "
+            f"choose {nearest}"
+        )

@@ -10,12 +10,15 @@ Shapes: B images, S side (a multiple of 16), G = S/8 grid side.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adpretrain.backbones.base import Backbone, FeatureMaps
+from adpretrain.backbones.base import Backbone, FeatureMaps, check_levels
+from adpretrain.backbones.weights import Weights
 from adpretrain.preprocess import Preprocess
 
 ORIENTATIONS = 8
@@ -72,26 +75,60 @@ def normalised_channels(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return 0.5 * light, 0.5 * chroma, mean
 
 
-class FilterBank(Backbone):
-    """Four levels of [B, 29 (30 at the last), S/8, S/8] features; images are plain RGB in 0..1."""
+def build(name: str, weights: Weights, image_size: int, levels: Sequence[int]) -> FilterBank:
+    """The filterbank; ``weights`` are refused before this, as it has none."""
+    return FilterBank(image_size, levels)
 
-    def __init__(self, image_size: int = 224) -> None:
+
+def binomial_blur() -> Tensor:
+    """[1, 1, 5, 5] smoothing filter 1 4 6 4 1 in both directions."""
+    binomial = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
+    return torch.outer(binomial, binomial)[None, None]
+
+
+class FilterBank(Backbone):
+    """Up to four levels of [B, 29 (30 at the last), S/8, S/8] features; images are plain RGB in 0..1.
+
+    It computes in float32, in half precision and under autocast too, or in float64 after ``double()``; the features
+    have the dtype it was moved to.
+    """
+
+    def __init__(self, image_size: int = 224, levels: Sequence[int] = (1, 2, 3, 4)) -> None:
         if image_size % (2 * POOL) or image_size < 64:
             raise ValueError(
                 f"filterbank needs an image_size of at least 64, a multiple of {2 * POOL}; got {image_size}"
             )
+        chosen = check_levels("filterbank", levels, OCTAVES, "levels")
         per_level = ORIENTATIONS * 2 + ORIENTATIONS // 2 + 9
         super().__init__(
             name="filterbank",
-            channels=[per_level] * (OCTAVES - 1) + [per_level + 1],
+            channels=[per_level + (level == OCTAVES) for level in chosen],
             preprocess=Preprocess(image_size=image_size, resize=image_size, interpolation="bilinear"),
+            levels=chosen,
         )
-        binomial = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
         self.grid = image_size // POOL
+        self._dtype = torch.float32
         self.gabor: Tensor
         self.blur: Tensor
         self.register_buffer("gabor", gabor_pairs(), persistent=False)
-        self.register_buffer("blur", torch.outer(binomial, binomial)[None, None], persistent=False)
+        self.register_buffer("blur", binomial_blur(), persistent=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.gabor.dtype
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FilterBank:
+        # The filters stay exact: rounded to half precision they would answer to flat regions.
+        super()._apply(fn, recurse)
+        moved = fn(torch.empty(0, dtype=self._dtype, device=self.gabor.device))
+        self._dtype = moved.dtype
+        wide = torch.float64 if moved.dtype == torch.float64 else torch.float32
+        self.gabor, self.blur = gabor_pairs().to(moved.device, wide), binomial_blur().to(moved.device, wide)
+        return self
 
     def _smooth(self, image: Tensor, stride: int = 1) -> Tensor:
         channels = image.shape[1]
@@ -135,30 +172,23 @@ class FilterBank(Backbone):
             1,
         )
 
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> FeatureMaps:
-        """[B, 3, S, S] in 0..1 -> 4 levels [B, C_l, S/8, S/8]; computed in float32 whatever the autocast state.
-
-        Raises ValueError for images of another size than the backbone was made for.
-        """
-        side = self.grid * POOL
-        if images.ndim != 4 or images.shape[1:] != (3, side, side):
-            raise ValueError(
-                f"this filterbank takes images [B, 3, {side}, {side}], got {tuple(images.shape)}: prepare them with "
-                ".preprocess, or choose another image_size"
-            )
+    def maps(self, images: Tensor) -> FeatureMaps:
         with torch.autocast(images.device.type, enabled=False):
+            if images.device.type != "cpu" or torch.compiler.is_compiling():  # a graph takes any number of images
+                return self._forward(images)
             # One image at a time on a CPU: the maps of one image stay in its cache.
-            parts = images.float().split(1 if images.device.type == "cpu" else images.shape[0])
-            return [torch.cat(level) for level in zip(*map(self._forward, parts), strict=True)]
+            return [torch.cat(level) for level in zip(*map(self._forward, images.split(1)), strict=True)]
 
     def _forward(self, images: Tensor) -> FeatureMaps:
         light, chroma, mean = normalised_channels(images)
         chroma = self._smooth(chroma, stride=2)
         levels = []
-        for _ in range(OCTAVES):
-            levels.append(self._level(light, chroma))
+        for octave in range(1, self.levels[-1] + 1):
+            if octave in self.levels:
+                levels.append(self._level(light, chroma))
             light, chroma = self._smooth(light, stride=2), self._smooth(chroma, stride=2)
+        if octave < OCTAVES:
+            return levels
         overall = mean.mean((2, 3), keepdim=True)
         levels[-1] = torch.cat([levels[-1], self._pool((mean - overall) / (overall + 0.05))], 1)
         return levels

@@ -1,0 +1,113 @@
+"""The backbones by name: what builds them, where their weights are, under which licence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from adpretrain.backbones import clip, dinov2, imagebind, timm
+from adpretrain.backbones.base import Backbone
+from adpretrain.backbones.filterbank import build as build_filterbank
+from adpretrain.backbones.weights import Source, Weights
+
+Build = Callable[[str, Weights, int, list[int]], Backbone]  # name, weights, image size, levels
+
+
+@dataclass(frozen=True)
+class BackboneEntry:
+    """One row of `BACKBONES`.
+
+    Args:
+        build: makes the backbone; imports its library only when called.
+        levels: default levels (the paper's), numbered from 1; empty = known when built.
+        channels: widths of the default levels.
+        licence: of the weights.
+        source: where the weights are published; None = there are none.
+    """
+
+    build: Build
+    levels: tuple[int, ...]
+    channels: tuple[int, ...]
+    licence: str
+    source: Source | None = None
+
+
+@dataclass(frozen=True)
+class BackboneInfo:
+    """A backbone as it is listed. ``source`` is "" and ``cached`` None if it has no weights."""
+
+    name: str
+    levels: tuple[int, ...]
+    channels: tuple[int, ...]
+    licence: str
+    source: str
+    cached: bool | None
+
+
+def _vit(build: Build, levels: tuple[int, ...], width: int, licence: str, source: Source) -> BackboneEntry:
+    return BackboneEntry(build, levels, (width,) * len(levels), licence, source)
+
+
+def _dinov2(size: str, levels: tuple[int, ...]) -> BackboneEntry:
+    source = Source("model.safetensors", repo_id=f"facebook/dinov2-{size}")
+    return _vit(dinov2.build, levels, dinov2.SIZES[f"dinov2-{size}"].width, "Apache-2.0", source)
+
+
+def _clip(name: str, levels: tuple[int, ...], repo_id: str) -> BackboneEntry:
+    return _vit(clip.build, levels, clip.TOWERS[name].width, "MIT", Source("open_clip_model.safetensors", repo_id))
+
+
+def _timm(model: str, channels: tuple[int, ...], licence: str) -> BackboneEntry:
+    name = f"{timm.PREFIX}{model}"
+    return BackboneEntry(timm.build, tuple(range(1, len(channels) + 1)), channels, licence, timm.source(name))
+
+
+RESNET = (256, 512, 1024, 2048)
+
+BACKBONES: dict[str, BackboneEntry] = {
+    "filterbank": BackboneEntry(build_filterbank, (1, 2, 3, 4), (29, 29, 29, 30), "none needed"),
+    "dinov2-small": _dinov2("small", (3, 6, 9, 12)),
+    "dinov2-base": _dinov2("base", (3, 6, 9, 12)),
+    "dinov2-large": _dinov2("large", (6, 12, 18, 24)),
+    "dinov2-giant": _dinov2("giant", (10, 20, 30, 40)),
+    "clip-base": _clip("clip-base", (3, 6, 9, 12), "timm/vit_base_patch16_clip_224.openai"),
+    "clip-large": _clip("clip-large", (6, 12, 18, 24), "timm/vit_large_patch14_clip_224.openai"),
+    "imagebind": _vit(
+        imagebind.build,
+        (8, 16, 24, 32),
+        imagebind.HUGE.width,
+        "CC-BY-NC-SA-4.0 (non-commercial)",
+        Source("imagebind_huge.pth", url="https://dl.fbaipublicfiles.com/imagebind/imagebind_huge.pth"),
+    ),
+    "openclip-huge": _clip("openclip-huge", (8, 16, 24, 32), "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
+    "timm/wide_resnet50_2.tv_in1k": _timm("wide_resnet50_2.tv_in1k", RESNET, "BSD-3-Clause"),
+    "timm/wide_resnet101_2.tv_in1k": _timm("wide_resnet101_2.tv_in1k", RESNET, "BSD-3-Clause"),
+    "timm/resnext101_32x8d.tv_in1k": _timm("resnext101_32x8d.tv_in1k", RESNET, "BSD-3-Clause"),
+    "timm/densenet201.tv_in1k": _timm("densenet201.tv_in1k", (256, 512, 1792, 1920), "Apache-2.0"),
+}
+
+
+def find_entry(name: str) -> BackboneEntry:
+    """The row of a name; any ``timm/<model name>`` has one. Raises ValueError listing the known names."""
+    if name in BACKBONES:
+        return BACKBONES[name]
+    if name.startswith(timm.PREFIX) and len(name) > len(timm.PREFIX):
+        return BackboneEntry(timm.build, (), (), "see its page on the Hub", timm.source(name))
+    raise ValueError(
+        f"backbone {name!r} is unknown; choose one of: {', '.join(BACKBONES)}, or {timm.PREFIX}<any model of timm>"
+    )
+
+
+def list_backbones() -> list[BackboneInfo]:
+    """The rows of `BACKBONES`, and whether the weights lie in the local cache. Never uses the network."""
+    return [
+        BackboneInfo(
+            name,
+            entry.levels,
+            entry.channels,
+            entry.licence,
+            source=str(entry.source) if entry.source else "",
+            cached=entry.source.cached() is not None if entry.source else None,
+        )
+        for name, entry in BACKBONES.items()
+    ]
