@@ -24,7 +24,10 @@ EPS = 1e-6
 
 
 def _centred(feature_BCHW: Tensor) -> Tensor:
-    return feature_BCHW - feature_BCHW.flatten(2).median(2).values[..., None, None]
+    # The lower median as torch.median has it, in operations that ONNX knows too; no slower.
+    rows = feature_BCHW.flatten(2)
+    lower_half = rows.topk((rows.shape[2] + 1) // 2, dim=2, largest=False, sorted=False).values
+    return feature_BCHW - lower_half.amax(2)[..., None, None]
 
 
 class Conditioning(nn.Module):

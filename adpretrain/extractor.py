@@ -19,7 +19,14 @@ from adpretrain.conditioning import Conditioning
 from adpretrain.config import BackboneConfig, ProjectorConfig
 from adpretrain.preprocess import Preprocess
 from adpretrain.projector import FeatureProjector
-from adpretrain.residual import METRICS, leave_one_out_residuals, residual_features, tokens
+from adpretrain.residual import (
+    METRICS,
+    SearchIndex,
+    leave_one_out_residuals,
+    residual_features,
+    search_index,
+    tokens,
+)
 
 
 def build_projector(config: ProjectorConfig, channels: list[int]) -> FeatureProjector:
@@ -83,6 +90,7 @@ class ADExtractor(nn.Module):
             self.register_buffer(f"center_{level}", centers[level] if centers else torch.zeros(width))
         self._references: References | None = None
         self._scales: list[Tensor] | None = None
+        self._indices: list[SearchIndex] | None = None
         self.eval()
 
     @property
@@ -105,7 +113,7 @@ class ADExtractor(nn.Module):
         raw = ADExtractor(
             self.backbone, conditioning=self.conditioning, matching=self.config.matching, norm=self.config.norm
         )
-        raw._references, raw._scales = self._references, self._scales
+        raw._references, raw._scales, raw._indices = self._references, self._scales, self._indices
         return raw
 
     def encode(self, images: Tensor) -> FeatureMaps:
@@ -135,14 +143,14 @@ class ADExtractor(nn.Module):
     def set_references(self, images: Tensor | References) -> ADExtractor:
         """Keep the references of every later call: images [K, 3, S, S], or banks from `encode_references`."""
         self._references = self.encode_references(images) if isinstance(images, Tensor) else list(images)
-        self._scales = None
+        self._scales = self._indices = None
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> ADExtractor:
         super()._apply(fn, recurse)
         if self._references is not None:
             self._references = [fn(bank) for bank in self._references]
-        self._scales = None
+        self._scales = self._indices = None
         return self
 
     def scales(self, features: FeatureMaps, references: References) -> list[Tensor] | None:
@@ -161,11 +169,20 @@ class ADExtractor(nn.Module):
             self._scales = scales
         return scales
 
+    def indices(self, references: References) -> list[SearchIndex] | None:
+        """The banks made ready for searching: once for the kept references; None for those of one call."""
+        if references is not self._references or references[0].shape[0] != 1:
+            return None
+        if self._indices is None:
+            self._indices = [search_index(bank[0], self.config.matching) for bank in references]
+        return self._indices
+
     def residuals(
         self, features: FeatureMaps, references: References, scales: list[Tensor] | None = None
     ) -> FeatureMaps:
         """Encoded features and banks -> residual features of the same shapes, divided by ``scales`` if given."""
-        return residual_features(features, references, self.config.matching, scales=scales)
+        indices = self.indices(references)
+        return residual_features(features, references, self.config.matching, scales=scales, indices=indices)
 
     def reference_residuals(self, references: References, shots: int, scales: list[Tensor] | None) -> References:
         """The references' residuals among themselves, context of the cross-attention ablations: L of [R, N_l, C_l]."""
@@ -191,19 +208,18 @@ class ADExtractor(nn.Module):
             return self.projector(residuals)
         return self.projector(residuals, self.reference_residuals(references, shots, scales))
 
+    @torch.no_grad()
     def forward(self, images: Tensor, references: References | None = None) -> FeatureMaps:
         """Features for anomaly detection: [B, 3, S, S] -> L levels [B, C_l, H_l, W_l], without gradients.
 
         ``references``: banks from `encode_references` for this call only (shared, or one per image); otherwise those
-        of `set_references`. Runs in inference mode, and under ``torch.autocast`` if the caller asks for it; the
-        results are ordinary tensors, so a detector may train on them. Raises ValueError without references.
+        of `set_references`. Runs under ``torch.autocast`` if the caller asks for it, and under ``torch.compile``;
+        not in inference mode: a detector may train on the results. Raises ValueError without references.
         """
         references = references if references is not None else self._references
         if references is None:
             raise ValueError("no references: call set_references(normal_images) first, or pass references=")
-        with torch.inference_mode():
-            projected = self.from_encoded(self.encode(images), references)
-        return [level.clone() for level in projected]  # cloned outside inference mode: an ordinary tensor
+        return self.from_encoded(self.encode(images), references)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Write config.json and model.safetensors (projector, centres, conditioning; never the backbone or

@@ -43,10 +43,12 @@ class Attention(nn.Module):
         return self._split(key), self._split(value)
 
     def forward(self, x_BTC: Tensor, key_value: tuple[Tensor, Tensor]) -> Tensor:
-        query = self._split(self.query(x_BTC))
-        key, value = (part.to(query.dtype).expand(query.shape[0], -1, -1, -1) for part in key_value)
-        attended = F.scaled_dot_product_attention(query, key, value)
-        return self.out(attended.transpose(1, 2).flatten(2))
+        query_BTC = self.query(x_BTC)
+        key, value = (part.to(query_BTC.dtype) for part in key_value)
+        if key.shape[0] == 1:  # one context for all: the batch is one long row of queries, and is not repeated
+            query_BTC = query_BTC.flatten(0, 1)[None]
+        attended = F.scaled_dot_product_attention(self._split(query_BTC), key, value)
+        return self.out(attended.transpose(1, 2).flatten(2)).view_as(x_BTC)
 
 
 class MLP(nn.Module):
@@ -116,18 +118,20 @@ class LearnableKeyValueProjector(nn.Module):
 
     def keys_values(self) -> list[tuple[Tensor, Tensor]]:
         """Keys and values [1, h, N_r, C/h] of every layer, cached while evaluating without gradients."""
-        if self.training or torch.is_grad_enabled():
-            return self._project_references()
+        return self._project_references() if self.training or torch.is_grad_enabled() else self._cached()
+
+    @torch.compiler.disable  # addresses and versions exist outside graphs only
+    def _cached(self) -> list[tuple[Tensor, Tensor]]:
         key = self._cache_key()
         if self._cache is None or self._cache[0] != key:
             # The sources are held so that their addresses, part of the key, cannot be given to newer weights.
-            self._cache = (key, self._project_references(), [p.detach() for p in self._sources()])
+            # Contiguous heads are faster to attend to, and are made once.
+            projected = [(k.contiguous(), v.contiguous()) for k, v in self._project_references()]
+            self._cache = (key, projected, [p.detach() for p in self._sources()])
         return self._cache[1]
 
     def forward(self, x_BTC: Tensor, reference_residuals_BMC: Tensor | None = None) -> Tensor:
-        for attention, mlp, key_value in zip(self.attention, self.mlp, self.keys_values(), strict=True):
-            x_BTC = mlp(x_BTC - attention(x_BTC, key_value))
-        return x_BTC
+        return _subtract_and_refine(x_BTC, self.attention, self.mlp, self.keys_values())
 
     def train(self, mode: bool = True) -> LearnableKeyValueProjector:
         self._cache = None
@@ -143,6 +147,33 @@ class LearnableKeyValueProjector(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_cache": None}
+
+
+def _subtract_and_refine(
+    x_BTC: Tensor, attentions: nn.ModuleList, mlps: nn.ModuleList, keys_values: Sequence[tuple[Tensor, Tensor]]
+) -> Tensor:
+    for attention, mlp, key_value in zip(attentions, mlps, keys_values, strict=True):
+        x_BTC = mlp(x_BTC - attention(x_BTC, key_value))
+    return x_BTC
+
+
+class FixedKeyValueProjector(nn.Module):
+    """A trained `LearnableKeyValueProjector` with its keys and values as constants, for an exported graph.
+
+    It shares the other weights with ``level``; a later change of the learnable references does not reach it.
+    """
+
+    def __init__(self, level: LearnableKeyValueProjector) -> None:
+        super().__init__()
+        self.attention, self.mlp = level.attention, level.mlp
+        with torch.no_grad():
+            for layer, (key, value) in enumerate(level.eval().keys_values()):
+                self.register_buffer(f"key_{layer}", key)
+                self.register_buffer(f"value_{layer}", value)
+
+    def forward(self, x_BTC: Tensor, reference_residuals_BMC: Tensor | None = None) -> Tensor:
+        constants = [(getattr(self, f"key_{i}"), getattr(self, f"value_{i}")) for i in range(len(self.mlp))]
+        return _subtract_and_refine(x_BTC, self.attention, self.mlp, constants)
 
 
 class AblationTransformer(nn.Module):

@@ -7,6 +7,7 @@ K reference images (N = K * T).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,62 +46,93 @@ def _check(query_BTC: Tensor, bank_RNC: Tensor, metric: str) -> None:
         )
 
 
+class SearchIndex(NamedTuple):
+    """A bank made ready for searching: all that does not depend on the queries.
+
+    ``rows_NC``: [N', C + 1] float32 (or float64), the bank shifted by its mean (L2) or of unit length (cosine); the
+    last column is what a query's similarity starts from; N' is N rounded up to whole blocks by rows that never win.
+    ``shift_C``: the mean, to be subtracted from the queries; None for cosine.
+    """
+
+    rows_NC: Tensor
+    shift_C: Tensor | None
+
+
+def search_index(bank_NC: Tensor, metric: str = "l2", query_dtype: torch.dtype = torch.float32) -> SearchIndex:
+    """Prepare a bank once for many calls of `nearest_reference`: float32, or float64 if bank or queries are."""
+    with torch.no_grad(), torch.autocast(bank_NC.device.type, enabled=False):
+        widest = torch.promote_types(bank_NC.dtype, query_dtype)
+        bank_NC = bank_NC.to(torch.promote_types(widest, torch.float32))
+        size, shift_C = bank_NC.shape[0], None
+        if metric == "cosine":
+            bank_NC = bank_NC / bank_NC.norm(dim=1, keepdim=True).clamp_min(EPS)
+            offset_N = bank_NC.new_zeros(size)
+        else:
+            shift_C = bank_NC.mean(dim=0)
+            bank_NC = bank_NC - shift_C
+            offset_N = -0.5 * bank_NC.square().sum(1)
+        # The offset rides along as one more channel, so that a chunk is a single GEMM and no second pass.
+        rows_NC = F.pad(torch.cat([bank_NC, offset_N[:, None]], 1), (0, 0, 0, -size % BLOCK))
+        rows_NC[size:, -1] = -torch.inf
+        return SearchIndex(rows_NC, shift_C)
+
+
 def nearest_reference(
-    query_BTC: Tensor, bank_RNC: Tensor, metric: str = "l2", chunk_bytes: int = CHUNK_BYTES
+    query_BTC: Tensor,
+    bank_RNC: Tensor,
+    metric: str = "l2",
+    chunk_bytes: int | None = CHUNK_BYTES,
+    index: SearchIndex | None = None,
 ) -> Tensor:
     """Index of the nearest reference of every query token: [B, T] int64, exact search.
 
     L2: argmin ||x - r|| = argmax (x.r - ||r||^2 / 2); cosine: argmax x.r / ||r||. Either is one GEMM a chunk in
     float32 (autocast is left out: half precision picks other neighbours), on features shifted by the bank's mean
     (L2), which keeps the subtraction of near-equal numbers small. At most ``chunk_bytes`` of similarities exist
-    at a time. Ties go to the lowest index.
+    at a time; None = all at once, which leaves no loop in an exported graph. Ties go to the lowest index.
+    ``index``: a shared bank's `search_index`, if it was made before.
 
     Raises ValueError if metric, channels or batch sizes do not fit.
     """
     _check(query_BTC, bank_RNC, metric)
     with torch.no_grad(), torch.autocast(query_BTC.device.type, enabled=False):
         if bank_RNC.shape[0] == 1:  # one bank for all: a single tall matrix
-            index_Q = _search(query_BTC.flatten(0, 1), bank_RNC[0], metric, chunk_bytes)
-            return index_Q.view(query_BTC.shape[:2])
+            if index is None:
+                index = search_index(bank_RNC[0], metric, query_BTC.dtype)
+            return _search(query_BTC.flatten(0, 1), index, chunk_bytes).view(query_BTC.shape[:2])
         pairs = zip(query_BTC, bank_RNC, strict=True)
-        return torch.stack([_search(query, bank, metric, chunk_bytes) for query, bank in pairs])
+        found = [_search(query, search_index(bank, metric, query.dtype), chunk_bytes) for query, bank in pairs]
+        return torch.stack(found)
 
 
 def _search(
     query_QC: Tensor,
-    bank_NC: Tensor,
-    metric: str,
-    chunk_bytes: int,
+    index: SearchIndex,
+    chunk_bytes: int | None,
     own_Q: Tensor | None = None,
     images: int = 1,
 ) -> Tensor:
     """Nearest row of the bank for every query: [Q]. With ``own_Q``, query i may not match image ``own_Q[i]`` of the
-    ``images`` equal parts of the bank."""
-    dtype = torch.promote_types(query_QC.dtype, torch.float32)
-    query_QC, bank_NC = query_QC.to(dtype), bank_NC.to(dtype)
-    size = bank_NC.shape[0]
-    if metric == "cosine":
-        bank_NC = bank_NC / bank_NC.norm(dim=1, keepdim=True).clamp_min(EPS)
-        offset_N = bank_NC.new_zeros(size)
+    ``images`` equal parts of the bank, whose rows are then all those of the queries."""
+    rows_NC, shift_C = index
+    query_QC = query_QC.to(rows_NC.dtype)
+    query_QC = F.pad(query_QC if shift_C is None else query_QC - shift_C, (0, 1), value=1.0)
+    if chunk_bytes is None:
+        chunks: Sequence[Tensor] = [query_QC]
     else:
-        centre = bank_NC.mean(dim=0)
-        query_QC, bank_NC = query_QC - centre, bank_NC - centre
-        offset_N = -0.5 * bank_NC.square().sum(1)
-    # The offset rides along as one more channel, so that a chunk is a single GEMM and no second pass.
-    query_QC = F.pad(query_QC, (0, 1), value=1.0)
-    bank_NC = F.pad(torch.cat([bank_NC, offset_N[:, None]], 1), (0, 0, 0, -size % BLOCK))
-    bank_NC[size:, -1] = -torch.inf
-    rows = max(1, chunk_bytes // (bank_NC.shape[0] * bank_NC.element_size()))
-    best = []
-    for start in range(0, query_QC.shape[0], rows):
-        similarity = query_QC[start : start + rows] @ bank_NC.T
+        chunks = query_QC.split(max(1, chunk_bytes // (rows_NC.shape[0] * rows_NC.element_size())))
+    best, done = [], 0
+    for chunk in chunks:
+        similarity = chunk @ rows_NC.T
         each = torch.arange(similarity.shape[0], device=similarity.device)
         if own_Q is not None:
-            similarity[:, :size].unflatten(1, (images, -1))[each, own_Q[start : start + rows]] = -torch.inf
+            own = own_Q[done : done + chunk.shape[0]]
+            similarity[:, : query_QC.shape[0]].unflatten(1, (images, -1))[each, own] = -torch.inf
         # Two short stages instead of one long argmax, which torch does not vectorise (3x faster on a CPU).
         blocks = similarity.unflatten(1, (-1, BLOCK))
         block = blocks.amax(2).argmax(1)
         best.append(block * BLOCK + blocks[each, block].argmax(1))
+        done += chunk.shape[0]
     return torch.cat(best)
 
 
@@ -108,11 +140,12 @@ def residual_tokens(
     query_BTC: Tensor,
     bank_RNC: Tensor,
     metric: str = "l2",
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = CHUNK_BYTES,
     scale_RN: Tensor | None = None,
+    index: SearchIndex | None = None,
 ) -> Tensor:
     """x - x*, with x* the nearest (un-normalised) reference, divided by the scale of x* if given: [B, T, C]."""
-    index_BT = nearest_reference(query_BTC, bank_RNC, metric, chunk_bytes)
+    index_BT = nearest_reference(query_BTC, bank_RNC, metric, chunk_bytes, index)
     if bank_RNC.shape[0] == 1:
         residual = query_BTC - bank_RNC[0][index_BT]
         return residual if scale_RN is None else residual / scale_RN[0][index_BT][..., None]
@@ -124,25 +157,28 @@ def residual_features(
     features: FeatureMaps,
     references: References,
     metric: str = "l2",
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = CHUNK_BYTES,
     scales: Sequence[Tensor] | None = None,
+    indices: Sequence[SearchIndex] | None = None,
 ) -> FeatureMaps:
     """Residual features r = x - argmin_{x' in R_l} ||x - x'|| of every level (ADPretrain Sec. 3.1).
 
     ``features``: L levels [B, C_l, H_l, W_l]; ``references``: L levels [R, N_l, C_l], R = 1 (one bank for the
     batch) or B (one per image). ``metric``: "l2" (the paper) or "cosine" (the released code: nearest by angle,
     then the un-normalised match is subtracted). ``scales``: L levels [R, N_l] that divide the residual by a number of
-    the matched reference. Returns maps of the features' shapes.
+    the matched reference. ``indices``: the `search_index` of every level's shared bank, if made before. Returns maps
+    of the features' shapes.
 
     Raises ValueError if metric, levels, channels or batch sizes do not fit.
     """
     if len(features) != len(references):
         raise ValueError(f"features have {len(features)} levels but references have {len(references)}")
     divisors: Sequence[Tensor | None] = scales or [None] * len(features)
-    levels = zip(features, references, divisors, strict=True)
+    prepared: Sequence[SearchIndex | None] = indices or [None] * len(features)
+    levels = zip(features, references, divisors, prepared, strict=True)
     return [
-        as_map(residual_tokens(tokens(feature), bank, metric, chunk_bytes, scale), feature)
-        for feature, bank, scale in levels
+        as_map(residual_tokens(tokens(feature), bank, metric, chunk_bytes, scale, index), feature)
+        for feature, bank, scale, index in levels
     ]
 
 
@@ -160,5 +196,5 @@ def leave_one_out_residuals(bank_NC: Tensor, images: int, metric: str = "l2") ->
     parts = images if images > 1 else size
     with torch.no_grad(), torch.autocast(bank_NC.device.type, enabled=False):
         own_N = torch.arange(size, device=bank_NC.device) // (size // parts)
-        index_N = _search(bank_NC, bank_NC, metric, CHUNK_BYTES, own_N, parts)
+        index_N = _search(bank_NC, search_index(bank_NC, metric), CHUNK_BYTES, own_N, parts)
     return bank_NC - bank_NC[index_N]

@@ -72,6 +72,15 @@ def test_standardised_channels_have_median_zero_and_mean_square_one_over_c() -> 
         assert rows.square().sum(1).mean().item() == pytest.approx(1.0, rel=1e-4)
 
 
+@pytest.mark.parametrize("tokens_each", [1, 2, 24, 25])
+def test_the_centre_is_torchs_median(tokens_each: int) -> None:
+    maps = torch.randn(3, 6, 1, tokens_each, generator=torch.Generator().manual_seed(0))
+    unscaled = Conditioning([6])
+    unscaled.std_0 /= 6**0.5
+    expected = maps - maps.flatten(2).median(2).values[..., None, None]
+    torch.testing.assert_close(unscaled.standardise([maps])[0], expected, rtol=1e-6, atol=0)
+
+
 def test_drift_of_a_whole_photograph_vanishes_and_a_defect_stays_where_it_is() -> None:
     conditioning, batches = fitted()
     batch = batches[2]

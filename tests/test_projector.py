@@ -8,7 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adpretrain.projector import ARCHITECTURES, Attention, FeatureProjector, LearnableKeyValueProjector
+from adpretrain.projector import (
+    ARCHITECTURES,
+    Attention,
+    FeatureProjector,
+    FixedKeyValueProjector,
+    LearnableKeyValueProjector,
+)
 
 WIDTH, REFERENCES, HEADS = 16, 24, 4
 
@@ -196,6 +202,17 @@ def test_the_cache_is_neither_saved_nor_copied() -> None:
     copied.references.mul_(2)
     assert torch.equal(level(x), out)
     assert not torch.equal(copied(x), out)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@torch.no_grad()
+def test_constant_keys_and_values_change_nothing_and_stay(layers: int) -> None:
+    level, x = one_level(layers), normal(2, 7, WIDTH)
+    fixed, expected = FixedKeyValueProjector(level), level(x)
+    assert torch.equal(fixed(x), expected)
+    level.references.normal_()
+    assert torch.equal(fixed(x), expected)
+    assert not torch.equal(level(x), expected)
 
 
 def test_gradients_flow_through_keys_and_values_even_after_caching() -> None:

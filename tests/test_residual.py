@@ -12,6 +12,7 @@ from adpretrain.residual import (
     nearest_reference,
     residual_features,
     residual_tokens,
+    search_index,
     tokens,
 )
 
@@ -69,6 +70,18 @@ def test_any_chunk_size_gives_the_same_neighbours(metric: str, banks: int) -> No
     query, bank = normal(3, 70, 12), normal(banks, 300, 12, seed=1)
     whole = nearest_reference(query, bank, metric)
     for chunk_bytes in (1, 3000, 100_000):
+        assert torch.equal(nearest_reference(query, bank, metric, chunk_bytes), whole)
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_prepared_bank_and_no_chunks_give_the_same_neighbours(metric: str, dtype: torch.dtype) -> None:
+    query, bank = normal(3, 70, 12).to(dtype), normal(1, 300, 12, seed=1).to(dtype)
+    whole = nearest_reference(query, bank, metric)
+    index = search_index(bank[0], metric)
+    assert index.rows_NC.dtype == torch.promote_types(dtype, torch.float32)
+    for chunk_bytes in (3000, None):
+        assert torch.equal(nearest_reference(query, bank, metric, chunk_bytes, index), whole)
         assert torch.equal(nearest_reference(query, bank, metric, chunk_bytes), whole)
 
 
