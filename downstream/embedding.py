@@ -1,0 +1,172 @@
+"""Feature maps -> one vector per patch: the memory of PatchCore, PaDiM, SPADE and their kin is made of these.
+
+Chosen levels -> average over the p x p neighbourhood (PatchCore Eq. 1-3) -> fewer channels per level -> the grid of
+the finest chosen level (bilinear) -> concatenated -> fewer channels. Averages and resampling are linear and act on
+different axes, so channels are pooled before the upsampling: the same numbers up to rounding, on smaller maps.
+
+Shapes: B images, L levels, C_l channels, H_l x W_l tokens, H x W the embedding's grid, D its channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adpretrain.backbones import FeatureMaps
+
+REDUCTIONS = ("pool", "project", "choose", "orthogonal")
+FORMS = ("paper", "released")
+
+
+@dataclass(frozen=True)
+class EmbeddingConfig:
+    """How feature maps become patch embeddings.
+
+    Args:
+        levels: which of the extract's levels, counted from 0 (-1 = the last); null = all.
+        patch: side p of the neighbourhood that is averaged, odd; 1 = none. Beyond the border there are zeros, which
+            count, as in the released PatchCore.
+        stride: s, every s-th position in both directions (Eq. 3).
+        level_dim: channels of each level after adaptive average pooling; null = its own.
+        target_dim: channels of the concatenation after ``reduction``; null = all.
+        reduction: "pool" (adaptive average pooling, PatchCore), "project" (Gaussian random projection), "choose"
+            (random channels, PaDiM) or "orthogonal" (random semi-orthogonal matrix).
+        form: "paper" averages the neighbourhood, then pools channels; "released" pools the p * p * C_l values of a
+            neighbourhood together, as the authors' code does. Equal wherever level_dim divides C_l or is null.
+        seed: of the random reductions.
+    """
+
+    levels: list[int] | None = None
+    patch: int = 3
+    stride: int = 1
+    level_dim: int | None = None
+    target_dim: int | None = None
+    reduction: Literal["pool", "project", "choose", "orthogonal"] = "pool"
+    form: Literal["paper", "released"] = "paper"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.patch < 1 or self.patch % 2 == 0:
+            raise ValueError(f"patch {self.patch} must be odd and at least 1, such as 3: it has a centre")
+        if self.stride < 1:
+            raise ValueError(f"stride {self.stride} must be at least 1")
+        for name, value in (("level_dim", self.level_dim), ("target_dim", self.target_dim)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} {value} must be at least 1, or null for all channels")
+        if self.reduction not in REDUCTIONS:
+            raise ValueError(f"reduction {self.reduction!r} is unknown; choose one of {REDUCTIONS}")
+        if self.form not in FORMS:
+            raise ValueError(f"form {self.form!r} is unknown; choose one of {FORMS}")
+        if self.reduction != "pool" and self.target_dim is None:
+            raise ValueError(f"reduction {self.reduction!r} needs target_dim, the number of channels to keep")
+
+
+DEFAULT = EmbeddingConfig()
+
+
+class Embedding(nn.Module):
+    """Feature maps -> patch embeddings [B, H, W, D], float32 (float64 if the features are), without gradients of its
+    own parameters: it has none.
+
+    A random reduction is drawn at the first call, when the number of channels is known, and is the buffer
+    ``reducer`` from then on: [D'] indices for "choose", a matrix [C, D] otherwise.
+    """
+
+    def __init__(self, config: EmbeddingConfig = DEFAULT) -> None:
+        super().__init__()
+        self.config = config
+        self.reducer: Tensor | None
+        self.register_buffer("reducer", None)
+
+    def forward(self, features: FeatureMaps) -> Tensor:
+        """L levels [B, C_l, H_l, W_l] -> [B, H, W, D]. Raises ValueError if levels or channels do not fit."""
+        config = self.config
+        levels = [aggregate(level, config) for level in chosen_levels(features, config.levels)]
+        joined_BCHW = on_one_grid(levels)
+        if config.target_dim is None:
+            return joined_BCHW.permute(0, 2, 3, 1).contiguous()
+        if config.reduction == "pool":
+            return pool_channels(joined_BCHW, config.target_dim).permute(0, 2, 3, 1).contiguous()
+        width = joined_BCHW.shape[1]
+        if self.reducer is None:
+            reducer = random_reducer(width, config.target_dim, config.reduction, config.seed)
+            self.reducer = reducer.to(joined_BCHW.device)
+        if config.reduction == "choose":
+            if int(self.reducer.amax()) >= width:
+                raise ValueError(f"features have {width} channels, fewer than those the chosen ones came from")
+            return joined_BCHW[:, self.reducer].permute(0, 2, 3, 1).contiguous()
+        if self.reducer.shape[0] != width:
+            raise ValueError(f"features have {width} channels, the projection was drawn for {self.reducer.shape[0]}")
+        return joined_BCHW.permute(0, 2, 3, 1) @ self.reducer.to(joined_BCHW.dtype)
+
+
+def chosen_levels(features: FeatureMaps, levels: Sequence[int] | None) -> FeatureMaps:
+    """Some of the levels, in the order given. Raises ValueError naming the valid numbers."""
+    count = len(features)
+    if levels is None:
+        return list(features)
+    if not levels or any(not -count <= level < count for level in levels):
+        raise ValueError(f"levels {list(levels)} do not fit features of {count} levels; choose from 0 to {count - 1}")
+    return [features[level] for level in levels]
+
+
+def aggregate(feature_BCHW: Tensor, config: EmbeddingConfig) -> Tensor:
+    """Neighbourhoods of one level, P_{s,p} (PatchCore Eq. 3), and its channels: [B, level_dim or C, H / s, W / s]."""
+    if not feature_BCHW.is_floating_point() or feature_BCHW.ndim != 4:
+        raise ValueError(f"features must be [B, C, H, W] floats, got {tuple(feature_BCHW.shape)} {feature_BCHW.dtype}")
+    feature_BCHW = feature_BCHW.to(torch.promote_types(feature_BCHW.dtype, torch.float32))
+    patch, stride, dim, width = config.patch, config.stride, config.level_dim, feature_BCHW.shape[1]
+    if config.form == "released" and dim is not None and width % dim and patch > 1:
+        height = (feature_BCHW.shape[2] - 1) // stride + 1
+        # One image at a time: unfolded maps are p * p times larger.
+        unfolded = (F.unfold(one[None], patch, padding=patch // 2, stride=stride) for one in feature_BCHW)
+        return torch.cat([pool_channels(one.unflatten(2, (height, -1)), dim) for one in unfolded])
+    if patch > 1:
+        feature_BCHW = F.avg_pool2d(feature_BCHW, patch, stride=stride, padding=patch // 2)
+    elif stride > 1:
+        feature_BCHW = feature_BCHW[:, :, ::stride, ::stride]
+    return feature_BCHW if dim is None else pool_channels(feature_BCHW, dim)
+
+
+def pool_channels(feature_BCHW: Tensor, dim: int) -> Tensor:
+    """Adaptive average pooling of the channels (repeating some if dim > C): [B, dim, H, W]."""
+    if feature_BCHW.shape[1] == dim:
+        return feature_BCHW
+    height, width = feature_BCHW.shape[2:]
+    pooled = F.adaptive_avg_pool2d(feature_BCHW.flatten(2)[:, None], (dim, height * width))
+    return pooled[:, 0].unflatten(2, (height, width))
+
+
+def on_one_grid(levels: FeatureMaps) -> Tensor:
+    """Levels upsampled bilinearly to the largest grid among them, concatenated: [B, C, H, W]."""
+    largest = max(levels, key=lambda level: level.shape[2] * level.shape[3])
+    size = (int(largest.shape[2]), int(largest.shape[3]))
+    same = [
+        level if tuple(level.shape[2:]) == size else F.interpolate(level, size, mode="bilinear", align_corners=False)
+        for level in levels
+    ]
+    return torch.cat(same, 1) if len(same) > 1 else same[0]
+
+
+def random_reducer(width: int, dim: int, reduction: str, seed: int = 0) -> Tensor:
+    """What a random reduction of ``width`` channels to ``dim`` applies, from the seed alone.
+
+    "choose": [dim] ascending channel numbers; "project": Gaussian [width, dim] with entries of variance 1 / dim, which
+    keeps squared distances in expectation; "orthogonal": [width, dim] with orthonormal columns. Raises ValueError if
+    ``dim`` is larger than ``width``.
+    """
+    if dim > width:
+        raise ValueError(f"target_dim {dim} is more than the {width} channels there are; choose 1 to {width}")
+    generator = torch.Generator().manual_seed(seed)
+    if reduction == "choose":
+        return torch.randperm(width, generator=generator)[:dim].sort().values
+    matrix = torch.randn(width, dim, generator=generator, dtype=torch.float64)
+    if reduction == "project":
+        return (matrix / dim**0.5).float()
+    basis, triangle = torch.linalg.qr(matrix)
+    return (basis * triangle.diagonal().sign()).float()
