@@ -9,8 +9,10 @@ from collections.abc import Callable
 
 from jsonargparse import ArgumentParser, Namespace
 
+from downstream.commands.backbones import backbones
+from downstream.commands.extract import extract
 from downstream.commands.score import score
 
 Run = Callable[[Namespace], int]
 
-COMMANDS: dict[str, Callable[[ArgumentParser], Run]] = {"score": score}
+COMMANDS: dict[str, Callable[[ArgumentParser], Run]] = {"score": score, "extract": extract, "backbones": backbones}

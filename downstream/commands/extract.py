@@ -1,0 +1,109 @@
+"""`adpretrain extract`: feature maps of photographs, written to disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jsonargparse import ArgumentParser, Namespace
+
+from downstream.terminal import ProgressBars, plain
+
+if TYPE_CHECKING:
+    import torch
+
+    from adpretrain import ADExtractor
+    from adpretrain.backbones import Backbone
+
+TOP = 5  # unreadable images listed on stdout
+
+EPILOG = """--out is a folder (one .safetensors file per batch, and index.json) or one FILE.safetensors (and FILE.json).
+Tensors are level_0, level_1, ... of [images, channels, height, width]; the index says which image is which row.
+
+exit codes:
+  0  every image was read
+  3  some images were unreadable: they are listed in the index, with the reason; the others were written
+  2  wrong usage or input: nothing was written"""
+
+
+def extract(parser: ArgumentParser) -> Callable[[Namespace], int]:
+    """Write the feature maps of photographs to safetensors files."""
+    parser.epilog = EPILOG
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    parser.add_argument(
+        "--backbone", type=str | None, default=None, help="raw features of this network (adpretrain backbones)"
+    )
+    parser.add_argument("--extractor", type=str | None, default=None, help="features of this extractor; needs --normal")
+    parser.add_argument("--normal", type=str | None, default=None, help="folder of the extractor's normal references")
+    parser.add_argument("--images", type=str, required=True, help="folder of photographs, with subfolders")
+    parser.add_argument("--out", type=str, required=True, help="folder, or FILE.safetensors")
+    parser.add_argument("--weights", type=str | None, default=None, help="local file or folder of backbone weights")
+    parser.add_argument(
+        "--revision", type=str | None, default=None, help="version of the backbone's weights on the Hub"
+    )
+    parser.add_argument("--levels", type=list[int] | None, default=None, help="blocks or stages, such as [3,6,9,12]")
+    parser.add_argument("--image-size", type=int | None, default=None, help="input side in pixels; 224 by default")
+    parser.add_argument("--shots", type=int, default=16, help="use at most so many references, evenly spaced by name")
+    parser.add_argument("--batch-size", type=int, default=16, help="images in memory at once, and in a file")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    return _extract
+
+
+def _extract(options: Namespace) -> int:
+    from downstream.features import extract_folder, refuse_others, set_references
+    from downstream.photos import find_images
+    from downstream.score import pick_device
+
+    _check(options)
+    images, out = Path(options.images), Path(options.out)
+    device = pick_device(options.device)
+    find_images(images, exclude=out)  # a wrong path is found before a network is loaded
+    refuse_others(out, out.suffix == ".safetensors")
+    model = _model(options, device)
+    if options.normal:
+        set_references(model, Path(options.normal), options.shots, options.batch_size, out)  # type: ignore[arg-type]
+    with ProgressBars() as progress:
+        done = extract_folder(model, images, out, options.batch_size, device, progress)
+    unreadable = done.index["unreadable"]
+    print(f"{len(done.index['images'])} images of {len(done.index['levels'])} levels: {plain(out)}")
+    for level in done.index["levels"]:
+        height, width = level["grid"]
+        print(f"  {level['tensor']}  {level['channels']} x {height} x {width}  {level['dtype']}")
+    for entry in unreadable[:TOP]:
+        print(f"unreadable: {plain(entry['path'])} ({plain(entry['reason'])})")
+    if len(unreadable) > TOP:
+        print(f"unreadable: and {len(unreadable) - TOP} more")
+    return done.exit_code
+
+
+def _check(options: Namespace) -> None:
+    """ValueError for options that do not go together."""
+    if (options.backbone is None) == (options.extractor is None):
+        raise ValueError("name one network: --backbone NAME or --extractor FOLDER")
+    if options.extractor and not options.normal:
+        raise ValueError("--extractor compares with normal photographs: name their folder with --normal")
+    if options.backbone and options.normal:
+        raise ValueError("--normal goes with --extractor: a raw backbone compares with nothing")
+    fixed = [name for name in ("revision", "levels", "image_size") if options[name] is not None]
+    if options.extractor and fixed:
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in fixed)
+        raise ValueError(f"{flags} cannot be given with --extractor: it was trained with its own")
+    if options.batch_size < 1 or options.shots < 1:
+        raise ValueError(f"--batch-size {options.batch_size} and --shots {options.shots}: expected at least 1")
+
+
+def _model(options: Namespace, device: torch.device) -> Backbone | ADExtractor:
+    from adpretrain import ADExtractor
+    from adpretrain.backbones import load_backbone
+
+    if options.extractor:
+        return ADExtractor.from_pretrained(options.extractor, device=device, weights=options.weights)
+    backbone = load_backbone(
+        options.backbone,
+        revision=options.revision,
+        weights=options.weights,
+        image_size=options.image_size or 224,
+        levels=options.levels,
+    )
+    return backbone.to(device)
