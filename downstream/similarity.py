@@ -33,9 +33,9 @@ def distance_matrix(z_ND: Tensor) -> Tensor:
     norm_N = z.square().sum(1)
     sums = norm_N[:, None] + norm_N[None]
     squared = torch.addmm(sums, z, z.T, alpha=-2)
-    far = squared > 8 * torch.finfo(z.dtype).eps * sums.detach()
-    far &= ~torch.eye(len(z), dtype=torch.bool, device=z.device)
-    return torch.where(far, squared, 1).sqrt() * far
+    near = squared <= 8 * torch.finfo(z.dtype).eps * sums.detach()  # a NaN is not near: it stays
+    near |= torch.eye(len(z), dtype=torch.bool, device=z.device)
+    return torch.where(near, 1, squared).sqrt().masked_fill(near, 0)
 
 
 def scale_embeddings(z_ND: Tensor, scale: str) -> Tensor:
@@ -50,9 +50,10 @@ def scale_embeddings(z_ND: Tensor, scale: str) -> Tensor:
     if scale == "unit":
         return F.normalize(z_ND, dim=1)
     if scale == "mean":
-        # The mean over all pairs, i = j included, of ||z_i - z_j||^2 is twice the variance.
-        mean_square = 2 * (z_ND - z_ND.mean(0)).square().sum(1).mean()
-        return z_ND / mean_square.sqrt().clamp_min(torch.finfo(z_ND.dtype).tiny)
+        centred = z_ND - z_ND.mean(0)
+        # The mean of ||z_i - z_j||^2 over all pairs, i = j included, is twice the variance.
+        unit = (2 * centred.square().sum(1).mean()).sqrt()
+        return centred / torch.where(unit > 0, unit, 1)
     return z_ND
 
 

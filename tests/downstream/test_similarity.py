@@ -201,6 +201,12 @@ def test_equal_patches_give_finite_numbers() -> None:
         assert z.grad.isfinite().all()
 
 
+def test_a_broken_embedding_is_not_hidden() -> None:
+    z = points()
+    z[3, 0] = torch.nan
+    assert not relaxed_contrastive_loss(z, similarity(points())).isfinite()
+
+
 def test_single_precision_and_autocast() -> None:
     z = points(10, 200)
     exact = similarity(z, scale="none", sigma=4.0)
