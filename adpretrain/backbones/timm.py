@@ -121,7 +121,10 @@ def _feature_info(model: str) -> list[dict[str, Any]]:
     """What the network can give, in order: num_chs and reduction (stride) of every feature."""
     import timm
 
-    with torch.device("meta"):
+    try:
+        with torch.device("meta"):
+            found = timm.create_model(model, pretrained=False)
+    except (RuntimeError, NotImplementedError):  # some constructors compute with tensors
         found = timm.create_model(model, pretrained=False)
     info = getattr(found, "feature_info", None)
     if not info:
