@@ -1,0 +1,177 @@
+"""Defects made from normal images, with their masks: what a refinement network learns from (ReConPatch suppl. D.2).
+
+A smooth random field chooses where; there, other content is blended in. *Structural*: the image's own patches, shuffled
+(a part that is misplaced or broken). *Textural*: a foreign texture.
+
+Where the supplement leaves a choice open [ours]: the field is gradient noise with its own number of cells per side,
+and its highest values are marked, so the marked share of an image is drawn, not left to chance; a marked pixel that
+hardly changed keeps its old value and is not marked; no foreground is looked for. The supplement takes textures from a
+dataset of photographs (DTD); any images can be given instead, and without any the textures are coloured noise.
+
+Shapes: B images, S side in pixels, T textures, G cells per side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+KINDS = ("structural", "textural")
+
+
+@dataclass(frozen=True)
+class SimulationConfig:
+    """How defects are made.
+
+    Args:
+        kind: "structural" (the supplement's best, Table S7) or "textural".
+        normal_share: share of images that stay as they are, with an empty mask.
+        smallest_area, largest_area: marked share of an image; its logarithm is drawn uniformly between them.
+        smallest_opacity: of the new content; drawn uniformly between it and 1.
+        cells: G of the field, a power of two drawn between 2 and this.
+        grid: an image is cut into grid x grid patches to be shuffled.
+        visible: a pixel counts as changed if one of its channels moved by at least this, in the images' unit.
+    """
+
+    kind: Literal["structural", "textural"] = "structural"
+    normal_share: float = 0.5
+    smallest_area: float = 0.002
+    largest_area: float = 0.1
+    smallest_opacity: float = 0.3
+    cells: int = 16
+    grid: int = 8
+    visible: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind {self.kind!r} is unknown; choose one of {', '.join(KINDS)}")
+        for name in ("normal_share", "smallest_opacity"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be in 0..1")
+        if not 0 < self.smallest_area <= self.largest_area <= 1:
+            raise ValueError(f"areas {self.smallest_area} to {self.largest_area} must be shares in (0, 1], ascending")
+        if self.cells < 2 or self.grid < 2 or self.visible <= 0:
+            raise ValueError(
+                f"cells {self.cells} and grid {self.grid} must be at least 2, visible {self.visible} positive"
+            )
+
+
+DEFAULT = SimulationConfig()
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """``images`` [B, 3, S, S] and bool ``masks`` [B, S, S]: True where, and only where, a pixel was changed."""
+
+    images: Tensor
+    masks: Tensor
+
+
+def simulate(
+    images: Tensor,
+    keys: Sequence[Sequence[int]],
+    config: SimulationConfig = DEFAULT,
+    textures: Tensor | None = None,
+) -> Simulated:
+    """Normal images [B, 3, S, S] -> images with defects, and their masks. The input is not changed.
+
+    ``keys``: B lists of integers, such as (seed, epoch, index); everything random about image b derives from keys[b],
+    whatever the batch or the device. ``textures`` [T, 3, S, S], normalised like the images, for "textural".
+    Raises ValueError if keys or textures do not fit the images.
+    """
+    if len(keys) != len(images):
+        raise ValueError(f"{len(keys)} keys for {len(images)} images; give one for each")
+    if textures is not None and (len(textures) == 0 or textures.shape[1:] != images.shape[1:]):
+        raise ValueError(
+            f"textures {tuple(textures.shape)} do not fit images {tuple(images.shape)}: prepare them alike"
+        )
+    pairs = [_simulate(image, key, config, textures) for image, key in zip(images, keys, strict=True)]
+    return Simulated(torch.stack([image for image, _ in pairs]), torch.stack([mask for _, mask in pairs]))
+
+
+def _simulate(
+    image: Tensor, key: Sequence[int], config: SimulationConfig, textures: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    rng = np.random.default_rng(list(key))
+    size = image.shape[-1]
+    if rng.random() < config.normal_share:
+        return image, torch.zeros(size, size, dtype=torch.bool, device=image.device)
+    where = random_region(size, rng, config).to(image.device)
+    if config.kind == "structural":
+        source = shuffled(image, config.grid, rng)
+    elif textures is not None:
+        source = textures[int(rng.integers(len(textures)))].to(image.device, image.dtype)
+    else:
+        source = coloured_noise(image, rng, config.cells)
+    changed = torch.lerp(image, source, float(rng.uniform(config.smallest_opacity, 1)))
+    mask = where & ((changed - image).abs().amax(0) >= config.visible)
+    return torch.where(mask, changed, image), mask
+
+
+def random_region(size: int, rng: np.random.Generator, config: SimulationConfig = DEFAULT) -> Tensor:
+    """Where a defect lies: bool [S, S], the pixels at which a random field is highest; their share is drawn."""
+    field = gradient_noise(size, _cells(rng, config.cells), rng)
+    area = math.exp(rng.uniform(math.log(config.smallest_area), math.log(config.largest_area)))
+    pixels = max(1, round(area * size * size))
+    region = torch.zeros(size * size, dtype=torch.bool)
+    region[field.flatten().topk(pixels).indices] = True
+    return region.view(size, size)
+
+
+def _cells(rng: np.random.Generator, most: int) -> tuple[int, int]:
+    """Cells along both directions: powers of two, drawn on their own, so that scratches occur beside spots."""
+    powers = int(math.log2(most))
+    return 2 ** int(rng.integers(1, powers + 1)), 2 ** int(rng.integers(1, powers + 1))
+
+
+def gradient_noise(size: int, cells: tuple[int, int], rng: np.random.Generator) -> Tensor:
+    """Smooth noise of G_y x G_x cells, about -1 to 1 and 0 at the cells' corners (Perlin 2002): float32 [S, S].
+
+    Each corner has a random slope; within a cell the four slopes are blended by 6 t^5 - 15 t^4 + 10 t^3.
+    """
+    angle = torch.from_numpy(rng.uniform(0, 2 * math.pi, (cells[0] + 1, cells[1] + 1)))
+    slope_y, slope_x = angle.sin(), angle.cos()
+    corner_y, offset_y = _places(size, cells[0])
+    corner_x, offset_x = _places(size, cells[1])
+    blend_y, blend_x = (t**3 * (t * (6 * t - 15) + 10) for t in (offset_y[:, None], offset_x[None]))
+
+    def height(down: int, right: int) -> Tensor:
+        corner = (corner_y[:, None] + down, corner_x[None] + right)
+        return slope_y[corner] * (offset_y[:, None] - down) + slope_x[corner] * (offset_x[None] - right)
+
+    upper = torch.lerp(height(0, 0), height(0, 1), blend_x.expand(size, -1))
+    lower = torch.lerp(height(1, 0), height(1, 1), blend_x.expand(size, -1))
+    return (math.sqrt(2) * torch.lerp(upper, lower, blend_y.expand(-1, size))).float()
+
+
+def _places(size: int, cells: int) -> tuple[Tensor, Tensor]:
+    """Which cell each pixel's centre lies in, and where in it, from 0 to 1: [S] int64 and [S] float64."""
+    place = (torch.arange(size, dtype=torch.float64) + 0.5) * cells / size
+    return place.long(), place % 1
+
+
+def shuffled(image: Tensor, grid: int, rng: np.random.Generator) -> Tensor:
+    """The image cut into grid x grid patches in random order: [3, S, S]. A last patch that is cut off wraps around."""
+    size = image.shape[-1]
+    side = math.ceil(size / grid)
+    count = math.ceil(size / side)
+    order = torch.from_numpy(rng.permutation(count * count)).view(count, count)
+    place = torch.arange(size)
+    source = order[place[:, None] // side, place[None] // side]
+    rows = (source // count * side + (place % side)[:, None]) % size
+    columns = (source % count * side + (place % side)[None]) % size
+    return image[:, rows.to(image.device), columns.to(image.device)]
+
+
+def coloured_noise(image: Tensor, rng: np.random.Generator, cells: int) -> Tensor:
+    """A random texture in the colours of the image, twice as contrasted: gradient noise per channel, [3, S, S]."""
+    size = image.shape[-1]
+    noise = torch.stack([gradient_noise(size, _cells(rng, cells), rng) for _ in range(len(image))])
+    noise = (noise / noise.std(dim=(1, 2), keepdim=True)).to(image.device, image.dtype)
+    return image.mean((1, 2), keepdim=True) + 2 * image.std(dim=(1, 2), keepdim=True) * noise
