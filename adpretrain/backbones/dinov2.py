@@ -7,8 +7,9 @@ transformers'.
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -120,17 +121,34 @@ def load(config: Dinov2Config, state: StateDict, where: str, name: str) -> Dinov
     if "pos_embed" in state:
         state = from_original(state)
     # transformers translates between the layouts of its versions; a state_dict is the way in that needs no network.
-    loaded: Any = Dinov2Model.from_pretrained(
-        None,
-        config=config,
-        state_dict=as_float32(state),
-        ignore_mismatched_sizes=True,  # reported below, with everything else
-        output_loading_info=True,
-    )
+    with quiet():
+        loaded: Any = Dinov2Model.from_pretrained(
+            None,
+            config=config,
+            state_dict=as_float32(state),
+            ignore_mismatched_sizes=True,  # reported below, with everything else
+            output_loading_info=True,
+        )
     network, report = loaded
     shapes = [(key, list(found), list(expected)) for key, found, expected in report["mismatched_keys"]]
     refuse_misfit(name, where, sorted(report["missing_keys"]), sorted(report["unexpected_keys"]), shapes)
     return network
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """transformers without its bars and warnings; what is wrong with a file is said by an exception."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 ORIGINAL_NAMES = [  # of the original release -> transformers, as patterns
