@@ -1,13 +1,14 @@
-"""The files of a saved extractor: config.json and model.safetensors, written whole and read strictly."""
+"""The files of a saved model: config.json and model.safetensors, written whole and read strictly."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -18,6 +19,7 @@ from adpretrain.config import BackboneConfig, ProjectorConfig, from_dict
 from adpretrain.files import atomic_folder
 from adpretrain.preprocess import Preprocess
 
+T = TypeVar("T")
 FORMAT_VERSION = 1
 NORMS = ("l2", "released")
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
@@ -29,6 +31,7 @@ class ExtractorConfig:
 
     Args:
         backbone: the frozen network.
+        fingerprint: of its weights (`adpretrain.backbones.fingerprint`), checked on loading; empty = unknown.
         channels: its feature widths, checked on loading.
         preprocess: how photographs become its input.
         projector: the projector's sizes; null = none (raw residual features).
@@ -47,22 +50,39 @@ class ExtractorConfig:
     matching: str = "l2"
     norm: str = "l2"
     conditioning: bool = False
+    fingerprint: list[float] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     library_version: str = __version__
 
 
 def write_artefact(folder: str | os.PathLike[str], config: ExtractorConfig, weights: dict[str, Tensor]) -> Path:
-    """Write both files; the folder appears, or is replaced, only when complete. Returns its path.
+    """Write a saved extractor (see `write_folder`). Returns its path."""
+    return write_folder(folder, config, weights, "extractor")
+
+
+def write_folder(
+    folder: str | os.PathLike[str],
+    config: Any,
+    weights: Mapping[str, Tensor],
+    what: str,
+    parts: Mapping[str, Callable[[Path], object]] | None = None,
+) -> Path:
+    """Write a dataclass and tensors; the folder appears, or is replaced, only when complete. Returns its path.
+
+    ``what`` names the thing in errors. ``parts``: subfolders, each with the function that writes it.
 
     Raises ValueError if ``folder`` holds other files: replacing it would delete them.
     """
-    target = Path(folder)
-    others = {path.name for path in target.iterdir()} - {CONFIG_NAME, WEIGHTS_NAME} if target.is_dir() else set()
+    target, parts = Path(folder), parts or {}
+    known = {CONFIG_NAME, WEIGHTS_NAME, *parts}
+    others = {path.name for path in target.iterdir()} - known if target.is_dir() else set()
     if others or (target.exists() and not target.is_dir()):
-        what = f"holds other files ({_some(others)})" if others else "is a file"
-        raise ValueError(f"{folder} {what}: save into a new folder or over an earlier extractor")
+        problem = f"holds other files ({_some(others)})" if others else "is a file"
+        raise ValueError(f"{folder} {problem}: save into a new folder or over an earlier {what}")
     with atomic_folder(folder) as temporary:
+        for name, write in parts.items():
+            write(temporary / name)
         weights = {name: value.contiguous() for name, value in weights.items()}
         save_file(weights, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
         (temporary / WEIGHTS_NAME).chmod(0o644)  # safetensors makes private files
@@ -73,25 +93,33 @@ def write_artefact(folder: str | os.PathLike[str], config: ExtractorConfig, weig
 
 def read_config(folder: Path) -> ExtractorConfig:
     """config.json of a saved extractor. Raises ValueError if it is none, or of a newer library."""
+    return read_folder_config(folder, ExtractorConfig, FORMAT_VERSION, "ADExtractor.save_pretrained")
+
+
+def read_folder_config(folder: Path, cls: type[T], newest: int, writer: str) -> T:
+    """config.json of a folder that ``writer`` wrote, as a dataclass; format versions up to ``newest`` are known.
+
+    Raises ValueError if there is none, or it is of a newer library.
+    """
     path = folder / CONFIG_NAME
     if not path.is_file():
         what = "is not a folder" if not folder.is_dir() else f"has no {CONFIG_NAME}"
-        raise ValueError(f"{folder} {what}: expected a folder written by ADExtractor.save_pretrained")
+        raise ValueError(f"{folder} {what}: expected a folder written by {writer}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
     version = content.get("format_version") if isinstance(content, dict) else None
-    if isinstance(version, int) and version > FORMAT_VERSION:
+    if isinstance(version, int) and version > newest:
         raise ValueError(
             f"{folder} has format version {version}, written by adpretrain {content.get('library_version')}; this is "
-            f"adpretrain {__version__}, which reads up to version {FORMAT_VERSION}: upgrade adpretrain"
+            f"adpretrain {__version__}, which reads up to version {newest}: upgrade adpretrain"
         )
-    return from_dict(ExtractorConfig, content, str(path))
+    return from_dict(cls, content, str(path))
 
 
 def read_weights(folder: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """model.safetensors of a saved extractor: exactly the tensors of ``expected``, same shapes, all finite.
+    """model.safetensors of a saved model: exactly the tensors of ``expected``, same shapes, all finite.
 
     Raises ValueError that names what differs.
     """

@@ -68,8 +68,9 @@ class DataConfig:
     """The pretraining set.
 
     Args:
-        name: layout of the set, a name of `adpretrain.data.DATASETS`.
-        root: its folder.
+        name: layout of the set, a name of `adpretrain.data.DATASETS`, or "auto".
+        root: its folder, or "hf://org/name" for a repository of the Hugging Face Hub.
+        columns: names of a Hugging Face set's columns that are not guessed, such as {mask: segmentation}.
         held_out: categories kept out of training and scored while it runs (names).
         on_error: "raise" stops at an unreadable file, "skip" checks all files first and leaves the bad ones out.
         workers: loader processes.
@@ -77,6 +78,7 @@ class DataConfig:
 
     name: str = "realiad"
     root: str = "data/Real-IAD"
+    columns: dict[str, str] = field(default_factory=dict)
     held_out: list[str] = field(default_factory=list)
     on_error: Literal["raise", "skip"] = "raise"
     workers: int = 4

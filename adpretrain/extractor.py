@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from adpretrain.artefact import NORMS, ExtractorConfig, read_config, read_weights, write_artefact
 from adpretrain.backbones import Backbone, FeatureMaps, References, load_backbone
+from adpretrain.backbones.fingerprint import fingerprint, same_weights
 from adpretrain.conditioning import Conditioning
 from adpretrain.config import BackboneConfig, ProjectorConfig
 from adpretrain.preprocess import Preprocess
@@ -84,6 +85,7 @@ class ADExtractor(nn.Module):
             matching=matching,
             norm=norm,
             conditioning=conditioning is not None,
+            fingerprint=fingerprint(backbone.network),
             provenance=provenance or {},
         )
         for level, width in enumerate(backbone.channels):
@@ -250,6 +252,11 @@ class ADExtractor(nn.Module):
             raise ValueError(
                 f"{folder} was made on features of {config.channels} channels; backbone {backbone.name!r} gives "
                 f"{backbone.channels}: the extractor belongs to another backbone or version of it"
+            )
+        if not same_weights(config.fingerprint, fingerprint(backbone.network)):
+            raise ValueError(
+                f"{folder} was made with other weights of {backbone.name!r} than those found: give the file it was "
+                "made with as weights=PATH, or the commit as revision in its config.json"
             )
         backbone.preprocess = config.preprocess
         extractor = cls(

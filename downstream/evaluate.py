@@ -36,19 +36,29 @@ class FeatureSet:
     masks: Tensor
 
     def normals(self) -> list[int]:
-        """Indices that references may come from: the normal images, of the train split where there is one."""
+        """Indices that references may come from: the normal images, of the train split where there is one, else of
+        the validation split where there is one."""
         good = [index for index, sample in enumerate(self.samples) if not sample.anomalous]
-        return [index for index in good if self.samples[index].split == "train"] or good
+        by_split = [[index for index in good if self.samples[index].split == name] for name in ("train", "validation")]
+        return by_split[0] or by_split[1] or good
 
     def queries(self, references: Sequence[int]) -> list[int]:
-        """Indices to score: the test split where there is one, else everything that is not a reference."""
+        """Indices to score: the test split where there is one, else everything but references and validation split.
+
+        Raises ValueError if nothing is left.
+        """
         held = [index for index, sample in enumerate(self.samples) if sample.split == "test"]
         chosen = set(references)
-        return held or [index for index in range(len(self.samples)) if index not in chosen]
+        rest = [i for i, sample in enumerate(self.samples) if i not in chosen and sample.split != "validation"]
+        if not (held or rest):
+            raise ValueError(f"nothing to score: no test images, and every other one is a reference ({len(chosen)})")
+        return held or rest
 
 
 def encode_samples(samples: Sequence[Sample], backbone: Backbone, device: torch.device | str = "cpu") -> FeatureSet:
-    """Run a backbone once over samples."""
+    """Run a backbone once over samples. Raises ValueError for a defect without a mask: it would be scored as normal."""
+    if bare := [sample.image for sample in samples if sample.anomalous and sample.mask is None]:
+        raise ValueError(f"{len(bare)} defects have no mask, such as {bare[0]}: pixel metrics need one for each")
     data = ImageDataset(samples, backbone.preprocess)
     features: list[list[Tensor]] = [[] for _ in backbone.channels]
     masks = []

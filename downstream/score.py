@@ -77,8 +77,11 @@ def score_folder(
     options: Options = DEFAULTS,
     device: str = "auto",
     progress: Progress = silent,
+    weights: str | None = None,
 ) -> Inspection:
     """Score every image below `images` against the normal photographs in `normal`.
+
+    `weights`: a local file of the backbone's weights, where there is no network.
 
     Writes out/scores.csv, out/heatmaps/*.png, out/report.html and out/summary.json (last: it marks a complete
     run). Raises ValueError for input that makes the whole run meaningless, OSError if `out` cannot be
@@ -91,7 +94,7 @@ def score_folder(
     (out / "scores.csv.check").unlink()
 
     started = time.perf_counter()
-    model = ADExtractor.from_pretrained(extractor, device=pick_device(device))
+    model = ADExtractor.from_pretrained(extractor, pick_device(device), weights)
     basis = prepare(model, pick_device(device), normal, calibration, options, exclude=out, progress=progress)
     remove_earlier_heatmaps(out)
     (out / "summary.json").unlink(missing_ok=True)

@@ -57,7 +57,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--extractors", type=Path, nargs="+", required=True, help="folders of extractors of one kind")
     parser.add_argument("--dataset", default="auto", help=f"layout: auto, {', '.join(DATASETS)}")
-    parser.add_argument("--root", type=Path, required=True, help="folder of the data set")
+    parser.add_argument("--root", type=Path, required=True, help="folder of the data set, or hf://org/name")
+    parser.add_argument("--columns", nargs="*", default=[], help="Hugging Face columns, such as mask=segmentation")
     parser.add_argument("--categories", nargs="*", default=["*"], help='categories to score, patterns such as "p00*"')
     parser.add_argument("--defects", nargs="*", default=[], help="kinds of defects to score (all by default)")
     parser.add_argument("--shots", type=int, nargs="+", default=[4], help="numbers of references K")
@@ -71,7 +72,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def chosen_samples(options: argparse.Namespace) -> list[Sample]:
     """The samples asked for. Raises ValueError if a pattern matches nothing."""
-    samples = index_dataset(options.dataset, options.root)
+    columns = {role: name for role, _, name in (pair.partition("=") for pair in options.columns)}
+    samples = index_dataset(options.dataset, options.root, columns)
     names = sorted({sample.category for sample in samples})
     keep = {name for pattern in options.categories for name in fnmatch.filter(names, pattern)}
     if not keep:

@@ -27,8 +27,12 @@ CONDITIONING_IMAGES = 2  # normal images of every product that measure the featu
 
 
 def split_samples(config: PretrainConfig) -> tuple[list[Sample], list[Sample]]:
-    """(training, held-out) samples; ``data.held_out`` lists category names or patterns such as "p09*"."""
-    samples = index_dataset(config.data.name, config.data.root)
+    """(training, held-out) samples; ``data.held_out`` lists category names or patterns such as "p09*".
+
+    A benchmark's own validation split is left alone.
+    """
+    indexed = index_dataset(config.data.name, config.data.root, config.data.columns)
+    samples = [sample for sample in indexed if sample.split != "validation"]
     names = sorted({sample.category for sample in samples})
     held = {name for pattern in config.data.held_out for name in fnmatch.filter(names, pattern)}
     for pattern in config.data.held_out:

@@ -2,42 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from adpretrain.data.btad import index_btad
+from adpretrain.data.detect import detect_layout
 from adpretrain.data.folder import index_folder
+from adpretrain.data.huggingface import index_hf
 from adpretrain.data.mtd import index_mtd
 from adpretrain.data.mvtec import index_mvtec
+from adpretrain.data.mvtec_3d import index_mvtec_3d
+from adpretrain.data.mvtec_loco import index_mvtec_loco
 from adpretrain.data.realiad import index_realiad
-from adpretrain.data.samples import GOOD, ImageDataset, Sample
+from adpretrain.data.samples import GOOD, ImageDataset, LeftOut, MissingMasks, Sample
+from adpretrain.data.visa import index_visa
 
-__all__ = ["DATASETS", "GOOD", "ImageDataset", "Sample", "index_dataset"]
+__all__ = ["DATASETS", "GOOD", "ImageDataset", "LeftOut", "MissingMasks", "Sample", "detect_layout", "index_dataset"]
 
 DATASETS: dict[str, Callable[..., list[Sample]]] = {
     "realiad": index_realiad,
     "mvtec": index_mvtec,
+    "mvtec_loco": index_mvtec_loco,
+    "mvtec_3d": index_mvtec_3d,
+    "mpdd": index_mvtec,
+    "visa": index_visa,
+    "btad": index_btad,
     "mtd": index_mtd,
     "folder": index_folder,
+    "hf": index_hf,
 }
 
 
-def index_dataset(name: str, root: str | Path) -> list[Sample]:
-    """The samples of a data set on disk; "auto" finds the layout.
+def index_dataset(name: str, root: str | Path, columns: Mapping[str, str] | None = None) -> list[Sample]:
+    """The samples of a data set on disk, or of "hf://org/name"; "auto" finds the layout.
 
-    Raises ValueError for an unknown name or a folder of another layout.
+    ``columns`` names the columns of a Hugging Face data set where they cannot be guessed (`index_hf`).
+
+    Raises ValueError for an unknown name, a folder of another layout, or ``columns`` of a set that has none.
     """
-    if name == "auto":
-        return _detect(root)
-    if name not in DATASETS:
+    if name != "auto" and name not in DATASETS:
         raise ValueError(f"data set {name!r} is unknown; choose one of: auto, {', '.join(DATASETS)}")
-    return DATASETS[name](root)
-
-
-def _detect(root: str | Path) -> list[Sample]:
-    reasons = []
-    for name in ("realiad", "mvtec", "mtd"):  # a plain folder has no labels and would match anything
-        try:
-            return DATASETS[name](root)
-        except ValueError as error:
-            reasons.append(f"  {name}: {error}")
-    raise ValueError(f"{root} is in none of the known layouts:\n" + "\n".join(reasons))
+    layout = detect_layout(root) if name == "auto" else name
+    if layout == "hf":
+        return index_hf(root, columns)
+    if columns:
+        raise ValueError(f"columns {dict(columns)} are for 'hf' data sets only; {root} is read as {layout!r}")
+    return DATASETS[layout](root)

@@ -5,14 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from adpretrain.data.samples import GOOD, IMAGE_SUFFIXES, Sample, is_image
-
-
-def existing_folder(root: str | Path, what: str = "folder") -> Path:
-    """``root`` as a Path. Raises ValueError naming it if it is not a folder."""
-    path = Path(root)
-    if not path.is_dir():
-        raise ValueError(f"{what} not found: {path}" + (" is a file, not a folder" if path.is_file() else ""))
-    return path
+from adpretrain.data.tree import existing_folder
 
 
 def index_folder(root: str | Path, category: str = "", defect: str = GOOD, split: str = "test") -> list[Sample]:

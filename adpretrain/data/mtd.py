@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from adpretrain.data.folder import existing_folder
-from adpretrain.data.samples import GOOD, Sample
+from adpretrain.data.samples import GOOD, MissingMasks, Sample
+from adpretrain.data.tree import existing_folder, images_in
 
 TEST_STRIDE = 5  # every 5th normal image is a test image
 
@@ -17,23 +17,31 @@ TEST_STRIDE = 5  # every 5th normal image is a test image
 def index_mtd(root: str | Path) -> list[Sample]:
     """All samples: category "tile", defects in lower case, normals split by stride.
 
-    Raises ValueError if ``MT_Free/Imgs`` is missing.
+    Raises ValueError if ``MT_Free/Imgs`` is missing or a defect has no mask.
     """
     path = existing_folder(root)
-    normals = sorted((path / "MT_Free" / "Imgs").glob("*.jpg"))
+    normals = _photographs(path / "MT_Free" / "Imgs")
     if not normals:
         raise ValueError(f"{path} is not the Magnetic Tile set: expected MT_Free/Imgs/*.jpg")
     samples = [
         Sample(image, None, "tile", GOOD, None, "train" if index % TEST_STRIDE else "test")
         for index, image in enumerate(normals)
     ]
+    missing: dict[Path, str] = {}
     for folder in sorted(path.glob("MT_*/Imgs")):
         defect = folder.parent.name.removeprefix("MT_").lower()
         if defect == "free":
             continue
-        for image in sorted(folder.glob("*.jpg")):
-            mask = image.with_suffix(".png")
-            if not mask.is_file():
-                raise ValueError(f"{image} is a defect without a mask: expected {mask}")
+        masks = {file.stem: file for file in images_in(folder) if file.suffix.lower() == ".png"}
+        for image in _photographs(folder):
+            mask = masks.get(image.stem)
+            if mask is None:
+                missing[image] = f"{image} is a defect without a mask: expected {image.with_suffix('.png')}"
             samples.append(Sample(image, mask, "tile", defect, None, "test"))
+    if missing:
+        raise MissingMasks(samples, missing)
     return samples
+
+
+def _photographs(folder: Path) -> list[Path]:
+    return [file for file in images_in(folder) if file.suffix.lower() == ".jpg"]

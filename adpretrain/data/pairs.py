@@ -35,7 +35,7 @@ class PretrainingSet(Dataset[dict[str, Any]]):
     and ``index``. K is drawn per image from ``shots`` (ADPretrain Tab. 13: Rand(1, 4, 8)); the references are distinct
     normal images of the same category and view, never the image itself.
 
-    Raises ValueError if a category's view has too few normal images for the largest K.
+    Raises ValueError if a category's view has too few normal images for the largest K, or a defect has no mask.
     """
 
     def __init__(
@@ -55,6 +55,8 @@ class PretrainingSet(Dataset[dict[str, Any]]):
         for index, sample in enumerate(self.samples):
             if not sample.anomalous:
                 self.pools[sample.category, sample.view].append(index)
+            elif sample.mask is None:
+                raise ValueError(f"{sample.image} is a defect without a mask: its defect would be learnt as normal")
         self._check_pools()
 
     def _check_pools(self) -> None:

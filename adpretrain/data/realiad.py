@@ -2,19 +2,21 @@
 
 ``realiad_{256|512|1024|raw}/{category}/{OK|NG/{defect}}/S####/`` holds
 ``{category}_####_{OK|NG}_[{defect}_]C{1-5}_{time}.jpg`` and, beside it, the mask as ``.png`` (some releases:
-``_mask.png``). A view of a defective part without a mask is a normal view.
+``_mask.png``). A view of a defective part without a mask is a normal view. A file whose name has no view C1 to C5 is
+left out, with a warning that names it.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from adpretrain.data.folder import existing_folder
-from adpretrain.data.samples import GOOD, Sample, is_image
+from adpretrain.data.samples import GOOD, LeftOut, Sample
+from adpretrain.data.tree import existing_folder, images_in, inside
 
 VIEWS = ("C1", "C2", "C3", "C4", "C5")
 _VIEW = re.compile(r"_(C[1-5])_[^_]*$")
@@ -49,6 +51,9 @@ def index_realiad(
             samples += _from_json(path, images, category, protocol)
         else:
             samples += _from_folders(images / category)
+    if nameless := [sample.image for sample in samples if sample.view is None]:
+        listing = "\n".join(f"  {image}" for image in nameless)
+        warnings.warn(f"{len(nameless)} images name no view C1-C5 and are left out:\n{listing}", LeftOut, stacklevel=2)
     return [sample for sample in samples if sample.view in views]
 
 
@@ -67,23 +72,21 @@ def view_of(image: Path) -> str | None:
     return match.group(1) if match else None
 
 
-def _mask_of(image: Path) -> Path | None:
-    for mask in (image.with_suffix(".png"), image.with_name(f"{image.stem}_mask.png")):
-        if mask.is_file():
-            return mask
-    return None
+def _photographs(folder: Path) -> list[Path]:
+    return [file for file in images_in(folder) if file.suffix.lower() != ".png"]
 
 
 def _from_folders(category: Path) -> list[Sample]:
     samples = [
         Sample(image, None, category.name, GOOD, view_of(image), "train")
-        for image in sorted(category.glob("OK/*/*"))
-        if is_image(image) and image.suffix != ".png"
+        for part in sorted(category.glob("OK/*"))
+        for image in _photographs(part)
     ]
-    for image in sorted(category.glob("NG/*/*/*")):
-        if is_image(image) and image.suffix != ".png":
-            mask = _mask_of(image)
-            defect = image.parent.parent.name if mask else GOOD
+    for part in sorted(category.glob("NG/*/*")):
+        masks = {file.stem: file for file in images_in(part) if file.suffix.lower() == ".png"}
+        for image in _photographs(part):
+            mask = masks.get(image.stem) or masks.get(f"{image.stem}_mask")
+            defect = part.parent.name if mask else GOOD
             samples.append(Sample(image, mask, category.name, defect, view_of(image), "train"))
     return samples
 
@@ -96,20 +99,16 @@ def _from_json(root: Path, images: Path, category: str, protocol: str) -> list[S
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         normal, prefix = content["meta"]["normal_class"], content["meta"].get("prefix", "")
+        folder = inside(images, prefix, f"the split of {category}")
         entries = [(split, entry) for split in ("train", "test") for entry in content[split]]
-        return [_entry(images, prefix, category, normal, split, entry) for split, entry in entries]
+        return [_entry(folder, category, normal, split, entry) for split, entry in entries]
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"{file} is not a Real-IAD split file: {type(error).__name__} {error}") from error
 
 
-def _entry(images: Path, prefix: str, category: str, normal: str, split: str, entry: dict[str, Any]) -> Sample:
-    def inside(relative: str) -> Path:
-        path = images / prefix / relative
-        if not path.resolve().is_relative_to(images.resolve()):
-            raise ValueError(f"path {relative!r} in the split of {category} leaves {images}")
-        return path
-
-    image = inside(entry["image_path"])
-    mask = inside(entry["mask_path"]) if entry["mask_path"] else None
+def _entry(folder: Path, category: str, normal: str, split: str, entry: dict[str, Any]) -> Sample:
+    where = f"the split of {category}"
+    image = inside(folder, entry["image_path"], where)
+    mask = inside(folder, entry["mask_path"], where) if entry["mask_path"] else None
     defect = GOOD if entry["anomaly_class"] == normal or mask is None else entry["anomaly_class"]
     return Sample(image, mask, category, defect, view_of(image), split)

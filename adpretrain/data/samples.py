@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image, ImageChops
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from adpretrain.preprocess import Preprocess, read_image, read_mask
 
 GOOD = "good"
+SHOWN = 5  # files that an error message names
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One photograph. ``defect`` is "good" for a normal one; ``mask`` is None where nothing is marked."""
+    """One photograph.
+
+    ``defect`` is "good" for a normal one; ``mask`` is None where nothing is marked, and a tuple where several files
+    together mark the defect; ``split`` is "train", "validation" or "test".
+    """
 
     image: Path
-    mask: Path | None
+    mask: Path | tuple[Path, ...] | None
     category: str
     defect: str
     view: str | None
@@ -32,6 +38,25 @@ class Sample:
     @property
     def anomalous(self) -> bool:
         return self.defect != GOOD
+
+    @property
+    def mask_files(self) -> tuple[Path, ...]:
+        """The mask's files: none, one or several."""
+        return self.mask if isinstance(self.mask, tuple) else () if self.mask is None else (self.mask,)
+
+
+class LeftOut(UserWarning):
+    """Files of a data set that are not used."""
+
+
+class MissingMasks(ValueError):
+    """Defects without a mask: ``missing`` has a line for each image, ``samples`` is the set as it is on disk."""
+
+    def __init__(self, samples: Sequence[Sample], missing: Mapping[Path, str]) -> None:
+        self.samples, self.missing = list(samples), dict(missing)
+        shown = list(self.missing.values())[:SHOWN]
+        more = f"\nand {len(missing) - SHOWN} more; `adpretrain check-data` lists all" if len(missing) > SHOWN else ""
+        super().__init__("\n".join(shown) + more)
 
 
 def is_image(path: Path) -> bool:
@@ -89,16 +114,25 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
 
 def load_mask(sample: Sample, image_size: tuple[int, int], preprocess: Preprocess) -> Tensor:
-    """The sample's mask as bool [S, S], all False without one.
+    """The sample's mask as bool [S, S], all False without one; several mask files are merged (union).
 
-    Raises ValueError if the mask's size differs from the image's: one of the two files is the wrong one.
+    Raises ValueError if a mask's size differs from the image's: one of the two files is the wrong one.
     """
-    if sample.mask is None:
+    if not sample.mask_files:
         return torch.zeros(preprocess.image_size, preprocess.image_size, dtype=torch.bool)
-    mask = read_mask(sample.mask)
+    merged: Image.Image | None = None
+    for file in sample.mask_files:
+        mask = read_mask(file)
+        check_size(file, mask, sample.image, image_size)
+        merged = mask if merged is None else ImageChops.lighter(merged, mask)
+    assert merged is not None
+    return preprocess.mask(merged)
+
+
+def check_size(file: Path, mask: Image.Image, image: Path, image_size: tuple[int, int]) -> None:
+    """Raise ValueError if a mask read from ``file`` has not the size (width, height) of its image."""
     if mask.size != image_size:
         raise ValueError(
-            f"mask {sample.mask} is {mask.size[0]}x{mask.size[1]} but its image {sample.image} is "
+            f"mask {file} is {mask.size[0]}x{mask.size[1]} but its image {image} is "
             f"{image_size[0]}x{image_size[1]} pixels; they must be of one size"
         )
-    return preprocess.mask(mask)

@@ -10,9 +10,15 @@ from collections.abc import Callable
 from jsonargparse import ArgumentParser, Namespace
 
 from downstream.commands.backbones import backbones
+from downstream.commands.check_data import check_data
 from downstream.commands.extract import extract
 from downstream.commands.score import score
 
 Run = Callable[[Namespace], int]
 
-COMMANDS: dict[str, Callable[[ArgumentParser], Run]] = {"score": score, "extract": extract, "backbones": backbones}
+COMMANDS: dict[str, Callable[[ArgumentParser], Run]] = {
+    "score": score,
+    "check-data": check_data,
+    "extract": extract,
+    "backbones": backbones,
+}

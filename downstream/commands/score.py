@@ -30,6 +30,9 @@ def score(parser: ArgumentParser) -> Callable[[Namespace], int]:
     parser.epilog = EXIT_CODES
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
     parser.add_argument("--extractor", type=str, required=True, help="folder written by save_pretrained")
+    parser.add_argument(
+        "--weights", type=str | None, default=None, help="local file of the backbone's weights, without network"
+    )
     parser.add_argument("--normal", type=str, required=True, help="folder of normal photographs, 2 to 8 or more")
     parser.add_argument("--images", type=str, required=True, help="folder of photographs to score, with subfolders")
     parser.add_argument("--out", type=str, required=True, help="folder for the results; made if needed")
@@ -87,6 +90,7 @@ def _score(options: Namespace) -> int:
             ),
             options.device,
             progress,
+            weights=options.weights,
         )
     if options.json:
         print(json.dumps(inspection.summary, allow_nan=False))

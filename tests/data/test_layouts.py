@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from adpretrain.data import DATASETS, ImageDataset, Sample, index_dataset, index_folder, index_mtd
+from adpretrain.data import DATASETS, ImageDataset, LeftOut, Sample, index_dataset
+from adpretrain.data.folder import index_folder
+from adpretrain.data.mtd import index_mtd
 from adpretrain.data.mvtec import index_mvtec
 from adpretrain.data.realiad import index_realiad, view_of
 from adpretrain.preprocess import Preprocess
@@ -230,6 +232,35 @@ def test_realiad_resolutions(realiad: Path) -> None:
     assert only.image.is_relative_to(realiad / "realiad_1024")
     with pytest.raises(ValueError, match=r"resolution '512' is not in .*present: 256, 1024"):
         index_realiad(realiad, resolution="512")
+
+
+def test_realiad_files_without_a_view_are_named(realiad: Path) -> None:
+    folder = realiad / "realiad_256/cap"
+    lost = [write(folder / "OK/S0001/cap_0001_OK_20231020.jpg"), write(folder / "NG/HS/S0002/cap_0002_NG_HS_C6_1.jpg")]
+    with pytest.warns(LeftOut, match=r"2 images name no view C1-C5 and are left out:") as caught:
+        samples = index_realiad(realiad, ["cap"])
+    assert all(str(file) in str(caught[0].message) for file in lost)
+    assert len(samples) == 8
+    listing = realiad / "realiad_jsons/realiad_jsons_sv/cap.json"
+    listing.write_text(listing.read_text().replace("cap_0001_OK_C1_20231020", "cap_0001_OK_20231020"))
+    with pytest.warns(LeftOut, match=r"1 images .*\n  .*cap_0001_OK_20231020\.jpg"):
+        assert len(index_realiad(realiad, ["cap"], protocol="realiad_jsons_sv")) == 4
+
+
+def test_realiad_masks_with_capital_suffixes_are_no_photographs(realiad: Path) -> None:
+    before = index_realiad(realiad, ["cap"])
+    folder = realiad / "realiad_256/cap/NG/HS/S0002"
+    for mask in sorted(folder.glob("*.png")):
+        mask.rename(mask.with_suffix(".PNG"))
+    after = index_realiad(realiad, ["cap"])
+    assert [(s.image, s.defect) for s in after] == [(s.image, s.defect) for s in before]
+
+
+def test_a_realiad_prefix_cannot_leave_the_set(realiad: Path) -> None:
+    listing = realiad / "realiad_jsons/realiad_jsons_sv/cap.json"
+    listing.write_text(listing.read_text().replace('"cap/"', '"../../elsewhere/"'))
+    with pytest.raises(ValueError, match=r"path '\.\./\.\./elsewhere/' in the split of cap leaves"):
+        index_realiad(realiad, ["cap"], protocol="realiad_jsons_sv")
 
 
 @pytest.mark.parametrize("path", ["../../../secret.jpg", "/etc/passwd", "OK/../../../../secret.jpg"])

@@ -1,5 +1,7 @@
 """Reference draws, resumable batches and token labels of pretraining."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -168,3 +170,9 @@ def test_counted_labels_against_a_loop(side: int, grid: int, pixels: int) -> Non
 def test_an_unknown_label_rule_is_refused() -> None:
     with pytest.raises(ValueError, match="'majority' is unknown; choose 'nearest' or 'pixels'"):
         token_labels(torch.zeros(1, 8, 8), (2, 2), "majority")
+
+
+def test_a_defect_without_a_mask_is_refused(samples: list[Sample]) -> None:
+    bare = replace(samples[6], mask=None)
+    with pytest.raises(ValueError, match=r"cap_C1_6\.png is a defect without a mask"):
+        PretrainingSet([*samples[:6], bare], PREPROCESS, [1], seed=3)

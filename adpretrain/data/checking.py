@@ -1,0 +1,82 @@
+"""Every file of a data set decoded and compared with its label, in parallel."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from adpretrain.data.samples import Sample, check_size
+from adpretrain.preprocess import read_image, read_mask
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with one image."""
+
+    image: Path
+    reason: str
+
+
+def check_sample(sample: Sample, no_mask: str = "") -> list[Problem]:
+    """Whatever is wrong with a sample's files: unreadable, of two sizes, marks that contradict the label.
+
+    ``no_mask`` says what its missing mask should have been, if its layout knows.
+    """
+    reasons = []
+    size = None
+    try:
+        size = read_image(sample.image).size
+    except (ValueError, OSError) as error:
+        reasons.append(str(error))
+    marked = readable = False
+    for file in sample.mask_files:
+        try:
+            mask = read_mask(file)
+            readable = True
+            marked = marked or mask.getbbox() is not None
+            if size is not None:
+                check_size(file, mask, sample.image, size)
+        except (ValueError, OSError) as error:
+            reasons.append(str(error))
+    names = ", ".join(str(file) for file in sample.mask_files)
+    if sample.anomalous and not sample.mask_files:
+        reasons.append(no_mask or f"{sample.image} is a defect without a mask")
+    if sample.anomalous and readable and not marked:
+        reasons.append(f"{sample.image} is a defect of kind {sample.defect!r} but nothing is marked in {names}")
+    if not sample.anomalous and marked:
+        reasons.append(f"{sample.image} is normal but pixels are marked in {names}")
+    return [Problem(sample.image, reason) for reason in reasons]
+
+
+def check_samples(
+    samples: Sequence[Sample],
+    workers: int = 4,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    missing: Mapping[Path, str] | None = None,
+) -> list[Problem]:
+    """`check_sample` of all, in ``workers`` threads (decoding frees the interpreter), in the samples' order; then the
+    images that are listed in more than one split, as a test image must not be a training image.
+
+    At most ``workers`` images are in memory. ``progress`` gets (what, done, total) after every image; ``missing`` is
+    that of a `MissingMasks`. Raises ValueError for fewer than one worker.
+    """
+    if workers < 1:
+        raise ValueError(f"workers {workers}; expected at least 1")
+    problems: list[Problem] = []
+    pool = ThreadPoolExecutor(workers)
+    try:
+        lines = [(missing or {}).get(sample.image, "") for sample in samples]
+        for done, found in enumerate(pool.map(check_sample, samples, lines), start=1):
+            problems += found
+            progress("checking images", done, len(samples))
+    finally:
+        pool.shutdown(cancel_futures=True)  # at Ctrl+C the images that wait are not read any more
+    splits: dict[Path, list[str]] = defaultdict(list)
+    for sample in samples:
+        if sample.split not in splits[sample.image]:
+            splits[sample.image].append(sample.split)
+    shared = {image: " and ".join(found) for image, found in splits.items() if len(found) > 1}
+    return problems + [Problem(image, f"{image} is in several splits: {names}") for image, names in shared.items()]

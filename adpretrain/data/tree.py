@@ -1,0 +1,100 @@
+"""Walking a benchmark's folders: what the layouts share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from adpretrain.data.samples import GOOD, MissingMasks, Sample, is_image
+
+SPLITS = ("train", "validation", "test")
+Masks = Mapping[str, Path | tuple[Path, ...]]  # image stem -> its mask, or the masks to be merged
+
+
+def existing_folder(root: str | Path, what: str = "folder") -> Path:
+    """``root`` as a Path. Raises ValueError naming it if it is not a folder."""
+    path = Path(root)
+    if not path.is_dir():
+        raise ValueError(f"{what} not found: {path}" + (" is a file, not a folder" if path.is_file() else ""))
+    return path
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """The folders in ``folder``, sorted, hidden ones (.ipynb_checkpoints) left out; none if it does not exist."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The image files in ``folder`` itself, sorted; none if it does not exist."""
+    return sorted(path for path in folder.iterdir() if is_image(path)) if folder.is_dir() else []
+
+
+def by_stem(folder: Path) -> dict[str, Path]:
+    """The image files in ``folder`` by name without suffix: masks are found whatever their suffix and its case."""
+    return {path.stem: path for path in images_in(folder)}
+
+
+def inside(root: Path, name: str, where: str) -> Path:
+    """``root / name``, for names that a listing gives.
+
+    Raises ValueError if the name (absolute, with "..", or a symbolic link) leads out of ``root``: a listing from
+    elsewhere must not make us read other files.
+    """
+    path = root / name
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise ValueError(f"path {name!r} in {where} leaves {root}")
+    return path
+
+
+def category_folders(root: str | Path, marker: str, layout: str, categories: Sequence[str] = ()) -> dict[str, Path]:
+    """Folder of every category (or of the named ones) by name; ``root`` may also be one category's own folder.
+
+    A category is a folder that holds the folder ``marker``, such as "train/good". Raises ValueError if there is none,
+    or if a named one is absent.
+    """
+    path = existing_folder(root)
+    if (path / marker).is_dir():
+        found = {path.resolve().name: path}
+    else:
+        found = {folder.name: folder for folder in subfolders(path) if (folder / marker).is_dir()}
+    if not found:
+        raise ValueError(f"{path} is not in the {layout} layout: expected {{category}}/{marker}/ folders")
+    if unknown := [name for name in categories if name not in found]:
+        raise ValueError(f"categories {unknown} are not in {path}; found: {', '.join(found)}")
+    return {name: found[name] for name in categories or found}
+
+
+def index_splits(
+    categories: Mapping[str, Path],
+    find_masks: Callable[[Path, Path], Masks],
+    expected: str,
+    normal: str = GOOD,
+    inner: str = "",
+) -> list[Sample]:
+    """Samples of ``{category}/{train|validation|test}/{normal|defect}/{inner}/*``.
+
+    ``find_masks`` is called with a category's and a defect's folder; ``expected`` says in errors where a mask should
+    have been, e.g. "ground_truth/{defect}/{stem}.png" below the category's folder.
+
+    Raises ValueError if there is no image at all, `MissingMasks` if a defect has no mask.
+    """
+    samples: list[Sample] = []
+    missing: dict[Path, str] = {}
+    for category, folder in categories.items():
+        for split in SPLITS:
+            for kind in subfolders(folder / split):
+                defect = GOOD if kind.name == normal else kind.name
+                masks = {} if defect == GOOD else find_masks(folder, kind)
+                for image in images_in(kind / inner):
+                    mask = masks.get(image.stem) or None  # an empty folder of masks is no mask
+                    if defect != GOOD and mask is None:
+                        place = expected.format(split=split, defect=kind.name, stem=image.stem)
+                        missing[image] = f"{image} is a defect without a mask: expected {folder / place}"
+                    samples.append(Sample(image, mask, category, defect, None, split))
+    if not samples:
+        raise ValueError(f"no images in {', '.join(str(folder) for folder in categories.values())}")
+    if missing:
+        raise MissingMasks(samples, missing)
+    return samples

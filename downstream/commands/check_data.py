@@ -1,0 +1,104 @@
+"""`adpretrain check-data`: every image and mask of a data set, before a long run finds the broken one."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from downstream.terminal import ProgressBars, plain
+
+if TYPE_CHECKING:
+    from adpretrain.data import Sample
+
+EXIT_CODES = """exit codes:
+  0  every image and mask was read, and masks agree with labels
+  1  problems, each on a line of its own
+  2  wrong usage, or no data set of a known layout: nothing was checked"""
+
+
+def check_data(parser: ArgumentParser) -> Callable[[Namespace], int]:
+    """Read every image and mask of a data set and compare them with the labels."""
+    parser.epilog = EXIT_CODES
+    parser.add_argument("--dataset", type=str, default="auto", help="layout of the set; auto finds it")
+    parser.add_argument("--root", type=str, required=True, help="folder of the set, or hf://org/name")
+    parser.add_argument(
+        "--columns",
+        type=dict[str, str],
+        default={},
+        help="columns of a Hugging Face data set that are not guessed, such as --columns.mask segmentation",
+    )
+    parser.add_argument("--workers", type=int, default=4, help="images read at a time")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    return _check_data
+
+
+def _check_data(options: Namespace) -> int:
+    from adpretrain.data import detect_layout
+    from adpretrain.data.checking import check_samples
+
+    layout = detect_layout(options.root) if options.dataset == "auto" else options.dataset
+    samples, missing, notes = _index(layout, options.root, options.columns)
+    with ProgressBars() as progress:
+        problems = check_samples(samples, options.workers, progress, missing)
+    lines = notes + [problem.reason for problem in problems]
+    if options.json:
+        report = {"dataset": layout, "root": options.root, "images": len(samples)}
+        print(json.dumps({**report, "categories": count(samples), "problems": [plain(line) for line in lines]}))
+    else:
+        print(f"{plain(options.root)}: {len(samples)} images in the {layout} layout")
+        print(table(samples))
+        print(f"{len(lines)} problems" + (":" if lines else ""))
+        for line in lines:
+            print(f"  {plain(line)}")
+    return 1 if lines else 0
+
+
+def _index(layout: str, root: str, columns: dict[str, str]) -> tuple[list[Sample], dict[Path, str], list[str]]:
+    """Samples, the line of every missing mask, and the files that were left out."""
+    from adpretrain.data import LeftOut, MissingMasks, index_dataset
+
+    missing: dict[Path, str] = {}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", LeftOut)
+        try:
+            samples = index_dataset(layout, root, columns)
+        except MissingMasks as error:
+            samples, missing = error.samples, error.missing
+    return samples, missing, [str(item.message) for item in caught if item.category is LeftOut]
+
+
+def count(samples: Sequence[Sample]) -> dict[str, dict[str, dict[str, int]]]:
+    """Category -> split -> numbers of normal and anomalous images, the splits as they come in a run."""
+    from adpretrain.data.tree import SPLITS
+
+    found = Counter((sample.category, sample.split, sample.anomalous) for sample in samples)
+    splits = [split for split in SPLITS if any(sample.split == split for sample in samples)]
+    return {
+        category: {
+            split: {"normal": found[category, split, False], "anomalous": found[category, split, True]}
+            for split in splits
+        }
+        for category in sorted({sample.category for sample in samples})
+    }
+
+
+def table(samples: Sequence[Sample]) -> str:
+    """The counts as aligned text: a line for every category, and their sum."""
+    counts = count(samples)
+    splits: list[str] = list(next(iter(counts.values()), {}))
+    cells = [(split, label) for split in splits for label in ("normal", "anomalous")]
+    rows: list[list[Any]] = [["category", *(f"{split} {label}" for split, label in cells)]]
+    rows += [[plain(category), *(counts[category][s][label] for s, label in cells)] for category in counts]
+    if len(counts) > 1:
+        rows.append(["all", *(sum(of[s][label] for of in counts.values()) for s, label in cells)])
+    widths = [max(len(str(row[column])) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join([f"{row[0]:<{widths[0]}}", *(f"{cell:>{w}}" for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    )

@@ -1,0 +1,26 @@
+"""Small photographs and masks for the tests of data sets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+SIZE = (12, 8)  # width, height
+
+
+def photograph(path: Path, seed: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (SIZE[1], SIZE[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def mask(path: Path, box: tuple[int, int, int, int] = (0, 0, 4, 4), value: int = 255) -> Path:
+    """A mask marked in ``box`` (left, upper, right, lower)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    marked = Image.new("L", SIZE, 0)
+    marked.paste(value, box)
+    marked.save(path)
+    return path

@@ -1,0 +1,32 @@
+"""Which samples of a benchmark a pretraining run takes."""
+
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+from adpretrain.config import DataConfig, PretrainConfig
+
+
+def test_a_validation_split_is_neither_trained_on_nor_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    from run_setup import split_samples
+
+    for category in ("box", "juice"):
+        for folder in ("train/good", "validation/good", "test/good"):
+            (tmp_path / category / folder).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / category / folder / "000.png")
+    training, held_out = split_samples(PretrainConfig(data=DataConfig("auto", str(tmp_path), held_out=["juice"])))
+    assert [(s.category, s.split) for s in training] == [("box", "train"), ("box", "test")]
+    assert [(s.category, s.split) for s in held_out] == [("juice", "train"), ("juice", "test")]
+
+
+def test_columns_reach_a_hugging_face_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    from run_setup import split_samples
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text("shot,state\na.png,good\n")
+    data = DataConfig("auto", str(tmp_path), {"image": "shot", "label": "state"})
+    assert [s.image for s in split_samples(PretrainConfig(data=data))[0]] == [tmp_path / "a.png"]
