@@ -122,6 +122,24 @@ def aupro(maps_NHW: ArrayLike, masks_NHW: ArrayLike, limit: float = 0.3) -> floa
     return _area_under_pro(_count(maps, masks, region_weights(masks)), limit)
 
 
+def d_prime(scores: ArrayLike, labels: ArrayLike) -> float:
+    """How many standard deviations apart: |mu_a - mu_n| / sqrt((var_a + var_n) / 2), ReConPatch Eq. 12.
+
+    scores, labels: equal shapes, labels as masks. Variances divide by the count. Unlike AUROC it keeps growing when the
+    classes are already apart, and it changes under a non-linear change of the unit. nan without both classes; inf, or
+    nan for equal means, if neither class varies.
+    """
+    values, truth = _pair(scores, labels)
+    if truth.all() or not truth.any():
+        return math.nan
+    anomalous, normal = values[truth].astype(np.float64), values[~truth].astype(np.float64)
+    distance = abs(float(anomalous.mean()) - float(normal.mean()))
+    spread = math.sqrt((float(anomalous.var()) + float(normal.var())) / 2)
+    if spread == 0:
+        return math.inf if distance else math.nan
+    return distance / spread
+
+
 def region_weights(masks_NHW: NDArray[np.bool_]) -> NDArray[np.float64]:
     """[A] weights of the anomalous pixels in C order: 1 / (pixels in its region x number of regions).
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
-from downstream.metrics import aupro, auroc, average_precision, evaluate_maps, max_f1, region_weights
+from downstream.metrics import aupro, auroc, average_precision, d_prime, evaluate_maps, max_f1, region_weights
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "metrics.npz"
 
@@ -176,3 +176,26 @@ def test_two_million_pixels_take_seconds_not_minutes() -> None:
     start = time.perf_counter()
     evaluate_maps(maps, masks)
     assert time.perf_counter() - start < 5.0  # about 0.3 s on one core; a loop over thresholds takes hours
+
+
+def test_d_prime_equals_eq_12_and_tells_normal_distributions_apart() -> None:
+    rng = np.random.default_rng(0)
+    scores, labels = rng.normal(size=40), rng.random(40) < 0.4
+    a, n = scores[labels].tolist(), scores[~labels].tolist()
+    mean_a, mean_n = sum(a) / len(a), sum(n) / len(n)
+    var_a = sum((x - mean_a) ** 2 for x in a) / len(a)
+    var_n = sum((x - mean_n) ** 2 for x in n) / len(n)
+    expected = abs(mean_a - mean_n) / math.sqrt((var_a + var_n) / 2)
+    assert d_prime(scores, labels) == pytest.approx(expected, rel=1e-12)
+    # Two normal distributions of standard deviation 2 whose means are 3 apart.
+    many = np.concatenate([rng.normal(5, 2, 200_000), rng.normal(8, 2, 200_000)])
+    assert d_prime(many, np.repeat([0, 1], 200_000)) == pytest.approx(1.5, abs=0.02)
+    assert d_prime(7 - 3 * scores, labels) == pytest.approx(expected, rel=1e-12)
+
+
+def test_d_prime_without_variation_or_a_class() -> None:
+    assert d_prime([1.0, 1.0, 2.0, 2.0], [0, 0, 1, 1]) == math.inf
+    assert math.isnan(d_prime([1.0, 1.0, 1.0], [0, 0, 1]))
+    assert math.isnan(d_prime([1.0, 2.0], [1, 1]))
+    with pytest.raises(ValueError, match="shape"):
+        d_prime([1.0, 2.0], [1])
