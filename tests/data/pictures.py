@@ -24,3 +24,9 @@ def mask(path: Path, box: tuple[int, int, int, int] = (0, 0, 4, 4), value: int =
     marked.paste(value, box)
     marked.save(path)
     return path
+
+
+def write(path: Path, mode: str = "RGB", value: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, (8, 8), value).save(path)
+    return path

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from PIL import Image
 
 from adpretrain.config import DataConfig, PretrainConfig
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_validation_split_is_neither_trained_on_nor_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
