@@ -136,7 +136,8 @@ def backbone_norm(images: FeatureSet, queries: Sequence[int], image_size: int) -
 def measure(prediction: Prediction, images: FeatureSet, queries: Sequence[int]) -> Metrics:
     """Metrics of a prediction of ``queries``."""
     masks = images.masks[list(queries)]
-    return evaluate_maps(prediction.maps.cpu().numpy(), masks.numpy(), prediction.scores.cpu().numpy())
+    labels = [images.samples[index].anomalous for index in queries]
+    return evaluate_maps(prediction.maps.cpu().numpy(), masks.numpy(), prediction.scores.cpu().numpy(), labels)
 
 
 def few_shot(extractor: ADExtractor, images: FeatureSet, shots: int, seed: int = 0) -> Metrics:

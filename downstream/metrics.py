@@ -16,7 +16,7 @@ Conventions
 - AUPRO (Bergmann et al. 2020): a threshold's PRO is the mean, over all 8-connected defect regions of all
   images, of the covered share of the region; its area over pixel FPR is a trapezoid from FPR 0 to the limit,
   interpolated at the limit, divided by the limit, so that it lies in [0, 1];
-- an image is anomalous when its mask has a positive pixel; an image with an empty mask counts as normal;
+- an image is anomalous when its label says so, or else when its mask has a positive pixel;
 - a metric that the data does not define is nan and `Metrics.notes` says why (AUROC, AP, F1 and AUPRO all need
   both classes); input that cannot be right (NaN, shapes that disagree, fractional masks) raises ValueError.
 """
@@ -60,12 +60,16 @@ class _Thresholds:
     n_anomalous: int
 
 
-def evaluate_maps(maps_NHW: ArrayLike, masks_NHW: ArrayLike, scores: ArrayLike | None = None) -> Metrics:
+def evaluate_maps(
+    maps_NHW: ArrayLike, masks_NHW: ArrayLike, scores: ArrayLike | None = None, labels: ArrayLike | None = None
+) -> Metrics:
     """Score maps against ground truth.
 
     maps_NHW: [N, H, W], any real unit. masks_NHW: [N, H, W], bool, integer (> 0 is defect) or float holding
-    only 0 and 1. scores: [N] image scores, by default each map's maximum. Arrays or tensors. Raises
-    ValueError for shapes that disagree, no images, NaN or infinite values, fractional or negative masks.
+    only 0 and 1. scores: [N] image scores, by default each map's maximum. labels: [N] which images are
+    anomalous, by default those whose mask has a positive pixel; a defect too small to survive the resizing of
+    its mask needs them. Arrays or tensors. Raises ValueError for shapes that disagree, no images, NaN or
+    infinite values, fractional or negative masks, and a normal image whose mask is not empty.
     """
     maps = _real(maps_NHW, "maps")
     masks = _binary(masks_NHW)
@@ -77,8 +81,15 @@ def evaluate_maps(maps_NHW: ArrayLike, masks_NHW: ArrayLike, scores: ArrayLike |
     if image_scores.shape != (len(maps),):
         raise ValueError(f"scores have shape {image_scores.shape}; expected [{len(maps)}], one per map")
 
-    labels = np.asarray(masks.reshape(len(masks), -1).any(axis=1))
-    images = _count(image_scores, labels)
+    anomalous = np.asarray(masks.reshape(len(masks), -1).any(axis=1))
+    if labels is not None:
+        given = _binary(labels)
+        if given.shape != anomalous.shape:
+            raise ValueError(f"labels have shape {given.shape}; expected [{len(maps)}], one per map")
+        if (anomalous & ~given).any():
+            raise ValueError(f"image {int(np.argmax(anomalous & ~given))} is labelled normal but its mask is not empty")
+        anomalous = given
+    images = _count(image_scores, anomalous)
     pixels = _count(maps, masks, region_weights(masks))
     notes = tuple(note for note in (_missing(images, "image"), _missing(pixels, "pixel")) if note)
     return Metrics(

@@ -199,3 +199,15 @@ def test_d_prime_without_variation_or_a_class() -> None:
     assert math.isnan(d_prime([1.0, 2.0], [1, 1]))
     with pytest.raises(ValueError, match="shape"):
         d_prime([1.0, 2.0], [1])
+
+
+def test_labels_keep_a_defect_whose_mask_vanished_in_resizing() -> None:
+    maps, masks = np.zeros((4, 8, 8)), np.zeros((4, 8, 8), dtype=bool)
+    maps[:, 0, 0] = [1.0, 2.0, 3.0, 4.0]
+    masks[2, 0, 0] = True  # image 3 is a defect too, without a pixel left
+    assert evaluate_maps(maps, masks).image_auroc == pytest.approx(2 / 3)
+    assert evaluate_maps(maps, masks, labels=[False, False, True, True]).image_auroc == 1.0
+    with pytest.raises(ValueError, match="image 2 is labelled normal but its mask is not empty"):
+        evaluate_maps(maps, masks, labels=[False, False, False, True])
+    with pytest.raises(ValueError, match=r"labels have shape \(2,\); expected \[4\]"):
+        evaluate_maps(maps, masks, labels=[True, False])
