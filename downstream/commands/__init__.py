@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from downstream.commands.backbones import backbones
 from downstream.commands.check_data import check_data
+from downstream.commands.export import export
 from downstream.commands.extract import extract
 from downstream.commands.score import score
 
@@ -19,6 +20,7 @@ Run = Callable[[Namespace], int]
 COMMANDS: dict[str, Callable[[ArgumentParser], Run]] = {
     "score": score,
     "check-data": check_data,
+    "export": export,
     "extract": extract,
     "backbones": backbones,
 }

@@ -1,0 +1,83 @@
+"""What the extractor adds to its bare backbone: CPU time of one process, one thread, the best of interleaved repeats.
+
+Run by `make bench`. Times do not depend on the weights' values, so random ones serve and nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from adpretrain.backbones import load_backbone
+from adpretrain.conditioning import Conditioning
+from adpretrain.config import ProjectorConfig
+from adpretrain.extractor import ADExtractor, build_projector
+
+pytestmark = pytest.mark.benchmark
+
+BATCH, SHOTS, TARGET = 4, 8, 1.6
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def interleaved_cpu_seconds(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """The least CPU time of each function; taken in turns, so that a busy spell of the machine meets them all."""
+    best = dict.fromkeys(functions, float("inf"))
+    for _ in range(repeats):
+        for name, function in functions.items():
+            start = time.process_time()
+            function()
+            best[name] = min(best[name], time.process_time() - start)
+    return best
+
+
+@torch.no_grad()
+def test_extractor_over_bare_backbone(one_thread: None) -> None:
+    """DINOv2-base geometry: 12 blocks of width 768, 16 x 16 tokens at 224 px, four levels; projector of the paper."""
+    torch.manual_seed(0)
+    backbone = load_backbone("dinov2-base", pretrained=False)
+    config = ProjectorConfig(references=2048, heads=16, mlp_ratio=4.0)
+    projector = build_projector(config, backbone.channels)
+    for parameter in projector.parameters():  # untrained, it would return its input whatever the attention does
+        parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    extractor = ADExtractor(backbone, projector, config)
+    images = torch.randn(BATCH, 3, 224, 224)
+    banks = extractor.encode_references(torch.randn(SHOTS, 3, 224, 224))
+    extractor.set_references(banks)
+    projected = extractor(images)  # this also fills the caches of keys, values and search indices
+
+    features = backbone(images)
+    assert [tuple(level.shape) for level in features] == [(BATCH, 768, 16, 16)] * 4
+    assert [bank.shape[1] for bank in banks] == [SHOTS * 256] * 4
+    residuals = extractor.residuals(features, banks)
+    assert not any(torch.equal(a, b) for a, b in zip(projected, residuals, strict=True))
+    conditioning = Conditioning(backbone.channels)
+    # The references are the extractor's own list: a new one would be prepared for searching anew.
+    kept = extractor.references
+    seconds = interleaved_cpu_seconds(
+        {
+            "backbone": lambda: backbone(images),
+            "extractor": lambda: extractor(images),
+            "matching": lambda: extractor.residuals(features, kept),
+            "projector": lambda: projector(residuals),
+            "conditioning": lambda: conditioning.standardise(features),
+        },
+        repeats=5,
+    )
+    ratio = seconds["extractor"] / seconds["backbone"]
+    print(
+        f"\nextractor over bare backbone, DINOv2-base geometry, batch {BATCH}, K = {SHOTS}, N_r = 2048, 16 heads, one "
+        f"thread: {seconds['extractor']:.2f} s / {seconds['backbone']:.2f} s = {ratio:.2f} x; shares of the backbone: "
+        + ", ".join(f"{part} {seconds[part] / seconds['backbone']:.2f}" for part in ("matching", "projector"))
+        + f" (and {seconds['conditioning'] / seconds['backbone']:.2f} for conditioning, where it is on)"
+    )
+    assert ratio <= TARGET
