@@ -1,13 +1,10 @@
 """How well anomaly maps and scores separate defects from good product: AUROC, AP, max-F1 and AUPRO, all
 exact.
 
-Every number here follows from one small table. Let the distinct scores of the *anomalous* items, in
-descending order, be the thresholds: between two of them recall and PRO cannot change, only false positives
-accumulate. So the normal scores are sorted once (plain values, no index), the few anomalous ones once with
-their weights, and the false positives at each threshold come from a binary search. Nothing is quantised and
-no loop runs over thresholds: O(n log n) for n pixels, one copy of the scores in memory.
+Counts at every distinct score (`thresholds`) give them all: nothing is quantised. Sets whose maps do not fit in memory
+are measured batch by batch, with bounds of the error, by `streaming.StreamingMetrics`.
 
-Shape legend: N images, H x W pixels, A anomalous and G normal items, T distinct anomalous scores.
+Shape legend: N images, H x W pixels, A anomalous items.
 
 Conventions
 - a score is higher for a more anomalous item; an item is called anomalous at threshold t when score >= t;
@@ -29,9 +26,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import ndimage
 
-_EIGHT_CONNECTED = np.ones((3, 3), dtype=bool)
+from downstream import thresholds
+from downstream.ground_truth import binary_masks, image_labels, paired, real_numbers, region_weights
+from downstream.thresholds import count
+
+FORMS = ("exact", "official")
+LIMIT = 0.3  # false positive rate up to which PRO counts
+STEPS = 200  # thresholds of the released code
 
 
 @dataclass(frozen=True)
@@ -48,18 +50,6 @@ class Metrics:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class _Thresholds:
-    """Counts at the T distinct anomalous scores, descending; `above` means score > t, the others >= t."""
-
-    hits_T: NDArray[np.float64]  # anomalous items with score >= t
-    overlap_T: NDArray[np.float64]  # their summed weights
-    false_above_T: NDArray[np.float64]
-    false_T: NDArray[np.float64]
-    n_normal: int
-    n_anomalous: int
-
-
 def evaluate_maps(
     maps_NHW: ArrayLike, masks_NHW: ArrayLike, scores: ArrayLike | None = None, labels: ArrayLike | None = None
 ) -> Metrics:
@@ -71,35 +61,38 @@ def evaluate_maps(
     its mask needs them. Arrays or tensors. Raises ValueError for shapes that disagree, no images, NaN or
     infinite values, fractional or negative masks, and a normal image whose mask is not empty.
     """
-    maps = _real(maps_NHW, "maps")
-    masks = _binary(masks_NHW)
+    maps, masks, image_scores, anomalous = checked(maps_NHW, masks_NHW, scores, labels)
+    images = count(image_scores, anomalous)
+    pixels = count(maps, masks, region_weights(masks))
+    return from_counts(images, pixels)
+
+
+def checked(
+    maps_NHW: ArrayLike, masks_NHW: ArrayLike, scores: ArrayLike | None, labels: ArrayLike | None
+) -> tuple[NDArray[Any], NDArray[np.bool_], NDArray[Any], NDArray[np.bool_]]:
+    """The four as arrays that fit each other, as `evaluate_maps` says: [N, H, W], [N, H, W], [N], [N]."""
+    maps, masks = real_numbers(maps_NHW, "maps"), binary_masks(masks_NHW)
     if maps.ndim != 3 or maps.size == 0:
         raise ValueError(f"maps have shape {maps.shape}; expected [N, H, W] with at least one image and pixel")
     if masks.shape != maps.shape:
         raise ValueError(f"masks have shape {masks.shape}, maps {maps.shape}; resize the masks (nearest) to the maps")
-    image_scores = maps.reshape(len(maps), -1).max(axis=1) if scores is None else _real(scores, "scores")
+    image_scores = maps.reshape(len(maps), -1).max(axis=1) if scores is None else real_numbers(scores, "scores")
     if image_scores.shape != (len(maps),):
         raise ValueError(f"scores have shape {image_scores.shape}; expected [{len(maps)}], one per map")
+    return maps, masks, image_scores, image_labels(masks, labels)
 
-    anomalous = np.asarray(masks.reshape(len(masks), -1).any(axis=1))
-    if labels is not None:
-        given = _binary(labels)
-        if given.shape != anomalous.shape:
-            raise ValueError(f"labels have shape {given.shape}; expected [{len(maps)}], one per map")
-        if (anomalous & ~given).any():
-            raise ValueError(f"image {int(np.argmax(anomalous & ~given))} is labelled normal but its mask is not empty")
-        anomalous = given
-    images = _count(image_scores, anomalous)
-    pixels = _count(maps, masks, region_weights(masks))
-    notes = tuple(note for note in (_missing(images, "image"), _missing(pixels, "pixel")) if note)
+
+def from_counts(images: thresholds.Thresholds, pixels: thresholds.Thresholds) -> Metrics:
+    """All metrics of images and pixels that are counted already."""
+    notes = tuple(note for note in (thresholds.missing(images, "image"), thresholds.missing(pixels, "pixel")) if note)
     return Metrics(
-        image_auroc=_auroc(images),
-        image_ap=_average_precision(images),
-        image_f1=_max_f1(images),
-        pixel_auroc=_auroc(pixels),
-        pixel_ap=_average_precision(pixels),
-        pixel_f1=_max_f1(pixels),
-        aupro=_area_under_pro(pixels, limit=0.3),
+        image_auroc=thresholds.auroc(images),
+        image_ap=thresholds.average_precision(images),
+        image_f1=thresholds.max_f1(images),
+        pixel_auroc=thresholds.auroc(pixels),
+        pixel_ap=thresholds.average_precision(pixels),
+        pixel_f1=thresholds.max_f1(pixels),
+        aupro=thresholds.area_under_pro(pixels, LIMIT),
         notes=notes,
     )
 
@@ -108,29 +101,35 @@ def auroc(scores: ArrayLike, labels: ArrayLike) -> float:
     """Area under the ROC curve of scores against labels (equal shapes; labels as masks); nan without both
     classes.
     """
-    return _auroc(_count(*_pair(scores, labels)))
+    return thresholds.auroc(count(*paired(scores, labels)))
 
 
 def average_precision(scores: ArrayLike, labels: ArrayLike) -> float:
     """Average precision of scores against labels (equal shapes); nan without both classes."""
-    return _average_precision(_count(*_pair(scores, labels)))
+    return thresholds.average_precision(count(*paired(scores, labels)))
 
 
 def max_f1(scores: ArrayLike, labels: ArrayLike) -> float:
     """The best F1 over all thresholds (an oracle threshold); nan without both classes."""
-    return _max_f1(_count(*_pair(scores, labels)))
+    return thresholds.max_f1(count(*paired(scores, labels)))
 
 
-def aupro(maps_NHW: ArrayLike, masks_NHW: ArrayLike, limit: float = 0.3) -> float:
-    """Exact area under the per-region-overlap curve up to the pixel false-positive rate `limit`, divided by
-    it.
+def aupro(maps_NHW: ArrayLike, masks_NHW: ArrayLike, limit: float = LIMIT, form: str = "exact") -> float:
+    """Area under the per-region-overlap curve up to the pixel false-positive rate ``limit``, divided by it.
+
+    ``form``: "exact", or "official", the sweep of the released code (`thresholds.official_area_under_pro`) for
+    comparison with published numbers. nan without both classes, and where the sweep finds no curve below the limit.
     """
     if not 0 < limit <= 1:
         raise ValueError(f"limit={limit}; expected a false-positive rate in (0, 1], usually 0.3")
-    maps, masks = _pair(maps_NHW, masks_NHW)
+    if form not in FORMS:
+        raise ValueError(f"form {form!r} is unknown; choose one of {FORMS}")
+    maps, masks = paired(maps_NHW, masks_NHW)
     if maps.ndim != 3:
         raise ValueError(f"maps have shape {maps.shape}; expected [N, H, W]")
-    return _area_under_pro(_count(maps, masks, region_weights(masks)), limit)
+    if form == "official":
+        return thresholds.official_area_under_pro(maps, masks, region_weights(masks), limit, STEPS)
+    return thresholds.area_under_pro(count(maps, masks, region_weights(masks)), limit)
 
 
 def d_prime(scores: ArrayLike, labels: ArrayLike) -> float:
@@ -140,7 +139,7 @@ def d_prime(scores: ArrayLike, labels: ArrayLike) -> float:
     classes are already apart, and it changes under a non-linear change of the unit. nan without both classes; inf, or
     nan for equal means, if neither class varies.
     """
-    values, truth = _pair(scores, labels)
+    values, truth = paired(scores, labels)
     if truth.all() or not truth.any():
         return math.nan
     anomalous, normal = values[truth].astype(np.float64), values[~truth].astype(np.float64)
@@ -149,135 +148,3 @@ def d_prime(scores: ArrayLike, labels: ArrayLike) -> float:
     if spread == 0:
         return math.inf if distance else math.nan
     return distance / spread
-
-
-def region_weights(masks_NHW: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """[A] weights of the anomalous pixels in C order: 1 / (pixels in its region x number of regions).
-
-    The covered weight at a threshold is then that threshold's PRO. Regions are 8-connected and never cross
-    images.
-    """
-    weights, n_regions = [np.empty(0)], 0
-    for mask in masks_NHW:
-        if not mask.any():
-            continue
-        region, found = ndimage.label(mask, structure=_EIGHT_CONNECTED)
-        region_of_pixel = region[mask]
-        weights.append(1.0 / np.bincount(region_of_pixel)[region_of_pixel])
-        n_regions += found
-    return np.concatenate(weights) / max(n_regions, 1)
-
-
-def _count(
-    scores: NDArray[Any], labels: NDArray[np.bool_], weights_A: NDArray[np.float64] | None = None
-) -> _Thresholds:
-    anomalous_A, normal_G = (
-        scores[labels],
-        scores[~labels],
-    )  # boolean indexing copies: the sort may be in place
-    normal_G.sort()
-    order_A = np.argsort(anomalous_A, kind="stable")[::-1]
-    anomalous_A = anomalous_A[order_A]
-    last_of_tie = np.flatnonzero(np.append(anomalous_A[1:] != anomalous_A[:-1], True)[: len(anomalous_A)])
-    threshold_T = anomalous_A[last_of_tie]
-    overlap_A = np.zeros(len(order_A)) if weights_A is None else np.cumsum(weights_A[order_A])
-    n_normal = len(normal_G)
-    # Searching in ascending order keeps the binary searches in cache (several times faster on large sets).
-    ascending_T = threshold_T[::-1]
-    return _Thresholds(
-        hits_T=(last_of_tie + 1).astype(np.float64),
-        overlap_T=overlap_A[last_of_tie],
-        false_above_T=(n_normal - np.searchsorted(normal_G, ascending_T, side="right"))[::-1].astype(float),
-        false_T=(n_normal - np.searchsorted(normal_G, ascending_T, side="left"))[::-1].astype(float),
-        n_normal=n_normal,
-        n_anomalous=len(anomalous_A),
-    )
-
-
-def _missing(counts: _Thresholds, item: str) -> str | None:
-    """Why this item's metrics are undefined, or None."""
-    if counts.n_anomalous and counts.n_normal:
-        return None
-    absent = "anomalous" if counts.n_normal else "normal"
-    affected = f"{item} metrics" if item == "image" else "pixel metrics and aupro"
-    return f"no {absent} {item}s: {affected} are undefined (nan)"
-
-
-def _auroc(counts: _Thresholds) -> float:
-    if not (counts.n_anomalous and counts.n_normal):
-        return math.nan
-    new_hits_T = np.diff(counts.hits_T, prepend=0.0)
-    normal_below_T = counts.n_normal - (counts.false_T + counts.false_above_T) / 2  # ties count one half
-    return float(new_hits_T @ normal_below_T) / counts.n_anomalous / counts.n_normal
-
-
-def _average_precision(counts: _Thresholds) -> float:
-    if not (counts.n_anomalous and counts.n_normal):
-        return math.nan
-    precision_T = counts.hits_T / (counts.hits_T + counts.false_T)
-    return float(np.diff(counts.hits_T, prepend=0.0) @ precision_T) / counts.n_anomalous
-
-
-def _max_f1(counts: _Thresholds) -> float:
-    # A threshold between two anomalous scores only adds false positives, so the maximum is at one of the T.
-    if not (counts.n_anomalous and counts.n_normal):
-        return math.nan
-    return float((2 * counts.hits_T / (counts.hits_T + counts.false_T + counts.n_anomalous)).max())
-
-
-def _area_under_pro(counts: _Thresholds, limit: float) -> float:
-    if not (counts.n_anomalous and counts.n_normal):
-        return math.nan
-    # The curve's corners: reached horizontally at the old PRO (normals strictly above t), then a step to the
-    # new PRO that is diagonal when normals tie with t. After the last threshold it is flat at 1 up to FPR 1.
-    fpr = np.stack([counts.false_above_T, counts.false_T], axis=1).ravel() / counts.n_normal
-    pro = np.stack([np.append(0.0, counts.overlap_T[:-1]), counts.overlap_T], axis=1).ravel()
-    fpr, pro = np.append(fpr, 1.0), np.append(pro, 1.0)
-    inside = int(np.searchsorted(fpr, limit, side="right"))  # corners with FPR <= limit
-    if inside == 0:  # the curve starts at (0, 0) and its first corner lies beyond the limit
-        return 0.0
-    if inside < len(fpr):
-        share = (limit - fpr[inside - 1]) / (fpr[inside] - fpr[inside - 1])
-        pro_at_limit = pro[inside - 1] + share * (pro[inside] - pro[inside - 1])
-        fpr, pro = np.append(fpr[:inside], limit), np.append(pro[:inside], pro_at_limit)
-    area = float(np.diff(fpr) @ (pro[1:] + pro[:-1])) / 2
-    return min(area / limit, 1.0)  # rounding of the summed weights may exceed 1 by a few ulp
-
-
-def _pair(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-    values, truth = _real(scores, "scores"), _binary(labels)
-    if values.shape != truth.shape or values.size == 0:
-        raise ValueError(f"scores have shape {values.shape}, labels {truth.shape}; expected equal, not empty")
-    return values, truth
-
-
-def _array(values: Any) -> NDArray[Any]:
-    if hasattr(values, "detach"):  # a torch tensor, wherever it lives; numpy has no bfloat16
-        values = values.detach().cpu()
-        values = (values.float() if str(values.dtype) == "torch.bfloat16" else values).numpy()
-    return np.asarray(values)
-
-
-def _real(values: ArrayLike, name: str) -> NDArray[Any]:
-    array = _array(values)
-    if array.dtype.kind not in "fiub":
-        raise ValueError(f"{name} have dtype {array.dtype}; expected real numbers")
-    if array.dtype.kind != "f" or array.dtype.itemsize < 4:
-        array = array.astype(np.float64 if array.dtype.kind in "iu" else np.float32)
-    bad = array.size - int(np.isfinite(array).sum())
-    if bad:
-        raise ValueError(f"{name} contain {bad} NaN or infinite values of {array.size}; metrics need finite ones")
-    return array
-
-
-def _binary(values: ArrayLike) -> NDArray[np.bool_]:
-    array = _array(values)
-    if array.dtype.kind == "b":
-        return array
-    if array.dtype.kind == "f" and not ((array == 0) | (array == 1)).all():
-        raise ValueError("masks hold values other than 0 and 1; threshold them first, e.g. masks > 0.5")
-    if array.dtype.kind not in "fiu" or (array.size and array.min() < 0):
-        raise ValueError(
-            f"masks have dtype {array.dtype} or negative values; expected bool or integers (> 0 is defect)"
-        )
-    return array > 0

@@ -57,6 +57,8 @@ def test_golden_values_to_1e_9() -> None:
         assert getattr(measured, field) == pytest.approx(float(golden[field]), abs=1e-9), field
     assert measured.aupro == pytest.approx(float(golden["aupro_exact"]), abs=1e-9)
     assert measured.notes == ()
+    swept = aupro(golden["maps"], golden["masks"], form="official")
+    assert swept == pytest.approx(float(golden["aupro_official_200_steps"]), abs=1e-9)
 
 
 @pytest.mark.parametrize("levels", [None, 4, 1])
@@ -77,6 +79,37 @@ def test_scores_agree_with_scikit_learn_also_with_ties(seed: int, levels: int | 
 def test_aupro_agrees_with_the_loop_over_all_thresholds(seed: int, levels: int | None, limit: float) -> None:
     maps, masks = random_case(seed, levels)
     assert aupro(maps, masks, limit) == pytest.approx(naive_aupro(maps, masks, limit), abs=1e-12)
+
+
+def naive_sweep(maps: NDArray, masks: NDArray, limit: float) -> float:
+    """200 even thresholds, every image and region measured anew at each, as the released code goes about it."""
+    fprs, pros = [], []
+    for threshold in np.arange(maps.min(), maps.max(), (maps.max() - maps.min()) / 200):
+        hit = maps > threshold
+        overlaps = []
+        for image, mask in zip(hit, masks, strict=True):
+            labelled, found = ndimage.label(mask, structure=np.ones((3, 3)))
+            overlaps += [image[labelled == region].mean() for region in range(1, found + 1)]
+        fprs.append(float(hit[~masks].mean()))
+        pros.append(float(np.mean(overlaps)))
+    xs = [fpr for fpr in fprs if fpr < limit]
+    return float(-np.trapezoid([pro for fpr, pro in zip(fprs, pros, strict=True) if fpr < limit], xs)) / max(xs)
+
+
+@pytest.mark.parametrize("limit", [0.05, 0.3])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_official_form_is_the_sweep_over_200_thresholds(seed: int, limit: float) -> None:
+    maps, masks = random_case(seed, size=32)
+    assert aupro(maps, masks, limit, "official") == pytest.approx(naive_sweep(maps, masks, limit), abs=1e-9)
+
+
+def test_the_official_form_without_a_curve_is_nan() -> None:
+    maps, masks = random_case(0)
+    assert math.isnan(aupro(np.ones(maps.shape), masks, form="official"))
+    assert math.isnan(aupro(maps, np.zeros(masks.shape), form="official"))
+    assert math.isnan(aupro(masks * 1.0, masks, form="official"))  # a perfect map has no false positive to divide by
+    with pytest.raises(ValueError, match="form 'sweep' is unknown"):
+        aupro(maps, masks, form="sweep")
 
 
 def test_regions_touching_at_a_corner_are_one_and_never_cross_images() -> None:

@@ -1,0 +1,150 @@
+"""Counts at every threshold that matters, and the metrics that follow from them; `metrics` is the front door.
+
+Let the distinct scores of the *anomalous* items, in descending order, be the thresholds: between two of them recall
+and PRO cannot change, only false positives accumulate. So the normal scores are sorted once (plain values, no index),
+the few anomalous ones once with their weights, and the false positives at each threshold come from a binary search.
+Nothing is quantised and no loop runs over thresholds: O(n log n) for n pixels, one copy of the scores in memory.
+
+Shapes: A anomalous and G normal items, T distinct anomalous scores.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Counts at the T distinct anomalous scores, descending; `above` means score > t, the others >= t."""
+
+    hits_T: NDArray[np.float64]  # anomalous items with score >= t
+    overlap_T: NDArray[np.float64]  # their summed weights
+    false_above_T: NDArray[np.float64]
+    false_T: NDArray[np.float64]
+    n_normal: int
+    n_anomalous: int
+
+
+def count(scores: NDArray[Any], labels: NDArray[np.bool_], weights_A: NDArray[np.float64] | None = None) -> Thresholds:
+    """Counts of scores against labels of the same shape; ``weights_A``: of the anomalous items, in C order."""
+    normal_G = scores[~labels]  # boolean indexing copies: the sort may be in place
+    normal_G.sort()
+    threshold_T, hits_T, overlap_T = anomalous_table(scores[labels], weights_A)
+    # Searching in ascending order keeps the binary searches in cache (several times faster on large sets).
+    ascending_T, n_normal = threshold_T[::-1], len(normal_G)
+    return Thresholds(
+        hits_T=hits_T,
+        overlap_T=overlap_T,
+        false_above_T=(n_normal - np.searchsorted(normal_G, ascending_T, side="right"))[::-1].astype(float),
+        false_T=(n_normal - np.searchsorted(normal_G, ascending_T, side="left"))[::-1].astype(float),
+        n_normal=n_normal,
+        n_anomalous=int(hits_T[-1]) if len(hits_T) else 0,
+    )
+
+
+def anomalous_table(
+    anomalous_A: NDArray[Any], weights_A: NDArray[np.float64] | None = None
+) -> tuple[NDArray[Any], NDArray[np.float64], NDArray[np.float64]]:
+    """The T distinct scores, descending, and at each the number and the summed weight of the items not below it."""
+    order_A = np.argsort(anomalous_A, kind="stable")[::-1]
+    anomalous_A = anomalous_A[order_A]
+    last_of_tie = np.flatnonzero(np.append(anomalous_A[1:] != anomalous_A[:-1], True)[: len(anomalous_A)])
+    overlap_A = np.zeros(len(order_A)) if weights_A is None else np.cumsum(weights_A[order_A])
+    return anomalous_A[last_of_tie], (last_of_tie + 1).astype(np.float64), overlap_A[last_of_tie]
+
+
+def missing(counts: Thresholds, item: str) -> str | None:
+    """Why this item's metrics are undefined, or None."""
+    if counts.n_anomalous and counts.n_normal:
+        return None
+    absent = "anomalous" if counts.n_normal else "normal"
+    affected = f"{item} metrics" if item == "image" else "pixel metrics and aupro"
+    return f"no {absent} {item}s: {affected} are undefined (nan)"
+
+
+def auroc(counts: Thresholds) -> float:
+    """Area under the ROC curve; nan without both classes, as all below."""
+    if not (counts.n_anomalous and counts.n_normal):
+        return math.nan
+    new_hits_T = np.diff(counts.hits_T, prepend=0.0)
+    normal_below_T = counts.n_normal - (counts.false_T + counts.false_above_T) / 2  # ties count one half
+    return float(new_hits_T @ normal_below_T) / counts.n_anomalous / counts.n_normal
+
+
+def average_precision(counts: Thresholds) -> float:
+    """The step sum of (R_t - R_{t-1}) * P_t."""
+    if not (counts.n_anomalous and counts.n_normal):
+        return math.nan
+    precision_T = counts.hits_T / (counts.hits_T + counts.false_T)
+    return float(np.diff(counts.hits_T, prepend=0.0) @ precision_T) / counts.n_anomalous
+
+
+def max_f1(counts: Thresholds) -> float:
+    """The best F1 over all thresholds."""
+    # A threshold between two anomalous scores only adds false positives, so the maximum is at one of the T.
+    if not (counts.n_anomalous and counts.n_normal):
+        return math.nan
+    return float((2 * counts.hits_T / (counts.hits_T + counts.false_T + counts.n_anomalous)).max())
+
+
+def roc_curve(counts: Thresholds) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The corners of the ROC curve, from (0, 0) to (1, 1): false and true positive rates, ascending."""
+    return _corners(counts, counts.hits_T / counts.n_anomalous)
+
+
+def pro_curve(counts: Thresholds) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The corners of the per-region-overlap curve: pixel false positive rates and PRO, ascending, up to FPR 1."""
+    return _corners(counts, counts.overlap_T)
+
+
+def _corners(counts: Thresholds, share_T: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    # Each threshold is reached horizontally at the old share (normals strictly above t), then a step to the new share
+    # that is diagonal when normals tie with t. After the last threshold the curve is flat at 1 up to FPR 1.
+    fpr = np.stack([counts.false_above_T, counts.false_T], axis=1).ravel() / counts.n_normal
+    share = np.stack([np.append(0.0, share_T[:-1]), share_T], axis=1).ravel()
+    return np.concatenate([[0.0], fpr, [1.0]]), np.concatenate([[0.0], share, [1.0]])
+
+
+def area_under_pro(counts: Thresholds, limit: float) -> float:
+    """Area under the PRO curve up to the false positive rate ``limit``, divided by it."""
+    if not (counts.n_anomalous and counts.n_normal):
+        return math.nan
+    fpr, pro = pro_curve(counts)
+    inside = int(np.searchsorted(fpr, limit, side="right"))  # corners with FPR <= limit; the first is at 0
+    if inside < len(fpr):
+        share = (limit - fpr[inside - 1]) / (fpr[inside] - fpr[inside - 1])
+        pro_at_limit = pro[inside - 1] + share * (pro[inside] - pro[inside - 1])
+        fpr, pro = np.append(fpr[:inside], limit), np.append(pro[:inside], pro_at_limit)
+    area = float(np.diff(fpr) @ (pro[1:] + pro[:-1])) / 2
+    return min(area / limit, 1.0)  # rounding of the summed weights may exceed 1 by a few ulp
+
+
+def official_area_under_pro(
+    maps: NDArray[Any], masks: NDArray[np.bool_], weights_A: NDArray[np.float64], limit: float, steps: int
+) -> float:
+    """AUPRO as the code released with ADPretrain sweeps it, from sorted scores instead of a loop over images.
+
+    Thresholds at ``steps`` even steps from the lowest to the highest value of all maps; an item is a hit when its
+    score is greater than the threshold; only thresholds with FPR < limit count. Compared with the exact area it has
+    few points where maps have a long tail, starts at the smallest FPR found instead of 0, and is divided by the
+    largest FPR found instead of the limit: it depends on the highest single pixel of the set. nan without both classes,
+    for constant maps, and if fewer than two thresholds lie below the limit.
+    """
+    low, high = maps.min(), maps.max()
+    if masks.all() or not masks.any() or low == high:
+        return math.nan
+    threshold_S = np.arange(low, high, (high - low) / steps)  # in the maps' own precision
+    order_A = np.argsort(maps[masks], kind="stable")
+    covered_A = np.append(0.0, np.cumsum(weights_A[order_A]))
+    pro_S = covered_A[-1] - covered_A[np.searchsorted(maps[masks][order_A], threshold_S, side="right")]
+    normal_G = np.sort(maps[~masks])
+    fpr_S = (len(normal_G) - np.searchsorted(normal_G, threshold_S, side="right")) / len(normal_G)
+    fpr_S, pro_S = fpr_S[fpr_S < limit], pro_S[fpr_S < limit]
+    if len(fpr_S) < 2 or fpr_S[0] == 0:
+        return math.nan
+    return float(-np.diff(fpr_S) @ (pro_S[1:] + pro_S[:-1])) / 2 / float(fpr_S[0])
