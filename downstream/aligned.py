@@ -5,19 +5,31 @@ Shapes: P pool images, B images, K references, L levels, S side in pixels.
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from adpretrain.backbones import FeatureMaps
+from adpretrain.backbones import Extract, FeatureMaps
 from adpretrain.extractor import ADExtractor
 from adpretrain.references import AlignedReferences
 from adpretrain.residual import tokens
-from downstream.detector import Prediction
-from downstream.featurenorm import FeatureNorm
+from downstream.detector import Prediction, check_images
+from downstream.featurenorm import FeatureNorm, FeatureNormOptions
+from downstream.saving import load_detector, save_detector
+
+
+@dataclass(frozen=True)
+class AlignedOptions(FeatureNormOptions):
+    """The arguments of `AlignedFeatureNorm`, as they are saved."""
+
+    shots: int
 
 
 class AlignedFeatureNorm(FeatureNorm):
@@ -40,16 +52,20 @@ class AlignedFeatureNorm(FeatureNorm):
         """Encode the pool: batches [b, 3, S, S], P images in all. Raises ValueError if it has fewer than K images."""
         with torch.no_grad():
             encoded = [self.extract.encode(batch) for batch in normal_batches]
-        self._pool = [torch.cat(level) for level in zip(*encoded, strict=True)]
-        if not self._pool or len(self._pool[0]) < self.shots:
-            found = len(self._pool[0]) if self._pool else 0
-            raise ValueError(f"K = {self.shots} aligned references cannot be chosen from a pool of {found} images")
-        self._aligned = AlignedReferences(self._pool[0])
+        self._set_pool([torch.cat(level) for level in zip(*encoded, strict=True)])
         return self
+
+    def _set_pool(self, pool: FeatureMaps) -> None:
+        if not pool or len(pool[0]) < self.shots:
+            found = len(pool[0]) if pool else 0
+            raise ValueError(f"K = {self.shots} aligned references cannot be chosen from a pool of {found} images")
+        self._pool = pool
+        self._aligned = AlignedReferences(pool[0])
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Prediction:
         """[B, 3, S, S] -> scores [B], maps [B, S, S]. Raises ValueError before `fit`."""
+        check_images(images)
         features = self.extract.encode(images)
         return self._against(features, self._distances(features))
 
@@ -79,3 +95,32 @@ class AlignedFeatureNorm(FeatureNorm):
             banks = [tokens(level[chosen]).flatten(0, 1)[None] for level in self._pool]
             parts.append(self.from_features(self.extract.from_encoded([f[image : image + 1] for f in features], banks)))
         return Prediction(torch.cat([part.scores for part in parts]), torch.cat([part.maps for part in parts]))
+
+    @property
+    def options(self) -> AlignedOptions:
+        """The arguments it was made with."""
+        return AlignedOptions(self.image_size, self.sigma, self.norm, self.top, self.shots)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write extractor and pool: FEATURES OF EVERY POOL IMAGE (`downstream.saving`). ValueError before `fit`."""
+        if self._aligned is None:
+            raise ValueError("no pool to save: call fit(normal_batches) first")
+        pool = {f"pool.{level}": feature for level, feature in enumerate(self._pool)}
+        side = self.extract.preprocess.image_size
+        return save_detector(folder, "aligned-featurenorm", self.options, self.extract, pool, side)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        extract: Extract | None = None,
+        device: str | torch.device | None = None,
+        weights: str | os.PathLike[str] | None = None,
+    ) -> Self:
+        """Load what `save_pretrained` wrote. Arguments and errors as in `downstream.saving.load_detector`."""
+        loaded = load_detector(folder, "aligned-featurenorm", AlignedOptions, extract, device, weights)
+        if not isinstance(loaded.extract, ADExtractor):
+            raise ValueError(f"aligned references need an ADExtractor, got {type(loaded.extract).__name__}")
+        detector = cls(loaded.extract, **dataclasses.asdict(loaded.options))
+        detector._set_pool([loaded.tensors[f"pool.{level}"] for level in range(len(loaded.tensors))])
+        return detector

@@ -1,16 +1,21 @@
-"""What every detector gives: a score per image and a map per image.
+"""What every detector gives: a score per image and a map per image; and what all of them check.
 
 Shapes: B images, S side of the network's input in pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 from typing_extensions import Self
+
+from adpretrain.backbones import Extract, FeatureMaps
 
 
 @dataclass(frozen=True)
@@ -22,8 +27,69 @@ class Prediction:
 
 
 class Detector(Protocol):
-    """Fits on normal images only, then scores and localises."""
+    """Fits on normal images only, then scores and localises; with any `Extract`, a raw backbone or an `ADExtractor`.
+
+    ``fit`` reads its batches [b, 3, S, S] once, one at a time. A saved detector needs no training data to be loaded
+    and gives the same bits; see `downstream.saving` for what its folder holds.
+    """
 
     def fit(self, normal_batches: Iterable[Tensor]) -> Self: ...
 
     def predict(self, images: Tensor) -> Prediction: ...
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path: ...
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str], extract: Extract | None = None) -> Self: ...
+
+
+def check_images(images: Tensor) -> None:
+    """Raises ValueError unless ``images`` are [B, 3, S, S] with B > 0, floating-point and finite."""
+    if images.ndim != 4 or images.shape[0] == 0 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
+        raise ValueError(f"images must be [B, 3, S, S] with B > 0, got {tuple(images.shape)}")
+    if not images.is_floating_point():
+        raise ValueError(f"images must be floating-point and normalised, got {images.dtype}: prepare them first")
+    if not bool(images.isfinite().all()):
+        raise ValueError("images hold NaN or infinite values: were they divided by a zero deviation?")
+
+
+@torch.no_grad()
+def extracted(extract: Extract, images: Tensor) -> FeatureMaps:
+    """Checked images -> L levels [B, C_l, H_l, W_l], finite. Raises ValueError for bad images or features."""
+    check_images(images)
+    features = extract(images)
+    for number, level in enumerate(features):
+        if not bool(level.isfinite().all()):
+            raise ValueError(
+                f"level {number} of the features holds NaN or infinite values: try float32 for the network"
+            )
+    return features
+
+
+def normal_features(extract: Extract, normal_batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, FeatureMaps]]:
+    """Batches of images [b, 3, S, S] with their features, one batch in memory; all of the first one's side.
+
+    Raises ValueError without images, or if their sizes differ.
+    """
+    side = None
+    for images in normal_batches:
+        features = extracted(extract, images)
+        if side is not None and images.shape[2] != side:
+            raise ValueError(f"normal images of {side} and of {images.shape[2]} pixels: prepare all alike")
+        side = images.shape[2]
+        yield images, features
+    if side is None:
+        raise ValueError("no normal images to fit on: normal_batches is empty (an iterator can be read only once)")
+
+
+def not_fitted(detector: object) -> ValueError:
+    """The error of a detector that was asked too early."""
+    return ValueError(
+        f"this {type(detector).__name__} is not fitted: call fit(normal_batches) or from_pretrained first"
+    )
+
+
+def check_side(images: Tensor, side: int) -> None:
+    """Raises ValueError if images are not of the size that the detector was fitted on."""
+    if images.ndim == 4 and images.shape[2] != side:
+        raise ValueError(f"images of {images.shape[2]} pixels, the detector was fitted on {side}: prepare them alike")

@@ -5,34 +5,33 @@ Shapes: B images, S side in pixels, L levels, K references.
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Self
 
 from adpretrain.artefact import NORMS
 from adpretrain.backbones import Extract, FeatureMaps
 from adpretrain.extractor import ADExtractor
-from downstream.detector import Prediction
+from adpretrain.leave_one_out import leave_one_out
+from downstream.detector import Prediction, check_images, not_fitted
+from downstream.maps import gaussian_blur, upsample
+from downstream.saving import load_detector, save_detector
 
 
-def gaussian_blur(maps_BSS: Tensor, sigma: float) -> Tensor:
-    """Gaussian smoothing in pixels, truncated at 4 sigma with reflected borders, as scipy.ndimage does: [B, S, S]."""
-    if sigma <= 0:
-        return maps_BSS
-    radius = int(4.0 * sigma + 0.5)
-    offsets = torch.arange(-radius, radius + 1, dtype=maps_BSS.dtype, device=maps_BSS.device)
-    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
-    kernel = kernel / kernel.sum()
-    maps = maps_BSS[:, None]
-    for side, shape in ((maps.shape[2], (1, 1, -1, 1)), (maps.shape[3], (1, 1, 1, -1))):
-        index = torch.arange(-radius, side + radius, device=maps.device) % (2 * side)
-        index = torch.where(index < side, index, 2 * side - 1 - index)  # ... 1 0 | 0 1 2 ... : scipy's "reflect"
-        maps = maps.index_select(2 if shape[2] == -1 else 3, index)
-        maps = F.conv2d(maps, kernel.view(shape))
-    return maps[:, 0]
+@dataclass(frozen=True)
+class FeatureNormOptions:
+    """The arguments of `FeatureNorm`, as they are saved."""
+
+    image_size: int
+    sigma: float
+    norm: str
+    top: float
 
 
 class FeatureNorm:
@@ -57,13 +56,19 @@ class FeatureNorm:
         self.extract, self.image_size, self.sigma, self.norm, self.top = extract, image_size, sigma, norm, top
 
     def fit(self, normal_batches: Iterable[Tensor]) -> Self:
-        """Set the extractor's references to these images: batches [b, 3, S, S], K in all."""
+        """Set the extractor's references to these images: batches [b, 3, S, S], K in all. ValueError without any."""
         if isinstance(self.extract, ADExtractor):
-            self.extract.set_references(torch.cat(list(normal_batches)))
+            batches = list(normal_batches)
+            if not batches:
+                raise ValueError("no normal images to use as references: normal_batches is empty")
+            images = torch.cat(batches)
+            check_images(images)
+            self.extract.set_references(images)
         return self
 
     def predict(self, images: Tensor) -> Prediction:
-        """[B, 3, S, S] -> scores [B], maps [B, S, S]."""
+        """[B, 3, S, S] -> scores [B], maps [B, S, S]. Raises ValueError for bad images, or before `fit`."""
+        check_images(images)
         with torch.no_grad():
             return self.from_features(self.extract(images))
 
@@ -71,26 +76,44 @@ class FeatureNorm:
         """Score each of K normal photographs [K, 3, S, S] against the other K - 1. Raises ValueError if K < 2."""
         if not isinstance(self.extract, ADExtractor):
             raise ValueError("leave-one-out needs an ADExtractor: a raw backbone has no references to leave out")
-        shots = images.shape[0]
-        if shots < 2:
-            raise ValueError(f"leave-one-out needs at least 2 references, got {shots}")
-        banks = self.extract.encode_references(images)
-        parts = []
-        for image in range(shots):
-            keep = [index for index in range(shots) if index != image]
-            others = [bank.unflatten(1, (shots, -1))[:, keep].flatten(1, 2) for bank in banks]
-            parts.append(self.from_features(self.extract(images[image : image + 1], others)))
-        return Prediction(torch.cat([p.scores for p in parts]), torch.cat([p.maps for p in parts]))
+        return self.from_features(leave_one_out(self.extract, images))
 
     def from_features(self, features: FeatureMaps) -> Prediction:
         """L levels [B, C_l, H_l, W_l] -> prediction."""
-        size = (self.image_size, self.image_size)
-        total = torch.zeros(features[0].shape[0], *size, device=features[0].device)
+        total = torch.zeros(features[0].shape[0], self.image_size, self.image_size, device=features[0].device)
         for feature in features:
-            norm = feature.float().norm(dim=1, keepdim=True)
+            norm = feature.float().norm(dim=1)
             if self.norm == "released":
                 norm = (norm + 1).sqrt() - 1
-            total += F.interpolate(norm, size=size, mode="bilinear", align_corners=True)[:, 0]
+            total += upsample(norm, self.image_size, align_corners=True)
         maps = gaussian_blur(total / len(features), self.sigma)
         count = max(1, round(self.top * maps[0].numel()))
         return Prediction(maps.flatten(1).topk(count).values.mean(1), maps)
+
+    @property
+    def options(self) -> FeatureNormOptions:
+        """The arguments it was made with."""
+        return FeatureNormOptions(self.image_size, self.sigma, self.norm, self.top)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the fitted detector: its extractor and REFERENCE BANKS, features of the product (`downstream.saving`).
+
+        Raises ValueError before `fit`, or if ``folder`` holds other files.
+        """
+        if isinstance(self.extract, ADExtractor) and self.extract.references is None:
+            raise not_fitted(self)
+        preprocess = getattr(self.extract, "preprocess", None)
+        side = preprocess.image_size if preprocess else self.image_size
+        return save_detector(folder, "featurenorm", self.options, self.extract, {}, side)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        extract: Extract | None = None,
+        device: str | torch.device | None = None,
+        weights: str | os.PathLike[str] | None = None,
+    ) -> Self:
+        """Load what `save_pretrained` wrote. Arguments and errors as in `downstream.saving.load_detector`."""
+        loaded = load_detector(folder, "featurenorm", FeatureNormOptions, extract, device, weights)
+        return cls(loaded.extract, **dataclasses.asdict(loaded.options))

@@ -1,0 +1,207 @@
+"""A multivariate Gaussian for every position, from one pass over the images (PaDiM Sec. III-B), and distances to it.
+
+Sums are shifted by the first batch's mean and kept in float64. Positions are handled a few at a time, so that the
+largest temporary is some MiB whatever the grid.
+
+With covariance C + eps I, two forms give the same distance:
+- more images than channels: C + eps I = L L^T (Cholesky) and d^2 = ||L^-1 delta||^2, by a triangular solve;
+- else C = A^T A with the centred images A [n, D] / sqrt(n - 1), and by Woodbury's identity
+  d^2 = (||delta||^2 - ||V delta||^2) / eps with V = K^-1 A, eps I + A A^T = K K^T: n / D of the memory and the work.
+Nothing is inverted: batched `torch.linalg.inv` and `solve` have given wrong numbers on CPUs, Cholesky has not.
+
+Shapes: B images of a batch, n images in all, P positions, p positions of a chunk, D channels, F = n or D rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = 8 << 20  # of float64 covariances handled at once
+FOLD = 64  # images whose products are added up together
+PANELS = 8  # parts of a lower triangle; above the panels' diagonal blocks nothing is computed or kept
+
+
+@dataclass(frozen=True)
+class Gaussians:
+    """``mean_PD`` and ``factor_PFD``, float32: V [P, n, D] if ``low_rank``, else L [P, D, D]; eps of both."""
+
+    mean_PD: Tensor
+    factor_PFD: Tensor
+    eps: float
+    low_rank: bool
+
+    @torch.no_grad()
+    def distances(self, rows_BPD: Tensor) -> Tensor:
+        """Mahalanobis distances of every position: [B, P]. Raises ValueError if positions or channels do not fit."""
+        positions, width = self.mean_PD.shape
+        if rows_BPD.ndim != 3 or tuple(rows_BPD.shape[1:]) != (positions, width):
+            raise ValueError(f"expected rows of {positions} positions x {width} channels, got {tuple(rows_BPD.shape)}")
+        parts = []
+        for chunk in _chunks(positions, width):
+            delta_pBD = rows_BPD[:, chunk].to(self.mean_PD.dtype).transpose(0, 1) - self.mean_PD[chunk, None]
+            factor = self.factor_PFD[chunk]
+            if self.low_rank:
+                inside = (delta_pBD @ factor.mT).square().sum(2)
+                squared = (delta_pBD.square().sum(2) - inside).clamp_min(0) / self.eps
+            else:
+                squared = torch.linalg.solve_triangular(factor, delta_pBD.mT, upper=False).square().sum(1)
+            parts.append(squared.sqrt())
+        return torch.cat(parts).T
+
+
+def _chunks(positions: int, width: int) -> Iterator[slice]:
+    step = max(1, CHUNK_BYTES // (8 * width * width))
+    return (slice(start, min(start + step, positions)) for start in range(0, positions, step))
+
+
+def size_bytes(images: int, positions: int, width: int) -> int:
+    """What the `Moments` of so many images take, and the factors they become."""
+    return 4 * images * positions * width if images <= width else 8 * positions * _panels(width)[1]
+
+
+class Moments:
+    """Means and covariances of P positions, image batch by image batch.
+
+    Up to D images are kept as they are, 4 n P D bytes; more are added up to the lower triangles of their products,
+    about 4.5 P D^2 bytes however many they are. The factors take the place of either. ``expected``: at least the
+    number of images, if it is known: kept images are then stored where they stay. If it is not, they are put together
+    at the end, where memory is needed for one batch more, if the system takes back what is freed.
+    """
+
+    def __init__(self, expected: int | None = None) -> None:
+        self.count = 0
+        self.expected = expected
+        self._shift_PD = torch.empty(0)
+        self._batches: list[Tensor] = []  # [b, P, D] each
+        self._pending = 0
+        self._room_PND: Tensor | None = None
+        self._sums: _Sums | None = None
+
+    @torch.no_grad()
+    def add(self, rows_BPD: Tensor) -> None:
+        """Take in a batch."""
+        images, positions, width = rows_BPD.shape
+        if not self.count:
+            self._shift_PD = rows_BPD.mean(0, dtype=torch.float64).float()
+            if self.expected is not None and self.expected <= width:
+                self._room_PND = self._shift_PD.new_empty(positions, self.expected, width)
+        rows = rows_BPD.float() - self._shift_PD
+        self.count += images
+        if self._room_PND is not None:
+            self._room_PND[:, self.count - images : self.count] = rows.transpose(0, 1)
+            return
+        self._batches.append(rows)
+        self._pending += images
+        if self._sums is None and max(self.count, self.expected or 0) > width:
+            self._sums = _Sums(self._shift_PD)
+        if self._sums is not None and self._pending >= FOLD:
+            self._fold()
+
+    def _fold(self) -> None:
+        assert self._sums is not None
+        if self._batches:
+            self._sums.add(self._batches)
+        self._batches, self._pending = [], 0
+
+    def gaussians(self, eps: float) -> Gaussians:
+        """The Gaussians of all images so far; the sums are used up. Raises ValueError for fewer than 2 images, or if
+        ``eps`` is too small for the covariance to be positive definite in float64."""
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 images, got {self.count}")
+        if self._sums is not None:
+            self._fold()
+            mean_PD, factor_PFD = self._sums.cholesky(self.count, eps)
+        else:
+            mean_PD, factor_PFD = _low_rank(self._kept(), eps)
+        low_rank = self._sums is None
+        self._room_PND, self._sums = None, None
+        return Gaussians(self._shift_PD + mean_PD, factor_PFD, eps, low_rank)
+
+    def _kept(self) -> Tensor:
+        """All images [P, n, D]."""
+        if self._room_PND is None:
+            positions, width = self._shift_PD.shape
+            self._room_PND = self._shift_PD.new_empty(positions, self.count, width)
+            done = 0
+            for rows in self._batches:
+                self._room_PND[:, done : done + len(rows)] = rows.transpose(0, 1)
+                done += len(rows)
+            self._batches = []
+        return self._room_PND[:, : self.count]
+
+
+def _low_rank(rows_PnD: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean [P, D] and V [P, n, D], which takes the place of the rows."""
+    mean_PD = torch.empty_like(rows_PnD[:, 0])
+    for chunk in _chunks(len(rows_PnD), rows_PnD.shape[2]):
+        rows = rows_PnD[chunk].double()
+        mean = rows.mean(1)
+        rows = rows.sub_(mean[:, None]).div_((rows.shape[1] - 1) ** 0.5)
+        mean_PD[chunk] = mean
+        rows_PnD[chunk] = torch.linalg.solve_triangular(_cholesky(rows @ rows.mT, eps), rows, upper=False)
+    return mean_PD, rows_PnD
+
+
+def _panels(width: int) -> tuple[list[tuple[int, int, slice]], int]:
+    """Columns of a lower triangle that are multiplied together: (start, stop, where its numbers are kept), and how
+    many numbers all of them are."""
+    panels, total, step = [], 0, max(64, -(-width // PANELS))
+    for start in range(0, width, step):
+        stop = min(start + step, width)
+        size = (width - start) * (stop - start)
+        panels.append((start, stop, slice(total, total + size)))
+        total += size
+    return panels, total
+
+
+class _Sums:
+    """Sums of rows and of their products, lower triangles only, in float64."""
+
+    def __init__(self, shift_PD: Tensor) -> None:
+        positions, self.width = shift_PD.shape
+        self.total_PD = shift_PD.new_zeros(shift_PD.shape, dtype=torch.float64)
+        self.panels, size = _panels(self.width)
+        self.products_PT = shift_PD.new_zeros(positions, size, dtype=torch.float64)
+
+    def _products(self, chunk: slice) -> Iterator[tuple[int, int, Tensor]]:
+        for start, stop, kept in self.panels:
+            yield start, stop, self.products_PT[chunk, kept].unflatten(1, (self.width - start, stop - start))
+
+    def add(self, batches: list[Tensor]) -> None:
+        """Add batches [b, P, D]."""
+        for chunk in _chunks(*self.total_PD.shape):
+            rows = torch.cat([batch[:, chunk] for batch in batches]).double().transpose(0, 1).contiguous()
+            self.total_PD[chunk] += rows.sum(1)
+            for start, stop, product in self._products(chunk):
+                product.baddbmm_(rows[:, :, start:].mT, rows[:, :, start:stop])
+
+    def cholesky(self, count: int, eps: float) -> tuple[Tensor, Tensor]:
+        """Mean [P, D] and L [P, D, D], float32, which takes the place of the products.
+
+        That of the first positions lies over the first products: 4 D^2 bytes a position are less than its products'.
+        """
+        positions, width = self.total_PD.shape
+        numbers = self.products_PT.flatten().view(torch.float32)[: positions * width * width]
+        factor_PDD = numbers.view(positions, width, width)
+        mean_PD = self.total_PD / count
+        for chunk in _chunks(len(mean_PD), width):
+            mean = mean_PD[chunk]
+            lower = mean.new_zeros(len(mean), width, width)  # all that Cholesky reads
+            for start, stop, product in self._products(chunk):
+                lower[:, start:, start:stop] = product
+            lower.baddbmm_(mean[:, :, None], mean[:, None], alpha=-count).div_(count - 1)
+            factor_PDD[chunk] = _cholesky(lower, eps)
+        return mean_PD.float(), factor_PDD
+
+
+def _cholesky(matrix: Tensor, eps: float) -> Tensor:
+    """Lower Cholesky factors of matrix + eps I. Raises ValueError if one is not positive definite."""
+    matrix.diagonal(dim1=1, dim2=2).add_(eps)
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if bool(failed.any()):
+        raise ValueError(f"eps {eps} is too small for the covariances of these features: try a larger one")
+    return factor

@@ -1,0 +1,39 @@
+"""From a score per patch to a score per pixel: bilinear upsampling, then Gaussian smoothing (PatchCore Sec. 3.3).
+
+Shapes: B images, H x W patches, S side of the network's input in pixels.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SIGMA = 4.0  # pixels; PatchCore, PaDiM, SPADE and ADPretrain all use it
+
+
+def pixel_maps(grid_BHW: Tensor, size: int, sigma: float = SIGMA, align_corners: bool = False) -> Tensor:
+    """Patch scores -> smoothed maps: [B, H, W] -> [B, S, S]. ``sigma`` is in pixels; 0 = no smoothing."""
+    return gaussian_blur(upsample(grid_BHW, size, align_corners), sigma)
+
+
+def upsample(grid_BHW: Tensor, size: int, align_corners: bool = False) -> Tensor:
+    """Bilinear upsampling: [B, H, W] -> [B, S, S]."""
+    return F.interpolate(grid_BHW[:, None], (size, size), mode="bilinear", align_corners=align_corners)[:, 0]
+
+
+def gaussian_blur(maps_BSS: Tensor, sigma: float) -> Tensor:
+    """Gaussian smoothing in pixels, truncated at 4 sigma with reflected borders, as scipy.ndimage does: [B, S, S]."""
+    if sigma <= 0:
+        return maps_BSS
+    radius = int(4.0 * sigma + 0.5)
+    offsets = torch.arange(-radius, radius + 1, dtype=maps_BSS.dtype, device=maps_BSS.device)
+    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
+    kernel = kernel / kernel.sum()
+    maps = maps_BSS[:, None]
+    for side, shape in ((maps.shape[2], (1, 1, -1, 1)), (maps.shape[3], (1, 1, 1, -1))):
+        index = torch.arange(-radius, side + radius, device=maps.device) % (2 * side)
+        index = torch.where(index < side, index, 2 * side - 1 - index)  # ... 1 0 | 0 1 2 ... : scipy's "reflect"
+        maps = maps.index_select(2 if shape[2] == -1 else 3, index)
+        maps = F.conv2d(maps, kernel.view(shape))
+    return maps[:, 0]

@@ -1,0 +1,43 @@
+"""How much memory a fitted detector may take, asked before it is taken.
+
+A bank that outgrows the machine does not fail: the machine swaps, or the process is killed without a word, after
+hours of extraction. Detectors ask here first, and say what to change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Sized
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SHARE = 0.5  # of the machine's memory, where no limit is given
+CGROUP = Path("/sys/fs/cgroup/memory.max")  # what a container may use
+
+
+def memory_limit(device: torch.device, given: int | None = None) -> int:
+    """Bytes that a bank on this device may take: ``given``, or half of its memory (of the container's, if less)."""
+    if given is not None:
+        return given
+    if device.type == "cuda":
+        return int(SHARE * torch.cuda.get_device_properties(device).total_memory)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 << 30
+    with contextlib.suppress(OSError, ValueError):  # no container, or no limit ("max")
+        total = min(total, int(CGROUP.read_text()))
+    return int(SHARE * total)
+
+
+def expected_images(batches: Iterable[Tensor], first: int) -> int | None:
+    """The number of images in batches of ``first`` images, the last one perhaps smaller; None if they do not say."""
+    return len(batches) * first if isinstance(batches, Sized) else None
+
+
+def readable(size: int) -> str:
+    """A number of bytes for people."""
+    for unit, width in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if size >= 1 << width:
+            return f"{size / (1 << width):.1f} {unit}"
+    return f"{size} bytes"

@@ -1,0 +1,168 @@
+"""PaDiM: a Gaussian of patch embeddings at every position, the Mahalanobis distance to it (Defard et al. 2021).
+
+It suits products that always lie in the same place. Compared with the paper: `Gaussians` for the covariances (one
+pass, no inverse), any reduction of the channels, and the levels one by one as in ADPretrain's evaluation.
+
+Shapes: B images, S side in pixels, H x W positions (P in all), D channels, L levels.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from adpretrain.backbones import Extract, FeatureMaps
+from downstream.detector import Prediction, check_images, check_side, extracted, normal_features, not_fitted
+from downstream.embedding import Embedding, EmbeddingConfig, chosen_levels
+from downstream.gaussians import Gaussians, Moments, size_bytes
+from downstream.maps import SIGMA, gaussian_blur, upsample
+from downstream.memory import expected_images, memory_limit, readable
+from downstream.saving import load_detector, save_detector
+
+NAME = "padim"
+
+
+def _embedding() -> EmbeddingConfig:
+    return EmbeddingConfig(patch=1, target_dim=100, reduction="choose")
+
+
+@dataclass(frozen=True)
+class PaDiMConfig:
+    """Options of `PaDiM`.
+
+    Args:
+        embedding: levels and channels. The default is the paper's for ResNet-18, 100 random channels of all levels;
+            it takes 550 of WideResNet-50. "orthogonal" instead of "choose" is the semi-orthogonal embedding of Kim
+            et al. 2021.
+        per_level: one Gaussian per position and level instead of one of the concatenation; the map is the mean of the
+            levels' maps, each upsampled from its own grid.
+        eps: added to the diagonal of every covariance.
+        sigma: of the smoothing, in pixels.
+        max_bytes: largest size of the Gaussians; null = half of the memory.
+    """
+
+    embedding: EmbeddingConfig = field(default_factory=_embedding)
+    per_level: bool = False
+    eps: float = 0.01
+    sigma: float = SIGMA
+    max_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.eps > 0:
+            raise ValueError(f"eps {self.eps} must be positive: without it few images give no distance")
+
+
+DEFAULT = PaDiMConfig()
+# ADPretrain's evaluation: every level on its own with all its channels.
+ADPRETRAIN = PaDiMConfig(EmbeddingConfig(patch=1), per_level=True)
+
+
+class PaDiM:
+    """Mean and covariance of every position -> Mahalanobis distance -> upsampled, smoothed map -> its maximum."""
+
+    def __init__(self, extract: Extract, config: PaDiMConfig = DEFAULT) -> None:
+        self.extract, self.config = extract, config
+        self._embeddings: list[Embedding] = []
+        self._gaussians: list[Gaussians] = []
+        self._grids: list[tuple[int, int]] = []
+        self._side = 0
+
+    def fit(self, normal_batches: Iterable[Tensor]) -> Self:
+        """One pass over batches [b, 3, S, S], n images in all; memory as in `Moments`.
+
+        Raises ValueError for fewer than 2 images, bad images, or Gaussians that would be larger than ``max_bytes``,
+        before they are.
+        """
+        config = self.config
+        moments: list[Moments] = []
+        for images, features in normal_features(self.extract, normal_batches):
+            if not moments:
+                count = len(chosen_levels(features, config.embedding.levels)) if config.per_level else 1
+                expected = expected_images(normal_batches, len(images))
+                self._embeddings, moments = self._new_embeddings(count), [Moments(expected) for _ in range(count)]
+            rows = self._embed(features)
+            grids = [(int(level.shape[1]), int(level.shape[2])) for level in rows]
+            self._check_size(rows, max(moments[0].count + len(images), expected or 0))
+            for level, moment in zip(rows, moments, strict=True):
+                moment.add(level.flatten(1, 2))
+            side = int(images.shape[2])
+        self._gaussians = [moment.gaussians(config.eps) for moment in moments]
+        self._grids, self._side = grids, side
+        return self
+
+    def predict(self, images: Tensor) -> Prediction:
+        """[B, 3, S, S] -> scores [B], maps [B, S, S]. Raises ValueError before `fit`, or for images of another size."""
+        if not self._gaussians:
+            raise not_fitted(self)
+        check_images(images)
+        check_side(images, self._side)
+        total = images.new_zeros(len(images), self._side, self._side, dtype=torch.float32)
+        rows = self._embed(extracted(self.extract, images))
+        for level, gaussians, grid in zip(rows, self._gaussians, self._grids, strict=True):
+            distances = gaussians.distances(level.flatten(1, 2)).unflatten(1, grid)
+            total += upsample(distances, self._side)
+        maps = gaussian_blur(total / len(rows), self.config.sigma)
+        return Prediction(maps.flatten(1).amax(1), maps)
+
+    def _new_embeddings(self, count: int) -> list[Embedding]:
+        config = self.config.embedding
+        return [Embedding(replace(config, levels=None) if self.config.per_level else config) for _ in range(count)]
+
+    def _embed(self, features: FeatureMaps) -> list[Tensor]:
+        """One embedding [B, H, W, D] of all chosen levels, or one of each."""
+        if not self.config.per_level:
+            return [self._embeddings[0](features)]
+        levels = chosen_levels(features, self.config.embedding.levels)
+        return [embedding([level]) for embedding, level in zip(self._embeddings, levels, strict=True)]
+
+    def _check_size(self, rows: list[Tensor], images: int) -> None:
+        needed = sum(size_bytes(images, level[0, ..., 0].numel(), level.shape[3]) for level in rows)
+        limit = memory_limit(rows[0].device, self.config.max_bytes)
+        if needed > limit:
+            shapes = " and ".join(f"{level.shape[1]} x {level.shape[2]} positions x {level.shape[3]}" for level in rows)
+            raise ValueError(
+                f"the Gaussians of {images} images at {shapes} channels need {readable(needed)}, more than "
+                f"{readable(limit)}: set embedding.target_dim (memory grows with its square), a stride, coarser "
+                "embedding.levels, or a larger max_bytes"
+            )
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the fitted detector: MEANS AND VARIATION OF THE PRODUCT'S FEATURES (`downstream.saving`).
+
+        Raises ValueError before `fit`, or if ``folder`` holds other files.
+        """
+        if not self._gaussians:
+            raise not_fitted(self)
+        tensors: dict[str, Tensor] = {}
+        for number, (embedding, gaussians) in enumerate(zip(self._embeddings, self._gaussians, strict=True)):
+            tensors |= {f"{number}.mean": gaussians.mean_PD, f"{number}.factor": gaussians.factor_PFD}
+            tensors |= {f"{number}.{name}": value for name, value in embedding.state_dict().items()}
+        facts = {"low_rank": [g.low_rank for g in self._gaussians], "grids": [list(grid) for grid in self._grids]}
+        return save_detector(folder, NAME, self.config, self.extract, tensors, self._side, facts)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        extract: Extract | None = None,
+        device: str | torch.device | None = None,
+        weights: str | os.PathLike[str] | None = None,
+    ) -> Self:
+        """Load what `save_pretrained` wrote. Arguments and errors as in `downstream.saving.load_detector`."""
+        loaded = load_detector(folder, NAME, PaDiMConfig, extract, device, weights)
+        detector = cls(loaded.extract, loaded.options)
+        detector._side = loaded.image_size
+        detector._grids = [(height, width) for height, width in loaded.facts["grids"]]
+        detector._embeddings = detector._new_embeddings(len(detector._grids))
+        for number, embedding in enumerate(detector._embeddings):
+            mean, factor = loaded.tensors[f"{number}.mean"], loaded.tensors[f"{number}.factor"]
+            low_rank = loaded.facts["low_rank"][number]
+            detector._gaussians.append(Gaussians(mean, factor, loaded.options.eps, low_rank))
+            embedding.reducer = loaded.tensors.get(f"{number}.reducer")
+        return detector

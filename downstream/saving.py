@@ -1,0 +1,215 @@
+"""The folder of a fitted detector: config.json, model.safetensors and, around an `ADExtractor`, extractor/.
+
+A fitted detector holds features of the customer's product: memory banks, means, and the reference banks of its
+extractor. Whoever has the folder has them. Share it only with those who may see the product; publish extractors
+(`ADExtractor.save_pretrained`), never fitted detectors.
+
+Never inside: the weights of a backbone, pickles, photographs. The backbone is named with the commit of its weights;
+its answer to a fixed picture finds a wrong one when the detector is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adpretrain._version import __version__
+from adpretrain.artefact import read_folder_config, read_weights, write_folder
+from adpretrain.backbones import Backbone, Extract
+from adpretrain.config import BackboneConfig, from_dict
+from adpretrain.extractor import ADExtractor, backbone_config, saved_backbone
+from adpretrain.preprocess import Preprocess
+
+FORMAT_VERSION = 1
+EXTRACTOR = "extractor"
+REFERENCES = "references."
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+PARTS, TOLERANCE = 8, 0.05  # numbers per level of the probe, and how much they may differ (devices, precisions)
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True)
+class DetectorConfig:
+    """What a detector's config.json holds.
+
+    Args:
+        detector: name of the detector, a key of `downstream.table.DETECTORS`.
+        options: its options.
+        extract: what its features come from: a raw "backbone", an "extractor" (saved beside), or another function
+            ("given"), which whoever loads the detector must give again.
+        image_size: side of the images it was fitted on, in pixels.
+        tensors: shapes of the tensors in model.safetensors, checked on loading.
+        facts: what else the detector remembers, in numbers.
+        probe: the features of a fixed picture, a few averages per level.
+        backbone: the network, for "backbone".
+        preprocess: how photographs become images, if known.
+        dtype: precision of the network.
+        format_version: version of this file's format.
+        library_version: version of adpretrain that wrote it.
+    """
+
+    detector: str
+    options: dict[str, Any]
+    extract: Literal["backbone", "extractor", "given"]
+    image_size: int
+    tensors: dict[str, list[int]]
+    facts: dict[str, Any] = field(default_factory=dict)
+    probe: list[list[float]] = field(default_factory=list)
+    backbone: BackboneConfig | None = None
+    preprocess: Preprocess | None = None
+    dtype: str = "float32"
+    format_version: int = FORMAT_VERSION
+    library_version: str = __version__
+
+
+@dataclass(frozen=True)
+class Loaded(Generic[C]):
+    """A detector's folder, read: ``options`` as its own dataclass, tensors on the device, the extract ready."""
+
+    options: C
+    extract: Extract
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+    image_size: int
+
+
+def save_detector(
+    folder: str | os.PathLike[str],
+    name: str,
+    options: Any,
+    extract: Extract,
+    tensors: Mapping[str, Tensor],
+    image_size: int,
+    facts: dict[str, Any] | None = None,
+) -> Path:
+    """Write a fitted detector; the folder appears, or is replaced, only when complete. Returns its path.
+
+    THE FOLDER HOLDS FEATURES OF THE PRODUCT, reference banks of an extractor included; see the top of this file.
+
+    Raises ValueError if ``folder`` holds other files, or an extractor has a bank of references for every image.
+    """
+    tensors, parts = dict(tensors), {}
+    kind: Literal["backbone", "extractor", "given"] = "given"
+    backbone = preprocess = None
+    network: Any = None
+    if isinstance(extract, ADExtractor):
+        kind, preprocess, network = "extractor", extract.preprocess, extract.backbone
+        parts[EXTRACTOR] = extract.save_pretrained
+        for level, bank_RNC in enumerate(extract.references or []):
+            if bank_RNC.shape[0] != 1:
+                raise ValueError(f"a saved detector has one set of references for all images, not {len(bank_RNC)}")
+            tensors[f"{REFERENCES}{level}"] = bank_RNC
+    elif isinstance(extract, Backbone):
+        kind, preprocess, network, backbone = "backbone", extract.preprocess, extract, backbone_config(extract)
+    config = DetectorConfig(
+        detector=name,
+        options=dataclasses.asdict(options),
+        extract=kind,
+        image_size=image_size,
+        tensors={key: list(value.shape) for key, value in tensors.items()},
+        facts=facts or {},
+        probe=probe(extract, image_size),
+        backbone=backbone,
+        preprocess=preprocess,
+        dtype=str(network.dtype).removeprefix("torch.") if network is not None else "float32",
+    )
+    return write_folder(folder, config, tensors, "detector", parts)
+
+
+def read_detector_config(folder: str | os.PathLike[str]) -> DetectorConfig:
+    """config.json of a saved detector. Raises ValueError if it is none, or of a newer library."""
+    return read_folder_config(Path(folder), DetectorConfig, FORMAT_VERSION, "a detector's save_pretrained")
+
+
+def load_detector(
+    folder: str | os.PathLike[str],
+    name: str,
+    options: type[C],
+    extract: Extract | None = None,
+    device: str | torch.device | None = None,
+    weights: str | os.PathLike[str] | None = None,
+) -> Loaded[C]:
+    """Read what `save_detector` wrote, strictly.
+
+    ``extract``: use this instead of loading the saved one; an `ADExtractor` without references gets the saved ones.
+    ``device``: of everything that is loaded; None = where ``extract`` is, or the CPU. ``weights``: a local file or
+    folder of the backbone's weights, for machines without a network.
+
+    Raises ValueError if the folder is not this detector's, was written by a newer library, holds other tensors than
+    its config says, or if the features are not those it was fitted on.
+    """
+    folder = Path(folder)
+    config = read_detector_config(folder)
+    if config.detector != name:
+        raise ValueError(f"{folder} holds a {config.detector!r} detector, not {name!r}: load it with its own class")
+    chosen = from_dict(options, config.options, f"options in {folder / 'config.json'}")
+    device = device if device is not None else _device(extract)
+    expected = {key: torch.empty(shape, device="meta") for key, shape in config.tensors.items()}
+    tensors = {key: value.to(device) for key, value in read_weights(folder, expected).items()}
+    references = [tensors.pop(key) for key in _reference_keys(tensors)]
+    extract = extract if extract is not None else _load_extract(folder, config, device, weights)
+    if isinstance(extract, ADExtractor) and extract.references is None and references:
+        extract.set_references(references)
+    _compare(probe(extract, config.image_size), config.probe, folder)
+    return Loaded(chosen, extract, tensors, config.facts, config.image_size)
+
+
+def _reference_keys(tensors: Mapping[str, Tensor]) -> list[str]:
+    return sorted((key for key in tensors if key.startswith(REFERENCES)), key=lambda key: int(key.rpartition(".")[2]))
+
+
+def _device(extract: Extract | None) -> torch.device:
+    if isinstance(extract, nn.Module):
+        for tensor in (*extract.parameters(), *extract.buffers()):
+            return tensor.device
+    return torch.device("cpu")
+
+
+def _load_extract(
+    folder: Path, config: DetectorConfig, device: str | torch.device, weights: str | os.PathLike[str] | None
+) -> Extract:
+    if config.dtype not in DTYPES:
+        raise ValueError(f"{folder / 'config.json'}: dtype {config.dtype!r} is unknown; choose one of {DTYPES}")
+    dtype = getattr(torch, config.dtype)
+    if config.extract == "extractor":
+        return ADExtractor.from_pretrained(folder / EXTRACTOR, device, weights).to(dtype)
+    if config.extract == "given" or config.backbone is None:
+        raise ValueError(f"{folder} was fitted on a function of its maker's: pass the same as extract=")
+    backbone = saved_backbone(config.backbone, weights)
+    if config.preprocess is not None:
+        backbone.preprocess = config.preprocess
+    return backbone.to(device, dtype)
+
+
+@torch.no_grad()
+def probe(extract: Extract, image_size: int) -> list[list[float]]:
+    """The features of a fixed picture, averaged over positions and groups of channels: up to `PARTS` per level."""
+    ramp = torch.linspace(0, 6, image_size)
+    wave = torch.stack([(k * ramp[:, None]).sin() + ((4 - k) * ramp[None]).cos() for k in (1, 2, 3)])
+    picture = (0.5 + wave / 4)[None].to(_device(extract))
+    encode = extract.encode if isinstance(extract, ADExtractor) and extract.references is None else extract
+    features = encode(picture)
+    means = [level[0].double().mean((1, 2))[None] for level in features]
+    return [F.adaptive_avg_pool1d(mean, min(PARTS, mean.shape[1]))[0].tolist() for mean in means]
+
+
+def _compare(found: list[list[float]], saved: list[list[float]], folder: Path) -> None:
+    if [len(level) for level in found] != [len(level) for level in saved]:
+        raise ValueError(f"{folder} was fitted on features of {len(saved)} levels, these are of {len(found)} or others")
+    for number, pair in enumerate(zip(found, saved, strict=True)):
+        ours, theirs = (torch.tensor(values, dtype=torch.float64) for values in pair)
+        difference = float((ours - theirs).norm() / theirs.norm().clamp_min(1e-9))
+        if not difference <= TOLERANCE:
+            raise ValueError(
+                f"{folder} was fitted on other features: level {number} of a fixed picture differs by "
+                f"{difference:.0%}. Were other weights loaded, or other references set?"
+            )
