@@ -30,6 +30,13 @@ def _centred(feature_BCHW: Tensor) -> Tensor:
     return feature_BCHW - lower_half.amax(2)[..., None, None]
 
 
+def smoothed_scale(norms_RN: Tensor, height: int, width: int) -> Tensor:
+    """Leave-one-out residual norms of whole photographs -> scales [R, N]: half the mean, half the 3 x 3 average."""
+    maps = norms_RN.view(-1, 1, height, width)
+    around = F.avg_pool2d(F.pad(maps, (1, 1, 1, 1), mode="replicate"), 3, stride=1).view_as(norms_RN)
+    return (LOCAL * around + (1 - LOCAL) * norms_RN.mean(1, keepdim=True)).clamp_min(EPS)
+
+
 class Conditioning(nn.Module):
     """Per level: channels centred on their median over the photograph and divided by std sqrt(C), then residuals
     divided by how much the product itself varies around the matched reference.
@@ -70,10 +77,7 @@ class Conditioning(nn.Module):
             images = bank_RNC.shape[1] // (height * width)
             ratio = self.single[level] if images == 1 else 1.0
             norms = torch.stack([leave_one_out_residuals(bank, images, metric).norm(dim=1) for bank in bank_RNC])
-            maps = (norms * ratio).view(-1, 1, height, width)
-            around = F.avg_pool2d(F.pad(maps, (1, 1, 1, 1), mode="replicate"), 3, stride=1).view_as(norms)
-            mean = (norms * ratio).mean(1, keepdim=True)
-            out.append((LOCAL * around + (1 - LOCAL) * mean).clamp_min(EPS))
+            out.append(smoothed_scale(norms * ratio, height, width))
         return out
 
     @torch.no_grad()

@@ -77,6 +77,14 @@ def search_index(bank_NC: Tensor, metric: str = "l2", query_dtype: torch.dtype =
         return SearchIndex(rows_NC, shift_C)
 
 
+def similarities(query_QC: Tensor, index: SearchIndex) -> Tensor:
+    """What the nearest row has the largest of, for every query and row: [Q, N'], -inf for the rows that fill up."""
+    query_QC = query_QC.to(index.rows_NC.dtype)
+    if index.shift_C is not None:
+        query_QC = query_QC - index.shift_C
+    return F.pad(query_QC, (0, 1), value=1.0) @ index.rows_NC.T
+
+
 def nearest_reference(
     query_BTC: Tensor,
     bank_RNC: Tensor,
@@ -114,16 +122,13 @@ def _search(
 ) -> Tensor:
     """Nearest row of the bank for every query: [Q]. With ``own_Q``, query i may not match image ``own_Q[i]`` of the
     ``images`` equal parts of the bank, whose rows are then all those of the queries."""
-    rows_NC, shift_C = index
-    query_QC = query_QC.to(rows_NC.dtype)
-    query_QC = F.pad(query_QC if shift_C is None else query_QC - shift_C, (0, 1), value=1.0)
     if chunk_bytes is None:
         chunks: Sequence[Tensor] = [query_QC]
     else:
-        chunks = query_QC.split(max(1, chunk_bytes // (rows_NC.shape[0] * rows_NC.element_size())))
+        chunks = query_QC.split(max(1, chunk_bytes // (index.rows_NC.shape[0] * index.rows_NC.element_size())))
     best, done = [], 0
     for chunk in chunks:
-        similarity = chunk @ rows_NC.T
+        similarity = similarities(chunk, index)
         each = torch.arange(similarity.shape[0], device=similarity.device)
         if own_Q is not None:
             own = own_Q[done : done + chunk.shape[0]]
@@ -198,3 +203,26 @@ def leave_one_out_residuals(bank_NC: Tensor, images: int, metric: str = "l2") ->
         own_N = torch.arange(size, device=bank_NC.device) // (size // parts)
         index_N = _search(bank_NC, search_index(bank_NC, metric), CHUNK_BYTES, own_N, parts)
     return bank_NC - bank_NC[index_N]
+
+
+def nearest_in_each_image(bank_KTC: Tensor, width: int, metric: str = "l2") -> tuple[Tensor, Tensor]:
+    """Each token's nearest token in every one of K photographs: similarities [N, K], indices [N, K] into the N = K T
+    tokens. ``width`` divides T: rows of the token grid, compared before their tokens are. The own photograph is
+    included.
+    """
+    images, per_image, _ = bank_KTC.shape
+    bank_NC = bank_KTC.flatten(0, 1)
+    with torch.no_grad(), torch.autocast(bank_NC.device.type, enabled=False):
+        rows_NC, shift_C = search_index(bank_NC, metric)
+        query_NC = bank_NC.to(rows_NC.dtype)
+        query_NC = F.pad(query_NC if shift_C is None else query_NC - shift_C, (0, 1), value=1.0)
+        similarities, indices = [], []
+        for chunk in query_NC.split(max(1, CHUNK_BYTES // (len(bank_NC) * rows_NC.element_size()))):
+            grid = (chunk @ rows_NC[: len(bank_NC)].T).unflatten(1, (images, per_image // width, width))
+            best_row = grid.amax(3).argmax(2)  # two short stages, as in the search above
+            inside = grid.gather(2, best_row[..., None, None].expand(-1, -1, 1, width))[:, :, 0]
+            column = inside.argmax(2)
+            similarities.append(inside.gather(2, column[..., None])[..., 0])
+            first = torch.arange(images, device=grid.device) * per_image
+            indices.append(first + best_row * width + column)
+    return torch.cat(similarities), torch.cat(indices)

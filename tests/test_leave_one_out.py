@@ -1,0 +1,68 @@
+"""One pass over all pairs gives what leaving out each photograph in turn gives."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from adpretrain.backbones import load_backbone
+from adpretrain.conditioning import Conditioning
+from adpretrain.config import ProjectorConfig
+from adpretrain.extractor import ADExtractor, build_projector
+from adpretrain.leave_one_out import leave_one_out
+from adpretrain.residual import nearest_in_each_image
+
+
+def extractor(metric: str, conditioned: bool, architecture: str | None) -> ADExtractor:
+    torch.manual_seed(0)
+    backbone = load_backbone("filterbank", image_size=64)
+    config = ProjectorConfig(architecture, references=8, heads=2, mlp_ratio=1.0) if architecture else None  # type: ignore[arg-type]
+    projector = build_projector(config, backbone.channels) if config else None
+    if projector is not None:
+        with torch.no_grad():
+            for parameter in projector.parameters():
+                parameter.normal_(std=0.2)
+    conditioning = Conditioning(backbone.channels) if conditioned else None
+    return ADExtractor(backbone, projector, config, conditioning, matching=metric)
+
+
+def by_hand(model: ADExtractor, images: Tensor) -> list[Tensor]:
+    parts = []
+    for image in range(len(images)):
+        others = torch.cat([images[:image], images[image + 1 :]])
+        parts.append(model(images[image : image + 1], model.encode_references(others)))
+    return [torch.cat(level) for level in zip(*parts, strict=True)]
+
+
+@pytest.mark.parametrize("shots", [2, 3, 5])
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+@pytest.mark.parametrize("conditioned", [True, False])
+def test_equals_leaving_out_each_in_turn(shots: int, metric: str, conditioned: bool) -> None:
+    model = extractor(metric, conditioned, "learnable_kv")
+    images = torch.rand(shots, 3, 64, 64, generator=torch.Generator().manual_seed(shots))
+    for found, expected in zip(leave_one_out(model, images), by_hand(model, images), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", [None, "cross_attention"])
+def test_without_a_projector_and_with_cross_attention(architecture: str | None) -> None:
+    model = extractor("l2", True, architecture)
+    images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    for found, expected in zip(leave_one_out(model, images), by_hand(model, images), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_nearest_in_each_image_equals_brute_force() -> None:
+    """Small integers, many equal distances: any of the nearest is right, one of another photograph is not."""
+    bank = torch.randint(0, 3, (3, 12, 2), generator=torch.Generator().manual_seed(0)).float()
+    _, index = nearest_in_each_image(bank, width=4)
+    rows = bank.flatten(0, 1)
+    for token in range(36):
+        for image in range(3):
+            distances = [float((rows[token] - rows[12 * image + other]).square().sum()) for other in range(12)]
+            assert int(index[token, image]) // 12 == image
+            assert distances[int(index[token, image]) - 12 * image] == min(distances)
+
+
+def test_a_single_photograph_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least 2 references, got 1"):
+        leave_one_out(extractor("l2", True, None), torch.rand(1, 3, 64, 64))
