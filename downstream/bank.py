@@ -1,0 +1,79 @@
+"""A memory bank that grows without ever being held twice.
+
+torch.cat of all batches needs their memory a second time, at the moment when it is most. If the number of images is
+known the bank is one allocation that is filled; if not, batches fill blocks that are freed one by one while they are
+joined. What would outgrow the limit is refused before it is allocated.
+
+Shapes: N rows of D channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from downstream.memory import memory_limit, readable
+
+BLOCK_BYTES = 64 << 20  # larger than what C libraries keep for themselves when it is freed
+ADVICE = (
+    "fit fewer images, keep a share of every image's patches, set embedding.target_dim, a larger embedding.stride or "
+    "fewer levels, or raise max_bank_bytes"
+)
+
+
+class GrowingBank:
+    """Rows [n, D] are added batch by batch, then taken as one matrix.
+
+    ``expected``: at least the number of rows, if it is known. ``max_bytes``: null = half of the memory. ``copies``: how
+    many times the bank will be needed, counted against the limit.
+    """
+
+    def __init__(self, expected: int | None = None, max_bytes: int | None = None, copies: int = 1) -> None:
+        self.expected, self.max_bytes, self.copies = expected, max_bytes, copies
+        self.rows = 0
+        self._blocks: list[Tensor] = []
+        self._free = 0  # rows that still fit into the last block
+
+    def add(self, rows_ND: Tensor) -> None:
+        """Take in rows. Raises ValueError, before memory is taken, if the bank becomes too large."""
+        width = rows_ND.shape[1]
+        self._check(max(self.rows + len(rows_ND), self.expected or 0), rows_ND)
+        done = 0
+        while done < len(rows_ND):
+            if not self._free:
+                per_block = max(1, BLOCK_BYTES // (width * rows_ND.element_size()))
+                size = self.expected if self.expected and not self._blocks else per_block
+                self._blocks.append(rows_ND.new_empty(size, width))
+                self._free = size
+            taken = min(self._free, len(rows_ND) - done)
+            start = len(self._blocks[-1]) - self._free
+            self._blocks[-1][start : start + taken] = rows_ND[done : done + taken]
+            self._free -= taken
+            done += taken
+        self.rows += len(rows_ND)
+
+    def _check(self, rows: int, like_ND: Tensor) -> None:
+        needed = rows * like_ND.shape[1] * like_ND.element_size() * self.copies
+        limit = memory_limit(like_ND.device, self.max_bytes)
+        if needed > limit:
+            raise ValueError(
+                f"a memory bank of {rows} patches x {like_ND.shape[1]} channels needs {readable(needed)}, more than "
+                f"{readable(limit)}: {ADVICE}"
+            )
+
+    def take(self) -> Tensor:
+        """All rows as one matrix [N, D]; the bank is empty afterwards. Raises ValueError if there are none."""
+        if not self.rows:
+            raise ValueError("an empty memory bank: no normal images were given")
+        blocks, rows = self._blocks, self.rows
+        self._blocks, self.rows, self._free = [], 0, 0
+        if len(blocks) == 1:
+            return blocks[0][:rows]
+        bank_ND = blocks[0].new_empty(rows, blocks[0].shape[1])
+        done = 0
+        for number, block in enumerate(blocks):
+            taken = min(len(block), rows - done)
+            bank_ND[done : done + taken] = block[:taken]
+            done += taken
+            blocks[number] = block = torch.empty(0)  # frees it
+        return bank_ND
