@@ -123,13 +123,12 @@ class PatchCore:
         are, none larger than the first, if it is known. Errors as in `fit`."""
         config, bank, count = self.config, None, 0
         for maps_BHWD in embeddings:
-            rows_BTD = maps_BHWD.flatten(1, 2)
-            kept = [self._kept(rows_TD, count + image) for image, rows_TD in enumerate(rows_BTD)]
-            count += len(rows_BTD)
+            kept_ND = self._kept(maps_BHWD.flatten(1, 2), count)
+            count += len(maps_BHWD)
             if bank is None:
-                rows = None if batches is None else batches * len(rows_BTD) * len(kept[0])
+                rows = None if batches is None else batches * len(kept_ND)
                 bank = GrowingBank(rows, config.max_bank_bytes, copies=2 if config.method == "none" else 1)
-            bank.add(kept[0] if len(kept) == 1 else torch.cat(kept))
+            bank.add(kept_ND)
         assert bank is not None
         bank_ND = bank.take()
         if config.method == "none":

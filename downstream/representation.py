@@ -148,7 +148,7 @@ class NormalPatches:
         self.batch_sizes: list[int] = []
         size = 0
         for maps in read():
-            self.width = int(maps.shape[-1])
+            self.width, self.device = int(maps.shape[-1]), maps.device
             self.batch_sizes.append(len(maps))
             size += maps.nbytes
             if size <= cache_bytes and self.kept is not None:

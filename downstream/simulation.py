@@ -116,7 +116,7 @@ def _simulate(
 
 def random_region(size: int, rng: np.random.Generator, config: SimulationConfig = DEFAULT) -> Tensor:
     """Where a defect lies: bool [S, S], the pixels at which a random field is highest; their share is drawn."""
-    field = gradient_noise(size, _cells(rng, config.cells), rng)
+    field = gradient_noise(size, _cells(rng, config.cells), rng, angle=float(rng.uniform(0, math.pi)))
     area = math.exp(rng.uniform(math.log(config.smallest_area), math.log(config.largest_area)))
     pixels = max(1, round(area * size * size))
     region = torch.zeros(size * size, dtype=torch.bool)
@@ -130,30 +130,28 @@ def _cells(rng: np.random.Generator, most: int) -> tuple[int, int]:
     return 2 ** int(rng.integers(1, powers + 1)), 2 ** int(rng.integers(1, powers + 1))
 
 
-def gradient_noise(size: int, cells: tuple[int, int], rng: np.random.Generator) -> Tensor:
-    """Smooth noise of G_y x G_x cells, about -1 to 1 and 0 at the cells' corners (Perlin 2002): float32 [S, S].
+def gradient_noise(size: int, cells: tuple[int, int], rng: np.random.Generator, angle: float = 0.0) -> Tensor:
+    """Smooth noise of G_y x G_x cells turned by ``angle`` (radians), about -1 to 1: float32 [S, S].
 
-    Each corner has a random slope; within a cell the four slopes are blended by 6 t^5 - 15 t^4 + 10 t^3.
+    Perlin 2002: each corner of a cell is 0 and has a random slope; the four slopes are blended by
+    6 t^5 - 15 t^4 + 10 t^3.
     """
-    angle = torch.from_numpy(rng.uniform(0, 2 * math.pi, (cells[0] + 1, cells[1] + 1)))
-    slope_y, slope_x = angle.sin(), angle.cos()
-    corner_y, offset_y = _places(size, cells[0])
-    corner_x, offset_x = _places(size, cells[1])
-    blend_y, blend_x = (t**3 * (t * (6 * t - 15) + 10) for t in (offset_y[:, None], offset_x[None]))
+    place = (torch.arange(size, dtype=torch.float64) + 0.5) / size - 0.5
+    turned_y = math.cos(angle) * place[:, None] + math.sin(angle) * place[None]
+    turned_x = math.cos(angle) * place[None] - math.sin(angle) * place[:, None]
+    place_y, place_x = (turned_y + 1) * cells[0], (turned_x + 1) * cells[1]  # a turned square reaches 0.71 far
+    corner_y, corner_x = place_y.long(), place_x.long()
+    offset_y, offset_x = place_y - corner_y, place_x - corner_x
+    slope = torch.from_numpy(rng.uniform(0, 2 * math.pi, (2 * cells[0] + 1, 2 * cells[1] + 1)))
+    blend_y, blend_x = (t**3 * (t * (6 * t - 15) + 10) for t in (offset_y, offset_x))
 
     def height(down: int, right: int) -> Tensor:
-        corner = (corner_y[:, None] + down, corner_x[None] + right)
-        return slope_y[corner] * (offset_y[:, None] - down) + slope_x[corner] * (offset_x[None] - right)
+        direction = slope[corner_y + down, corner_x + right]
+        return direction.sin() * (offset_y - down) + direction.cos() * (offset_x - right)
 
-    upper = torch.lerp(height(0, 0), height(0, 1), blend_x.expand(size, -1))
-    lower = torch.lerp(height(1, 0), height(1, 1), blend_x.expand(size, -1))
-    return (math.sqrt(2) * torch.lerp(upper, lower, blend_y.expand(-1, size))).float()
-
-
-def _places(size: int, cells: int) -> tuple[Tensor, Tensor]:
-    """Which cell each pixel's centre lies in, and where in it, from 0 to 1: [S] int64 and [S] float64."""
-    place = (torch.arange(size, dtype=torch.float64) + 0.5) * cells / size
-    return place.long(), place % 1
+    upper = torch.lerp(height(0, 0), height(0, 1), blend_x)
+    lower = torch.lerp(height(1, 0), height(1, 1), blend_x)
+    return (math.sqrt(2) * torch.lerp(upper, lower, blend_y)).float()
 
 
 def shuffled(image: Tensor, grid: int, rng: np.random.Generator) -> Tensor:
