@@ -1,0 +1,251 @@
+"""Exact nearest neighbours in a bank of features, with torch or faiss: same distances and indices to the last bit.
+
+Either backend proposes a few candidates from rounded distances, together with a lower bound of everything it did not
+propose. Their distances are then computed again (`downstream.distances`); where the k-th of them does not lie below
+that bound (nearly equal rows), the query is compared with every row that could be as near. Ties go to the lowest index.
+
+Shapes: Q queries and N bank rows of D channels, c candidates, k neighbours, M pairs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from downstream.distances import (
+    LOWER,
+    check_rows,
+    compute_type,
+    full_precision,
+    rounding,
+    squared_distances,
+    sums_of_squares,
+)
+
+BACKENDS = ("auto", "torch", "faiss")
+CHUNK_BYTES = 64 << 20  # the largest [queries x bank] block of distances held at once
+QUERIES = {"torch": 512, "faiss": 4096}  # queries in a block; faiss is ten times slower with a few hundred
+UNPROVEN = 64  # the same, for queries compared with every row that could be as near
+BLOCK = 32
+SPARE = 7  # candidates beyond the k-th
+
+
+def nearest(
+    query_QD: Tensor, bank_ND: Tensor, k: int = 1, backend: str = "auto", chunk_bytes: int = CHUNK_BYTES
+) -> tuple[Tensor, Tensor]:
+    """Euclidean distances to the k nearest rows of the bank, ascending, and their indices: [Q, k], [Q, k] int64.
+
+    See `Neighbours`, which prepares a bank once for many searches.
+    """
+    return Neighbours(bank_ND, backend, chunk_bytes).search(query_QD, k)
+
+
+class Neighbours:
+    """A bank prepared for exact searches.
+
+    ``bank_ND``: finite floats; half precision is searched in float32. ``backend``: "torch" (any device), "faiss" (on
+    the CPU, in float32; needs the package) or "auto": faiss where it can be used. The results are equal.
+    ``chunk_bytes`` bounds the block of distances that exists at a time. Memory: the bank and one shifted copy.
+
+    Raises ValueError for a bank that is no finite matrix, an unknown backend or one that cannot search this bank.
+    """
+
+    def __init__(self, bank_ND: Tensor, backend: str = "auto", chunk_bytes: int = CHUNK_BYTES) -> None:
+        check_rows(bank_ND, "bank")
+        self.bank_ND = bank_ND.detach().contiguous()
+        self.dtype = compute_type(bank_ND)
+        self.backend = _choose(backend, self.bank_ND)
+        self.chunk_bytes = chunk_bytes
+        self.rounding = rounding(bank_ND.shape[1], self.dtype)
+        rows, width = bank_ND.shape
+        self.index: Any = import_faiss().IndexFlatL2(width) if self.backend == "faiss" else None
+        # Shifted rows and their biases, as `Rounding.factor` wants them; rows that fill a block are infinitely far.
+        filled = -(-rows // BLOCK) * BLOCK if self.index is None else 0
+        self.factor_ND = torch.zeros(filled, width + 1, dtype=self.dtype, device=bank_ND.device)
+        norm_N = torch.empty(rows, dtype=self.dtype, device=bank_ND.device)
+        with full_precision(bank_ND.device):
+            self.centre_D = self.bank_ND.mean(0, dtype=self.dtype)
+            for start in range(0, rows, QUERIES["torch"]):
+                part = slice(start, min(start + QUERIES["torch"], rows))
+                shifted = self.bank_ND[part].to(self.dtype) - self.centre_D
+                if self.index is None:
+                    self.factor_ND[part, :-1] = shifted
+                else:
+                    self.index.add(shifted.numpy())
+                norm_N[part] = sums_of_squares(shifted)
+            self.largest = norm_N.amax()
+            if not bool(self.largest * 8 < torch.finfo(self.dtype).max):
+                raise ValueError(f"the bank is so large that squared distances overflow {self.dtype}; scale it")
+            self.bias_N = self.rounding.biases(norm_N, LOWER)
+            self.factor_ND[:rows, -1] = self.bias_N[: len(self.factor_ND)]
+            self.factor_ND[rows:, -1] = torch.inf
+
+    def search(self, query_QD: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
+        """Distances to the k nearest rows, ascending, and their indices: [Q, k] in the bank's type (half precision:
+        float32) and [Q, k] int64. Raises ValueError if k or the queries do not fit the bank."""
+        rows, width = self.bank_ND.shape
+        if not 1 <= k <= rows:
+            raise ValueError(f"{k} neighbours from a bank of {rows} rows; choose 1 to {rows}")
+        if query_QD.ndim != 2 or query_QD.shape[1] != width:
+            raise ValueError(f"queries of shape {tuple(query_QD.shape)} do not fit the bank; expected [Q, {width}]")
+        if query_QD.device != self.bank_ND.device:
+            raise ValueError(
+                f"queries are on {query_QD.device} but the bank on {self.bank_ND.device}; move one of them"
+            )
+        if not len(query_QD):
+            empty = query_QD.new_empty(0, k)
+            return empty.to(self.dtype), empty.to(torch.int64)
+        check_rows(query_QD, "queries")
+        with full_precision(query_QD.device):
+            # A query in another type is first rounded to the bank's.
+            query_QD = query_QD.detach().to(self.dtype).contiguous()
+            blocks = query_QD.split(QUERIES[self.backend])
+            buffer = self._buffer(len(blocks[0]))
+            found = [self._search(block, k, buffer) for block in blocks]
+        distance_Qk, index_Qk = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return distance_Qk.sqrt(), index_Qk
+
+    def _buffer(self, queries: int) -> Tensor:
+        """One block of distances for a whole search: fresh memory for every block would cost as much as the product."""
+        columns = max(BLOCK, self.chunk_bytes // (queries * self.bias_N.element_size()))
+        return self.bias_N.new_empty(queries * min(columns, len(self.bias_N) + BLOCK) if self.backend == "torch" else 0)
+
+    def _search(self, query_QD: Tensor, k: int, buffer: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared distances and indices of a block of queries."""
+        shifted_QD = query_QD - self.centre_D
+        norm_Q = sums_of_squares(shifted_QD.clone())
+        if not bool(norm_Q.amax() * 8 < torch.finfo(self.dtype).max):
+            raise ValueError(f"queries are so large that squared distances overflow {self.dtype}; scale them")
+        number = min(k + SPARE, len(self.bank_ND))
+        if self.backend == "faiss":
+            lower_Qc, index_Qc = self._propose_faiss(shifted_QD, norm_Q, number)
+        else:
+            lower_Qc, index_Qc = self._propose_torch(shifted_QD, norm_Q, number, buffer)
+        beyond_Q = lower_Qc[:, -1]  # every other row is at least as far
+        if number == len(self.bank_ND):
+            beyond_Q = torch.full_like(norm_Q, torch.inf)
+        distance_Qc = torch.full_like(lower_Qc, torch.inf)
+        distance_Qc[:, :k] = self._distances(query_QD, index_Qc[:, :k])
+        kth_Q = distance_Qc[:, :k].amax(1)
+        row, column = (lower_Qc[:, k:] <= kth_Q[:, None]).nonzero(as_tuple=True)
+        column += k
+        distance_Qc[row, column] = squared_distances(query_QD, row, self.bank_ND, index_Qc[row, column])
+        distance_Qk, index_Qk = _first(distance_Qc, index_Qc, k)
+        kth_Q = distance_Qk[:, -1]
+        for part in (beyond_Q <= kth_Q).nonzero()[:, 0].split(UNPROVEN):
+            if len(part):
+                bias_Q = self.rounding.biases(norm_Q[part], LOWER)
+                everything = self._compare_all(query_QD[part], shifted_QD[part], bias_Q, kth_Q[part], k)
+                distance_Qk[part], index_Qk[part] = everything
+        return distance_Qk, index_Qk
+
+    def _distances(self, query_QD: Tensor, index_Qk: Tensor) -> Tensor:
+        row = torch.arange(len(query_QD), device=query_QD.device).repeat_interleave(index_Qk.shape[1])
+        return squared_distances(query_QD, row, self.bank_ND, index_Qk.flatten()).view(index_Qk.shape)
+
+    def _propose_torch(self, shifted_QD: Tensor, norm_Q: Tensor, number: int, buffer: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows with the smallest lower bounds: these bounds, ascending, and indices, [Q, c] each."""
+        queries = len(norm_Q)
+        columns = buffer.numel() // queries // BLOCK * BLOCK
+        best: tuple[Tensor, Tensor] | None = None
+        factor_QD = self.rounding.factor(shifted_QD, LOWER)
+        for bank, start in zip(self.factor_ND.split(columns), itertools.count(0, columns)):
+            lower = torch.mm(factor_QD, bank.T, out=buffer[: queries * len(bank)].view(queries, len(bank)))
+            values, index = _smallest(lower, number)
+            index += start
+            if best is not None:
+                values, index = torch.cat([best[0], values], 1), torch.cat([best[1], index], 1)
+                values, order = values.topk(min(number, values.shape[1]), largest=False)
+                index = index.gather(1, order)
+            best = values, index
+        assert best is not None
+        return best[0] + self.rounding.biases(norm_Q, LOWER)[:, None], best[1]
+
+    def _propose_faiss(self, shifted_QD: Tensor, norm_Q: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """The same from faiss, whose distances are products with norms too, or more precise."""
+        values, index = (torch.from_numpy(array) for array in self.index.search(shifted_QD.numpy(), number))
+        slack_Q = self.rounding.norms * (norm_Q + self.largest)
+        lower_Qc = (values - slack_Q[:, None]) * (1 - self.rounding.total) - self.rounding.tiny
+        return lower_Qc, index
+
+    def _compare_all(
+        self, query_QD: Tensor, shifted_QD: Tensor, bias_Q: Tensor, kth_Q: Tensor, k: int
+    ) -> tuple[Tensor, Tensor]:
+        """The k nearest among all rows that are not farther than `kth_Q` for certain."""
+        columns = max(BLOCK, self.chunk_bytes // (len(query_QD) * query_QD.element_size()))
+        distance_Qk = query_QD.new_full((len(query_QD), k), torch.inf)
+        index_Qk = torch.full_like(distance_Qk, len(self.bank_ND), dtype=torch.int64)
+        for start in range(0, len(self.bank_ND), columns):
+            block = self.bank_ND[start : start + columns].to(self.dtype) - self.centre_D
+            lower = self.rounding.bounds(shifted_QD, block, self.bias_N[start : start + columns], LOWER)
+            row, column = (lower <= (kth_Q - bias_Q)[:, None]).nonzero(as_tuple=True)
+            distance_M = squared_distances(query_QD, row, self.bank_ND, column + start)
+            # By query, then distance, then index: stable sorts, the last key first.
+            distance_M, order = distance_M.sort(stable=True)
+            row, by_row = row[order].sort(stable=True)
+            column = column[order][by_row]
+            rank = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)
+            first = rank < k
+            row, rank = row[first], rank[first]
+            more_Qk, others_Qk = torch.full_like(distance_Qk, torch.inf), torch.full_like(index_Qk, len(self.bank_ND))
+            more_Qk[row, rank] = distance_M[by_row][first]
+            others_Qk[row, rank] = column[first] + start
+            distance_Qk, index_Qk = torch.cat([distance_Qk, more_Qk], 1), torch.cat([index_Qk, others_Qk], 1)
+            distance_Qk, index_Qk = _first(distance_Qk, index_Qk, k)
+        return distance_Qk, index_Qk
+
+
+def _first(distance_Qc: Tensor, index_Qc: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k nearest, ascending; equal distances by ascending index."""
+    index_Qc, order = index_Qc.sort(dim=1)
+    distance_Qc, nearest_first = distance_Qc.gather(1, order).sort(dim=1, stable=True)
+    return distance_Qc[:, :k], index_Qc.gather(1, nearest_first[:, :k])
+
+
+def _smallest(lower_QN: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """The smallest values of every row, ascending, and their columns: [Q, c] each.
+
+    One pass over blocks of columns, then a search among as many blocks as there are values: torch's topk of long rows
+    takes as long as the matrix product. (The idea of `adpretrain.residual`'s search for one value.)
+    """
+    blocks = lower_QN.unflatten(1, (-1, BLOCK))
+    number = min(number, lower_QN.shape[1])
+    kept = min(number, blocks.shape[1])
+    block_Qb = blocks.amin(2).topk(kept, largest=False).indices
+    inside = blocks.gather(1, block_Qb[..., None].expand(-1, -1, BLOCK)).flatten(1)
+    values, position = inside.topk(number, largest=False)
+    return values, block_Qb.gather(1, position // BLOCK) * BLOCK + position % BLOCK
+
+
+def import_faiss() -> Any:
+    """faiss, imported when it is needed. Raises ValueError with the extra to install if it is missing."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise ValueError(
+            "faiss is not installed: pip install 'adpretrain[faiss-cpu]' (or [faiss-gpu], not both), or choose the "
+            f"exact search of backend 'torch' ({error})"
+        ) from None
+    return faiss
+
+
+def _choose(backend: str, bank_ND: Tensor) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+    fits = bank_ND.device.type == "cpu" and compute_type(bank_ND) == torch.float32
+    if backend == "faiss" and not fits:
+        raise ValueError(
+            f"faiss searches float32 on the CPU, but the bank is {bank_ND.dtype} on {bank_ND.device}; "
+            "choose backend 'torch'"
+        )
+    if backend == "auto":
+        try:
+            return "faiss" if fits and import_faiss() else "torch"
+        except ValueError:
+            return "torch"
+    if backend == "faiss":
+        import_faiss()
+    return backend
