@@ -49,7 +49,8 @@ def test_python_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_every_command_is_known_to_this_test() -> None:
     known = (
         "make ",
-        "adpretrain score",
+        "adpretrain ",
+        "python hub/convert_official.py",  # run by tests/hub
         "python -m adpretrain.data.synthetic",
         "accelerate launch",
         ".venv/bin/python",
@@ -80,6 +81,12 @@ def test_pretrain_and_inspect_commands(tmp_path: Path) -> None:
     run(shlex.split(score), tmp_path, expected=(0, 1))
     assert (tmp_path / "out" / "report.html").is_file()
     assert (tmp_path / "out" / "scores.csv").read_text().startswith("path,score,p_value,verdict")
+    for name in ("extract", "export", "backbones"):
+        run(shlex.split(next(c for c in commands() if c.startswith(f"adpretrain {name}"))), tmp_path)
+    assert (tmp_path / "features" / "index.json").is_file()
+    assert (tmp_path / "product.onnx").stat().st_size > 0
+    check = next(span for span in re.findall(r"`(adpretrain check-data .*?)`", README))
+    run([*shlex.split(check.replace("path/to/set", "data/synthetic"))], tmp_path)
 
 
 @pytest.mark.slow
