@@ -69,7 +69,14 @@ def _export(options: Namespace) -> int:
         )
     threshold = "none" if basis.threshold is None else f"{basis.threshold:.4g}"
     print(f"{plain(done.path)}: {done.size / 2**20:.1f} MiB, {len(basis.aspects)} references, threshold {threshold}")
-    print(f"largest difference between ONNX Runtime and torch: {done.difference:.1e} on {done.images} images")
+    found = done.agreement
+    same = found.images - found.ties
+    print(f"largest difference between ONNX Runtime and torch: {found.difference:.1e} on {same} images")
+    if found.ties:
+        print(
+            f"note: {found.ties} more images hold a token that is equally near to two references, and differ by up to "
+            f"{found.tie_difference:.1e} there: rounding decides which one is taken"
+        )
     for warning in basis.warnings:
         print(f"note: {plain(warning)}")
     print(f"note: the file contains features of the photographs in {plain(options.normal)}\nTo run it:\n")
