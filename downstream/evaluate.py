@@ -36,23 +36,33 @@ class FeatureSet:
     masks: Tensor
 
     def normals(self) -> list[int]:
-        """Indices that references may come from: the normal images, of the train split where there is one, else of
-        the validation split where there is one."""
-        good = [index for index, sample in enumerate(self.samples) if not sample.anomalous]
-        by_split = [[index for index in good if self.samples[index].split == name] for name in ("train", "validation")]
-        return by_split[0] or by_split[1] or good
+        """Indices that references may come from, see `normals`."""
+        return normals(self.samples)
 
     def queries(self, references: Sequence[int]) -> list[int]:
-        """Indices to score: the test split where there is one, else everything but references and validation split.
+        """Indices to score, see `queries`."""
+        return queries(self.samples, references)
 
-        Raises ValueError if nothing is left.
-        """
-        held = [index for index, sample in enumerate(self.samples) if sample.split == "test"]
-        chosen = set(references)
-        rest = [i for i, sample in enumerate(self.samples) if i not in chosen and sample.split != "validation"]
-        if not (held or rest):
-            raise ValueError(f"nothing to score: no test images, and every other one is a reference ({len(chosen)})")
-        return held or rest
+
+def normals(samples: Sequence[Sample]) -> list[int]:
+    """Indices that may be learnt from: the normal images, of the train split where there is one, else of the
+    validation split where there is one."""
+    good = [index for index, sample in enumerate(samples) if not sample.anomalous]
+    by_split = [[index for index in good if samples[index].split == name] for name in ("train", "validation")]
+    return by_split[0] or by_split[1] or good
+
+
+def queries(samples: Sequence[Sample], references: Sequence[int]) -> list[int]:
+    """Indices to score: the test split where there is one, else everything but references and validation split.
+
+    Raises ValueError if nothing is left.
+    """
+    held = [index for index, sample in enumerate(samples) if sample.split == "test"]
+    chosen = set(references)
+    rest = [i for i, sample in enumerate(samples) if i not in chosen and sample.split != "validation"]
+    if not (held or rest):
+        raise ValueError(f"nothing to score: no test images, and every other one is a reference ({len(chosen)})")
+    return held or rest
 
 
 def encode_samples(samples: Sequence[Sample], backbone: Backbone, device: torch.device | str = "cpu") -> FeatureSet:

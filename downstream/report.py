@@ -64,7 +64,7 @@ class Gallery:
         if self._left > 0:
             images = ""
             for kind, picture in (("photo", photo), ("heat", heatmap)):
-                content = _jpeg(picture)
+                content = jpeg(picture)
                 self._left -= len(content)
                 source = "data:image/jpeg;base64," + base64.b64encode(content).decode("ascii")
                 images += f'<img class="{kind}" src="{source}" alt="{alt}, {kind}" decoding="async">'
@@ -93,8 +93,8 @@ def write_report(
         "tone": "" if counts[ANOMALOUS] or not counts[NORMAL] else "clean",
         "headline": _headline(counts),
         "where": escape(printable(where)),
-        "facts": "".join(_fact(fact) for fact in facts),
-        "warnings": _warnings(warnings),
+        "facts": "".join(tile(fact) for fact in facts),
+        "warnings": warning_list(warnings),
         "histogram": _histogram(gallery.results, threshold, normal_scores),
         "filters": _filters(counts),
         "cards": "\n".join(gallery.cards),
@@ -108,7 +108,8 @@ def write_report(
         temporary.write_text(page, encoding="utf-8")
 
 
-def _jpeg(picture: Image.Image) -> bytes:
+def jpeg(picture: Image.Image) -> bytes:
+    """A small JPEG, for inlining."""
     small = picture.copy()
     small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
@@ -154,12 +155,14 @@ def _are(count: int) -> str:
     return "is" if count == 1 else "are"
 
 
-def _fact(fact: Fact) -> str:
+def tile(fact: Fact) -> str:
+    """HTML of one tile of the summary."""
     note = f"<small>{escape(printable(fact.note))}</small>" if fact.note else ""
     return f"<div><dt>{escape(fact.name)}</dt><dd>{escape(printable(fact.value))}{note}</dd></div>"
 
 
-def _warnings(warnings: Sequence[str]) -> str:
+def warning_list(warnings: Sequence[str]) -> str:
+    """HTML of the warnings, empty without any."""
     items = "".join(f"<li>{escape(printable(warning))}</li>" for warning in warnings)
     return f'<ul class="warnings" aria-label="Warnings">{items}</ul>' if items else ""
 

@@ -114,7 +114,7 @@ def panel(
     """
     pictures = [("photograph", photo), ("heatmap", overlay(photo, map_SS, scale))]
     if mask is not None:
-        pictures.append(("ground truth", _marked(photo, mask)))
+        pictures.append(("ground truth", marked(photo, mask)))
     width, height = photo.size
     titled = _HEADER if title else 0
     canvas = Image.new(
@@ -159,7 +159,8 @@ def save_png(picture: Image.Image, path: Path) -> None:
         picture.save(temporary, format="PNG", compress_level=3)  # twice as fast as 6, a few % larger
 
 
-def _marked(photo: Image.Image, mask: NDArray[np.bool_]) -> Image.Image:
+def marked(photo: Image.Image, mask: NDArray[np.bool_]) -> Image.Image:
+    """The photograph with the border of a defect's mask, [S, S] or of the photograph's size."""
     region = Image.fromarray(np.asarray(mask, dtype=np.uint8)).resize(photo.size, Image.Resampling.NEAREST)
     pixels = np.array(photo.convert("RGB"))
     pixels[outline(np.asarray(region) > 0)] = _TRUTH

@@ -1,0 +1,128 @@
+"""What is compared: detectors on features. "With" and "without" pretraining differ in one argument, the `Extract`.
+
+raw          the backbone's own features, without references
+residual     feature minus nearest reference, nothing learnt
+conditioned  residuals standardised with the pretraining set's statistics (extractors that have them)
+adpretrain   the extractor's features
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from adpretrain.backbones import Backbone, Extract
+from adpretrain.config import from_dict
+from adpretrain.extractor import ADExtractor
+from downstream.detector import Detector
+from downstream.evaluate import same_residuals
+from downstream.featurenorm import FeatureNorm
+from downstream.withheld import Withheld
+
+FEATURES = ("raw", "residual", "conditioned", "adpretrain")
+RAW, PRETRAINED = FEATURES[0], FEATURES[-1]
+FEATURENORM = "featurenorm"
+# Module (of the same name) and class; imported when asked for.
+CLASSES = {"patchcore": "PatchCore", "padim": "PaDiM", "spade": "SPADE", "reconpatch": "ReConPatch"}
+DETECTORS = (FEATURENORM, *CLASSES)
+SETTINGS = ("default", "adpretrain")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A row of the table. ``extractor`` numbers the extractors that are averaged; 0 for features that need none."""
+
+    detector: str
+    features: str
+    extractor: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.detector} on {self.features}"
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The backbone, and the extractors on it (seeds of one training, averaged; perhaps none)."""
+
+    backbone: Backbone
+    extractors: tuple[ADExtractor, ...] = ()
+
+    def __post_init__(self) -> None:
+        for number, extractor in enumerate(self.extractors):
+            if not same_residuals(self.extractors[0], extractor):
+                raise ValueError(f"extractor {number} and extractor 0 are not seeds of one training: score them apart")
+
+    def extract(self, contender: Contender) -> Backbone | Withheld:
+        """The features of a contender; all but raw ones wait for their references."""
+        if contender.features == RAW:
+            return self.backbone
+        if not self.extractors:
+            return Withheld(ADExtractor(self.backbone))
+        first = self.extractors[0]
+        if contender.features == "residual":
+            return Withheld(ADExtractor(self.backbone, matching=first.config.matching))
+        if contender.features == "conditioned":
+            return Withheld(first.without_projector())
+        return Withheld(self.extractors[contender.extractor])
+
+
+def contenders(detectors: Sequence[str], features: Sequence[str], networks: Networks) -> list[Contender]:
+    """Every detector on every kind of features, and on every extractor. Raises ValueError for what there is not."""
+    if unknown := [name for name in detectors if name not in DETECTORS]:
+        raise ValueError(f"detectors {unknown} are unknown; choose from {', '.join(DETECTORS)}")
+    if unknown := [name for name in features if name not in FEATURES]:
+        raise ValueError(f"features {unknown} are unknown; choose from {', '.join(FEATURES)}")
+    if PRETRAINED in features and not networks.extractors:
+        raise ValueError(f"features {PRETRAINED!r} need an extractor: give its folder as --extractors DIR")
+    if "conditioned" in features and not (networks.extractors and networks.extractors[0].conditioning):
+        raise ValueError("features 'conditioned' need an extractor that was trained with conditioning")
+    counts = {name: len(networks.extractors) if name == PRETRAINED else 1 for name in features}
+    return [
+        Contender(detector, name, number)
+        for detector in dict.fromkeys(detectors)
+        for name in dict.fromkeys(features)
+        for number in range(counts[name])
+    ]
+
+
+def build(contender: Contender, extract: Extract, size: int, settings: str, options: Mapping[str, Any]) -> Detector:
+    """An unfitted detector. ``settings``: its "default", or those of ADPretrain's evaluation where it has them;
+    ``options`` replace single ones. ``size``: side of the maps of FeatureNorm, in pixels.
+    """
+    if settings not in SETTINGS:
+        raise ValueError(f"settings {settings!r} are unknown; choose one of {', '.join(SETTINGS)}")
+    if contender.detector == FEATURENORM:
+        # FeatureNorm is fitted by nothing but the references, which `Withheld` holds already.
+        chosen: dict[str, Any] = {"image_size": size}
+        if isinstance(extract, Withheld):
+            chosen["norm"] = extract.extractor.config.norm
+        if settings == "adpretrain":
+            chosen["top"] = 0.0
+        return FeatureNorm(extract, **{**chosen, **options})
+    module = detector_module(contender.detector)
+    config = getattr(module, "ADPRETRAIN", module.DEFAULT) if settings == "adpretrain" else module.DEFAULT
+    merged = _merged(dataclasses.asdict(config), options)
+    config = from_dict(type(config), merged, f"options of {contender.detector}")
+    detector: Detector = getattr(module, CLASSES[contender.detector])(extract, config)
+    return detector
+
+
+def detector_module(name: str) -> Any:
+    """The module of a detector. Raises ValueError if this version has none."""
+    try:
+        return importlib.import_module(f"downstream.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"downstream.{name}":
+            raise
+        raise ValueError(f"detector {name!r} is not part of this version") from None
+
+
+def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in changes.items():
+        inner = out.get(key)
+        out[key] = _merged(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
+    return out

@@ -1,0 +1,137 @@
+"""Curves, histograms and scatter plots of an evaluation, as PNG bytes. No window, no global state.
+
+A contender's colour tells its detector, its line the features: dotted raw, dashed residual, solid pretrained.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from downstream.thresholds import count, roc_curve
+from downstream.trial import CURVE
+
+# Okabe and Ito's colours, told apart by the colour-blind.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+LINES = {"raw": ":", "residual": "--", "conditioned": "-.", "adpretrain": "-"}
+NORMAL, ANOMALOUS = "#7fb0a8", "#c0301c"
+INK, SOFT = "#16191f", "#596270"
+RATES = np.linspace(0, 1, 201)  # false positive rates at which ROC curves are averaged
+
+Record = Mapping[str, Any]
+
+
+def curves(records: Sequence[Record]) -> bytes:
+    """Image ROC and per-region overlap of every contender, averaged over the records' products."""
+    figure, (roc, pro) = _figure(9.2, 3.7, columns=2)
+    for style, group in _by_contender(records):
+        found = [_roc(record) for record in group]
+        defined = [values for values in found if values is not None]
+        if defined:
+            roc.plot(RATES, np.mean(defined, 0), **style)
+        regions = [record["pro"] for record in group if record["pro"] is not None]
+        if regions:
+            pro.plot(CURVE, np.mean(regions, 0), **style)
+    _axes(roc, "Images: ROC", "share of normal images called defective", "share of defects found")
+    roc.plot([0, 1], [0, 1], color=SOFT, linewidth=0.6)
+    _axes(pro, "Pixels: overlap with defect regions", "share of normal pixels called defective", "mean region overlap")
+    pro.set_xlim(0, float(CURVE[-1]))
+    handles, labels = roc.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
+    return png(figure)
+
+
+def histograms(records: Sequence[Record]) -> bytes:
+    """Image scores of one product, a small plot for every contender: normal images against defects."""
+    columns = min(3, len(records))
+    rows = -(-len(records) // columns)
+    figure, grid = _figure(3.1 * columns, 1.75 * rows + 0.3, columns, rows)
+    for axes, record in zip(np.ravel(grid), records, strict=False):
+        scores, labels = np.array(record["scores"]), np.array(record["labels"], dtype=bool)
+        edges = np.histogram_bin_edges(scores, bins=24)
+        kinds = [("normal", scores[~labels], NORMAL), ("defective", scores[labels], ANOMALOUS)]
+        for name, values, colour in kinds:
+            axes.hist(values, edges, color=colour, alpha=0.75, label=f"{name} ({len(values)})")
+        axes.set_title(f"{record['detector']}, {record['features']}", fontsize=9, color=INK, loc="left")
+        axes.tick_params(labelsize=7, colors=SOFT)
+        axes.yaxis.get_major_locator().set_params(integer=True)
+    for axes in np.ravel(grid)[len(records) :]:
+        axes.set_axis_off()
+    handles, labels = np.ravel(grid)[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    return png(figure)
+
+
+def scatter(points: Mapping[str, NDArray[np.floating]], anomalous: NDArray[np.bool_], method: str) -> bytes:
+    """Features in two dimensions, one plot for each kind: title -> [n, 2], all of the same n patches."""
+    figure, grid = _figure(4.2 * len(points), 4.0, len(points))
+    for axes, (title, place_N2) in zip(np.ravel(grid), points.items(), strict=True):
+        for name, chosen, colour in (("normal", ~anomalous, NORMAL), ("defective", anomalous, ANOMALOUS)):
+            axes.scatter(*place_N2[chosen].T, s=9, color=colour, alpha=0.8, linewidths=0, label=f"{name} patches")
+        axes.set_title(f"{title} ({method})", fontsize=10, color=INK, loc="left")
+        axes.set_xticks([])
+        axes.set_yticks([])
+    handles, labels = np.ravel(grid)[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    return png(figure)
+
+
+def png(figure: Figure) -> bytes:
+    """The figure's bytes; the same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _figure(width: float, height: float, columns: int, rows: int = 1) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=rows == 1 and columns > 1)
+
+
+def _by_contender(records: Sequence[Record]) -> list[tuple[dict[str, Any], list[Record]]]:
+    """Line style and records of every contender."""
+    detectors = list(dict.fromkeys(record["detector"] for record in records))
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        groups.setdefault((record["detector"], record["features"]), []).append(record)
+    return [
+        (
+            {
+                "color": COLOURS[detectors.index(detector) % len(COLOURS)],
+                "linestyle": LINES[features],
+                "linewidth": 1.6,
+                "label": f"{detector}, {features}",
+            },
+            group,
+        )
+        for (detector, features), group in groups.items()
+    ]
+
+
+def _roc(record: Record) -> NDArray[np.float64] | None:
+    """The share of defects found at `RATES`."""
+    labels = np.array(record["labels"], dtype=bool)
+    if labels.all() or not labels.any():
+        return None
+    rate, found = roc_curve(count(np.array(record["scores"], dtype=np.float64), labels))
+    # A vertical step counts from its end: the best that is reached at a rate.
+    last = np.append(rate[1:] != rate[:-1], True)
+    return np.interp(RATES, rate[last], found[last])
+
+
+def _axes(axes: Axes, title: str, horizontal: str, vertical: str) -> None:
+    axes.set_title(title, fontsize=10, color=INK, loc="left")
+    axes.set_xlabel(horizontal, fontsize=8, color=SOFT)
+    axes.set_ylabel(vertical, fontsize=8, color=SOFT)
+    axes.tick_params(labelsize=8, colors=SOFT)
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1.02)
+    axes.grid(color="#e6e9ee", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,194 @@
+"""What is fitted on what, and scored on what: the protocols of ADPretrain Sec. 4, as lists of trials.
+
+  full                   every normal training image (Tab. 1)
+  few-shot               K of them, for each K (Tab. 5)
+  sample-efficiency      a share of them, 10 % in the paper (Tab. 3a)
+  contamination          all of them and test anomalies, 0.1 per normal image, as if they were normal (Tab. 3b)
+  reference-sensitivity  as full, with several draws of the extractor's references (Tab. 4)
+  multi-class            one detector for all products
+
+A product is a category, or one camera view of it where a set has views. Everything random derives from the number of
+the draw; nothing is ever chosen by looking at a score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from adpretrain.data import Sample
+from adpretrain.references import random_references
+from downstream.evaluate import by_product, normals, queries
+
+PROTOCOLS = ("full", "few-shot", "sample-efficiency", "contamination", "reference-sensitivity", "multi-class")
+EVERYTHING = "all products"
+HELD_OUT = 5  # where a set has no test split, every fifth normal image is one
+
+
+@dataclass(frozen=True)
+class ProtocolOptions:
+    """Which protocol, and its numbers.
+
+    Args:
+        protocol: one of `PROTOCOLS`.
+        shots: numbers of training images K, for few-shot.
+        draws: how often what is random is drawn anew: the K images, the share, the anomalies, the references. 0 = the
+            protocol's own: 3 for reference-sensitivity, else 1.
+        references: the extractor's references in the other protocols, drawn from the training images.
+        share: of the normal training images, for sample-efficiency.
+        noise: anomalies per normal training image, for contamination; at most half of a product's anomalies.
+        overlap: whether the anomalies that were trained on are scored too, as in the paper.
+    """
+
+    protocol: Literal[
+        "full", "few-shot", "sample-efficiency", "contamination", "reference-sensitivity", "multi-class"
+    ] = "full"
+    shots: tuple[int, ...] = (1, 2, 4, 8, 16)
+    draws: int = 0
+    references: int = 8
+    share: float = 0.1
+    noise: float = 0.1
+    overlap: bool = True
+
+    def __post_init__(self) -> None:
+        if self.protocol not in PROTOCOLS:
+            raise ValueError(f"protocol {self.protocol!r} is unknown; choose one of {', '.join(PROTOCOLS)}")
+        if not self.shots or min(self.shots) < 1 or self.references < 1 or self.draws < 0:
+            raise ValueError(
+                f"shots {list(self.shots)} and references {self.references} must be at least 1, draws {self.draws} at "
+                "least 0 (the protocol's own number)"
+            )
+        for name in ("share", "noise"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be in (0, 1], such as 0.1")
+
+    @property
+    def repeats(self) -> int:
+        """Draws, the protocol's own number where none was given."""
+        return self.draws or (3 if self.protocol == "reference-sensitivity" else 1)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One product's share of a trial: what is learnt from, the extractor's references, what is scored."""
+
+    product: str
+    train: tuple[Sample, ...]
+    references: tuple[Sample, ...]
+    test: tuple[Sample, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One detector is fitted on the training images of all parts (one part, but for multi-class) and scores each.
+
+    ``setting`` names the protocol's variant, such as "K=4"; ``draw`` counts what was drawn anew. With
+    ``only_references`` the draws differ in the references alone, which raw features do not use.
+    """
+
+    name: str
+    setting: str
+    draw: int
+    parts: tuple[Part, ...]
+    only_references: bool = False
+
+    @property
+    def images(self) -> int:
+        """How many images are read, a measure of its time."""
+        return sum(len(part.train) + len(part.test) for part in self.parts)
+
+
+def trials(samples: Sequence[Sample], options: ProtocolOptions) -> list[Trial]:
+    """Every trial of a protocol. Raises ValueError naming the product that has too few images for it."""
+    products = by_product(samples)
+    if not products:
+        raise ValueError("no samples: nothing can be evaluated")
+    if options.protocol == "multi-class":
+        return [
+            Trial(
+                EVERYTHING,
+                "multi-class",
+                draw,
+                tuple(_part(name, group, options, draw) for name, group in products.items()),
+            )
+            for draw in range(options.repeats)
+        ]
+    settings: Sequence[int | None] = options.shots if options.protocol == "few-shot" else (None,)
+    only_references = options.protocol in ("full", "reference-sensitivity")
+    return [
+        Trial(name, _setting(options, shots), draw, (_part(name, group, options, draw, shots),), only_references)
+        for name, group in products.items()
+        for shots in settings
+        for draw in range(options.repeats)
+    ]
+
+
+def _setting(options: ProtocolOptions, shots: int | None) -> str:
+    if shots is not None:
+        return f"K={shots}"
+    return {
+        "sample-efficiency": f"{100 * options.share:g} % of the training images",
+        "contamination": f"noise {options.noise:g}" + (", overlap" if options.overlap else ", no overlap"),
+    }.get(options.protocol, options.protocol)
+
+
+def split(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
+    """Normal training images and images to score. Where a set has no test split, every fifth normal image is held out.
+
+    Raises ValueError if one of the two is empty.
+    """
+    pool = normals(samples)
+    if not any(sample.split == "test" for sample in samples):
+        pool = [index for position, index in enumerate(pool) if position % HELD_OUT != HELD_OUT - 1]
+    elif all(samples[index].split == "test" for index in pool):
+        raise ValueError("there are no normal images but the test split's: there is nothing to fit on")
+    if not pool:
+        raise ValueError("there are no normal images to fit on")
+    return [samples[index] for index in pool], [samples[index] for index in queries(samples, pool)]
+
+
+def _part(product: str, group: Sequence[Sample], options: ProtocolOptions, draw: int, shots: int | None = None) -> Part:
+    try:
+        if shots is not None:  # the rules of the few-shot table: everything but the K may be scored
+            pool = normals(group)
+            chosen = [pool[index] for index in random_references(len(pool), shots, seed=draw)]
+            train = [group[index] for index in chosen]
+            return Part(product, tuple(train), tuple(train), tuple(group[index] for index in queries(group, chosen)))
+        train, test = split(group)
+    except ValueError as error:
+        raise ValueError(f"{product}: {error}") from error
+    notes: tuple[str, ...] = ()
+    if options.protocol == "sample-efficiency":
+        train = _some(train, max(1, round(options.share * len(train))), draw)
+    elif options.protocol == "contamination":
+        train, test, notes = _contaminated(train, test, options, draw)
+    references = _some(train, min(options.references, len(train)), draw)
+    if len(references) < options.references:
+        notes += (f"{len(references)} references: there are no more training images",)
+    return Part(product, tuple(train), tuple(references), tuple(test), notes)
+
+
+def _some(samples: Sequence[Sample], count: int, draw: int) -> list[Sample]:
+    return [samples[index] for index in random_references(len(samples), count, seed=draw)]
+
+
+def _contaminated(
+    train: list[Sample], test: list[Sample], options: ProtocolOptions, draw: int
+) -> tuple[list[Sample], list[Sample], tuple[str, ...]]:
+    """Test anomalies join the training images; without overlap they are no longer scored."""
+    anomalies = [sample for sample in test if sample.anomalous]
+    wanted = round(options.noise * len(train))
+    count = min(wanted, len(anomalies) // 2)
+    moved = _some(anomalies, count, draw) if count else []
+    notes = () if count == wanted else (f"{count} anomalies instead of {wanted}: half of the product's",)
+    if not options.overlap:
+        gone = {sample.image for sample in moved}
+        test = [sample for sample in test if sample.image not in gone]
+    # Mixed in, so that no detector meets all anomalies at the end.
+    mixed = [*train, *moved]
+    order = np.random.default_rng(draw).permutation(len(mixed))
+    return [mixed[index] for index in order], test, notes

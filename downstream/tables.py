@@ -1,0 +1,225 @@
+"""Tables of an evaluation: means over products, spreads over repeats, and the files that hold them.
+
+A record is what `trial.run_trial` returns. A repeat is one draw with one extractor; its mean over products is one
+number, and the spread is the standard deviation (n - 1) of these numbers. Metrics in tables are per cent.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from adpretrain.files import atomic_path
+from downstream.contenders import RAW
+
+TITLES = {
+    "image_auroc": "image AUROC",
+    "image_ap": "image AP",
+    "image_f1": "image max-F1",
+    "pixel_auroc": "pixel AUROC",
+    "pixel_ap": "pixel AP",
+    "pixel_f1": "pixel max-F1",
+    "aupro": "AUPRO",
+    "aupro_official": "AUPRO, 200 steps",
+}
+MAIN = ("image_auroc", "pixel_auroc", "aupro")  # what the paper reports
+COLUMNS = ("product", "setting", "draw", "detector", "features", "extractor", *TITLES, "trained_on", "notes")
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: metric -> mean over products and repeats, and spread between repeats (0 for one)."""
+
+    setting: str
+    detector: str
+    features: str
+    products: int
+    repeats: int
+    mean: dict[str, float]
+    spread: dict[str, float]
+    gain: dict[str, float] | None  # over the same detector on raw features; None for those
+
+
+def in_order(records: Sequence[Record]) -> list[Record]:
+    """Records in one order, whichever process finished first; draws and products ascending, the rest as first asked."""
+    return sorted(records, key=lambda r: (r["order"], r["product"]))
+
+
+def summarise(records: Sequence[Record]) -> list[Row]:
+    """A row for every setting, detector and kind of features, in the order of the records."""
+    groups: dict[tuple[str, str, str], list[Record]] = {}
+    for record in records:
+        groups.setdefault((record["setting"], record["detector"], record["features"]), []).append(record)
+    means = {key: _repeats(group) for key, group in groups.items()}
+    rows = []
+    for (setting, detector, features), group in groups.items():
+        values = means[setting, detector, features]
+        mean = {name: _mean(column) for name, column in values.items()}
+        raw = means.get((setting, detector, RAW))
+        gain = None
+        if features != RAW and raw is not None:
+            gain = {name: mean[name] - _mean(raw[name]) for name in TITLES}
+        rows.append(
+            Row(
+                setting,
+                detector,
+                features,
+                products=len({record["product"] for record in group}),
+                repeats=len({(record["draw"], record["extractor"]) for record in group}),
+                mean=mean,
+                spread={name: _spread(column) for name, column in values.items()},
+                gain=gain,
+            )
+        )
+    return rows
+
+
+def _repeats(group: Sequence[Record]) -> dict[str, list[float]]:
+    """Metric -> the mean over products of every repeat, in %; products that do not define a metric are left out."""
+    out: dict[str, list[float]] = {}
+    for name in TITLES:
+        by_repeat: dict[tuple[int, int], list[float]] = {}
+        for record in group:
+            value = record["metrics"].get(name)
+            if value is not None:
+                by_repeat.setdefault((record["draw"], record["extractor"]), []).append(100 * value)
+        out[name] = [_mean(values) for values in by_repeat.values()]
+    return out
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if len(values) else float("nan")
+
+
+def _spread(values: Sequence[float]) -> float:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def products_table(records: Sequence[Record], metric: str, setting: str) -> tuple[list[str], list[list[Any]]]:
+    """One metric of every product (rows) and contender (columns), mean over repeats in %, and their mean at the end."""
+    chosen = [record for record in records if record["setting"] == setting]
+    columns = list(dict.fromkeys((record["detector"], record["features"]) for record in chosen))
+    products = sorted({record["product"] for record in chosen})
+    table: list[list[Any]] = []
+    for product in products:
+        cells = []
+        for column in columns:
+            values = [
+                100 * record["metrics"][metric]
+                for record in chosen
+                if record["product"] == product
+                and (record["detector"], record["features"]) == column
+                and record["metrics"].get(metric) is not None
+            ]
+            cells.append(_mean(values))
+        table.append([product, *cells])
+    means = [_mean([row[index] for row in table if row[index] == row[index]]) for index in range(1, len(columns) + 1)]
+    return ["product", *(f"{detector}, {features}" for detector, features in columns)], [*table, ["mean", *means]]
+
+
+def number(value: float, digits: int = 1, sign: bool = False) -> str:
+    """A number for people; a dash where it is undefined."""
+    return "–" if value != value else f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
+
+
+def summary_table(rows: Sequence[Row], metrics: Sequence[str] = MAIN) -> tuple[list[str], list[list[str]]]:
+    """Heading and lines of the summary, with a line of gains below all features but raw ones."""
+    lines = []
+    for row in rows:
+        cells = [
+            number(row.mean[name]) + (f" ± {number(row.spread[name])}" if row.repeats > 1 else "") for name in metrics
+        ]
+        lines.append([row.setting, row.detector, row.features, *cells])
+        if row.gain is not None:
+            lines.append(["", "", "gain over raw", *(number(row.gain[name], sign=True) for name in metrics)])
+    return ["setting", "detector", "features", *(TITLES[name] for name in metrics)], lines
+
+
+def write_tables(folder: Path, records: Sequence[Record], configuration: dict[str, Any]) -> list[Path]:
+    """table.json (everything), table.csv (a line per record), table.md and table.tex (means, then every product)."""
+    rows = summarise(records)
+    contents = {
+        "table.json": _json(records, rows, configuration),
+        "table.csv": _csv(records),
+        "table.md": _document(records, rows, _markdown),
+        "table.tex": _document(records, rows, _latex),
+    }
+    for name, text in contents.items():
+        with atomic_path(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return [folder / name for name in contents]
+
+
+def _json(records: Sequence[Record], rows: Sequence[Row], configuration: dict[str, Any]) -> str:
+    kept = [{key: value for key, value in record.items() if key in COLUMNS or key == "metrics"} for record in records]
+    summary = [
+        {**vars(row), **{part: _defined(getattr(row, part)) for part in ("mean", "spread", "gain")}} for row in rows
+    ]
+    content = {"configuration": configuration, "summary": summary, "records": kept}
+    return json.dumps(content, indent=1, allow_nan=False) + "\n"
+
+
+def _defined(values: dict[str, float] | None) -> dict[str, float | None] | None:
+    if values is None:
+        return None
+    return {name: None if value != value else value for name, value in values.items()}
+
+
+def _csv(records: Sequence[Record]) -> str:
+    """Metrics as shares of 1, with all digits; an empty field where one is undefined."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for record in records:
+        flat = {**record, **record["metrics"], "notes": "; ".join(record["notes"])}
+        writer.writerow(["" if flat.get(name) is None else flat[name] for name in COLUMNS])
+    return buffer.getvalue()
+
+
+def _document(records: Sequence[Record], rows: Sequence[Row], render: Any) -> str:
+    """The summary, then a table of all products for each setting and metric."""
+    parts = [render("Mean over products, in %", *summary_table(rows))]
+    for setting in dict.fromkeys(row.setting for row in rows):
+        for metric in MAIN:
+            heading, lines = products_table(records, metric, setting)
+            text = [[line[0], *(number(value) for value in line[1:])] for line in lines]
+            parts.append(render(f"{TITLES[metric]} in %, {setting}", heading, text))
+    return "\n".join(parts)
+
+
+def _markdown(title: str, heading: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+    rule = "|" + "|".join(" --- " if index < _texts(heading) else " ---: " for index in range(len(heading))) + "|"
+    return "\n".join([f"**{title}**", "", line(heading), rule, *(line(cells) for cells in lines), ""])
+
+
+def _texts(heading: Sequence[str]) -> int:
+    return 1 if heading[0] == "product" else 3
+
+
+_ESCAPES = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", "±": r"$\pm$"}
+_ESCAPES |= {character: "\\" + character for character in "&%$#_{}"}
+
+
+def _latex(title: str, heading: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table for the booktabs package."""
+
+    def line(cells: Sequence[str]) -> str:
+        return " & ".join("".join(_ESCAPES.get(character, character) for character in cell) for cell in cells) + r" \\"
+
+    columns = "l" * _texts(heading) + "r" * (len(heading) - _texts(heading))
+    body = [line(cells) for cells in lines]
+    begin = [r"\begin{table}", r"\centering", rf"\caption{{{line([title])[:-3]}}}", rf"\begin{{tabular}}{{{columns}}}"]
+    end = [r"\bottomrule", r"\end{tabular}", r"\end{table}", ""]
+    return "\n".join([*begin, r"\toprule", line(heading), r"\midrule", *body, *end])

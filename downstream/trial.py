@@ -1,0 +1,166 @@
+"""One detector on one trial: fitted and scored in batches that are streamed from disk, measured product by product.
+
+Shapes: b images of a batch, S side in pixels, n images to score.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from adpretrain.data import ImageDataset, Sample
+from adpretrain.preprocess import Preprocess
+from downstream.contenders import FEATURENORM, Contender, Networks, build
+from downstream.ground_truth import region_weights
+from downstream.metrics import aupro, evaluate_maps
+from downstream.protocols import Part, Trial
+from downstream.showing import Shown, choose_shown
+from downstream.streaming import StreamingMetrics
+from downstream.thresholds import count, pro_curve
+from downstream.withheld import Withheld
+
+WHOLE = 150_000_000  # pixels of a product's maps that are kept and measured at once; more are measured in a stream
+CURVE = np.linspace(0, 0.3, 61)  # false positive rates at which the PRO curve is kept
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How trials are run: detectors' settings and options by name, and how images are read."""
+
+    settings: str = "default"
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    batch_size: int = 8
+    workers: int = 0
+    device: str = "cpu"
+    pictures: int = 2
+
+
+class Images:
+    """Samples as batches [b, 3, S, S] on the device; can be read again and knows its number of batches."""
+
+    def __init__(self, samples: Sequence[Sample], preprocess: Preprocess, settings: Settings) -> None:
+        data = ImageDataset(samples, preprocess)
+        self.device = settings.device
+        self._loader = torch.utils.data.DataLoader(data, settings.batch_size, num_workers=settings.workers)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for images, _ in self.with_masks():
+            yield images
+
+    def with_masks(self) -> Iterator[tuple[Tensor, NDArray[np.bool_]]]:
+        """Batches and their masks, bool [b, S, S]."""
+        for batch in self._loader:
+            yield batch["image"].to(self.device), batch["mask"].numpy()
+
+
+class Training:
+    """The training images of all parts, product after product; each with the references of its own product."""
+
+    def __init__(self, parts: Sequence[Part], extract: Any, preprocess: Preprocess, settings: Settings) -> None:
+        self.parts, self.extract, self.preprocess, self.settings = parts, extract, preprocess, settings
+        self._batches = [Images(part.train, preprocess, settings) for part in parts]
+
+    def __len__(self) -> int:
+        return sum(len(batches) for batches in self._batches)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for part, batches in zip(self.parts, self._batches, strict=True):
+            give_references(self.extract, part, self.settings)
+            yield from batches
+
+
+def give_references(extract: Any, part: Part, settings: Settings) -> None:
+    """Set a part's references, if the features need any."""
+    if isinstance(extract, Withheld):
+        extract.set_references(torch.cat(list(Images(part.references, extract.preprocess, settings))))
+
+
+def run_trial(trial: Trial, contender: Contender, networks: Networks, settings: Settings) -> list[dict[str, Any]]:
+    """Fit once, score every part: one record each, ready for JSON (undefined metrics are null).
+
+    Raises ValueError for a defect without a mask: it would be scored as normal.
+    """
+    extract, preprocess = networks.extract(contender), networks.backbone.preprocess
+    options = settings.options.get(contender.detector, {})
+    detector = build(contender, extract, preprocess.image_size, settings.settings, options)
+    began = time.perf_counter()
+    if contender.detector != FEATURENORM:
+        detector.fit(Training(trial.parts, extract, preprocess, settings))
+    fitted = time.perf_counter() - began
+    records = []
+    for part in trial.parts:
+        if bare := [sample.image for sample in part.test if sample.anomalous and not sample.mask_files]:
+            raise ValueError(f"{len(bare)} defects have no mask, such as {bare[0]}: pixel metrics need one for each")
+        if len(trial.parts) > 1 or contender.detector == FEATURENORM:
+            give_references(extract, part, settings)
+        began = time.perf_counter()
+        scored = _scored(detector, part, Images(part.test, preprocess, settings), settings, preprocess.image_size)
+        records.append(
+            {
+                "product": part.product,
+                "setting": trial.setting,
+                "draw": trial.draw,
+                **asdict(contender),
+                **scored,
+                "notes": [*part.notes, *scored["notes"]],
+                "trained_on": sum(len(each.train) for each in trial.parts),
+                "seconds": {"fit": round(fitted, 3), "score": round(time.perf_counter() - began, 3)},
+            }
+        )
+    return records
+
+
+def _scored(detector: Any, part: Part, images: Images, settings: Settings, size: int) -> dict[str, Any]:
+    """Metrics, image scores, the PRO curve and the maps to show (`Shown`, under "shown")."""
+    labels = np.array([sample.anomalous for sample in part.test])
+    streaming = StreamingMetrics() if len(labels) * size * size > WHOLE else None
+    shown = Shown(choose_shown(part.test, settings.pictures))
+    maps, masks, scores = [], [], []
+    done = 0
+    for batch, mask in images.with_masks():
+        with torch.no_grad():
+            prediction = detector.predict(batch)
+        found = prediction.maps.float().cpu().numpy()
+        scores.append(prediction.scores.float().cpu().numpy())
+        shown.add(done, found, labels[done : done + len(found)])
+        if streaming is not None:
+            streaming.add(found, mask, scores[-1], labels[done : done + len(found)])
+        else:
+            maps.append(found)
+            masks.append(mask)
+        done += len(found)
+    out: dict[str, Any] = {"scores": np.concatenate(scores).tolist(), "labels": labels.astype(int).tolist()}
+    if streaming is not None:
+        bounds = streaming.result()
+        metrics, swept, curve = bounds.middle, None, None
+        notes = [f"measured in a stream: pixel metrics are off by at most {bounds.error:.1e}"]
+    else:
+        all_maps, all_masks = np.concatenate(maps), np.concatenate(masks)
+        metrics, notes = evaluate_maps(all_maps, all_masks, np.concatenate(scores), labels), []
+        swept, curve = aupro(all_maps, all_masks, form="official"), _pro_curve(all_maps, all_masks)
+    values = {**asdict(metrics), "aupro_official": swept}
+    notes += list(values.pop("notes"))
+    out |= {"metrics": {name: _number(value) for name, value in values.items()}, "notes": notes}
+    return {**out, "pro": curve, "shown": shown}
+
+
+def _pro_curve(maps: NDArray[np.float32], masks: NDArray[np.bool_]) -> list[float] | None:
+    """PRO at the false positive rates `CURVE`."""
+    if masks.all() or not masks.any():
+        return None
+    fpr, pro = pro_curve(count(maps, masks, region_weights(masks)))
+    return [round(float(value), 5) for value in np.interp(CURVE, fpr, pro)]
+
+
+def _number(value: float | None) -> float | None:
+    return None if value is None or value != value else value

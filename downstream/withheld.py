@@ -1,0 +1,55 @@
+"""Features against normal references, none of which is ever compared with itself.
+
+A detector is often fitted on the very images that are the extractor's references. Their residuals would be zero, and
+a memory of zeros knows nothing of the product. So an image that is a reference is compared with the other K - 1.
+
+Shapes: B images, K references, S side in pixels, L levels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from adpretrain.backbones import FeatureMaps
+from adpretrain.extractor import ADExtractor
+from adpretrain.preprocess import Preprocess
+
+
+class Withheld:
+    """An `Extract` around an `ADExtractor`: [B, 3, S, S] -> L levels [B, C_l, H_l, W_l].
+
+    With a single reference there is no other: it is compared with itself after all.
+    """
+
+    def __init__(self, extractor: ADExtractor) -> None:
+        self.extractor = extractor
+        self._own: list[Tensor] = []
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """Photograph -> network input."""
+        return self.extractor.preprocess
+
+    def set_references(self, images: Tensor) -> Withheld:
+        """Keep the references of every later call: images [K, 3, S, S]."""
+        self.extractor.set_references(images)
+        self._own = list(images)
+        return self
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> FeatureMaps:
+        """Features of the images; equality to the last bit tells which of them are references."""
+        features = self.extractor(images)
+        banks = self.extractor.references
+        assert banks is not None
+        if len(self._own) == 1:
+            return features
+        for row, image in enumerate(images):
+            same = [number for number, own in enumerate(self._own) if torch.equal(own, image)]
+            if same and len(same) < len(self._own):
+                keep = [number for number in range(len(self._own)) if number not in same]
+                others = [bank.unflatten(1, (len(self._own), -1))[:, keep].flatten(1, 2) for bank in banks]
+                for level, alone in zip(features, self.extractor(images[row : row + 1], others), strict=True):
+                    level[row] = alone[0]
+        return features
