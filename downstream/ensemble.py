@@ -1,0 +1,109 @@
+"""Several detectors as one: their scores in one unit, then the mean (ReConPatch Sec. 3.3).
+
+Eq. 11, the modified z-score: (s - median) / (1.4826 MAD), with the median and MAD of the training images' scores. The
+paper calls MAD the mean absolute deviation; but 1.4826 belongs to the *median* absolute deviation, which it makes the
+standard deviation of normally distributed scores, and that is what is computed.
+
+Eq. 11 is applied twice: to image scores with the statistics of the training images' scores, and to maps with those of
+the training images' pixels, so that detectors of any kind can be joined.
+
+A training image meets a memory that was chosen from its own patches, among others: its scores are lower than those of
+a new normal image, in every member. No threshold may be read off them.
+
+Shapes: n training images, M members, B images, S side in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from downstream.detector import Detector, Prediction, not_fitted
+
+CONSISTENCY = 1.4826  # 1 / the 75 % quantile of the standard normal distribution
+PIXEL_STEP = 4  # every fourth pixel in both directions says enough: maps are smoothed over more than that
+
+
+@dataclass(frozen=True)
+class ScoreUnit:
+    """Where normal scores lie and how far they spread; ``mad`` is the median absolute deviation from the median."""
+
+    median: float
+    mad: float
+
+    @classmethod
+    def of(cls, scores: Tensor) -> ScoreUnit:
+        """From scores of any shape, in float64. Raises ValueError if one is not finite, or half of them are equal."""
+        values = scores.detach().cpu().double().numpy()
+        if values.size == 0 or not np.isfinite(values).all():
+            raise ValueError(f"{values.size} training scores, or not all of them finite: there is no median")
+        median = float(np.median(values))
+        mad = float(np.median(np.abs(values - median)))
+        if mad == 0:
+            raise ValueError(
+                f"half of the training scores, or more, equal {median}: there is no unit. If the memory holds every "
+                "training patch, choose a smaller coreset"
+            )
+        return cls(median, mad)
+
+    def standard(self, scores: Tensor) -> Tensor:
+        """Eq. 11: scores of any shape -> modified z-scores."""
+        return (scores - self.median) / (CONSISTENCY * self.mad)
+
+
+def training_units(detector: Detector, batches: Iterable[Tensor]) -> tuple[ScoreUnit, ScoreUnit]:
+    """The units of a fitted detector's image scores and of its maps' pixels on the images it was fitted on."""
+    scores, pixels = [], []
+    for images in batches:
+        prediction = detector.predict(images)
+        scores.append(prediction.scores.flatten())
+        pixels.append(prediction.maps[:, ::PIXEL_STEP, ::PIXEL_STEP].flatten())
+    return ScoreUnit.of(torch.cat(scores)), ScoreUnit.of(torch.cat(pixels))
+
+
+class Ensemble:
+    """The mean of the members' standardised scores and maps.
+
+    All members see the same images, so their networks must want them prepared alike. `fit` fits them one after the
+    other; members that share an extract do not share its work.
+    """
+
+    def __init__(self, members: Sequence[Detector]) -> None:
+        if not members:
+            raise ValueError("an ensemble of no detectors: give at least one")
+        self.members = list(members)
+        self._units: list[tuple[ScoreUnit, ScoreUnit]] = []
+
+    def fit(self, normal_batches: Iterable[Tensor]) -> Self:
+        """Fit every member, then score the same images for their units: 2 M passes over batches [b, 3, S, S].
+
+        An iterator that can be read only once is kept in memory. Raises ValueError as the members do, and if half of a
+        member's training scores are equal.
+        """
+        batches = list(normal_batches) if iter(normal_batches) is normal_batches else normal_batches
+        units = []
+        for number, member in enumerate(self.members):
+            member.fit(batches)
+            try:
+                units.append(training_units(member, batches))
+            except ValueError as error:
+                raise ValueError(f"member {number} of the ensemble: {error}") from error
+        self._units = units
+        return self
+
+    def predict(self, images: Tensor) -> Prediction:
+        """[B, 3, S, S] -> scores [B], maps [B, S, S], in units of a normal score's spread. Raises ValueError before
+        `fit`."""
+        if not self._units:
+            raise not_fitted(self)
+        scores, maps = [], []
+        for member, (score_unit, pixel_unit) in zip(self.members, self._units, strict=True):
+            prediction = member.predict(images)
+            scores.append(score_unit.standard(prediction.scores))
+            maps.append(pixel_unit.standard(prediction.maps))
+        return Prediction(torch.stack(scores).mean(0), torch.stack(maps).mean(0))
