@@ -29,7 +29,7 @@ from downstream.saving import load_detector, save_detector
 class AlignedOptions(FeatureNormOptions):
     """The arguments of `AlignedFeatureNorm`, as they are saved."""
 
-    shots: int
+    shots: int = 8
 
 
 class AlignedFeatureNorm(FeatureNorm):
@@ -51,9 +51,13 @@ class AlignedFeatureNorm(FeatureNorm):
     def fit(self, normal_batches: Iterable[Tensor]) -> Self:
         """Encode the pool: batches [b, 3, S, S], P images in all. Raises ValueError if it has fewer than K images."""
         with torch.no_grad():
-            encoded = [self.extract.encode(batch) for batch in normal_batches]
+            encoded = [self._encode(batch) for batch in normal_batches]
         self._set_pool([torch.cat(level) for level in zip(*encoded, strict=True)])
         return self
+
+    def _encode(self, images: Tensor) -> FeatureMaps:
+        check_images(images)
+        return self.extract.encode(images)
 
     def _set_pool(self, pool: FeatureMaps) -> None:
         if not pool or len(pool[0]) < self.shots:
@@ -65,8 +69,7 @@ class AlignedFeatureNorm(FeatureNorm):
     @torch.no_grad()
     def predict(self, images: Tensor) -> Prediction:
         """[B, 3, S, S] -> scores [B], maps [B, S, S]. Raises ValueError before `fit`."""
-        check_images(images)
-        features = self.extract.encode(images)
+        features = self._encode(images)
         return self._against(features, self._distances(features))
 
     @torch.no_grad()

@@ -28,10 +28,10 @@ from downstream.saving import load_detector, save_detector
 class FeatureNormOptions:
     """The arguments of `FeatureNorm`, as they are saved."""
 
-    image_size: int
-    sigma: float
-    norm: str
-    top: float
+    image_size: int = 224
+    sigma: float = 4.0
+    norm: str | None = None
+    top: float = 0.01
 
 
 class FeatureNorm:

@@ -11,16 +11,20 @@ from jsonargparse import ArgumentParser, Namespace
 
 from downstream.commands.backbones import backbones
 from downstream.commands.check_data import check_data
+from downstream.commands.detectors import detectors
 from downstream.commands.export import export
 from downstream.commands.extract import extract
+from downstream.commands.fit import fit
 from downstream.commands.score import score
 
 Run = Callable[[Namespace], int]
 
 COMMANDS: dict[str, Callable[[ArgumentParser], Run]] = {
     "score": score,
+    "fit": fit,
     "check-data": check_data,
     "export": export,
     "extract": extract,
     "backbones": backbones,
+    "detectors": detectors,
 }

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
+from downstream.commands.network import add_network, check_network, load_network
 from downstream.terminal import ProgressBars, plain
-
-if TYPE_CHECKING:
-    import torch
-
-    from adpretrain import ADExtractor
-    from adpretrain.backbones import Backbone
 
 TOP = 5  # unreadable images listed on stdout
 
@@ -38,15 +32,8 @@ def extract(parser: ArgumentParser) -> Callable[[Namespace], int]:
     parser.add_argument("--normal", type=str | None, default=None, help="folder of the extractor's normal references")
     parser.add_argument("--images", type=str, required=True, help="folder of photographs, with subfolders")
     parser.add_argument("--out", type=str, required=True, help="folder, or FILE.safetensors")
-    parser.add_argument("--weights", type=str | None, default=None, help="local file or folder of backbone weights")
-    parser.add_argument(
-        "--revision", type=str | None, default=None, help="version of the backbone's weights on the Hub"
-    )
-    parser.add_argument("--levels", type=list[int] | None, default=None, help="blocks or stages, such as [3,6,9,12]")
-    parser.add_argument("--image-size", type=int | None, default=None, help="input side in pixels; 224 by default")
     parser.add_argument("--shots", type=int, default=16, help="use at most so many references, evenly spaced by name")
-    parser.add_argument("--batch-size", type=int, default=16, help="images in memory at once, and in a file")
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add_network(parser)
     return _extract
 
 
@@ -60,7 +47,7 @@ def _extract(options: Namespace) -> int:
     device = pick_device(options.device)
     find_images(images, exclude=out)  # a wrong path is found before a network is loaded
     refuse_others(out, out.suffix == ".safetensors")
-    model = _model(options, device)
+    model = load_network(options, device)
     if options.normal:
         set_references(model, Path(options.normal), options.shots, options.batch_size, out)  # type: ignore[arg-type]
     with ProgressBars() as progress:
@@ -79,31 +66,8 @@ def _extract(options: Namespace) -> int:
 
 def _check(options: Namespace) -> None:
     """ValueError for options that do not go together."""
-    if (options.backbone is None) == (options.extractor is None):
-        raise ValueError("name one network: --backbone NAME or --extractor FOLDER")
+    check_network(options)
     if options.extractor and not options.normal:
         raise ValueError("--extractor compares with normal photographs: name their folder with --normal")
     if options.backbone and options.normal:
         raise ValueError("--normal goes with --extractor: a raw backbone compares with nothing")
-    fixed = [name for name in ("revision", "levels", "image_size") if options[name] is not None]
-    if options.extractor and fixed:
-        flags = " and ".join(f"--{name.replace('_', '-')}" for name in fixed)
-        raise ValueError(f"{flags} cannot be given with --extractor: it was trained with its own")
-    if options.batch_size < 1 or options.shots < 1:
-        raise ValueError(f"--batch-size {options.batch_size} and --shots {options.shots}: expected at least 1")
-
-
-def _model(options: Namespace, device: torch.device) -> Backbone | ADExtractor:
-    from adpretrain import ADExtractor
-    from adpretrain.backbones import load_backbone
-
-    if options.extractor:
-        return ADExtractor.from_pretrained(options.extractor, device=device, weights=options.weights)
-    backbone = load_backbone(
-        options.backbone,
-        revision=options.revision,
-        weights=options.weights,
-        image_size=options.image_size or 224,
-        levels=options.levels,
-    )
-    return backbone.to(device)

@@ -1,0 +1,137 @@
+"""`fit_folder`: a detector fitted on a folder of normal photographs, from its name and options in text.
+
+Shapes: b images of a batch, S side in pixels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from adpretrain.backbones import Backbone
+from adpretrain.config import from_dict
+from adpretrain.extractor import ADExtractor
+from adpretrain.preprocess import Preprocess
+from downstream.basis import Progress, silent
+from downstream.detector import Detector
+from downstream.featurenorm import FeatureNormOptions
+from downstream.features import set_references
+from downstream.photos import Unreadable, find_images, printable, read_batches, relative_name
+from downstream.table import find_detector
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Where a fitted detector was saved, on how many images it was fitted, with how many references."""
+
+    folder: Path
+    images: int
+    references: int
+
+
+class NormalBatches:
+    """The photographs of ``paths`` as batches [b, 3, S, S], read anew at every iteration, one batch ahead.
+
+    Raises ValueError for an unreadable photograph: every score would depend on it.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        preprocess: Preprocess,
+        batch_size: int,
+        device: torch.device,
+        progress: Progress = silent,
+    ) -> None:
+        self.paths, self.preprocess, self.batch_size = paths, preprocess, batch_size
+        self.device, self.progress = device, progress
+
+    def __len__(self) -> int:
+        return -(-len(self.paths) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        done = 0
+        for batch in read_batches(self.paths, self.preprocess, self.batch_size):
+            pixels = []
+            for photo in batch:
+                if isinstance(photo, Unreadable):
+                    raise ValueError(f"every score depends on the normal photographs, and one is bad: {photo.reason}")
+                pixels.append(photo.pixels)
+            yield torch.stack(pixels).to(self.device)
+            done += len(batch)
+            self.progress("normal photographs", done, len(self.paths))
+
+
+def build_detector(name: str, model: Backbone | ADExtractor, settings: Mapping[str, Any]) -> Detector:
+    """A detector by name, with ``settings`` in place of its defaults. Raises ValueError naming a wrong one."""
+    entry = find_detector(name)
+    if issubclass(entry.options(), FeatureNormOptions):
+        if name != "featurenorm" and not isinstance(model, ADExtractor):
+            raise ValueError(f"{name} needs an extractor: a raw backbone has no references")
+        settings = {"image_size": model.preprocess.image_size, **settings}
+        options = from_dict(entry.options(), settings, f"options of {name}")
+        return entry.load()(model, **dataclasses.asdict(options))
+    return entry.load()(model, from_dict(entry.options(), settings, f"options of {name}"))
+
+
+def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
+    """["embedding.patch=1", "amount=0.01"] -> nested keys and values, read as YAML. ValueError for another form."""
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not separator or not key:
+            raise ValueError(f"setting {pair!r} must be key=value, such as embedding.target_dim=100")
+        *parents, last = key.split(".")
+        place = settings
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"setting {pair!r}: {parent} already has a value")
+        try:
+            place[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"setting {pair!r}: {error}") from error
+    return settings
+
+
+def fit_folder(
+    name: str,
+    model: Backbone | ADExtractor,
+    normal: Path,
+    out: Path,
+    settings: Mapping[str, Any],
+    shots: int = 8,
+    batch_size: int = 16,
+    device: torch.device | None = None,
+    progress: Progress = silent,
+) -> Fitted:
+    """Fit on the photographs in ``normal`` and save to ``out``, which then HOLDS FEATURES OF THE PRODUCT.
+
+    An extractor takes ``shots`` of the photographs, evenly spaced by name, as its references; the detector is fitted
+    on the others, as the residuals of a reference to itself are zero (FeatureNorm has nothing else to fit).
+
+    Raises ValueError for unreadable photographs, too few of them, or wrong settings.
+    """
+    device = device or torch.device("cpu")
+    detector = build_detector(name, model, settings)
+    paths = find_images(normal, exclude=out)
+    references: list[str] = []
+    if isinstance(model, ADExtractor) and name != "aligned-featurenorm":
+        if name != "featurenorm" and len(paths) <= shots:
+            raise ValueError(
+                f"{len(paths)} normal photographs, of which {shots} are references: none is left to fit {name} on; "
+                "give more, or lower --shots"
+            )
+        references = set_references(model, normal, shots, batch_size, out)
+    taken = set(references)
+    rest = [path for path in paths if printable(relative_name(normal, path)) not in taken]
+    if name != "featurenorm":
+        detector.fit(NormalBatches(rest, model.preprocess, batch_size, device, progress))
+    return Fitted(detector.save_pretrained(out), len(rest) if name != "featurenorm" else 0, len(references))
