@@ -15,16 +15,21 @@ Shapes: n training images, M members, B images, S side in pixels.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from adpretrain.backbones import Extract
+from downstream.composite import load_composite, save_composite
 from downstream.detector import Detector, Prediction, not_fitted
 
+NAME = "ensemble"
 CONSISTENCY = 1.4826  # 1 / the 75 % quantile of the standard normal distribution
 PIXEL_STEP = 4  # every fourth pixel in both directions says enough: maps are smoothed over more than that
 
@@ -56,14 +61,24 @@ class ScoreUnit:
         return (scores - self.median) / (CONSISTENCY * self.mad)
 
 
-def training_units(detector: Detector, batches: Iterable[Tensor]) -> tuple[ScoreUnit, ScoreUnit]:
-    """The units of a fitted detector's image scores and of its maps' pixels on the images it was fitted on."""
-    scores, pixels = [], []
+@dataclass(frozen=True)
+class Units:
+    """The units of image scores and of map pixels, and the side of the maps."""
+
+    scores: ScoreUnit
+    pixels: ScoreUnit
+    side: int
+
+
+def training_units(detector: Detector, batches: Iterable[Tensor]) -> Units:
+    """The units of a fitted detector's scores and maps on the images it was fitted on."""
+    scores, pixels, side = [], [], 0
     for images in batches:
         prediction = detector.predict(images)
         scores.append(prediction.scores.flatten())
         pixels.append(prediction.maps[:, ::PIXEL_STEP, ::PIXEL_STEP].flatten())
-    return ScoreUnit.of(torch.cat(scores)), ScoreUnit.of(torch.cat(pixels))
+        side = int(prediction.maps.shape[2])
+    return Units(ScoreUnit.of(torch.cat(scores)), ScoreUnit.of(torch.cat(pixels)), side)
 
 
 class Ensemble:
@@ -77,7 +92,7 @@ class Ensemble:
         if not members:
             raise ValueError("an ensemble of no detectors: give at least one")
         self.members = list(members)
-        self._units: list[tuple[ScoreUnit, ScoreUnit]] = []
+        self._units: list[Units] = []
 
     def fit(self, normal_batches: Iterable[Tensor]) -> Self:
         """Fit every member, then score the same images for their units: 2 M passes over batches [b, 3, S, S].
@@ -102,8 +117,36 @@ class Ensemble:
         if not self._units:
             raise not_fitted(self)
         scores, maps = [], []
-        for member, (score_unit, pixel_unit) in zip(self.members, self._units, strict=True):
+        for member, units in zip(self.members, self._units, strict=True):
             prediction = member.predict(images)
-            scores.append(score_unit.standard(prediction.scores))
-            maps.append(pixel_unit.standard(prediction.maps))
+            scores.append(units.scores.standard(prediction.scores))
+            maps.append(units.pixels.standard(prediction.maps))
         return Prediction(torch.stack(scores).mean(0), torch.stack(maps).mean(0))
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write all fitted members, FEATURES OF THE PRODUCT among them (`downstream.saving`), and their units.
+
+        Raises ValueError before `fit`, if ``folder`` holds other files, or if a member cannot be saved.
+        """
+        if not self._units:
+            raise not_fitted(self)
+        rows = [(u.scores.median, u.scores.mad, u.pixels.median, u.pixels.mad) for u in self._units]
+        tensors = {"units": torch.tensor(rows, dtype=torch.float64)}
+        return save_composite(folder, NAME, None, self.members, tensors, self._units[0].side)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        extract: Extract | Sequence[Extract] | None = None,
+        device: str | torch.device | None = None,
+        weights: str | os.PathLike[str] | None = None,
+    ) -> Self:
+        """Load what `save_pretrained` wrote. ``extract``: for every member, or a list with one for each; the rest as in
+        `downstream.saving.load_detector`."""
+        config, members, tensors = load_composite(folder, NAME, extract, device, weights)
+        ensemble = cls(members)
+        for median, mad, pixel_median, pixel_mad in tensors["units"].tolist():
+            units = Units(ScoreUnit(median, mad), ScoreUnit(pixel_median, pixel_mad), config.image_size)
+            ensemble._units.append(units)
+        return ensemble

@@ -9,18 +9,25 @@ Shapes: n normal images, B images of a step, S side in pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from adpretrain.backbones import Extract
+from adpretrain.config import from_dict
+from downstream.composite import load_composite, save_composite
 from downstream.coreset import Progress
 from downstream.detector import Detector, Prediction, not_fitted
-from downstream.ensemble import ScoreUnit, training_units
+from downstream.ensemble import ScoreUnit, Units, training_units
 from downstream.refinement import DEFAULT, RefinementConfig, RefinementNetwork, build_network, refinement_loss
 from downstream.simulation import simulate
+
+NAME = "refined"
 
 
 class Refined:
@@ -34,7 +41,7 @@ class Refined:
         self.detector, self.config, self.textures = detector, config, textures
         self.losses: list[float] = []
         self._network: RefinementNetwork | None = None
-        self._unit: ScoreUnit | None = None
+        self._units: Units | None = None
 
     def fit(self, normal_batches: Iterable[Tensor], progress: Progress | None = None) -> Self:
         """Fit the detector, then the network, on batches [b, 3, S, S]; n images, all kept until both are fitted.
@@ -44,7 +51,7 @@ class Refined:
         """
         batches = list(normal_batches)
         self.detector.fit(batches)
-        self._unit = training_units(self.detector, batches)[1]
+        self._units = training_units(self.detector, batches)
         device = self.detector.predict(batches[0][:1]).maps.device
         network = build_network(self.config).to(device)
         self.losses = self._train(network, [image for batch in batches for image in batch], progress)
@@ -81,9 +88,9 @@ class Refined:
 
     def _standard_maps(self, images: Tensor) -> Tensor:
         """[B, 3, S, S] -> the detector's maps as modified z-scores: [B, S, S]."""
-        assert self._unit is not None
+        assert self._units is not None
         with torch.no_grad():
-            return self._unit.standard(self.detector.predict(images).maps.float())
+            return self._units.pixels.standard(self.detector.predict(images).maps.float())
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Prediction:
@@ -91,8 +98,42 @@ class Refined:
         if self._network is None:
             raise not_fitted(self)
         maps = self._standard_maps(images)
-        refined = self._network(images.to(maps), maps)
+        refined = self._network.to(maps.device)(images.to(maps), maps)
         return Prediction(refined.flatten(1).amax(1), refined)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the fitted detector, FEATURES OF THE PRODUCT among it (`downstream.saving`), and the network.
+
+        Raises ValueError before `fit`, if ``folder`` holds other files, or if the detector cannot be saved.
+        """
+        if self._network is None or self._units is None:
+            raise not_fitted(self)
+        units = self._units
+        rows = (units.scores.median, units.scores.mad, units.pixels.median, units.pixels.mad)
+        tensors = {"units": torch.tensor(rows, dtype=torch.float64)}
+        tensors |= {f"network.{name}": value for name, value in self._network.state_dict().items()}
+        facts = {"losses": self.losses}
+        return save_composite(folder, NAME, self.config, [self.detector], tensors, units.side, facts)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        extract: Extract | Sequence[Extract] | None = None,
+        device: str | torch.device | None = None,
+        weights: str | os.PathLike[str] | None = None,
+    ) -> Self:
+        """Load what `save_pretrained` wrote. Arguments and errors as in `downstream.saving.load_detector`."""
+        config, members, tensors = load_composite(folder, NAME, extract, device, weights)
+        options = from_dict(RefinementConfig, config.options, f"options in {Path(folder) / 'config.json'}")
+        refined = cls(members[0], options)
+        median, mad, pixel_median, pixel_mad = tensors.pop("units").tolist()
+        refined._units = Units(ScoreUnit(median, mad), ScoreUnit(pixel_median, pixel_mad), config.image_size)
+        refined.losses = config.facts["losses"]
+        network = build_network(options)
+        network.load_state_dict({name.removeprefix("network."): value for name, value in tensors.items()})
+        refined._network = network.eval()
+        return refined
 
 
 def _batches(count: int, config: RefinementConfig, epoch: int) -> Iterator[list[int]]:

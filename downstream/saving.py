@@ -27,6 +27,7 @@ from adpretrain.backbones import Backbone, Extract
 from adpretrain.config import BackboneConfig, from_dict
 from adpretrain.extractor import ADExtractor, backbone_config, saved_backbone
 from adpretrain.preprocess import Preprocess
+from downstream.adapted import Adapted
 
 FORMAT_VERSION = 1
 EXTRACTOR = "extractor"
@@ -45,13 +46,15 @@ class DetectorConfig:
         detector: name of the detector, a key of `downstream.table.DETECTORS`.
         options: its options.
         extract: what its features come from: a raw "backbone", an "extractor" (saved beside), or another function
-            ("given"), which whoever loads the detector must give again.
+            ("given"), which whoever loads the detector must give again; "members" for a detector made of others
+            (`downstream.composite`).
         image_size: side of the images it was fitted on, in pixels.
         tensors: shapes of the tensors in model.safetensors, checked on loading.
         facts: what else the detector remembers, in numbers.
         probe: the features of a fixed picture, a few averages per level.
         backbone: the network, for "backbone".
-        preprocess: how photographs become images, if known.
+        preprocess: how photographs become images, if known; for "backbone", its own.
+        images: how they do where a backbone is fed with another network's images (`downstream.adapted`).
         dtype: precision of the network.
         format_version: version of this file's format.
         library_version: version of adpretrain that wrote it.
@@ -59,13 +62,14 @@ class DetectorConfig:
 
     detector: str
     options: dict[str, Any]
-    extract: Literal["backbone", "extractor", "given"]
+    extract: Literal["backbone", "extractor", "given", "members"]
     image_size: int
     tensors: dict[str, list[int]]
     facts: dict[str, Any] = field(default_factory=dict)
     probe: list[list[float]] = field(default_factory=list)
     backbone: BackboneConfig | None = None
     preprocess: Preprocess | None = None
+    images: Preprocess | None = None
     dtype: str = "float32"
     format_version: int = FORMAT_VERSION
     library_version: str = __version__
@@ -99,8 +103,11 @@ def save_detector(
     """
     tensors, parts = dict(tensors), {}
     kind: Literal["backbone", "extractor", "given"] = "given"
-    backbone = preprocess = None
+    backbone = preprocess = images = None
     network: Any = None
+    given = extract
+    if isinstance(extract, Adapted):
+        images, given = extract.preprocess, extract.backbone
     if isinstance(extract, ADExtractor):
         kind, preprocess, network = "extractor", extract.preprocess, extract.backbone
         parts[EXTRACTOR] = extract.save_pretrained
@@ -108,8 +115,8 @@ def save_detector(
             if bank_RNC.shape[0] != 1:
                 raise ValueError(f"a saved detector has one set of references for all images, not {len(bank_RNC)}")
             tensors[f"{REFERENCES}{level}"] = bank_RNC
-    elif isinstance(extract, Backbone):
-        kind, preprocess, network, backbone = "backbone", extract.preprocess, extract, backbone_config(extract)
+    elif isinstance(given, Backbone):
+        kind, preprocess, network, backbone = "backbone", given.preprocess, given, backbone_config(given)
     config = DetectorConfig(
         detector=name,
         options=dataclasses.asdict(options),
@@ -120,6 +127,7 @@ def save_detector(
         probe=probe(extract, image_size),
         backbone=backbone,
         preprocess=preprocess,
+        images=images,
         dtype=str(network.dtype).removeprefix("torch.") if network is not None else "float32",
     )
     return write_folder(folder, config, tensors, "detector", parts)
@@ -187,7 +195,8 @@ def _load_extract(
     backbone = saved_backbone(config.backbone, weights)
     if config.preprocess is not None:
         backbone.preprocess = config.preprocess
-    return backbone.to(device, dtype)
+    backbone.to(device, dtype)
+    return Adapted(backbone, config.images) if config.images is not None else backbone
 
 
 @torch.no_grad()

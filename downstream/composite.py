@@ -1,0 +1,94 @@
+"""The folder of a detector made of detectors: config.json, model.safetensors and one folder per member.
+
+Like every fitted detector it holds features of the product; see `downstream.saving`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adpretrain.artefact import read_weights, write_folder
+from adpretrain.backbones import Extract
+from downstream.detector import Detector
+from downstream.saving import DetectorConfig, read_detector_config
+from downstream.table import detector_from_pretrained
+
+COMPOSITES = {"ensemble": ("downstream.ensemble", "Ensemble"), "refined": ("downstream.refined", "Refined")}
+
+
+def save_composite(
+    folder: str | os.PathLike[str],
+    name: str,
+    options: Any,
+    members: Sequence[Detector],
+    tensors: Mapping[str, Tensor],
+    image_size: int,
+    facts: dict[str, Any] | None = None,
+) -> Path:
+    """Write fitted members and what joins them; the folder appears, or is replaced, only when complete.
+
+    ``options``: a dataclass, or None. Raises ValueError if ``folder`` holds other files, or a member cannot be saved.
+    """
+    config = DetectorConfig(
+        detector=name,
+        options={} if options is None else dataclasses.asdict(options),
+        extract="members",
+        image_size=image_size,
+        tensors={key: list(value.shape) for key, value in tensors.items()},
+        facts={"members": len(members), **(facts or {})},
+    )
+    parts = {_part(number): member.save_pretrained for number, member in enumerate(members)}
+    return write_folder(folder, config, tensors, "detector", parts)
+
+
+def load_composite(
+    folder: str | os.PathLike[str],
+    name: str,
+    extract: Extract | Sequence[Extract] | None = None,
+    device: str | torch.device | None = None,
+    weights: str | os.PathLike[str] | None = None,
+) -> tuple[DetectorConfig, list[Detector], dict[str, Tensor]]:
+    """Read what `save_composite` wrote: config, members, tensors (on ``device``, or the CPU).
+
+    ``extract``: used by every member instead of loading its own, or a list with one for each. ``weights``: as in
+    `downstream.saving.load_detector`, for every member. Errors as there.
+    """
+    folder = Path(folder)
+    config = read_detector_config(folder)
+    if config.detector != name:
+        raise ValueError(f"{folder} holds a {config.detector!r} detector, not {name!r}: load it with its own class")
+    count = config.facts["members"]
+    extracts = list(extract) if isinstance(extract, Sequence) else [extract] * count
+    if len(extracts) != count:
+        raise ValueError(
+            f"{len(extracts)} extracts for the {count} members of {folder}; give one for each, or one for all"
+        )
+    device_name = None if device is None else str(device)
+    members = [load_member(folder / _part(number), one, device_name, weights) for number, one in enumerate(extracts)]
+    expected = {key: torch.empty(shape, device="meta") for key, shape in config.tensors.items()}
+    tensors = {key: value.to(device or "cpu") for key, value in read_weights(folder, expected).items()}
+    return config, members, tensors
+
+
+def load_member(
+    folder: Path, extract: Extract | None, device: str | None, weights: str | os.PathLike[str] | None
+) -> Detector:
+    """A fitted detector of any kind, made of others or not."""
+    name = read_detector_config(folder).detector
+    if name not in COMPOSITES:
+        return detector_from_pretrained(folder, extract, device, weights)
+    module, cls = COMPOSITES[name]
+    detector: Detector = getattr(importlib.import_module(module), cls).from_pretrained(folder, extract, device, weights)
+    return detector
+
+
+def _part(number: int) -> str:
+    return f"member-{number}"
