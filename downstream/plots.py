@@ -121,9 +121,11 @@ def _roc(record: Record) -> NDArray[np.float64] | None:
     if labels.all() or not labels.any():
         return None
     rate, found = roc_curve(count(np.array(record["scores"], dtype=np.float64), labels))
-    # A vertical step counts from its end: the best that is reached at a rate.
-    last = np.append(rate[1:] != rate[:-1], True)
-    return np.interp(RATES, rate[last], found[last])
+    # np.interp would draw a slope through a vertical step: start from the last corner that is not beyond each rate.
+    rate, found = np.append(rate, 2.0), np.append(found, found[-1])
+    left = np.searchsorted(rate, RATES, side="right") - 1
+    width = np.maximum(rate[left + 1] - rate[left], 1e-12)
+    return found[left] + np.minimum((RATES - rate[left]) / width, 1) * (found[left + 1] - found[left])
 
 
 def _axes(axes: Axes, title: str, horizontal: str, vertical: str) -> None:

@@ -46,3 +46,21 @@ def write_tiles(tmp_path: Path) -> Callable[..., Path]:
         return target
 
     return write
+
+
+@pytest.fixture(scope="session")
+def tile_products(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two products of tiles in MVTec's layout: 6 good training images, 3 good and 4 with a marked disc to score."""
+    root = tmp_path_factory.mktemp("mvtec")
+    for number, name in enumerate(("slab", "tile")):
+        for split, kind, count in (("train", "good", 6), ("test", "good", 3), ("test", "disc", 4)):
+            (root / name / split / kind).mkdir(parents=True)
+            for index in range(count):
+                seed = 100 * number + index + (50 if split == "test" else 0)
+                picture = tile(seed, blob=kind == "disc")
+                picture.save(root / name / split / kind / f"{index:03}.png")
+                if kind == "disc":
+                    target = root / name / "ground_truth" / kind / f"{index:03}_mask.png"
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    Image.fromarray(((np.asarray(picture)[..., 0] == 10) * 255).astype(np.uint8)).save(target)
+    return root

@@ -1,0 +1,134 @@
+"""What each protocol fits and scores, on lists of samples; no image is read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from adpretrain.data import Sample
+from adpretrain.references import random_references
+from downstream.protocols import PROTOCOLS, Part, ProtocolOptions, Trial, split, trials
+
+
+def product(name: str, train: int = 20, good: int = 5, bad: int = 8, view: str | None = None) -> list[Sample]:
+    def sample(split: str, kind: str, index: int) -> Sample:
+        image = Path(f"{name}-{view}-{split}-{kind}-{index:03}.png")
+        return Sample(image, image if kind != "good" else None, name, kind, view, split)
+
+    return [
+        *(sample("train", "good", index) for index in range(train)),
+        *(sample("test", "good", index) for index in range(good)),
+        *(sample("test", "dent", index) for index in range(bad)),
+    ]
+
+
+def only(found: list[Trial]) -> Part:
+    assert len(found) == 1
+    assert len(found[0].parts) == 1
+    return found[0].parts[0]
+
+
+def names(samples: tuple[Sample, ...]) -> set[str]:
+    return {sample.image.name for sample in samples}
+
+
+def test_full_fits_on_all_normal_training_images_and_scores_the_test_split() -> None:
+    samples = product("cap")
+    part = only(trials(samples, ProtocolOptions()))
+    assert part.train == tuple(samples[:20])
+    assert part.test == tuple(samples[20:])
+    assert len(part.references) == 8
+    assert names(part.references) <= names(part.train)
+
+
+def test_without_a_test_split_every_fifth_normal_image_is_held_out() -> None:
+    samples = [replace(sample, split="train") for sample in product("cap", train=10, good=0, bad=3)]
+    train, test = split(samples)
+    assert train == [samples[index] for index in (0, 1, 2, 3, 5, 6, 7, 8)]
+    assert test == [samples[index] for index in (4, 9, 10, 11, 12)]
+
+
+def test_few_shot_draws_the_references_of_the_few_shot_table() -> None:
+    samples = product("cap")
+    found = trials(samples, ProtocolOptions("few-shot", shots=(1, 4), draws=2))
+    assert [(trial.setting, trial.draw) for trial in found] == [("K=1", 0), ("K=1", 1), ("K=4", 0), ("K=4", 1)]
+    for trial, shots in zip(found, (1, 1, 4, 4), strict=True):
+        part = trial.parts[0]
+        assert part.train == tuple(samples[index] for index in random_references(20, shots, seed=trial.draw))
+        assert part.references == part.train
+        assert part.test == tuple(samples[20:])
+
+
+def test_sample_efficiency_takes_a_share_and_references_from_it() -> None:
+    part = only(trials(product("cap", train=60), ProtocolOptions("sample-efficiency")))
+    assert len(part.train) == 6
+    assert len(part.references) == 6
+    assert "6 references" in part.notes[0]
+    assert names(part.references) <= names(part.train)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_contamination_moves_test_anomalies_into_training(overlap: bool) -> None:
+    samples = product("cap", train=30)
+    part = only(trials(samples, ProtocolOptions("contamination", noise=0.1, overlap=overlap)))
+    moved = {sample.image.name for sample in part.train if sample.anomalous}
+    assert len(moved) == 3
+    assert len(part.train) == 33
+    assert moved <= names(tuple(samples[30:]))
+    assert (moved <= names(part.test)) == overlap
+    assert len(part.test) == (13 if overlap else 10)
+
+
+def test_contamination_takes_at_most_half_of_the_anomalies_and_says_so() -> None:
+    part = only(trials(product("cap", train=100, bad=4), ProtocolOptions("contamination", noise=0.5)))
+    assert sum(sample.anomalous for sample in part.train) == 2
+    assert part.notes == ("2 anomalies instead of 50: half of the product's",)
+
+
+def test_reference_sensitivity_changes_nothing_but_the_references() -> None:
+    found = trials(product("cap"), ProtocolOptions("reference-sensitivity"))
+    assert [trial.draw for trial in found] == [0, 1, 2]
+    parts = [trial.parts[0] for trial in found]
+    assert len({part.train for part in parts}) == len({part.test for part in parts}) == 1
+    assert len({part.references for part in parts}) == 3
+    assert all(trial.only_references for trial in found)
+
+
+def test_multi_class_is_one_trial_of_all_products_with_references_of_each() -> None:
+    samples = [*product("cap"), *product("nut"), *product("pcb", view="C1"), *product("pcb", view="C2")]
+    (trial,) = trials(samples, ProtocolOptions("multi-class", references=4))
+    assert [part.product for part in trial.parts] == ["cap", "nut", "pcb/C1", "pcb/C2"]
+    for part in trial.parts:
+        assert len(part.train) == 20
+        assert len(part.references) == 4
+        assert names(part.references) <= names(part.train)
+    assert trial.images == 4 * 33
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_no_protocol_lets_a_normal_test_image_into_training_and_all_repeat(protocol: str) -> None:
+    samples = [*product("cap"), *product("nut")]
+    options = ProtocolOptions(protocol, shots=(2,), draws=2)  # type: ignore[arg-type]
+    found = trials(samples, options)
+    assert found == trials(samples, options)
+    for trial in found:
+        for part in trial.parts:
+            assert all(sample.split == "train" or sample.anomalous for sample in part.train)
+            assert not names(part.test) & {sample.image.name for sample in part.train if not sample.anomalous}
+
+
+def test_mistakes_name_the_product_or_the_option() -> None:
+    with pytest.raises(ValueError, match=r"cap: K = 9 references cannot be chosen from a pool of 3"):
+        trials(product("cap", train=3), ProtocolOptions("few-shot", shots=(9,)))
+    with pytest.raises(ValueError, match=r"cap: there are no normal images but the test split's"):
+        trials(product("cap", train=0), ProtocolOptions())
+    with pytest.raises(ValueError, match="no samples"):
+        trials([], ProtocolOptions())
+    with pytest.raises(ValueError, match=r"protocol 'zero-shot' is unknown; choose one of full"):
+        ProtocolOptions("zero-shot")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"share 1.5 must be in"):
+        ProtocolOptions(share=1.5)
+    with pytest.raises(ValueError, match=r"shots \[0\]"):
+        ProtocolOptions(shots=(0,))

@@ -1,0 +1,120 @@
+"""Means and spreads against a hand calculation, and every written format read back."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from downstream.tables import COLUMNS, TITLES, in_order, products_table, summarise, summary_table, write_tables
+
+
+def record(product: str, features: str, value: float | None, draw: int = 0, extractor: int = 0) -> dict[str, Any]:
+    return {
+        "product": product,
+        "setting": "K=4",
+        "draw": draw,
+        "detector": "padim",
+        "features": features,
+        "extractor": extractor,
+        "metrics": dict.fromkeys(TITLES, value),
+        "notes": ["no anomalous images"] if value is None else [],
+        "trained_on": 4,
+        "order": [0, 0, ["raw", "adpretrain"].index(features), extractor, draw],
+        "seconds": {"fit": 1.0, "score": 2.0},
+    }
+
+
+@pytest.fixture
+def records() -> list[dict[str, Any]]:
+    """Two products, two extractors, two draws; a metric that one product does not define; an awkward name."""
+    rng = np.random.default_rng(0)
+    found = [record(name, "raw", float(rng.random()), draw) for name in ("a_b & c|d", "nut") for draw in (0, 1)]
+    found += [
+        record(name, "adpretrain", float(rng.random()), draw, extractor)
+        for name in ("a_b & c|d", "nut")
+        for draw in (0, 1)
+        for extractor in (0, 1)
+    ]
+    found[0] = record("a_b & c|d", "raw", None)
+    return in_order(found)
+
+
+def test_means_spreads_and_gains_are_those_of_the_hand_calculation(records: list[dict[str, Any]]) -> None:
+    raw, ours = summarise(records)
+    value = {(r["product"][:1], r["features"], r["draw"], r["extractor"]): r["metrics"]["aupro"] for r in records}
+    first, second = 100 * value["n", "raw", 0, 0], 50 * (value["a", "raw", 1, 0] + value["n", "raw", 1, 0])
+    assert raw.mean["aupro"] == pytest.approx((first + second) / 2, abs=1e-12)
+    assert raw.spread["aupro"] == pytest.approx(abs(first - second) / 2**0.5, abs=1e-9)
+    assert raw.gain is None
+    assert (raw.products, raw.repeats, ours.repeats) == (2, 2, 4)
+    means = [50 * (value["a", "adpretrain", d, e] + value["n", "adpretrain", d, e]) for d, e in np.ndindex(2, 2)]
+    assert ours.mean["aupro"] == pytest.approx(np.mean(means), abs=1e-9)
+    assert ours.spread["aupro"] == pytest.approx(np.std(means, ddof=1), abs=1e-9)
+    assert ours.gain is not None
+    assert ours.gain["aupro"] == pytest.approx(ours.mean["aupro"] - raw.mean["aupro"], abs=1e-12)
+
+
+def test_the_order_does_not_depend_on_who_finished_first(records: list[dict[str, Any]]) -> None:
+    shuffled = [records[index] for index in np.random.default_rng(1).permutation(len(records))]
+    assert in_order(shuffled) == records
+    assert [row.features for row in summarise(in_order(shuffled))] == ["raw", "adpretrain"]
+
+
+def test_every_format_is_read_back(records: list[dict[str, Any]], tmp_path: Path) -> None:
+    assert [path.name for path in write_tables(tmp_path, records, {"seed": 1})] == [
+        "table.json",
+        "table.csv",
+        "table.md",
+        "table.tex",
+    ]
+    content = json.loads((tmp_path / "table.json").read_text())
+    assert content["configuration"] == {"seed": 1}
+    assert [entry["metrics"] for entry in content["records"]] == [entry["metrics"] for entry in records]
+    assert content["summary"][0]["mean"]["aupro"] == summarise(records)[0].mean["aupro"]
+
+    with (tmp_path / "table.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == COLUMNS
+    for row, entry in zip(rows, records, strict=True):
+        assert row["product"] == entry["product"]
+        expected = entry["metrics"]["aupro"]
+        assert row["aupro"] == "" if expected is None else float(row["aupro"]) == expected
+
+
+def cells(line: str, separator: str) -> list[str]:
+    return [cell.strip() for cell in re.split(rf"(?<!\\){separator}", line)]
+
+
+def test_markdown_and_latex_hold_the_same_cells(records: list[dict[str, Any]], tmp_path: Path) -> None:
+    write_tables(tmp_path, records, {})
+    heading, lines = products_table(records, "aupro", "K=4")
+    expected = [[str(line[0]), *(f"{value:.1f}" for value in line[1:])] for line in lines]
+    assert expected[-1][0] == "mean"
+
+    markdown = (tmp_path / "table.md").read_text().split("**AUPRO in %, K=4**")[1].split("**")[0].strip().splitlines()
+    table = [cells(line, r"\|")[1:-1] for line in markdown]
+    assert table[0] == heading
+    assert [[cell.replace("\\|", "|") for cell in line] for line in table[2:]] == expected
+
+    latex = (tmp_path / "table.tex").read_text()
+    assert latex.count(r"\begin{table}") == latex.count(r"\end{table}") == 1 + 3  # the summary and three metrics
+    last = latex.split(r"\midrule")[-1].split(r"\bottomrule")[0].strip().splitlines()
+    table = [cells(line.removesuffix(r" \\"), "&") for line in last]
+    assert [[re.sub(r"\\([&%$#_{}])", r"\1", cell) for cell in line] for line in table] == expected
+    summary = latex.split(r"\midrule")[1].split(r"\bottomrule")[0].strip().splitlines()
+    assert len(summary) == len(summary_table(summarise(records))[1])
+    assert all((line.count("&") == 5 and r"$\pm$" in line) or "gain" in line for line in summary)
+
+
+def test_an_undefined_metric_is_a_dash_never_a_number(tmp_path: Path) -> None:
+    alone = [record("nut", "raw", None)]
+    write_tables(tmp_path, alone, {})
+    assert "| nut | – |" in (tmp_path / "table.md").read_text()
+    assert "nut & -- " in (tmp_path / "table.tex").read_text()
+    assert json.loads((tmp_path / "table.json").read_text())["summary"][0]["mean"]["aupro"] is None

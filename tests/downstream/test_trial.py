@@ -1,0 +1,214 @@
+"""A trial against the few-shot table's own path, references that are never compared with themselves, and the report."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import asdict
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from adpretrain.data import Sample, index_dataset
+from adpretrain.extractor import ADExtractor
+from downstream import plots, trial
+from downstream.comparison_report import write_comparison
+from downstream.contenders import Contender, Networks, build, contenders
+from downstream.evaluate import encode_samples, few_shot
+from downstream.metrics import auroc
+from downstream.patches import in_two_dimensions, sampled_patches
+from downstream.protocols import ProtocolOptions, trials
+from downstream.report import Fact
+from downstream.trial import CURVE, Images, Settings, Training, run_trial
+from downstream.withheld import Withheld
+
+
+@pytest.fixture(scope="module")
+def samples(tile_products: Path) -> list[Sample]:
+    return index_dataset("mvtec", tile_products)
+
+
+@pytest.fixture(scope="module")
+def networks(extractor_dir: Path) -> Networks:
+    extractor = ADExtractor.from_pretrained(extractor_dir)
+    return Networks(extractor.backbone, (extractor,))
+
+
+def product(samples: list[Sample], name: str = "tile") -> list[Sample]:
+    return [sample for sample in samples if sample.category == name]
+
+
+def test_featurenorm_gets_the_few_shot_tables_numbers(samples: list[Sample], networks: Networks) -> None:
+    group = product(samples)
+    (found,) = trials(group, ProtocolOptions("few-shot", shots=(3,)))
+    (record,) = run_trial(found, Contender("featurenorm", "adpretrain"), networks, Settings(batch_size=3, pictures=0))
+    expected = asdict(few_shot(networks.extractors[0], encode_samples(group, networks.backbone), shots=3, seed=0))
+    for name in ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "pixel_f1", "aupro"):
+        assert record["metrics"][name] == pytest.approx(expected[name], abs=1e-6), name
+    assert record["metrics"]["pixel_auroc"] > 0.9
+
+
+def test_a_stream_measures_what_whole_maps_do(
+    samples: list[Sample], networks: Networks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (found,) = trials(product(samples), ProtocolOptions())
+    contender, settings = Contender("featurenorm", "raw"), Settings(pictures=0)
+    (whole,) = run_trial(found, contender, networks, settings)
+    monkeypatch.setattr(trial, "WHOLE", 0)
+    (streamed,) = run_trial(found, contender, networks, settings)
+    assert streamed["notes"][-1].startswith("measured in a stream: pixel metrics are off by at most")
+    for name in ("image_auroc", "pixel_auroc", "pixel_ap", "pixel_f1", "aupro"):
+        assert streamed["metrics"][name] == pytest.approx(whole["metrics"][name], abs=1e-5), name
+    assert streamed["metrics"]["aupro_official"] is None
+    assert whole["metrics"]["aupro_official"] is not None
+
+
+def test_a_reference_is_compared_with_the_others_only(samples: list[Sample], networks: Networks) -> None:
+    extractor = networks.extractors[0]
+    images = torch.cat(list(Images(product(samples)[:4], extractor.preprocess, Settings())))
+    withheld = Withheld(extractor).set_references(images[:3])
+    mixed = torch.stack([images[3], images[1]])
+    features = withheld(mixed)
+    others = extractor.encode_references(images[[0, 2]])
+    for level, new, alone in zip(features, extractor(mixed[:1]), extractor(mixed[1:], others), strict=True):
+        assert torch.allclose(level[0], new[0], atol=1e-5)
+        assert torch.equal(level[1], alone[0])
+        assert level[1].norm() > 0
+    assert extractor(mixed)[0][1].norm() < 1e-3 * features[0][1].norm()  # what happens without
+
+
+def test_training_meets_every_product_with_its_own_references(samples: list[Sample], networks: Networks) -> None:
+    (found,) = trials(samples, ProtocolOptions("multi-class", references=2))
+    settings = Settings(batch_size=4)
+    extract = Withheld(networks.extractors[0])
+    training = Training(found.parts, extract, networks.backbone.preprocess, settings)
+    assert len(training) == 4
+    seen = []
+    for batch in training:
+        bank = extract.extractor.references
+        assert bank is not None
+        seen.append((len(batch), bank[0].clone()))
+    assert [size for size, _ in seen] == [4, 2, 4, 2]
+    for part, rows in zip(found.parts, (seen[:2], seen[2:]), strict=True):
+        images = torch.cat(list(Images(part.references, networks.backbone.preprocess, settings)))
+        expected = networks.extractors[0].encode_references(images)[0]
+        assert all(torch.equal(bank, expected) for _, bank in rows)
+
+
+def test_contenders_are_every_detector_on_every_kind_of_features(networks: Networks) -> None:
+    two = Networks(networks.backbone, networks.extractors * 2)
+    found = contenders(["padim", "featurenorm"], ["raw", "adpretrain"], two)
+    assert [(c.detector, c.features, c.extractor) for c in found] == [
+        ("padim", "raw", 0),
+        ("padim", "adpretrain", 0),
+        ("padim", "adpretrain", 1),
+        ("featurenorm", "raw", 0),
+        ("featurenorm", "adpretrain", 0),
+        ("featurenorm", "adpretrain", 1),
+    ]
+    alone = Networks(networks.backbone)
+    for names, features, message in (
+        (["padlm"], ["raw"], r"detectors \['padlm'\] are unknown; choose from featurenorm"),
+        (["padim"], ["cooked"], r"features \['cooked'\] are unknown"),
+        (["padim"], ["adpretrain"], "need an extractor: give its folder as --extractors"),
+        (["padim"], ["conditioned"], "trained with conditioning"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            contenders(names, features, alone)
+
+
+def test_options_replace_single_ones_and_settings_are_adpretrains(networks: Networks) -> None:
+    padim: Any = build(Contender("padim", "raw"), networks.backbone, 64, "adpretrain", {"embedding": {"patch": 3}})
+    assert padim.config.per_level
+    assert padim.config.embedding.patch == 3
+    norm: Any = build(Contender("featurenorm", "raw"), networks.backbone, 64, "adpretrain", {})
+    assert norm.top == 0.0
+    with pytest.raises(ValueError, match="options of padim"):
+        build(Contender("padim", "raw"), networks.backbone, 64, "default", {"epsilon": 1})
+
+
+def test_patches_are_the_same_whatever_the_features(samples: list[Sample], networks: Networks) -> None:
+    images = Images(product(samples)[6:], networks.backbone.preprocess, Settings())
+    extract = Withheld(networks.extractors[0])
+    trial.give_references(extract, trials(product(samples), ProtocolOptions())[0].parts[0], Settings())
+    raw, marks = sampled_patches(networks.backbone, images.with_masks(), number=20)
+    ours, same = sampled_patches(extract, images.with_masks(), number=20)
+    assert np.array_equal(marks, same)
+    assert raw.shape == ours.shape
+    assert 0 < marks.sum() <= 20
+    points, method = in_two_dimensions(raw)
+    assert method in ("t-SNE", "UMAP")
+    assert points.shape == (len(raw), 2)
+    assert np.isfinite(points).all()
+    with pytest.raises(ValueError, match="too few"):
+        in_two_dimensions(raw[:4])
+
+
+def test_averaged_roc_has_the_area_of_the_exact_one() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.random(400) < 0.4
+    scores = np.round(rng.normal(size=400) + labels, 1)  # with ties
+    curve = plots._roc({"labels": labels.tolist(), "scores": scores.tolist()})
+    assert curve is not None
+    assert float(np.trapezoid(curve, plots.RATES)) == pytest.approx(auroc(scores, labels), abs=0.005)
+    assert curve[-1] == 1.0
+    assert plots._roc({"labels": [1, 1], "scores": [0.1, 0.2]}) is None
+
+
+class _Page(HTMLParser):
+    """Tags, the sources they load and the text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.sources: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_report_is_self_contained_and_escapes_names(
+    samples: list[Sample], networks: Networks, tmp_path: Path
+) -> None:
+    records = []
+    for order, features in enumerate(("raw", "adpretrain")):
+        for found in trials(product(samples), ProtocolOptions(references=3)):
+            (record,) = run_trial(found, Contender("featurenorm", features), networks, Settings(pictures=1))
+            shown = record.pop("shown")
+            part = found.parts[0]
+            saved = shown.save(tmp_path / "pictures", f"0-0-{order}", part.test, networks.backbone.preprocess)
+            assert [entry["defect"] for entry in saved] == ["disc"]
+            record |= {"pictures": [{**entry, "folder": "pictures"} for entry in saved], "order": [0, 0, order, 0, 0]}
+            records.append({**record, "product": "<b>tile</b>"})
+    path = write_comparison(tmp_path, records, "<script>alert(1)</script>", "/data", [Fact("Protocol", "full")])
+    page = path.read_text(encoding="utf-8")
+    parsed = _Page()
+    parsed.feed(page)
+    assert "script" not in parsed.tags
+    assert "b" not in parsed.tags
+    assert "<b>tile</b>" in parsed.text
+    # Curves, histograms, and four pictures: photograph, defect and two heatmaps.
+    assert len(parsed.sources) == 6
+    assert all(source.startswith(("data:image/png;base64,", "data:image/jpeg;base64,")) for source in parsed.sources)
+    assert "default-src 'none'; img-src data:" in page
+    assert not re.search(r"https?://|\{\{", page)
+    assert f"{100 * records[1]['metrics']['aupro']:.1f}" in parsed.text
+    assert len(records[0]["pro"]) == len(CURVE)
+
+
+def test_a_defect_without_a_mask_is_not_scored_as_normal(write_tiles: Callable[..., Path], networks: Networks) -> None:
+    files = sorted(write_tiles("mixed", range(3)).iterdir())
+    group = [Sample(file, None, "cap", "good", None, "train") for file in files[:2]]
+    group.append(Sample(files[2], None, "cap", "dent", None, "test"))
+    (found,) = trials(group, ProtocolOptions(references=1))
+    with pytest.raises(ValueError, match=r"1 defects have no mask, such as .*tile_2\.png"):
+        run_trial(found, Contender("featurenorm", "raw"), networks, Settings())

@@ -1,0 +1,185 @@
+"""`recipes/evaluate.py --detectors`: killed and started again, on two processes, and with another configuration."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from adpretrain.backbones import load_backbone
+from adpretrain.data.synthetic import make_synthetic
+from adpretrain.extractor import ADExtractor
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = str(ROOT / "recipes" / "evaluate.py")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+PROCESSES = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+PROCESSES += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Flags of three tiny products and an extractor without a projector."""
+    folder = tmp_path_factory.mktemp("given")
+    make_synthetic(folder / "set", 3, 5, 3, size=64, seed=4, workers=1, progress=False)
+    ADExtractor(load_backbone("filterbank", image_size=64)).save_pretrained(folder / "extractor")
+    flags = [
+        "--root",
+        str(folder / "set"),
+        "--extractors",
+        str(folder / "extractor"),
+        "--detectors",
+        "featurenorm,padim",
+    ]
+    return [*flags, "--references", "2", "--pictures", "1", "--embeddings", "0"]
+
+
+def evaluate(*flags: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The command in this process: starting Python again takes longer than the evaluation."""
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    from evaluate import main
+
+    return main([*flags, "--device", "cpu"])
+
+
+def table(folder: Path) -> list[dict[str, object]]:
+    return json.loads((folder / "table.json").read_text())["records"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(given: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("uninterrupted") / "out"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        assert evaluate(*given, "--out", str(out), monkeypatch=monkeypatch) == 0
+    return out
+
+
+@pytest.mark.slow
+def test_one_run_gives_all_files_and_every_contender(uninterrupted: Path) -> None:
+    found = table(uninterrupted)
+    assert len(found) == 3 * 2 * 2
+    assert {(record["detector"], record["features"]) for record in found} == {
+        (detector, features) for detector in ("featurenorm", "padim") for features in ("raw", "adpretrain")
+    }
+    assert all(0 <= record["metrics"]["aupro"] <= 1 for record in found)  # type: ignore[index]
+    for name in ("table.csv", "table.md", "table.tex", "report.html", "config.json"):
+        assert (uninterrupted / name).stat().st_size > 200
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_it_computes_nothing_twice(
+    given: list[str], uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, RECIPE, *given, "--out", str(out), "--device", "cpu"]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while len(finished := sorted((out / "cells").glob("*/*.json"))) < 2:
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    finished = sorted((out / "cells").glob("*/*.json"))
+    assert 2 <= len(finished) < 12
+    written = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in finished}
+    assert evaluate(*given, "--out", str(out), monkeypatch=monkeypatch) == 0
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in finished} == written
+    assert table(out) == table(uninterrupted)
+    assert (out / "table.md").read_bytes() == (uninterrupted / "table.md").read_bytes()
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_products_and_give_the_table_of_one(
+    given: list[str], uninterrupted: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [*PROCESSES, RECIPE, *given, "--out", str(out), "--device", "cpu"],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for number in (1, 2):
+        assert f"process {number} of 2" in done.stderr + done.stdout
+    assert table(out) == table(uninterrupted)
+
+
+@pytest.mark.slow
+def test_another_configuration_is_refused_and_nothing_is_written(
+    given: list[str], uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*") if path.is_file()}
+    flags = [*given, "--out", str(uninterrupted)]
+    assert evaluate(*flags, "--protocol", "sample-efficiency", monkeypatch=monkeypatch) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert "holds results of another configuration (protocol differ" in message
+    assert {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("protocol", "settings", "records"),
+    [
+        ("few-shot", {"K=1", "K=2"}, 2 * 3 * 2),
+        ("sample-efficiency", {"50 % of the training images"}, 3 * 2),
+        ("contamination", {"noise 0.5, overlap"}, 3 * 2),
+        ("reference-sensitivity", {"reference-sensitivity"}, 3 * (1 + 3)),
+        ("multi-class", {"multi-class"}, 3 * 2),
+    ],
+)
+def test_every_protocol_runs(
+    protocol: str, settings: set[str], records: int, given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = [*given, "--protocol", protocol, "--out", str(tmp_path / "out"), "--shots", "1", "2", "--share", "0.5"]
+    flags += ["--noise", "0.5", "--detectors", "featurenorm", "--pictures", "0", "--references", "1"]
+    assert evaluate(*flags, monkeypatch=monkeypatch) == 0
+    found = table(tmp_path / "out")
+    assert {record["setting"] for record in found} == settings
+    assert len(found) == records
+
+
+def test_flags_that_do_not_belong_together_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for flags, message in (
+        ([], "give --extractors for the few-shot table, or --detectors"),
+        (["--protocol", "full"], "--protocol and --features need --detectors"),
+        (["--detectors", "padim", "--per-defect"], "belong to the few-shot table"),
+    ):
+        with pytest.raises(SystemExit):
+            evaluate("--root", "nowhere", *flags, monkeypatch=monkeypatch)
+        assert message in capsys.readouterr().err
+    assert evaluate("--root", "nowhere", "--detectors", "padim", monkeypatch=monkeypatch) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_products_are_spread_by_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    from cells import jobs_of, shares
+
+    from adpretrain.data import Sample
+    from downstream.contenders import Contender
+    from downstream.protocols import Part, Trial
+
+    def trial(name: str, images: int) -> Trial:
+        samples = tuple(Sample(Path(f"{name}{i}"), None, name, "good", None, "test") for i in range(images))
+        return Trial(name, "full", 0, (Part(name, (), (), samples),))
+
+    rows = [Contender("padim", "raw"), Contender("padim", "adpretrain")]
+    jobs = jobs_of([trial("small", 1), trial("large", 5), trial("middle", 3)], rows)
+    first, second = shares(jobs, 2)
+    assert [job.trial.name for job in first] == ["large"] * 2
+    assert [job.trial.name for job in second] == ["middle"] * 2 + ["small"] * 2
+    assert len({job.name for job in jobs}) == 6
+    lone = jobs_of([trial("all products", 9)], rows)
+    assert [len(share) for share in shares(lone, 2)] == [1, 1]
