@@ -32,7 +32,7 @@ demo: $(READY)
 	$(BIN)/python recipes/demo.py $(if $(DATA),--data "$(DATA)")
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not benchmark" -n auto --dist loadfile
+	$(BIN)/python -m pytest -m "not benchmark" -n auto --dist worksteal
 
 check: $(READY)
 	$(BIN)/ruff check .
