@@ -81,7 +81,7 @@ def test_pretrain_and_inspect_commands(tmp_path: Path) -> None:
     run(shlex.split(score), tmp_path, expected=(0, 1))
     assert (tmp_path / "out" / "report.html").is_file()
     assert (tmp_path / "out" / "scores.csv").read_text().startswith("path,score,p_value,verdict")
-    for name in ("extract", "export", "backbones"):
+    for name in ("extract", "export", "backbones", "fit", "detectors"):
         run(shlex.split(next(c for c in commands() if c.startswith(f"adpretrain {name}"))), tmp_path)
     assert (tmp_path / "features" / "index.json").is_file()
     assert (tmp_path / "product.onnx").stat().st_size > 0
