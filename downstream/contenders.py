@@ -14,20 +14,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from adpretrain.backbones import Backbone, Extract
+from adpretrain.backbones import Backbone
 from adpretrain.config import from_dict
 from adpretrain.extractor import ADExtractor
 from downstream.detector import Detector
 from downstream.evaluate import same_residuals
-from downstream.featurenorm import FeatureNorm
+from downstream.table import DETECTORS
 from downstream.withheld import Withheld
 
 FEATURES = ("raw", "residual", "conditioned", "adpretrain")
 RAW, PRETRAINED = FEATURES[0], FEATURES[-1]
-FEATURENORM = "featurenorm"
-# Module (of the same name) and class; imported when asked for.
-CLASSES = {"patchcore": "PatchCore", "padim": "PaDiM", "spade": "SPADE", "reconpatch": "ReConPatch"}
-DETECTORS = (FEATURENORM, *CLASSES)
+FEATURENORM, ALIGNED = "featurenorm", "aligned-featurenorm"
 SETTINGS = ("default", "adpretrain")
 
 
@@ -70,7 +67,10 @@ class Networks:
 
 
 def contenders(detectors: Sequence[str], features: Sequence[str], networks: Networks) -> list[Contender]:
-    """Every detector on every kind of features, and on every extractor. Raises ValueError for what there is not."""
+    """Every detector on every kind of features, and on every extractor. Raises ValueError for what there is not.
+
+    Aligned references need an extractor: that detector has no row for raw features.
+    """
     if unknown := [name for name in detectors if name not in DETECTORS]:
         raise ValueError(f"detectors {unknown} are unknown; choose from {', '.join(DETECTORS)}")
     if unknown := [name for name in features if name not in FEATURES]:
@@ -85,39 +85,44 @@ def contenders(detectors: Sequence[str], features: Sequence[str], networks: Netw
         for detector in dict.fromkeys(detectors)
         for name in dict.fromkeys(features)
         for number in range(counts[name])
+        if (detector, name) != (ALIGNED, RAW)
     ]
 
 
-def build(contender: Contender, extract: Extract, size: int, settings: str, options: Mapping[str, Any]) -> Detector:
+def build(
+    contender: Contender, extract: Backbone | Withheld, size: int, settings: str, options: Mapping[str, Any]
+) -> Detector:
     """An unfitted detector. ``settings``: its "default", or those of ADPretrain's evaluation where it has them;
-    ``options`` replace single ones. ``size``: side of the maps of FeatureNorm, in pixels.
+    ``options`` replace single ones. ``size``: side of the maps of the FeatureNorms, in pixels.
     """
     if settings not in SETTINGS:
         raise ValueError(f"settings {settings!r} are unknown; choose one of {', '.join(SETTINGS)}")
-    if contender.detector == FEATURENORM:
-        # FeatureNorm is fitted by nothing but the references, which `Withheld` holds already.
-        chosen: dict[str, Any] = {"image_size": size}
-        if isinstance(extract, Withheld):
-            chosen["norm"] = extract.extractor.config.norm
-        if settings == "adpretrain":
-            chosen["top"] = 0.0
-        return FeatureNorm(extract, **{**chosen, **options})
-    module = detector_module(contender.detector)
+    entry = DETECTORS[contender.detector]
+    kind = entry.load()
+    if contender.detector in (FEATURENORM, ALIGNED):
+        return _norm(kind, contender, extract, {"image_size": size, **_own(settings), **options})
+    module = importlib.import_module(entry.module)
     config = getattr(module, "ADPRETRAIN", module.DEFAULT) if settings == "adpretrain" else module.DEFAULT
     merged = _merged(dataclasses.asdict(config), options)
-    config = from_dict(type(config), merged, f"options of {contender.detector}")
-    detector: Detector = getattr(module, CLASSES[contender.detector])(extract, config)
+    detector: Detector = kind(extract, from_dict(entry.options(), merged, f"options of {contender.detector}"))
     return detector
 
 
-def detector_module(name: str) -> Any:
-    """The module of a detector. Raises ValueError if this version has none."""
+def _own(settings: str) -> dict[str, Any]:
+    return {"top": 0.0} if settings == "adpretrain" else {}
+
+
+def _norm(kind: Any, contender: Contender, extract: Backbone | Withheld, options: Mapping[str, Any]) -> Detector:
+    """The FeatureNorms take arguments instead of a configuration, and know the norm of an `ADExtractor` only."""
+    given = dict(options)
+    if isinstance(extract, Withheld):
+        given.setdefault("norm", extract.extractor.config.norm)
+    features = extract.extractor if contender.detector == ALIGNED and isinstance(extract, Withheld) else extract
     try:
-        return importlib.import_module(f"downstream.{name}")
-    except ModuleNotFoundError as error:
-        if error.name != f"downstream.{name}":
-            raise
-        raise ValueError(f"detector {name!r} is not part of this version") from None
+        detector: Detector = kind(features, **given)
+    except TypeError as error:
+        raise ValueError(f"options of {contender.detector}: {error}") from error
+    return detector
 
 
 def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,8 +28,9 @@ from adpretrain.backbones import load_backbone
 from adpretrain.config import read_yaml
 from adpretrain.data import Sample
 from adpretrain.extractor import backbone_config
-from downstream.contenders import PRETRAINED, RAW, Networks, contenders, detector_module
+from downstream.contenders import PRETRAINED, RAW, Networks, build, contenders
 from downstream.protocols import ProtocolOptions, trials
+from downstream.table import find_detector
 from downstream.tables import in_order
 from downstream.trial import Settings, run_trial
 
@@ -45,16 +46,16 @@ def run(options: argparse.Namespace, samples: Sequence[Sample], console: Console
     protocol = protocol_options(options)
     settings = Settings(
         settings=options.settings,
-        options=read_yaml(str(options.options)) if options.options else {},
+        options=detector_options(options.options),
         batch_size=options.batch_size,
         workers=options.workers,
         device=device,
         pictures=options.pictures,
     )
     rows = contenders(options.detectors, features, networks)
-    for row in rows:
-        if row.detector != "featurenorm":
-            detector_module(row.detector)
+    for row in rows:  # a mistake in the options is told before anything is computed
+        size = networks.backbone.preprocess.image_size
+        build(row, networks.extract(row), size, settings.settings, settings.options.get(row.detector, {}))
     planned = trials(samples, protocol)
     jobs = jobs_of(planned, rows)
     configuration = configuration_of(options, samples, networks, protocol, settings, features)
@@ -92,6 +93,14 @@ def protocol_options(options: argparse.Namespace) -> ProtocolOptions:
         given["shots"] = tuple(options.shots)
     overlap = not options.no_overlap
     return ProtocolOptions(options.protocol or "full", draws=options.draws or 0, overlap=overlap, **given)
+
+
+def detector_options(path: Path | None) -> dict[str, Any]:
+    """A YAML file of options under detectors' names. Raises ValueError for a name that is none."""
+    content = read_yaml(str(path)) if path else {}
+    for name in content:
+        find_detector(name)
+    return content
 
 
 def configuration_of(

@@ -22,8 +22,9 @@ import few_shot
 from rich.console import Console
 
 from adpretrain.data import DATASETS, Sample, index_dataset
-from downstream.contenders import DETECTORS, FEATURES, SETTINGS
+from downstream.contenders import FEATURES, SETTINGS
 from downstream.protocols import PROTOCOLS
+from downstream.table import DETECTORS
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
