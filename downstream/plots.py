@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from downstream.thresholds import count, roc_curve
@@ -61,7 +62,8 @@ def histograms(records: Sequence[Record]) -> bytes:
             axes.hist(values, edges, color=colour, alpha=0.75, label=f"{name} ({len(values)})")
         axes.set_title(f"{record['detector']}, {record['features']}", fontsize=9, color=INK, loc="left")
         axes.tick_params(labelsize=7, colors=SOFT)
-        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
     for axes in np.ravel(grid)[len(records) :]:
         axes.set_axis_off()
     handles, labels = np.ravel(grid)[0].get_legend_handles_labels()

@@ -36,9 +36,10 @@ def write_findings(
     products = sorted({record["product"] for record in records})
     repeats = max(row.repeats for row in summarise(records))
     first = [record for record in records if record["order"] == records[0]["order"]]
+    settings = list(dict.fromkeys(record["setting"] for record in records))
     seconds = sum(sum(record["seconds"].values()) for record in records)
     facts = [
-        Fact("Protocol", protocol, ", ".join(dict.fromkeys(record["setting"] for record in records))),
+        Fact("Protocol", protocol, ", ".join(name for name in settings if name != protocol)),
         Fact("Products", str(len(products)), f"{sum(len(record['scores']) for record in first)} scored images"),
         Fact("Backbone", configuration["backbone"]["name"], f"{configuration['preprocess']['image_size']} pixels"),
         Fact("Extractors", str(len(configuration["extractors"])), "seeds of one training are averaged"),
