@@ -39,6 +39,7 @@ class RepresentationConfig:
         momentum: gamma of Eq. 8 [ours].
         epochs: times that every normal image is seen. 120; 60 in the ensemble at 320 pixels.
         learning_rate: of AdamP, falling to 0 along a cosine, step by step. 1e-5; 1e-6 in ensembles and at 480 pixels.
+            The paper's sets take thousands of steps; a few hundred, of a few dozen images, need about 1e-3.
         weight_decay: of AdamP.
         images_per_step: images whose patches may meet in a step [ours].
         patches_per_step: N, drawn from them at random; all of them if they are fewer [ours]. Time and memory of a
