@@ -6,7 +6,6 @@ Like every fitted detector it holds features of the product; see `downstream.sav
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,8 +19,6 @@ from adpretrain.backbones import Extract
 from downstream.detector import Detector
 from downstream.saving import DetectorConfig, read_detector_config
 from downstream.table import detector_from_pretrained
-
-COMPOSITES = {"ensemble": ("downstream.ensemble", "Ensemble"), "refined": ("downstream.refined", "Refined")}
 
 
 def save_composite(
@@ -72,22 +69,13 @@ def load_composite(
             f"{len(extracts)} extracts for the {count} members of {folder}; give one for each, or one for all"
         )
     device_name = None if device is None else str(device)
-    members = [load_member(folder / _part(number), one, device_name, weights) for number, one in enumerate(extracts)]
+    members = [
+        detector_from_pretrained(folder / _part(number), one, device_name, weights)
+        for number, one in enumerate(extracts)
+    ]
     expected = {key: torch.empty(shape, device="meta") for key, shape in config.tensors.items()}
     tensors = {key: value.to(device or "cpu") for key, value in read_weights(folder, expected).items()}
     return config, members, tensors
-
-
-def load_member(
-    folder: Path, extract: Extract | None, device: str | None, weights: str | os.PathLike[str] | None
-) -> Detector:
-    """A fitted detector of any kind, made of others or not."""
-    name = read_detector_config(folder).detector
-    if name not in COMPOSITES:
-        return detector_from_pretrained(folder, extract, device, weights)
-    module, cls = COMPOSITES[name]
-    detector: Detector = getattr(importlib.import_module(module), cls).from_pretrained(folder, extract, device, weights)
-    return detector
 
 
 def _part(number: int) -> str:

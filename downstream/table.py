@@ -76,6 +76,9 @@ DETECTORS: dict[str, DetectorEntry] = {
     ),
 }
 
+# Made of other detectors: no options of their own, so they are loaded by name but not fitted by it.
+COMPOSITES = {"ensemble": ("downstream.ensemble", "Ensemble"), "refined": ("downstream.refined", "Refined")}
+
 
 def find_detector(name: str) -> DetectorEntry:
     """The entry of a name. Raises ValueError that lists the names."""
@@ -90,6 +93,11 @@ def detector_from_pretrained(
     device: str | None = None,
     weights: str | os.PathLike[str] | None = None,
 ) -> Detector:
-    """A fitted detector of any kind. Arguments and errors as in `downstream.saving.load_detector`."""
-    entry = find_detector(read_detector_config(folder).detector)
-    return entry.load().from_pretrained(folder, extract, device, weights)
+    """A fitted detector of any kind, made of others or not. Arguments and errors as in
+    `downstream.saving.load_detector`.
+    """
+    name = read_detector_config(folder).detector
+    if name in COMPOSITES:
+        module, cls = COMPOSITES[name]
+        return getattr(importlib.import_module(module), cls).from_pretrained(folder, extract, device, weights)
+    return find_detector(name).load().from_pretrained(folder, extract, device, weights)

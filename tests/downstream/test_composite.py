@@ -55,10 +55,10 @@ def ensemble(backbone: Backbone) -> Ensemble:
 
 LOAD = """
 import sys, torch
-from downstream.composite import load_member
+from downstream.table import detector_from_pretrained
 from pathlib import Path
 images = torch.load(sys.argv[2], weights_only=True)
-found = load_member(Path(sys.argv[1]), None, None, None).predict(images)
+found = detector_from_pretrained(Path(sys.argv[1])).predict(images)
 torch.save([found.scores, found.maps], sys.argv[3])
 """
 
