@@ -51,10 +51,11 @@ def curves(records: Sequence[Record]) -> bytes:
 
 def histograms(records: Sequence[Record]) -> bytes:
     """Image scores of one product, a small plot for every contender: normal images against defects."""
-    columns = min(3, len(records))
-    rows = -(-len(records) // columns)
+    records = [record for record in records if record["scores"]]
+    columns = max(1, min(3, len(records)))
+    rows = max(1, -(-len(records) // columns))
     figure, grid = _figure(3.1 * columns, 1.75 * rows + 0.3, columns, rows)
-    for axes, record in zip(np.ravel(grid), records, strict=False):
+    for axes, record in zip(grid, records, strict=False):
         scores, labels = np.array(record["scores"]), np.array(record["labels"], dtype=bool)
         edges = np.histogram_bin_edges(scores, bins=24)
         kinds = [("normal", scores[~labels], NORMAL), ("defective", scores[labels], ANOMALOUS)]
@@ -64,9 +65,9 @@ def histograms(records: Sequence[Record]) -> bytes:
         axes.tick_params(labelsize=7, colors=SOFT)
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
-    for axes in np.ravel(grid)[len(records) :]:
+    for axes in grid[len(records) :]:
         axes.set_axis_off()
-    handles, labels = np.ravel(grid)[0].get_legend_handles_labels()
+    handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return png(figure)
 
@@ -74,13 +75,13 @@ def histograms(records: Sequence[Record]) -> bytes:
 def scatter(points: Mapping[str, NDArray[np.floating]], anomalous: NDArray[np.bool_], method: str) -> bytes:
     """Features in two dimensions, one plot for each kind: title -> [n, 2], all of the same n patches."""
     figure, grid = _figure(4.2 * len(points), 4.0, len(points))
-    for axes, (title, place_N2) in zip(np.ravel(grid), points.items(), strict=True):
+    for axes, (title, place_N2) in zip(grid, points.items(), strict=True):
         for name, chosen, colour in (("normal", ~anomalous, NORMAL), ("defective", anomalous, ANOMALOUS)):
             axes.scatter(*place_N2[chosen].T, s=9, color=colour, alpha=0.8, linewidths=0, label=f"{name} patches")
         axes.set_title(f"{title} ({method})", fontsize=10, color=INK, loc="left")
         axes.set_xticks([])
         axes.set_yticks([])
-    handles, labels = np.ravel(grid)[0].get_legend_handles_labels()
+    handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return png(figure)
 
@@ -94,7 +95,7 @@ def png(figure: Figure) -> bytes:
 
 def _figure(width: float, height: float, columns: int, rows: int = 1) -> tuple[Figure, Any]:
     figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=rows == 1 and columns > 1)
+    return figure, np.ravel(figure.subplots(rows, columns, squeeze=False))
 
 
 def _by_contender(records: Sequence[Record]) -> list[tuple[dict[str, Any], list[Record]]]:
@@ -120,7 +121,7 @@ def _by_contender(records: Sequence[Record]) -> list[tuple[dict[str, Any], list[
 def _roc(record: Record) -> NDArray[np.float64] | None:
     """The share of defects found at `RATES`."""
     labels = np.array(record["labels"], dtype=bool)
-    if labels.all() or not labels.any():
+    if labels.all() or not labels.any():  # also without any image
         return None
     rate, found = roc_curve(count(np.array(record["scores"], dtype=np.float64), labels))
     # np.interp would draw a slope through a vertical step: start from the last corner that is not beyond each rate.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -19,14 +19,16 @@ from adpretrain.data import ImageDataset, Sample
 from adpretrain.preprocess import Preprocess
 from downstream.contenders import FEATURENORM, Contender, Networks, build
 from downstream.ground_truth import region_weights
-from downstream.metrics import aupro, evaluate_maps
+from downstream.metrics import Metrics, aupro, evaluate_maps
 from downstream.protocols import Part, Trial
 from downstream.showing import Shown, choose_shown
 from downstream.streaming import StreamingMetrics
 from downstream.thresholds import count, pro_curve
 from downstream.withheld import Withheld
 
+METRICS = (*(field.name for field in fields(Metrics) if field.name != "notes"), "aupro_official")
 WHOLE = 150_000_000  # pixels of a product's maps that are kept and measured at once; more are measured in a stream
+ALONE = "the only reference is compared with itself: fitted on residuals of zero"
 CURVE = np.linspace(0, 0.3, 61)  # false positive rates at which the PRO curve is kept
 
 
@@ -95,7 +97,13 @@ def run_trial(trial: Trial, contender: Contender, networks: Networks, settings: 
     detector = build(contender, extract, preprocess.image_size, settings.settings, options)
     began = time.perf_counter()
     if contender.detector != FEATURENORM:
-        detector.fit(Training(trial.parts, extract, preprocess, settings))
+        try:
+            detector.fit(Training(trial.parts, extract, preprocess, settings))
+        except ValueError as error:
+            if sum(len(part.train) for part in trial.parts) > 1:
+                raise
+            # One image is too few for some detectors, and no reason to stop the others.
+            return [_unfitted(trial, contender, str(error))]
     fitted = time.perf_counter() - began
     records = []
     for part in trial.parts:
@@ -104,6 +112,7 @@ def run_trial(trial: Trial, contender: Contender, networks: Networks, settings: 
         if len(trial.parts) > 1 or contender.detector == FEATURENORM:
             give_references(extract, part, settings)
         began = time.perf_counter()
+        alone = isinstance(extract, Withheld) and contender.detector != FEATURENORM and len(part.references) == 1
         scored = _scored(detector, part, Images(part.test, preprocess, settings), settings, preprocess.image_size)
         records.append(
             {
@@ -112,12 +121,31 @@ def run_trial(trial: Trial, contender: Contender, networks: Networks, settings: 
                 "draw": trial.draw,
                 **asdict(contender),
                 **scored,
-                "notes": [*part.notes, *scored["notes"]],
+                "notes": [*part.notes, *([ALONE] if alone else []), *scored["notes"]],
                 "trained_on": sum(len(each.train) for each in trial.parts),
                 "seconds": {"fit": round(fitted, 3), "score": round(time.perf_counter() - began, 3)},
             }
         )
     return records
+
+
+def _unfitted(trial: Trial, contender: Contender, reason: str) -> dict[str, Any]:
+    """The record of a detector that one image is too few for: no metric is defined."""
+    part = trial.parts[0]
+    return {
+        "product": part.product,
+        "setting": trial.setting,
+        "draw": trial.draw,
+        **asdict(contender),
+        "metrics": dict.fromkeys(METRICS),
+        "scores": [],
+        "labels": [],
+        "pro": None,
+        "shown": Shown([]),
+        "notes": [*part.notes, f"{contender}, not fitted: {reason}"],
+        "trained_on": len(part.train),
+        "seconds": {"fit": 0.0, "score": 0.0},
+    }
 
 
 def _scored(detector: Any, part: Part, images: Images, settings: Settings, size: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ taken for results of this one.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from urllib.parse import quote
 from adpretrain.files import atomic_path
 from downstream.contenders import RAW, Contender
 from downstream.protocols import Trial
+
+PATIENCE = 120  # seconds that the other processes wait for the first one's config.json
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,9 @@ class Cells:
     def __init__(self, folder: Path, configuration: dict[str, Any], main: bool) -> None:
         self.folder = folder
         saved = folder / "config.json"
+        deadline = time.monotonic() + PATIENCE
+        while not (main or saved.is_file() or time.monotonic() > deadline):
+            time.sleep(0.1)  # the first process writes it, and must meet an empty folder
         plain = json.loads(json.dumps(configuration))
         if saved.is_file():
             found = json.loads(saved.read_text(encoding="utf-8"))
@@ -87,9 +93,11 @@ class Cells:
                     f"{folder} holds results of another configuration ({', '.join(changed)} differ; {key} was "
                     f"{_short(found.get(key))}, is {_short(plain.get(key))}): give another --out, or the same settings"
                 )
+        elif not main:
+            raise ValueError(f"the first process did not write {saved} within {PATIENCE} s: see its own message")
         elif folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
             raise ValueError(f"{folder} holds files but no config.json of an evaluation: give another --out")
-        elif main:
+        else:
             with atomic_path(saved) as temporary:
                 temporary.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
 

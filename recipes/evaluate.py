@@ -109,6 +109,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         console.print(f"[red]error:[/] {error}", highlight=False)
         return 2
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on with what is not finished" if options.detectors else "stopped")
+        return 130
     return 0
 
 

@@ -23,6 +23,7 @@ from downstream.metrics import auroc
 from downstream.patches import in_two_dimensions, sampled_patches
 from downstream.protocols import ProtocolOptions, trials
 from downstream.report import Fact
+from downstream.tables import TITLES
 from downstream.trial import CURVE, Images, Settings, Training, run_trial
 from downstream.withheld import Withheld
 
@@ -50,6 +51,16 @@ def test_featurenorm_gets_the_few_shot_tables_numbers(samples: list[Sample], net
     for name in ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "pixel_f1", "aupro"):
         assert record["metrics"][name] == pytest.approx(expected[name], abs=1e-6), name
     assert record["metrics"]["pixel_auroc"] > 0.9
+
+
+def test_one_image_is_too_few_for_padim_and_no_reason_to_stop(samples: list[Sample], networks: Networks) -> None:
+    (found,) = trials(product(samples), ProtocolOptions("few-shot", shots=(1,)))
+    (record,) = run_trial(found, Contender("padim", "raw"), networks, Settings(pictures=0))
+    assert set(record["metrics"]) == set(TITLES)
+    assert not any(record["metrics"].values())
+    assert record["notes"][0].startswith("padim on raw, not fitted: ")
+    assert plots.histograms([record]).startswith(b"\x89PNG")
+    assert plots.curves([record]).startswith(b"\x89PNG")
 
 
 def test_a_stream_measures_what_whole_maps_do(
