@@ -19,11 +19,11 @@ from adpretrain.backbones import Backbone
 from adpretrain.config import from_dict
 from adpretrain.extractor import ADExtractor
 from adpretrain.preprocess import Preprocess
-from downstream.basis import Progress, silent
 from downstream.detector import Detector
 from downstream.featurenorm import FeatureNormOptions
-from downstream.features import set_references
-from downstream.photos import Unreadable, find_images, printable, read_batches, relative_name
+from downstream.inspection.basis import Progress, silent
+from downstream.inspection.features import set_references
+from downstream.inspection.photos import Unreadable, find_images, printable, read_batches, relative_name
 from downstream.table import find_detector
 
 

@@ -15,8 +15,8 @@ from typing import Any
 from urllib.parse import quote
 
 from adpretrain.files import atomic_path
-from downstream.contenders import RAW, Contender
-from downstream.protocols import Trial
+from downstream.evaluation.contenders import RAW, Contender
+from downstream.evaluation.protocols import Trial
 
 PATIENCE = 120  # seconds that the other processes wait for the first one's config.json
 

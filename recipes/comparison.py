@@ -28,11 +28,11 @@ from adpretrain.backbones import load_backbone
 from adpretrain.config import read_yaml
 from adpretrain.data import Sample
 from adpretrain.extractor import backbone_config
-from downstream.contenders import PRETRAINED, RAW, Networks, build, contenders
-from downstream.protocols import ProtocolOptions, trials
+from downstream.evaluation.contenders import PRETRAINED, RAW, Networks, build, contenders
+from downstream.evaluation.protocols import ProtocolOptions, trials
+from downstream.evaluation.tables import in_order
+from downstream.evaluation.trial import Settings, run_trial
 from downstream.table import find_detector
-from downstream.tables import in_order
-from downstream.trial import Settings, run_trial
 
 POLL = 0.5  # seconds between looks at the folder, once the first process has nothing else to do
 

@@ -22,8 +22,8 @@ import few_shot
 from rich.console import Console
 
 from adpretrain.data import DATASETS, Sample, index_dataset
-from downstream.contenders import FEATURES, SETTINGS
-from downstream.protocols import PROTOCOLS
+from downstream.evaluation.contenders import FEATURES, SETTINGS
+from downstream.evaluation.protocols import PROTOCOLS
 from downstream.table import DETECTORS
 
 

@@ -28,7 +28,15 @@ from adpretrain.files import atomic_path
 from adpretrain.preprocess import read_image
 from adpretrain.references import random_references
 from downstream.detector import Prediction
-from downstream.evaluate import FeatureSet, backbone_norm, by_product, encode_samples, measure, same_residuals, score
+from downstream.evaluation.evaluate import (
+    FeatureSet,
+    backbone_norm,
+    by_product,
+    encode_samples,
+    measure,
+    same_residuals,
+    score,
+)
 from downstream.featurenorm import FeatureNorm
 from downstream.visualise import ColourScale, panel, save_png, shown_region
 

@@ -12,14 +12,14 @@ from rich.table import Table
 
 from adpretrain._version import __version__
 from adpretrain.files import atomic_path
-from downstream.comparison_report import write_comparison
-from downstream.contenders import PRETRAINED, RAW, Contender, Networks
-from downstream.patches import in_two_dimensions, sampled_patches
-from downstream.plots import scatter
-from downstream.protocols import Part, Trial
-from downstream.report import Fact
-from downstream.tables import summarise, summary_table, write_tables
-from downstream.trial import Images, Settings, give_references
+from downstream.evaluation.contenders import PRETRAINED, RAW, Contender, Networks
+from downstream.evaluation.patches import in_two_dimensions, sampled_patches
+from downstream.evaluation.plots import scatter
+from downstream.evaluation.protocols import Part, Trial
+from downstream.evaluation.report import write_comparison
+from downstream.evaluation.tables import summarise, summary_table, write_tables
+from downstream.evaluation.trial import Images, Settings, give_references
+from downstream.inspection.report import Fact
 
 PER_KIND = 12  # scored images of each kind, normal and defective, whose patches are drawn
 

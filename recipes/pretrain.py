@@ -31,7 +31,7 @@ from adpretrain.config import PretrainConfig, parse_command_line
 from adpretrain.data.pairs import StepBatches
 from adpretrain.extractor import ADExtractor
 from adpretrain.objective import Losses, measure_centers
-from downstream.evaluate import FeatureSet, few_shot
+from downstream.evaluation.evaluate import FeatureSet, few_shot
 
 CENTER_STEPS = 8  # batches that measure the centres
 

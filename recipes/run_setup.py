@@ -21,7 +21,7 @@ from adpretrain.data import ImageDataset, Sample, index_dataset
 from adpretrain.data.pairs import PretrainingSet, StepBatches
 from adpretrain.extractor import ADExtractor, build_projector
 from adpretrain.objective import Objective
-from downstream.evaluate import FeatureSet, by_product, encode_samples
+from downstream.evaluation.evaluate import FeatureSet, by_product, encode_samples
 
 CONDITIONING_IMAGES = 2  # normal images of every product that measure the feature statistics
 

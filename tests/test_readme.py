@@ -85,6 +85,9 @@ def test_pretrain_and_inspect_commands(tmp_path: Path) -> None:
         run(shlex.split(next(c for c in commands() if c.startswith(f"adpretrain {name}"))), tmp_path)
     assert (tmp_path / "features" / "index.json").is_file()
     assert (tmp_path / "product.onnx").stat().st_size > 0
+    compare = [c for c in commands() if c.startswith("accelerate")][1]
+    run([*shlex.split(compare), "--categories", "p000*", "--detectors", "patchcore,featurenorm"], tmp_path)
+    assert {"table.md", "table.csv", "report.html"} <= {path.name for path in (tmp_path / "runs/compare").iterdir()}
     check = next(span for span in re.findall(r"`(adpretrain check-data .*?)`", README))
     run([*shlex.split(check.replace("path/to/set", "data/synthetic"))], tmp_path)
 

@@ -52,8 +52,8 @@ def export(parser: ArgumentParser) -> Callable[[Namespace], int]:
 
 
 def _export(options: Namespace) -> int:
-    from downstream.basis import Options
-    from downstream.export import export_folder
+    from downstream.inspection.basis import Options
+    from downstream.inspection.export import export_folder
 
     with ProgressBars() as progress:
         done, basis = export_folder(

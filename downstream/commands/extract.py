@@ -38,9 +38,9 @@ def extract(parser: ArgumentParser) -> Callable[[Namespace], int]:
 
 
 def _extract(options: Namespace) -> int:
-    from downstream.features import extract_folder, refuse_others, set_references
-    from downstream.photos import find_images
-    from downstream.score import pick_device
+    from downstream.inspection.features import extract_folder, refuse_others, set_references
+    from downstream.inspection.folder import pick_device
+    from downstream.inspection.photos import find_images
 
     _check(options)
     images, out = Path(options.images), Path(options.out)

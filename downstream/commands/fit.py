@@ -41,8 +41,8 @@ def fit(parser: ArgumentParser) -> Callable[[Namespace], int]:
 
 def _fit(options: Namespace) -> int:
     from downstream.fitting import fit_folder, parse_settings
-    from downstream.photos import find_images
-    from downstream.score import pick_device
+    from downstream.inspection.folder import pick_device
+    from downstream.inspection.photos import find_images
 
     check_network(options)
     normal, out = Path(options.normal), Path(options.out)

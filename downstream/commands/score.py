@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser, Namespace
 from downstream.terminal import ProgressBars, plain
 
 if TYPE_CHECKING:
-    from downstream.score import Inspection
+    from downstream.inspection.folder import Inspection
 
 TOP = 5  # anomalies listed on stdout
 
@@ -70,8 +70,8 @@ def score(parser: ArgumentParser) -> Callable[[Namespace], int]:
 
 
 def _score(options: Namespace) -> int:
-    from downstream.basis import Options
-    from downstream.score import score_folder
+    from downstream.inspection.basis import Options
+    from downstream.inspection.folder import score_folder
 
     with ProgressBars() as progress:
         inspection = score_folder(
@@ -102,7 +102,7 @@ def _score(options: Namespace) -> int:
 def describe(inspection: Inspection) -> str:
     """The run in a few lines of plain text."""
     from downstream.calibration import percent
-    from downstream.results import ANOMALOUS, UNDECIDED, UNREADABLE, by_score
+    from downstream.inspection.results import ANOMALOUS, UNDECIDED, UNREADABLE, by_score
 
     summary, results = inspection.summary, inspection.results
     counts = summary["counts"]

@@ -18,7 +18,7 @@ from adpretrain.backbones import BACKBONES, load_backbone
 from adpretrain.extractor import ADExtractor
 from adpretrain.preprocess import read_image
 from downstream.cli import main
-from downstream.features import join
+from downstream.inspection.features import join
 
 Write = Callable[..., Path]
 

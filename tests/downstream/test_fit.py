@@ -16,9 +16,9 @@ from downstream.cli import main
 from downstream.embedding import EmbeddingConfig
 from downstream.featurenorm import FeatureNorm
 from downstream.fitting import parse_settings
+from downstream.inspection.photos import Photo, find_images, read_batches
 from downstream.padim import PaDiM
 from downstream.patchcore import PatchCore, PatchCoreConfig
-from downstream.photos import Photo, find_images, read_batches
 from downstream.table import DETECTORS, detector_from_pretrained
 
 

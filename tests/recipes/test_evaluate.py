@@ -168,8 +168,8 @@ def test_products_are_spread_by_their_size(monkeypatch: pytest.MonkeyPatch) -> N
     from cells import jobs_of, shares
 
     from adpretrain.data import Sample
-    from downstream.contenders import Contender
-    from downstream.protocols import Part, Trial
+    from downstream.evaluation.contenders import Contender
+    from downstream.evaluation.protocols import Part, Trial
 
     def trial(name: str, images: int) -> Trial:
         samples = tuple(Sample(Path(f"{name}{i}"), None, name, "good", None, "test") for i in range(images))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adpretrain.extractor import ADExtractor
 from adpretrain.references import kmeans_references, random_references
-from downstream.photos import Photo, Unreadable, read_batches
+from downstream.inspection.photos import Photo, Unreadable, read_batches
 
 EVEN, RANDOM, KMEANS, ALIGNED = "even", "random", "kmeans", "aligned"
 METHODS = (EVEN, RANDOM, KMEANS, ALIGNED)

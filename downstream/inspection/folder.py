@@ -15,11 +15,10 @@ import torch
 from adpretrain import __version__
 from adpretrain.extractor import ADExtractor
 from adpretrain.files import atomic_path
-from downstream.basis import DEFAULTS, Basis, Options, Progress, prepare, silent
-from downstream.inspection import score_images
-from downstream.photos import find_images, printable
-from downstream.report import Fact, Gallery, rate_fact, write_report
-from downstream.results import (
+from downstream.inspection.basis import DEFAULTS, Basis, Options, Progress, prepare, silent
+from downstream.inspection.photos import find_images, printable
+from downstream.inspection.report import Fact, Gallery, rate_fact, write_report
+from downstream.inspection.results import (
     ANOMALOUS,
     UNDECIDED,
     UNREADABLE,
@@ -30,6 +29,7 @@ from downstream.results import (
     write_scores,
     write_summary,
 )
+from downstream.inspection.scoring import score_images
 
 # One meaning per code, the most urgent one that is true; --help repeats them.
 EXIT_FINE, EXIT_ANOMALY, EXIT_USAGE, EXIT_INCOMPLETE = 0, 1, 2, 3

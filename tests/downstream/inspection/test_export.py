@@ -34,11 +34,11 @@ from downstream.aligned import AlignedFeatureNorm
 from downstream.calibration import calibrate
 from downstream.cli import main
 from downstream.commands.export import snippet
-from downstream.export import NOTICE, Agreement, _judge, export_onnx, verify
 from downstream.featurenorm import FeatureNorm
-from downstream.inspector import Inspector
+from downstream.inspection.export import NOTICE, Agreement, _judge, export_onnx, verify
+from downstream.inspection.inspector import Inspector
 
-MTD = Path(__file__).resolve().parents[3] / "shared" / "data" / "mtd"
+MTD = Path(__file__).resolve().parents[4] / "shared" / "data" / "mtd"
 SIDE = 64
 Write = Callable[..., Path]
 

@@ -15,17 +15,17 @@ import torch
 
 from adpretrain.data import Sample, index_dataset
 from adpretrain.extractor import ADExtractor
-from downstream import plots, trial
-from downstream.comparison_report import write_comparison
-from downstream.contenders import Contender, Networks, build, contenders
-from downstream.evaluate import encode_samples, few_shot
+from downstream.evaluation import plots, trial
+from downstream.evaluation.contenders import Contender, Networks, build, contenders
+from downstream.evaluation.evaluate import encode_samples, few_shot
+from downstream.evaluation.patches import in_two_dimensions, sampled_patches
+from downstream.evaluation.protocols import ProtocolOptions, trials
+from downstream.evaluation.report import write_comparison
+from downstream.evaluation.tables import TITLES
+from downstream.evaluation.trial import CURVE, Images, Settings, Training, run_trial
+from downstream.evaluation.withheld import Withheld
+from downstream.inspection.report import Fact
 from downstream.metrics import auroc
-from downstream.patches import in_two_dimensions, sampled_patches
-from downstream.protocols import ProtocolOptions, trials
-from downstream.report import Fact
-from downstream.tables import TITLES
-from downstream.trial import CURVE, Images, Settings, Training, run_trial
-from downstream.withheld import Withheld
 
 
 @pytest.fixture(scope="module")

@@ -26,8 +26,8 @@ from PIL import Image
 
 from adpretrain.files import atomic_path
 from downstream.calibration import percent
-from downstream.photos import printable
-from downstream.results import ANOMALOUS, NORMAL, UNDECIDED, UNREADABLE, Result
+from downstream.inspection.photos import printable
+from downstream.inspection.results import ANOMALOUS, NORMAL, UNDECIDED, UNREADABLE, Result
 from downstream.visualise import COLORMAP
 
 THUMBNAIL = 320  # longest side in pixels

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from adpretrain.files import atomic_path
-from downstream.contenders import RAW
+from downstream.evaluation.contenders import RAW
 
 TITLES = {
     "image_auroc": "image AUROC",

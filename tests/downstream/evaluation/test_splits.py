@@ -9,7 +9,7 @@ import torch
 
 from adpretrain.backbones import load_backbone
 from adpretrain.data import Sample
-from downstream.evaluate import FeatureSet, encode_samples
+from downstream.evaluation.evaluate import FeatureSet, encode_samples
 
 
 def images(*kinds: str) -> FeatureSet:

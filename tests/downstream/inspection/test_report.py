@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from downstream.report import Fact, Gallery, write_report
-from downstream.results import ANOMALOUS, NORMAL, UNREADABLE, Result
+from downstream.inspection.report import Fact, Gallery, write_report
+from downstream.inspection.results import ANOMALOUS, NORMAL, UNREADABLE, Result
 
 EVIL = '<img src=x onerror="document.title=1">{{facts}}&amp;\'.png'
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

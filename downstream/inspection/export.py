@@ -21,12 +21,12 @@ from torch import Tensor
 from adpretrain import __version__
 from adpretrain.extractor import ADExtractor
 from adpretrain.files import atomic_path
-from downstream.basis import DEFAULTS, Basis, Options, Progress, prepare, silent
 from downstream.calibration import Calibration
 from downstream.featurenorm import FeatureNorm
-from downstream.inspector import Inspector
-from downstream.photos import Unreadable, find_images, read_batches
-from downstream.score import pick_device
+from downstream.inspection.basis import DEFAULTS, Basis, Options, Progress, prepare, silent
+from downstream.inspection.folder import pick_device
+from downstream.inspection.inspector import Inspector
+from downstream.inspection.photos import Unreadable, find_images, read_batches
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OPSET, OPSETS = 20, range(18, 24)  # 20: ONNX Runtime 1.17 or newer

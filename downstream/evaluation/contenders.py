@@ -18,9 +18,9 @@ from adpretrain.backbones import Backbone
 from adpretrain.config import from_dict
 from adpretrain.extractor import ADExtractor
 from downstream.detector import Detector
-from downstream.evaluate import same_residuals
+from downstream.evaluation.evaluate import same_residuals
+from downstream.evaluation.withheld import Withheld
 from downstream.table import DETECTORS
-from downstream.withheld import Withheld
 
 FEATURES = ("raw", "residual", "conditioned", "adpretrain")
 RAW, PRETRAINED = FEATURES[0], FEATURES[-1]

@@ -21,7 +21,7 @@ import numpy as np
 
 from adpretrain.data import Sample
 from adpretrain.references import random_references
-from downstream.evaluate import by_product, normals, queries
+from downstream.evaluation.evaluate import by_product, normals, queries
 
 PROTOCOLS = ("full", "few-shot", "sample-efficiency", "contamination", "reference-sensitivity", "multi-class")
 EVERYTHING = "all products"

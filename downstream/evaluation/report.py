@@ -20,10 +20,10 @@ from matplotlib.colors import to_hex
 from PIL import Image
 
 from adpretrain.files import atomic_path
-from downstream import plots
-from downstream.photos import printable
-from downstream.report import Fact, jpeg, tile, warning_list
-from downstream.tables import MAIN, TITLES, number, products_table, summarise, summary_table
+from downstream.evaluation import plots
+from downstream.evaluation.tables import MAIN, TITLES, number, products_table, summarise, summary_table
+from downstream.inspection.photos import printable
+from downstream.inspection.report import Fact, jpeg, tile, warning_list
 from downstream.visualise import COLORMAP
 
 MOST_PRODUCTS = 40  # whose histograms and maps are shown

@@ -9,7 +9,7 @@ import pytest
 
 from adpretrain.data import Sample
 from adpretrain.references import random_references
-from downstream.protocols import PROTOCOLS, Part, ProtocolOptions, Trial, split, trials
+from downstream.evaluation.protocols import PROTOCOLS, Part, ProtocolOptions, Trial, split, trials
 
 
 def product(name: str, train: int = 20, good: int = 5, bad: int = 8, view: str | None = None) -> list[Sample]:

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from adpretrain.data import ImageDataset, Sample
 from adpretrain.preprocess import Preprocess
-from downstream.contenders import FEATURENORM, Contender, Networks, build
+from downstream.evaluation.contenders import FEATURENORM, Contender, Networks, build
+from downstream.evaluation.protocols import Part, Trial
+from downstream.evaluation.showing import Shown, choose_shown
+from downstream.evaluation.withheld import Withheld
 from downstream.ground_truth import region_weights
 from downstream.metrics import Metrics, aupro, evaluate_maps
-from downstream.protocols import Part, Trial
-from downstream.showing import Shown, choose_shown
 from downstream.streaming import StreamingMetrics
 from downstream.thresholds import count, pro_curve
-from downstream.withheld import Withheld
 
 METRICS = (*(field.name for field in fields(Metrics) if field.name != "notes"), "aupro_official")
 WHOLE = 150_000_000  # pixels of a product's maps that are kept and measured at once; more are measured in a stream

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from adpretrain.files import atomic_path
-from downstream.photos import printable
+from downstream.inspection.photos import printable
 
 ANOMALOUS, NORMAL, UNDECIDED, UNREADABLE = "anomalous", "normal", "undecided", "unreadable"
 

@@ -11,7 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from downstream.tables import COLUMNS, TITLES, in_order, products_table, summarise, summary_table, write_tables
+from downstream.evaluation.tables import (
+    COLUMNS,
+    TITLES,
+    in_order,
+    products_table,
+    summarise,
+    summary_table,
+    write_tables,
+)
 
 
 def record(product: str, features: str, value: float | None, draw: int = 0, extractor: int = 0) -> dict[str, Any]:

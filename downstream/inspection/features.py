@@ -28,9 +28,9 @@ from adpretrain import ADExtractor, __version__
 from adpretrain.backbones import Backbone, FeatureMaps
 from adpretrain.extractor import backbone_config
 from adpretrain.files import atomic_folder, atomic_path
-from downstream.basis import Progress, silent
-from downstream.choosing import EVEN, choose_references, read_all
-from downstream.photos import Photo, Unreadable, find_images, printable, read_batches, relative_name
+from downstream.inspection.basis import Progress, silent
+from downstream.inspection.choosing import EVEN, choose_references, read_all
+from downstream.inspection.photos import Photo, Unreadable, find_images, printable, read_batches, relative_name
 
 INDEX = "index.json"
 SHARD = "features-{:05d}.safetensors"

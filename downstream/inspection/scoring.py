@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from downstream.basis import SCALE_SAMPLE, Basis, Progress, predict_photos, silent
-from downstream.photos import Photo, Unreadable, picture_names, printable, read_batches, relative_name
-from downstream.results import ANOMALOUS, NORMAL, UNDECIDED, UNREADABLE, Result
+from downstream.inspection.basis import SCALE_SAMPLE, Basis, Progress, predict_photos, silent
+from downstream.inspection.photos import Photo, Unreadable, picture_names, printable, read_batches, relative_name
+from downstream.inspection.results import ANOMALOUS, NORMAL, UNDECIDED, UNREADABLE, Result
 from downstream.visualise import ColourScale, overlay, panel, save_png
 
 SHAPE_TOLERANCE = 0.05  # relative difference of width:height that is worth a warning

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from downstream.evaluation.trial import CURVE
 from downstream.thresholds import count, roc_curve
-from downstream.trial import CURVE
 
 # Okabe and Ito's colours, told apart by the colour-blind.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")

@@ -21,9 +21,9 @@ from adpretrain.extractor import ADExtractor
 from adpretrain.preprocess import Preprocess
 from downstream.aligned import AlignedFeatureNorm
 from downstream.calibration import Calibration, calibrate
-from downstream.choosing import ALIGNED, EVEN, METHODS, choose_references, read_all
 from downstream.featurenorm import FeatureNorm
-from downstream.photos import (
+from downstream.inspection.choosing import ALIGNED, EVEN, METHODS, choose_references, read_all
+from downstream.inspection.photos import (
     Photo,
     Unreadable,
     find_images,
@@ -42,7 +42,7 @@ def silent(what: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class Options:
-    """How to score: the references are chosen by a method of `downstream.choosing`, at most ``shots`` of them.
+    """How to score: at most ``shots`` references, chosen by a method of `downstream.inspection.choosing`.
 
     ``threshold`` replaces the calibrated one and with it the promise.
     """

@@ -1,0 +1,1 @@
+"""A new product inspected from a few normal photographs: references, threshold, scores, pictures, report, export."""
