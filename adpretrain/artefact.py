@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adpretrain._version import __version__
-from adpretrain.config import BackboneConfig, ProjectorConfig, from_dict
+from adpretrain.config import BackboneConfig, ProjectorConfig
 from adpretrain.files import atomic_folder
+from adpretrain.parsing import from_dict
 from adpretrain.preprocess import Preprocess
 
 T = TypeVar("T")

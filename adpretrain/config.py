@@ -1,23 +1,12 @@
-"""Configuration: frozen dataclasses, read from YAML, JSON or flags; an unknown key is an error that lists the known.
+"""Configuration: frozen dataclasses (`adpretrain.parsing` reads them).
 
 Every field is a key of the YAML files in recipes/configs and a flag of the recipe (``--loss.temperature 0.2``).
 """
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import difflib
-import sys
-import typing
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
-
-import jsonargparse
-import yaml
-
-T = TypeVar("T")
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -217,82 +206,3 @@ class PretrainConfig:
             raise ValueError("cross attention needs the references themselves: set cache.draws to 0")
         if self.augment == "none" and self.loss.lambda_:
             raise ValueError("augment 'none' has no second view for the angle loss: set loss.lambda_ to 0")
-
-
-def check_keys(cls: type, mapping: Any, where: str, prefix: str = "") -> None:
-    """Raise ValueError for a key of ``mapping`` that the dataclass lacks, naming the closest and all known keys."""
-    if not isinstance(mapping, Mapping):
-        raise ValueError(f"{where}: {prefix.rstrip('.') or 'the top level'} must be a mapping, got {mapping!r}")
-    hints = typing.get_type_hints(cls)
-    for item in dataclasses.fields(cls):  # jsonargparse would fill an absent section with its defaults
-        if item.default is item.default_factory is dataclasses.MISSING and item.name not in mapping:
-            raise ValueError(f"{where}: key {prefix}{item.name} is missing")
-    for key, value in mapping.items():
-        if key not in hints:
-            close = difflib.get_close_matches(str(key), hints, n=1)
-            guess = f" (did you mean {prefix}{close[0]}?)" if close else ""
-            raise ValueError(f"{where}: unknown key {prefix}{key}{guess}; known keys: {', '.join(hints)}")
-        if dataclasses.is_dataclass(hints[key]):
-            check_keys(typing.cast(type, hints[key]), value, where, f"{prefix}{key}.")
-
-
-class _Help(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Help with the description's own line breaks, so that its examples stay readable."""
-
-
-def _parser(cls: type, description: str | None = None) -> jsonargparse.ArgumentParser:
-    parser = jsonargparse.ArgumentParser(description=description, exit_on_error=False, formatter_class=_Help)
-    parser.usage = "%(prog)s --config FILE [--key value ...]"
-    parser.add_argument("--config", action="config", help="YAML file; flags after it override its keys")
-    parser.add_class_arguments(cls)
-    return parser
-
-
-def from_dict(cls: type[T], mapping: Mapping[str, Any], where: str = "configuration") -> T:
-    """A dataclass from nested mappings, with types checked. Raises ValueError naming the key that is wrong."""
-    check_keys(cls, mapping, where)
-    parser = _parser(cls)
-    try:
-        return _instantiate(cls, parser, parser.parse_object(dict(mapping)))
-    except jsonargparse.ArgumentError as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
-def _instantiate(cls: type[T], parser: jsonargparse.ArgumentParser, parsed: jsonargparse.Namespace) -> T:
-    values = vars(parser.instantiate(parsed))
-    return cls(**{item.name: values[item.name] for item in dataclasses.fields(cls)})  # type: ignore[arg-type]
-
-
-def read_yaml(path: str) -> dict[str, Any]:
-    """A YAML file as a dict. Raises ValueError if it cannot be read or is not a mapping."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = yaml.safe_load(file)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"cannot read configuration {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"configuration {path} must be a mapping of keys, got {type(content).__name__}")
-    return content
-
-
-def parse_command_line(cls: type[T], argv: Sequence[str] | None = None, description: str | None = None) -> T:
-    """A dataclass from ``--config FILE`` and ``--key.subkey VALUE`` flags, the later winning.
-
-    Raises ValueError for an unreadable file, an unknown key (listing the known ones) or a value of a wrong type.
-    """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    for position, argument in enumerate(arguments):
-        name, _, value = argument.partition("=")
-        if name == "--config":
-            path = value or (arguments[position + 1] if position + 1 < len(arguments) else "")
-            check_keys(cls, read_yaml(path), path)
-    parser = _parser(cls, description)
-    try:
-        return _instantiate(cls, parser, parser.parse_args(arguments))
-    except jsonargparse.ArgumentError as error:
-        raise ValueError(str(error)) from error
-
-
-def to_yaml(config: Any) -> str:
-    """A configuration dataclass as YAML that `parse_command_line` reads back."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)

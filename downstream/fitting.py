@@ -16,8 +16,8 @@ import yaml
 from torch import Tensor
 
 from adpretrain.backbones import Backbone
-from adpretrain.config import from_dict
 from adpretrain.extractor import ADExtractor
+from adpretrain.parsing import from_dict
 from adpretrain.preprocess import Preprocess
 from downstream.detector import Detector
 from downstream.featurenorm import FeatureNormOptions

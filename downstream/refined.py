@@ -19,7 +19,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from adpretrain.backbones import Extract
-from adpretrain.config import from_dict
+from adpretrain.parsing import from_dict
 from downstream.composite import load_composite, save_composite
 from downstream.coreset import Progress
 from downstream.detector import Detector, Prediction, not_fitted

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from adpretrain._version import __version__
 from adpretrain.artefact import read_folder_config, read_weights, write_folder
 from adpretrain.backbones import Backbone, Extract
-from adpretrain.config import BackboneConfig, from_dict
+from adpretrain.config import BackboneConfig
 from adpretrain.extractor import ADExtractor, backbone_config, saved_backbone
+from adpretrain.parsing import from_dict
 from adpretrain.preprocess import Preprocess
 from downstream.adapted import Adapted
 

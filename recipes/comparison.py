@@ -25,9 +25,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from adpretrain._version import __version__
 from adpretrain.backbones import load_backbone
-from adpretrain.config import read_yaml
 from adpretrain.data import Sample
 from adpretrain.extractor import backbone_config
+from adpretrain.parsing import read_yaml
 from downstream.evaluation.contenders import PRETRAINED, RAW, Networks, build, contenders
 from downstream.evaluation.protocols import ProtocolOptions, trials
 from downstream.evaluation.tables import in_order
@@ -83,7 +83,12 @@ def load_networks(options: argparse.Namespace, device: str) -> Networks:
         if options.backbone not in ("filterbank", name):
             raise ValueError(f"--backbone {options.backbone}, but the extractor was trained on {name}: leave it out")
         return Networks(extractors[0].backbone, tuple(extractors))
-    backbone = load_backbone(options.backbone, image_size=options.image_size, weights=options.weights)
+    untrained = options.random_weights is not None
+    if untrained:
+        torch.manual_seed(options.random_weights)
+    backbone = load_backbone(
+        options.backbone, not untrained, weights=options.weights, image_size=options.image_size, levels=options.levels
+    )
     return Networks(backbone.to(device))
 
 
@@ -124,6 +129,7 @@ def configuration_of(
         "features": list(features),
         "backbone": asdict(backbone_config(networks.backbone)),
         "weights": options.weights,
+        "random_weights": options.random_weights,
         "preprocess": networks.backbone.preprocess.to_dict(),
         "extractors": [{"folder": str(folder), "sha256": digest(folder)} for folder in options.extractors],
         "settings": settings.settings,

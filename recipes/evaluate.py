@@ -46,7 +46,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     table.add_argument("--protocol", choices=PROTOCOLS, help="what is fitted on what (default: full)")
     table.add_argument("--backbone", default="filterbank", help="network of raw features, without --extractors")
     table.add_argument("--image-size", type=int, default=224, help="its input in pixels, without --extractors")
+    table.add_argument("--levels", type=int, nargs="+", help="its blocks or stages, without --extractors")
     table.add_argument("--weights", help="a local file of the backbone's weights")
+    table.add_argument("--random-weights", type=int, metavar="SEED", help="untrained weights: a floor to compare with")
     table.add_argument("--references", type=int, default=8, help="the extractor's references, but for few-shot")
     table.add_argument("--share", type=float, default=0.1, help="sample-efficiency: share of the training images")
     table.add_argument("--noise", type=float, default=0.1, help="contamination: anomalies per normal training image")
@@ -72,6 +74,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error("give --extractors for the few-shot table, or --detectors")
     elif options.per_defect or options.panels or options.json:
         parser.error("--per-defect, --panels and --json belong to the few-shot table, without --detectors")
+    if options.random_weights is not None and (options.extractors or options.weights):
+        parser.error("--random-weights needs no --weights, and no --extractors: they were trained on real ones")
     return options
 
 

@@ -27,10 +27,11 @@ from run_setup import Run, make_batches, progress_bar, set_up
 from adpretrain._version import __version__
 from adpretrain.backbones import FeatureMaps, References
 from adpretrain.batches import LabelledBatch, ResidualBatch, label, thin
-from adpretrain.config import PretrainConfig, parse_command_line
+from adpretrain.config import PretrainConfig
 from adpretrain.data.pairs import StepBatches
 from adpretrain.extractor import ADExtractor
 from adpretrain.objective import Losses, measure_centers
+from adpretrain.parsing import parse_command_line
 from downstream.evaluation.evaluate import FeatureSet, few_shot
 
 CENTER_STEPS = 8  # batches that measure the centres

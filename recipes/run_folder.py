@@ -15,8 +15,9 @@ import torch
 import yaml
 from rich.console import Console
 
-from adpretrain.config import PretrainConfig, check_keys, to_yaml
+from adpretrain.config import PretrainConfig
 from adpretrain.files import atomic_path
+from adpretrain.parsing import check_keys, to_yaml
 
 KEEP = 2  # checkpoints
 FREE_KEYS = (

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from adpretrain.config import PretrainConfig, ProjectorConfig, from_dict, parse_command_line, read_yaml, to_yaml
+from adpretrain.config import PretrainConfig, ProjectorConfig
+from adpretrain.parsing import from_dict, parse_command_line, read_yaml, to_yaml
 
 CONFIGS = sorted((Path(__file__).parents[1] / "recipes" / "configs").glob("*.yaml"))
 
@@ -92,12 +93,20 @@ def test_a_bad_file_is_named_with_the_way_out(tmp_path: Path, text: str, message
         ("--shots=[0]", r"shots \[0\] must list"),
         ("--cache.draws=2", "set augment to 'once' or 'none'"),
         ("--augment=none", r"set loss\.lambda_ to 0"),
-        ("--tempo=3", "(?s)tempo"),
+        ("--tempo=3", "unknown flag --tempo"),
+        ("--loss.temprature=0.2", r"unknown flag --loss\.temprature \(did you mean --loss\.temperature\?\)"),
+        ("--data.rooot", r"did you mean --data\.root\?"),
     ],
 )
 def test_a_bad_value_is_named(flag: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_command_line(PretrainConfig, [flag])
+
+
+def test_flags_reach_into_mappings_and_append_to_lists() -> None:
+    config = parse_command_line(PretrainConfig, ["--data.columns.mask", "segmentation", "--shots=[1]", "--shots+=4"])
+    assert config.data.columns == {"mask": "segmentation"}
+    assert config.shots == [1, 4]
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from adpretrain.backbones import Backbone
-from adpretrain.config import from_dict
 from adpretrain.extractor import ADExtractor
+from adpretrain.parsing import from_dict
 from downstream.detector import Detector
 from downstream.evaluation.evaluate import same_residuals
 from downstream.evaluation.withheld import Withheld

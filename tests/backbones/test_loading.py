@@ -25,7 +25,8 @@ from adpretrain import ADExtractor
 from adpretrain.artefact import CONFIG_NAME
 from adpretrain.backbones import BACKBONES, Backbone, clip, dinov2, list_backbones, load_backbone
 from adpretrain.backbones.weights import Weights, read_state_dict
-from adpretrain.config import BackboneConfig, PretrainConfig, from_dict, parse_command_line, to_yaml
+from adpretrain.config import BackboneConfig, PretrainConfig
+from adpretrain.parsing import from_dict, parse_command_line, to_yaml
 from adpretrain.residual import residual_features
 
 SMALL = "timm/resnet18.tv_in1k"

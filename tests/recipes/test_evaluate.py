@@ -148,6 +148,19 @@ def test_every_protocol_runs(
     assert len(found) == records
 
 
+@pytest.mark.slow
+def test_random_weights_are_those_of_the_seed(
+    given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--root", given[1], "--detectors", "featurenorm", "--categories", "p000*", "--embeddings", "0"]
+    flags += ["--backbone", "timm/resnet10t.c3_in1k", "--image-size", "64", "--levels", "2", "3", "--references", "1"]
+    scores = []
+    for out, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        assert evaluate(*flags, "--random-weights", seed, "--out", str(tmp_path / out), monkeypatch=monkeypatch) == 0
+        scores.append([record["metrics"]["pixel_auroc"] for record in table(tmp_path / out)])  # type: ignore[index]
+    assert scores[0] == scores[1] != scores[2]
+
+
 def test_flags_that_do_not_belong_together_are_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -155,6 +168,7 @@ def test_flags_that_do_not_belong_together_are_refused(
         ([], "give --extractors for the few-shot table, or --detectors"),
         (["--protocol", "full"], "--protocol and --features need --detectors"),
         (["--detectors", "padim", "--per-defect"], "belong to the few-shot table"),
+        (["--detectors", "padim", "--random-weights", "0", "--weights", "a.pth"], "needs no --weights"),
     ):
         with pytest.raises(SystemExit):
             evaluate("--root", "nowhere", *flags, monkeypatch=monkeypatch)
