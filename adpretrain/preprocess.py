@@ -51,7 +51,12 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
 
     Raises ValueError that names the file if it is missing, truncated, not an image or absurdly large.
     """
-    image = _to_8_bit(_open(path))
+    return as_rgb(_open(path))
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode as 8-bit RGB. Transparency is composited on white."""
+    image = _to_8_bit(image)
     if "A" in image.getbands() or "transparency" in image.info:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)

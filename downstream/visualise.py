@@ -50,10 +50,18 @@ class ColourScale:
             raise ValueError(f"maps of shape {maps.shape} are empty or not finite: no colour scale follows from them")
         low = float(np.median(maps))
         middle = float(maps.max()) if limit is None or limit <= low else limit
+        return cls._around(low, middle)
+
+    @classmethod
+    def _around(cls, low: float, middle: float) -> ColourScale:
         # Constant maps (a blank photograph against itself) leave no range; any positive one draws them all
         # dark.
         room = max(middle - low, 1e-6 * max(abs(middle), 1e-6))
         return cls(low=low, limit=low + room, high=low + 2 * room)
+
+    def with_limit(self, limit: float | None) -> ColourScale:
+        """The scale of the same normal photographs for another limit; unchanged for None or one not above `low`."""
+        return self if limit is None or limit <= self.low else self._around(self.low, limit)
 
     def shares(self, map_SS: NDArray[np.floating]) -> NDArray[np.float64]:
         """Map values -> position on the scale, clipped to [0, 1]."""

@@ -80,7 +80,13 @@ class Basis:
     scale: ColourScale | None  # None with one reference only: a sample of the images must fix it
     aspects: tuple[float, ...]  # width / height of the references
     description: str  # of the extractor, for people
-    warnings: tuple[str, ...]
+    promise: tuple[str, ...]  # what there is to say about the threshold
+    notes: tuple[str, ...]  # and about the photographs
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Everything that people should know."""
+        return (*self.promise, *self.notes)
 
 
 def prepare(
@@ -98,7 +104,6 @@ def prepare(
     depends on it); an unreadable calibration photograph is left out with a warning. Nothing below `exclude` (the
     output folder) is read.
     """
-    preprocess = extractor.preprocess
     normals = find_images(normal, exclude)
     chosen = choose_references(
         options.references,
@@ -110,17 +115,31 @@ def prepare(
         lambda done: progress("choosing references", done, len(normals)),
     )
     references = read_all(chosen, extractor, options.batch_size)
+    further, overlap = _further_normals(normals, chosen, find_images(extra, exclude) if extra else [])
+    return prepare_photos(extractor, device, references, options, further, overlap, progress)
+
+
+def prepare_photos(
+    extractor: ADExtractor,
+    device: torch.device,
+    references: Sequence[Photo],
+    options: Options = DEFAULTS,
+    further: Sequence[Path] = (),
+    notes: Sequence[str] = (),
+    progress: Progress = silent,
+) -> Basis:
+    """`prepare` with references that are read already; the normal photographs in the files `further` calibrate too."""
+    preprocess, pool = extractor.preprocess, len(references)
     images_K = torch.stack([photo.pixels for photo in references]).to(device)
-    progress("fitting the references", 0, len(chosen))
-    detector = _detector(extractor, options, len(chosen)).fit(images_K.split(options.batch_size))
+    progress("fitting the references", 0, pool)
+    detector = _detector(extractor, options, pool).fit(images_K.split(options.batch_size))
     scores_K, maps_KSS = np.empty(0), []
-    if len(chosen) >= 2:
+    if pool >= 2:
         prediction = detector.leave_one_out(images_K)
         scores_K, maps_KSS = _numpy(prediction.scores), [_numpy(prediction.maps)]
-    progress("fitting the references", len(chosen), len(chosen))
+    progress("fitting the references", pool, pool)
 
-    further, overlap = _further_normals(normals, chosen, find_images(extra, exclude) if extra else [])
-    warnings = [*_twins(references), *overlap]
+    warnings = [*_twins(references), *notes]
     extra_scores, extra_maps, lost = _score_normals(detector, further, preprocess, device, options, progress)
     if lost:
         warnings.append(f"{len(lost)} calibration photograph(s) left out as unreadable, the first: {lost[0].reason}")
@@ -141,7 +160,8 @@ def prepare(
         scale=ColourScale.from_normal_maps(np.concatenate(normal_maps), threshold) if normal_maps else None,
         aspects=tuple(photo.aspect for photo in references),
         description=_describe(extractor, detector, options),
-        warnings=(*_promise(calibration, options), *warnings),
+        promise=promise(calibration, options),
+        notes=tuple(warnings),
     )
 
 
@@ -201,20 +221,20 @@ def _numpy(values: torch.Tensor) -> NDArray[np.float64]:
     return values.detach().double().cpu().numpy()
 
 
-def _promise(calibration: Calibration | None, options: Options) -> list[str]:
+def promise(calibration: Calibration | None, options: Options) -> tuple[str, ...]:
     """What there is to say about the threshold."""
     if options.threshold is not None:
         text = "The threshold was given, not calibrated: no false-alarm rate is promised."
         if calibration is not None:
             exceeding = sum(score > options.threshold for score in calibration.scores)
             text += f" {exceeding} of {len(calibration.scores)} normal photographs exceed it."
-        return [text]
+        return (text,)
     if calibration is None:
-        return [
+        return (
             "One normal photograph cannot be compared with another one: there is no threshold, no p-value "
-            "and no verdict, only a ranking. Give at least 2, or further ones with --calibration."
-        ]
-    return list(calibration.warnings)
+            "and no verdict, only a ranking. Give at least 2, or further ones with --calibration.",
+        )
+    return calibration.warnings
 
 
 def _twins(references: Sequence[Photo]) -> list[str]:

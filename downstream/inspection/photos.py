@@ -74,10 +74,14 @@ def read_batches(paths: Sequence[Path], preprocess: Preprocess, batch_size: int)
 
 def _read(path: Path, preprocess: Preprocess) -> Photo | Unreadable:
     try:
-        photo = read_image(path)
-        return Photo(path, preprocess(photo), shown_region(photo, preprocess), photo.width / photo.height)
+        return seen(path, read_image(path), preprocess)
     except (ValueError, OSError) as error:
         return Unreadable(path, printable(error))
+
+
+def seen(path: Path, photo: Image.Image, preprocess: Preprocess) -> Photo:
+    """An RGB photograph as the network and people see it."""
+    return Photo(path, preprocess(photo), shown_region(photo, preprocess), photo.width / photo.height)
 
 
 def relative_name(root: Path, path: Path) -> str:

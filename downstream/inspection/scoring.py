@@ -14,8 +14,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
+from downstream.calibration import Calibration
 from downstream.inspection.basis import SCALE_SAMPLE, Basis, Progress, predict_photos, silent
 from downstream.inspection.photos import Photo, Unreadable, picture_names, printable, read_batches, relative_name
 from downstream.inspection.results import ANOMALOUS, NORMAL, UNDECIDED, UNREADABLE, Result
@@ -55,14 +57,15 @@ def score_images(
                 result, shown, heat = Result(name, None, None, UNREADABLE, reason=reason), None, None
             else:
                 map_SS, shown = maps_BSS[of_photo[item.path]], item.shown
-                result = _judge(basis, name, score, heatmap=f"heatmaps/{names[item.path]}")
+                heatmap = f"heatmaps/{names[item.path]}"
+                result = judge(name, score, basis.calibration, basis.threshold, heatmap)
                 heat = overlay(shown, map_SS, scale)
                 save_png(panel(shown, map_SS, scale, title=_title(result)), out / str(result.heatmap))
-                odd_shapes += _is_odd(item.aspect, basis.aspects)
+                odd_shapes += is_odd(item.aspect, basis.aspects)
             results.append(result)
             on_result(result, shown, heat)
         progress("scoring", len(results), len(paths))
-    return results, _shape_warning(odd_shapes, len(paths))
+    return results, shape_warning(odd_shapes, len(paths))
 
 
 def _scale_of_sample(basis: Basis, paths: Sequence[Path], batch_size: int) -> ColourScale:
@@ -74,18 +77,25 @@ def _scale_of_sample(basis: Basis, paths: Sequence[Path], batch_size: int) -> Co
     for batch in read_batches(paths[::step][:SCALE_SAMPLE], basis.preprocess, batch_size):
         photos = [item for item in batch if isinstance(item, Photo)]
         maps.append(predict_photos(basis.detector, photos, basis.device)[1])
-    finite = [map_SS for batch in maps for map_SS in batch if np.isfinite(map_SS).all()]
+    return typical_scale([map_SS for batch in maps for map_SS in batch], basis.threshold)
+
+
+def typical_scale(maps: Sequence[NDArray[np.floating]], threshold: float | None = None) -> ColourScale:
+    """The scale of the maps [S, S] with the median peak; those that are not finite are left out."""
+    finite = sorted((map_SS for map_SS in maps if np.isfinite(map_SS).all()), key=lambda map_SS: float(map_SS.max()))
     if not finite:
         return ColourScale(0.0, 1.0, 2.0)  # nothing could be read, so nothing will be drawn
-    peaks = sorted(range(len(finite)), key=lambda index: float(finite[index].max()))
-    return ColourScale.from_normal_maps(finite[peaks[len(peaks) // 2]][None], basis.threshold)
+    return ColourScale.from_normal_maps(finite[len(finite) // 2][None], threshold)
 
 
-def _judge(basis: Basis, name: str, score: float, heatmap: str) -> Result:
-    p_value = float(basis.calibration.p_values([score])[0]) if basis.calibration else None
+def judge(
+    name: str, score: float, calibration: Calibration | None, threshold: float | None, heatmap: str | None = None
+) -> Result:
+    """The result of one image with a finite score."""
+    p_value = float(calibration.p_values([score])[0]) if calibration else None
     verdict = UNDECIDED
-    if basis.threshold is not None:
-        verdict = ANOMALOUS if score > basis.threshold else NORMAL
+    if threshold is not None:
+        verdict = ANOMALOUS if score > threshold else NORMAL
     return Result(name, score, p_value, verdict, heatmap)
 
 
@@ -94,11 +104,13 @@ def _title(result: Result) -> str:
     return f"{printable(result.path)}: {result.verdict}, score {result.score:.4g}{p_value}"
 
 
-def _is_odd(aspect: float, aspects: Sequence[float]) -> bool:
+def is_odd(aspect: float, aspects: Sequence[float]) -> bool:
+    """Whether no reference has nearly this width:height."""
     return all(abs(math.log(aspect / other)) > SHAPE_TOLERANCE for other in aspects)
 
 
-def _shape_warning(odd: int, total: int) -> list[str]:
+def shape_warning(odd: int, total: int) -> list[str]:
+    """What to say when `odd` of `total` images have a shape that no reference has."""
     if not odd:
         return []
     return [
