@@ -53,12 +53,12 @@ def normals(samples: Sequence[Sample]) -> list[int]:
 
 
 def queries(samples: Sequence[Sample], references: Sequence[int]) -> list[int]:
-    """Indices to score: the test split where there is one, else everything but references and validation split.
+    """Indices to score: the test split where there is one, else everything but the validation split; no references.
 
     Raises ValueError if nothing is left.
     """
-    held = [index for index, sample in enumerate(samples) if sample.split == "test"]
     chosen = set(references)
+    held = [i for i, sample in enumerate(samples) if i not in chosen and sample.split == "test"]
     rest = [i for i, sample in enumerate(samples) if i not in chosen and sample.split != "validation"]
     if not (held or rest):
         raise ValueError(f"nothing to score: no test images, and every other one is a reference ({len(chosen)})")

@@ -50,6 +50,13 @@ def test_without_a_test_split_every_fifth_normal_image_is_held_out() -> None:
     assert test == [samples[index] for index in (4, 9, 10, 11, 12)]
 
 
+def test_few_shot_never_scores_what_it_learnt_from_even_where_all_images_are_of_the_test_split() -> None:
+    samples = [replace(sample, split="test") for sample in product("cap")]
+    part = only(trials(samples, ProtocolOptions("few-shot", shots=(4,))))
+    assert not names(part.train) & names(part.test)
+    assert len(part.test) == len(samples) - 4
+
+
 def test_few_shot_draws_the_references_of_the_few_shot_table() -> None:
     samples = product("cap")
     found = trials(samples, ProtocolOptions("few-shot", shots=(1, 4), draws=2))
