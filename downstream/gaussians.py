@@ -68,8 +68,9 @@ class Moments:
 
     Up to D images are kept as they are, 4 n P D bytes; more are added up to the lower triangles of their products,
     about 4.5 P D^2 bytes however many they are. The factors take the place of either. ``expected``: at least the
-    number of images, if it is known: kept images are then stored where they stay. If it is not, they are put together
-    at the end, where memory is needed for one batch more, if the system takes back what is freed.
+    number of images, if it is known: kept images are then stored where they stay. If it is not, or they are more after
+    all, they are put together at the end, where memory is needed for one batch more, if the system takes back what is
+    freed.
     """
 
     def __init__(self, expected: int | None = None) -> None:
@@ -91,6 +92,10 @@ class Moments:
                 self._room_PND = self._shift_PD.new_empty(positions, self.expected, width)
         rows = rows_BPD.float() - self._shift_PD
         self.count += images
+        if self._room_PND is not None and self.count > self._room_PND.shape[1]:  # the first batch was not the largest
+            kept = self._room_PND[:, : self.count - images].transpose(0, 1)
+            self._batches, self._pending = [kept], len(kept)
+            self._room_PND = self.expected = None
         if self._room_PND is not None:
             self._room_PND[:, self.count - images : self.count] = rows.transpose(0, 1)
             return

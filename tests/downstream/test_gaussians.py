@@ -57,6 +57,18 @@ def test_distances_in_every_regime(images: int, known: int | None) -> None:
     np.testing.assert_allclose(found.distances(rows[:3]).numpy(), naive_distances(rows, rows[:3]), rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("batches", [(1, 2, 1), (3, 8), (2, 40), (1, 11, 30)], ids=str)
+def test_no_image_is_lost_when_the_first_batch_is_not_the_largest(batches: tuple[int, ...]) -> None:
+    """Batches of several products, the first with few images: their number times its size is too few."""
+    rows, queries = samples(sum(batches), 5, 24), samples(4, 5, 24, seed=9)
+    moments = Moments(expected=len(batches) * batches[0])
+    for part in rows.split(list(batches)):
+        moments.add(part)
+    found = moments.gaussians(EPS)
+    assert found.low_rank == (len(rows) <= 24)
+    np.testing.assert_allclose(found.distances(queries).numpy(), naive_distances(rows, queries), rtol=2e-4)
+
+
 @pytest.mark.parametrize("images", [10, 60])
 def test_a_large_mean_costs_no_precision(images: int) -> None:
     """Features around 1000 with deviations of about 1: the sum of squares alone would lose the variance in float32."""
