@@ -71,6 +71,8 @@ def contenders(detectors: Sequence[str], features: Sequence[str], networks: Netw
 
     Aligned references need an extractor: that detector has no row for raw features.
     """
+    if not detectors:
+        raise ValueError(f"no detectors to compare; choose from {', '.join(DETECTORS)}")
     if unknown := [name for name in detectors if name not in DETECTORS]:
         raise ValueError(f"detectors {unknown} are unknown; choose from {', '.join(DETECTORS)}")
     if unknown := [name for name in features if name not in FEATURES]:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from adpretrain.data import ImageDataset, Sample
 from adpretrain.preprocess import Preprocess
-from downstream.evaluation.contenders import FEATURENORM, Contender, Networks, build
+from downstream.aligned import AlignedOptions
+from downstream.evaluation.contenders import ALIGNED, FEATURENORM, Contender, Networks, build
 from downstream.evaluation.protocols import Part, Trial
 from downstream.evaluation.showing import Shown, choose_shown
 from downstream.evaluation.withheld import Withheld
@@ -93,7 +94,7 @@ def run_trial(trial: Trial, contender: Contender, networks: Networks, settings: 
     Raises ValueError for a defect without a mask: it would be scored as normal.
     """
     extract, preprocess = networks.extract(contender), networks.backbone.preprocess
-    options = settings.options.get(contender.detector, {})
+    options, adapted = _options(trial, contender, settings)
     detector = build(contender, extract, preprocess.image_size, settings.settings, options)
     began = time.perf_counter()
     if contender.detector != FEATURENORM:
@@ -121,12 +122,22 @@ def run_trial(trial: Trial, contender: Contender, networks: Networks, settings: 
                 "draw": trial.draw,
                 **asdict(contender),
                 **scored,
-                "notes": [*part.notes, *([ALONE] if alone else []), *scored["notes"]],
+                "notes": [*part.notes, *adapted, *([ALONE] if alone else []), *scored["notes"]],
                 "trained_on": sum(len(each.train) for each in trial.parts),
                 "seconds": {"fit": round(fitted, 3), "score": round(time.perf_counter() - began, 3)},
             }
         )
     return records
+
+
+def _options(trial: Trial, contender: Contender, settings: Settings) -> tuple[dict[str, Any], list[str]]:
+    """The detector's options, and a note where few training images allow less: no image has more references than there
+    are training images."""
+    options = settings.options.get(contender.detector, {})
+    pool = sum(len(part.train) for part in trial.parts)
+    if contender.detector != ALIGNED or options.get("shots", AlignedOptions.shots) <= pool:
+        return options, []
+    return {**options, "shots": pool}, [f"{pool} aligned references: there are no more training images"]
 
 
 def _unfitted(trial: Trial, contender: Contender, reason: str) -> dict[str, Any]:

@@ -63,6 +63,17 @@ def test_one_image_is_too_few_for_padim_and_no_reason_to_stop(samples: list[Samp
     assert plots.curves([record]).startswith(b"\x89PNG")
 
 
+def test_few_images_allow_fewer_aligned_references_and_stop_nothing(samples: list[Sample], networks: Networks) -> None:
+    (found,) = trials(product(samples), ProtocolOptions("few-shot", shots=(6,)))
+    contender = Contender("aligned-featurenorm", "adpretrain")
+    (record,) = run_trial(found, contender, networks, Settings(pictures=0))
+    assert record["notes"][0] == "6 aligned references: there are no more training images"
+    asked = Settings(pictures=0, options={"aligned-featurenorm": {"shots": 6}})
+    (same,) = run_trial(found, contender, networks, asked)
+    assert same["scores"] == record["scores"]
+    assert not same["notes"]
+
+
 def test_a_stream_measures_what_whole_maps_do(
     samples: list[Sample], networks: Networks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,6 +134,7 @@ def test_contenders_are_every_detector_on_every_kind_of_features(networks: Netwo
     ]
     alone = Networks(networks.backbone)
     for names, features, message in (
+        ([], ["raw"], "no detectors to compare; choose from featurenorm"),
         (["padlm"], ["raw"], r"detectors \['padlm'\] are unknown; choose from featurenorm"),
         (["padim"], ["cooked"], r"features \['cooked'\] are unknown"),
         (["padim"], ["adpretrain"], "need an extractor: give its folder as --extractors"),
