@@ -113,12 +113,17 @@ class Cells:
             temporary.write_text(json.dumps(list(records), allow_nan=False) + "\n", encoding="utf-8")
 
     def read(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
-        """The records of all jobs, with their place in the tables."""
-        return [
-            {**record, "order": list(job.order)}
-            for job in jobs
-            for record in json.loads(self.path(job).read_text(encoding="utf-8"))
-        ]
+        """The records of all jobs, with their place in the tables. Raises ValueError naming a file that is damaged."""
+        records = []
+        for job in jobs:
+            try:
+                found = json.loads(self.path(job).read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(
+                    f"{self.path(job)} is damaged ({error}): delete it, and it is computed again"
+                ) from error
+            records += [{**record, "order": list(job.order)} for record in found]
+        return records
 
 
 def _short(value: Any) -> str:

@@ -101,10 +101,14 @@ def protocol_options(options: argparse.Namespace) -> ProtocolOptions:
 
 
 def detector_options(path: Path | None) -> dict[str, Any]:
-    """A YAML file of options under detectors' names. Raises ValueError for a name that is none."""
+    """A YAML file of options under detectors' names. Raises ValueError for a name that is none, or has no options."""
     content = read_yaml(str(path)) if path else {}
-    for name in content:
+    for name, options in content.items():
         find_detector(name)
+        if not isinstance(options, dict):
+            raise ValueError(
+                f"{path}: {name} is {options!r}; expected its options as a mapping, such as {{sigma: 4.0}}"
+            )
     return content
 
 
@@ -117,7 +121,7 @@ def configuration_of(
     features: Sequence[str],
 ) -> dict[str, Any]:
     """All that the numbers depend on: not where they are computed, nor in what batches."""
-    listing = "\n".join(f"{s.image} {s.defect} {s.split} {s.view} {s.mask_files}" for s in samples)
+    listing = "\n".join(f"{s.image} {s.defect} {s.split} {s.view} {s.mask_files} {_sizes(s)}" for s in samples)
     return {
         "library_version": __version__,
         "dataset": options.dataset,
@@ -136,6 +140,11 @@ def configuration_of(
         "options": settings.options,
         "pictures": settings.pictures,
     }
+
+
+def _sizes(sample: Sample) -> list[int]:
+    """Bytes of its files: images that changed under their old names are other images."""
+    return [file.stat().st_size for file in (sample.image, *sample.mask_files)]
 
 
 def digest(folder: Path) -> str:

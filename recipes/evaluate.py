@@ -88,9 +88,11 @@ def chosen_samples(options: argparse.Namespace) -> list[Sample]:
     columns = {role: name for role, _, name in (pair.partition("=") for pair in options.columns)}
     samples = index_dataset(options.dataset, options.root, columns)
     names = sorted({sample.category for sample in samples})
-    keep = {name for pattern in options.categories for name in fnmatch.filter(names, pattern)}
-    if not keep:
-        raise ValueError(f"categories {options.categories} match none of: {', '.join(names)}")
+    matched = {pattern: fnmatch.filter(names, pattern) for pattern in options.categories}
+    unmatched = [pattern for pattern, found in matched.items() if not found]
+    if unmatched or not matched:
+        raise ValueError(f"categories {unmatched} match none of: {', '.join(names)}")
+    keep = {name for found in matched.values() for name in found}
     kinds = sorted({sample.defect for sample in samples if sample.anomalous})
     if unknown := set(options.defects) - set(kinds):
         raise ValueError(f"defects {sorted(unknown)} are unknown; this set has: {', '.join(kinds)}")

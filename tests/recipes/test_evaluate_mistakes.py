@@ -1,0 +1,76 @@
+"""What `recipes/evaluate.py` says of mistakes, and that it notices data that changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """Two products in the layout of MVTec, of one size and of noise-free grey."""
+    for category in ("bolt", "nut"):
+        for index, place in enumerate(("train/good", "train/good", "test/good", "test/dent")):
+            folder = tmp_path / "set" / category / place
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (64, 64), (40 * index, 90, 90)).save(folder / f"{index}.png")
+        mask = Image.new("L", (64, 64))
+        mask.paste(255, (8, 8, 24, 24))
+        (tmp_path / "set" / category / "ground_truth" / "dent").mkdir(parents=True)
+        mask.save(tmp_path / "set" / category / "ground_truth" / "dent" / "3_mask.png")
+    return tmp_path / "set"
+
+
+def evaluate(monkeypatch: pytest.MonkeyPatch, root: Path, *flags: str) -> int:
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    from evaluate import main
+
+    fixed = ["--root", str(root), "--dataset", "mvtec", "--image-size", "64", "--references", "1", "--device", "cpu"]
+    return main([*fixed, "--embeddings", "0", "--pictures", "0", *flags])
+
+
+def test_mistakes_are_named_and_leave_no_folder(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "flat.yaml").write_text("patchcore: 3\n")
+    out = tmp_path / "out"
+    for flags, message in (
+        (["--detectors", "padim", "--categories", "bolt", "nutt"], "categories ['nutt'] match none of: bolt, nut"),
+        (["--detectors", "padim", "--categories"], "match none of: bolt, nut"),
+        (["--detectors", ""], "no detectors to compare; choose from featurenorm"),
+        (["--detectors", "padim", "--options", str(tmp_path / "flat.yaml")], "patchcore is 3; expected its options"),
+    ):
+        assert evaluate(monkeypatch, photographs, *flags, "--out", str(out)) == 2, flags
+        assert message in " ".join(capsys.readouterr().err.split())
+        assert not out.exists()
+
+
+def test_results_of_images_that_changed_under_their_names_are_refused(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--detectors", "featurenorm", "--categories", "bolt", "--out", str(tmp_path / "out")]
+    assert evaluate(monkeypatch, photographs, *flags) == 0
+    assert evaluate(monkeypatch, photographs, *flags) == 0
+    capsys.readouterr()
+    Image.effect_noise((64, 64), 50).convert("RGB").save(photographs / "bolt" / "test" / "dent" / "3.png")
+    assert evaluate(monkeypatch, photographs, *flags) == 2
+    assert "holds results of another configuration (samples differ" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_damaged_result_is_named(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--detectors", "featurenorm", "--categories", "bolt", "--out", str(tmp_path / "out")]
+    assert evaluate(monkeypatch, photographs, *flags) == 0
+    (cell,) = (tmp_path / "out" / "cells").rglob("*.json")
+    cell.write_text("[")
+    capsys.readouterr()
+    assert evaluate(monkeypatch, photographs, *flags) == 2
+    assert "is damaged" in (message := " ".join(capsys.readouterr().err.split()))
+    assert "delete it, and it is computed again" in message
+    cell.unlink()
+    assert evaluate(monkeypatch, photographs, *flags) == 0
