@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
+from panels import save_panels
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -25,9 +25,7 @@ from rich.table import Table
 from adpretrain.data import Sample
 from adpretrain.extractor import ADExtractor
 from adpretrain.files import atomic_path
-from adpretrain.preprocess import read_image
 from adpretrain.references import random_references
-from downstream.detector import Prediction
 from downstream.evaluation.evaluate import (
     FeatureSet,
     backbone_norm,
@@ -37,8 +35,6 @@ from downstream.evaluation.evaluate import (
     same_residuals,
     score,
 )
-from downstream.featurenorm import FeatureNorm
-from downstream.visualise import ColourScale, panel, save_png, shown_region
 
 METRICS = ("image_auroc", "pixel_auroc", "aupro")
 BACKBONE, RAW, CONDITIONED = "backbone norm", "raw residual norm", "conditioned residual norm"
@@ -95,34 +91,6 @@ def _by_defect(images: FeatureSet, queries: Sequence[int], each: bool) -> Iterat
     kinds = [images.samples[query].defect for query in queries]
     for kind in sorted(set(kinds) - {"good"}) if each else ():
         yield kind, [position for position, found in enumerate(kinds) if found in ("good", kind)]
-
-
-def save_panels(
-    folder: Path,
-    extractor: ADExtractor,
-    images: FeatureSet,
-    references: Sequence[int],
-    queries: Sequence[int],
-    prediction: Prediction,
-) -> None:
-    """Photograph, heatmap and ground truth of the median-scored image of every kind of defect: a typical one, not the
-    best. The colour scale is that of `adpretrain score`: its middle is the references' highest leave-one-out value.
-    """
-    photos = [read_image(images.samples[index].image) for index in references]
-    normal = FeatureNorm(extractor, extractor.preprocess.image_size).leave_one_out(
-        torch.stack([extractor.preprocess(photo) for photo in photos])
-    )
-    scale = ColourScale.from_normal_maps(normal.maps.numpy())
-    kinds = sorted({images.samples[query].defect for query in queries} - {"good"})
-    for kind in kinds:
-        positions = [p for p, query in enumerate(queries) if images.samples[query].defect == kind]
-        positions.sort(key=lambda position: float(prediction.scores[position]))
-        median = positions[len(positions) // 2]
-        sample = images.samples[queries[median]]
-        photo = shown_region(read_image(sample.image), extractor.preprocess)
-        mask = images.masks[queries[median]].numpy()
-        title = f"{kind}: {sample.image.name}, score {float(prediction.scores[median]):.2f}"
-        save_png(panel(photo, prediction.maps[median].numpy(), scale, mask, title), folder / f"{kind}.png")
 
 
 def summarise(results: Sequence[Result], shots: int, defect: str) -> dict[str, dict[str, np.ndarray]]:

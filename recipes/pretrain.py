@@ -15,11 +15,14 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 import torchvision
 from accelerate import Accelerator
+from panels import save_panels
 from rich.console import Console
 from run_folder import git_commit
 from run_setup import Run, make_batches, progress_bar, set_up
@@ -32,9 +35,11 @@ from adpretrain.data.pairs import StepBatches
 from adpretrain.extractor import ADExtractor
 from adpretrain.objective import Losses, measure_centers
 from adpretrain.parsing import parse_command_line
-from downstream.evaluation.evaluate import FeatureSet, few_shot
+from adpretrain.references import random_references
+from downstream.evaluation.evaluate import FeatureSet, few_shot, score
 
 CENTER_STEPS = 8  # batches that measure the centres
+EXAMPLES = 3  # held-out products whose heatmaps are drawn at the end
 
 
 class Interruption:
@@ -177,6 +182,11 @@ def train(run: Run) -> bool:
     return True
 
 
+def public_name(root: str) -> str:
+    """Of a data set: its Hub name, or the last part of its path; the whole path is nobody's business."""
+    return root if root.startswith("hf://") else Path(root).name
+
+
 def provenance(run: Run) -> dict[str, Any]:
     """Where the extractor came from, for its config.json."""
     kept = run.best.get("step", run.steps)
@@ -185,6 +195,7 @@ def provenance(run: Run) -> dict[str, Any]:
     return {
         "data": {
             "name": run.config.data.name,
+            "set": public_name(run.config.data.root),
             "images": len(run.data),
             "categories": len({sample.category for sample in run.data.samples}),
             "held_out": run.config.data.held_out,
@@ -200,9 +211,21 @@ def provenance(run: Run) -> dict[str, Any]:
             "torchvision": torchvision.__version__,
             "python": platform.python_version(),
         },
-        "training": {key: config[key] for key in ("loss", "optim", "shots", "augment")},
+        "training": {key: config[key] for key in ("loss", "optim", "eval", "shots", "augment")},
         "held_out_metrics": held_out[-1] if held_out else {},
     }
+
+
+def draw_examples(run: Run) -> None:
+    """Heatmaps of a few held-out products, for whoever looks at the run or at its page on the Hub."""
+    shots = max(2, run.config.eval.shots)  # two, at least, give a colour scale
+    for images in [images for images in run.held_out if len(images.normals()) >= shots][:EXAMPLES]:
+        pool = images.normals()
+        references = [pool[index] for index in random_references(len(pool), shots)]
+        queries = images.queries(references)
+        prediction = score([run.extractor], images, references, queries)[0]
+        folder = run.folder.path / "heatmaps" / quote(images.samples[0].category, safe="")
+        save_panels(folder, run.extractor, images, references, queries, prediction, kinds=1)
 
 
 def finish(run: Run) -> None:
@@ -214,6 +237,7 @@ def finish(run: Run) -> None:
     run.extractor.config = config
     run.extractor.eval().save_pretrained(run.folder.extractor_path)
     run.folder.plot()
+    draw_examples(run)
     run.console.print(f"extractor saved: ADExtractor.from_pretrained({str(run.folder.extractor_path)!r})")
 
 

@@ -70,6 +70,7 @@ def test_run_folder_holds_what_the_readme_says_and_the_extractor_knows_its_origi
     assert "held-out image AUROC" in output
     for name in ("config.yaml", "metrics.jsonl", "curves.png", "tensorboard", "extractor/config.json"):
         assert (run / name).exists(), name
+    assert len(list((run / "heatmaps").glob("p000*/*.png"))) == 1  # one held-out product, one kind of its defects
     provenance = ADExtractor.from_pretrained(run / "extractor").config.provenance
     assert provenance["steps"] == 6
     assert provenance["data"]["categories"] == 5  # of six, p000 is held out
