@@ -69,7 +69,7 @@ def run(options: argparse.Namespace, samples: Sequence[Sample], console: Console
         return
     records = in_order(cells.read(jobs))
     pictures = draw_features(folder, planned, networks, settings, options.embeddings)
-    write_findings(folder, records, configuration, pictures)
+    write_findings(folder, records, {**configuration, "command": options.command}, pictures)
     show(records, Console(width=max(110, console.width)))
     console.print(f"tables     {folder / 'table.md'} (.tex, .csv, .json)", highlight=False)
     console.print(f"report     {folder / 'report.html'}", highlight=False)

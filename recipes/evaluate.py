@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,6 +68,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     few.add_argument("--json", type=Path, help="write every single result to this file")
 
     options = parser.parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    options.command = shlex.join(["accelerate", "launch", "recipes/evaluate.py", *given])  # kept beside its numbers
     if options.detectors is None:
         if options.protocol or options.features:
             parser.error("--protocol and --features need --detectors, such as --detectors padim,featurenorm")

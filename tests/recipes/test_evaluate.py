@@ -64,6 +64,9 @@ def uninterrupted(given: list[str], tmp_path_factory: pytest.TempPathFactory) ->
 def test_one_run_gives_all_files_and_every_contender(uninterrupted: Path) -> None:
     found = table(uninterrupted)
     assert len(found) == 3 * 2 * 2
+    command = json.loads((uninterrupted / "table.json").read_text())["configuration"]["command"]
+    assert command.startswith("accelerate launch recipes/evaluate.py --root")
+    assert command.endswith("--device cpu")
     assert {(record["detector"], record["features"]) for record in found} == {
         (detector, features) for detector in ("featurenorm", "padim") for features in ("raw", "adpretrain")
     }
