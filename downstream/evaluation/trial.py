@@ -112,6 +112,8 @@ def run_trial(trial: Trial, contender: Contender, networks: Networks, settings: 
             raise ValueError(f"{len(bare)} defects have no mask, such as {bare[0]}: pixel metrics need one for each")
         if len(trial.parts) > 1 or contender.detector == FEATURENORM:
             give_references(extract, part, settings)
+        if isinstance(extract, Withheld):
+            extract.compare_with_all()
         began = time.perf_counter()
         alone = isinstance(extract, Withheld) and contender.detector != FEATURENORM and len(part.references) == 1
         scored = _scored(detector, part, Images(part.test, preprocess, settings), settings, preprocess.image_size)

@@ -1,7 +1,9 @@
 """Features against normal references, none of which is ever compared with itself.
 
 A detector is often fitted on the very images that are the extractor's references. Their residuals would be zero, and
-a memory of zeros knows nothing of the product. So an image that is a reference is compared with the other K - 1.
+a memory of zeros knows nothing of the product. So an image that is a reference is compared with the other K - 1 while
+a detector is fitted. Scored images are compared with all K, as they are by the extractor in use: an anomaly that was
+taken for a reference (contamination with overlap) is scored as one.
 
 Shapes: B images, K references, S side in pixels, L levels.
 """
@@ -37,13 +39,17 @@ class Withheld:
         self._own = list(images)
         return self
 
+    def compare_with_all(self) -> None:
+        """From now on, until the next references, no image is kept from meeting itself: for images to score."""
+        self._own = []
+
     @torch.no_grad()
     def __call__(self, images: Tensor) -> FeatureMaps:
         """Features of the images; equality to the last bit tells which of them are references."""
         features = self.extractor(images)
         banks = self.extractor.references
         assert banks is not None
-        if len(self._own) == 1:
+        if len(self._own) < 2:
             return features
         for row, image in enumerate(images):
             same = [number for number, own in enumerate(self._own) if torch.equal(own, image)]

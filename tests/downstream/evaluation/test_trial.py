@@ -19,11 +19,12 @@ from downstream.evaluation import plots, trial
 from downstream.evaluation.contenders import Contender, Networks, build, contenders
 from downstream.evaluation.evaluate import encode_samples, few_shot
 from downstream.evaluation.patches import in_two_dimensions, sampled_patches
-from downstream.evaluation.protocols import ProtocolOptions, trials
+from downstream.evaluation.protocols import Part, ProtocolOptions, Trial, trials
 from downstream.evaluation.report import write_comparison
 from downstream.evaluation.tables import TITLES
 from downstream.evaluation.trial import CURVE, Images, Settings, Training, run_trial
 from downstream.evaluation.withheld import Withheld
+from downstream.featurenorm import FeatureNorm
 from downstream.inspection.report import Fact
 from downstream.metrics import auroc
 
@@ -101,6 +102,36 @@ def test_a_reference_is_compared_with_the_others_only(samples: list[Sample], net
         assert torch.equal(level[1], alone[0])
         assert level[1].norm() > 0
     assert extractor(mixed)[0][1].norm() < 1e-3 * features[0][1].norm()  # what happens without
+
+
+@pytest.mark.parametrize("detector", ["featurenorm", "padim"])
+def test_an_anomaly_among_the_references_is_scored_as_the_extractor_in_use_would(
+    samples: list[Sample], networks: Networks, detector: str
+) -> None:
+    """Contamination with overlap: the same image is a reference, learnt from, and scored."""
+    group = product(samples)
+    train, test = [s for s in group if s.split == "train"], [s for s in group if s.split == "test"]
+    bad = next(sample for sample in test if sample.anomalous)
+    part = Part("tile", (*train, bad), (*train[:2], bad), tuple(test))
+    settings = Settings(pictures=0, batch_size=len(test), options={detector: {"sigma": 0.0}})
+    (record,) = run_trial(Trial("tile", "overlap", 0, (part,)), Contender(detector, "adpretrain"), networks, settings)
+    extractor = networks.extractors[0]
+    images, references = (
+        torch.cat(list(Images(some, extractor.preprocess, settings))) for some in (test, part.references)
+    )
+    extractor.set_references(references)
+    row = test.index(bad)
+    assert extractor(images)[0][row].norm() < 1e-3 * extractor(images)[0].norm()  # nothing is left of it
+    if detector == "featurenorm":
+        expected = FeatureNorm(extractor, extractor.preprocess.image_size, sigma=0.0).predict(images).scores
+        assert record["scores"] == pytest.approx(expected.tolist(), rel=1e-5)
+        assert record["scores"][row] == min(record["scores"])
+    else:
+        fitted = Withheld(extractor).set_references(references)
+        padim: Any = build(Contender(detector, "adpretrain"), fitted, 64, "default", {"sigma": 0.0})
+        padim.fit(Images(part.train, extractor.preprocess, settings))
+        padim.extract = extractor
+        assert record["scores"] == pytest.approx(padim.predict(images).scores.tolist(), rel=1e-4)
 
 
 def test_training_meets_every_product_with_its_own_references(samples: list[Sample], networks: Networks) -> None:
