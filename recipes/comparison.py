@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from adpretrain._version import __version__
+from adpretrain.artefact import folder_digest
 from adpretrain.backbones import load_backbone
 from adpretrain.data import Sample
 from adpretrain.extractor import backbone_config
@@ -135,7 +136,7 @@ def configuration_of(
         "weights": options.weights,
         "random_weights": options.random_weights,
         "preprocess": networks.backbone.preprocess.to_dict(),
-        "extractors": [{"folder": str(folder), "sha256": digest(folder)} for folder in options.extractors],
+        "extractors": [{"folder": str(folder), "sha256": folder_digest(folder)} for folder in options.extractors],
         "settings": settings.settings,
         "options": settings.options,
         "pictures": settings.pictures,
@@ -145,14 +146,6 @@ def configuration_of(
 def _sizes(sample: Sample) -> list[int]:
     """Bytes of its files: images that changed under their old names are other images."""
     return [file.stat().st_size for file in (sample.image, *sample.mask_files)]
-
-
-def digest(folder: Path) -> str:
-    """Of an extractor's configuration and weights."""
-    found = hashlib.sha256()
-    for name in ("config.json", "model.safetensors"):
-        found.update((folder / name).read_bytes())
-    return found.hexdigest()
 
 
 def default_folder(options: argparse.Namespace, protocol: ProtocolOptions, configuration: dict[str, Any]) -> Path:

@@ -1,0 +1,160 @@
+"""Publish a pretraining run as an extractor on the Hugging Face Hub: weights, model card, curves, heatmaps.
+
+  python hub/publish.py --run runs/mine --repo-id org/adpretrain-dinov2-base --licence apache-2.0 --tag v1 --dry-run
+  python hub/publish.py --run runs/mine --repo-id org/adpretrain-dinov2-base --results runs/compare --tag v1
+  python hub/publish.py --space --repo-id org/adpretrain-demo
+
+One commit holds everything, or nothing is changed; the same command may be run again. --run also takes the folder of an
+extractor, as hub/convert_official.py writes it. --results takes folders of recipes/evaluate.py made with this
+extractor: their numbers, with the command that gives them, go into the card and its metadata.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+import tempfile
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
+from adpretrain.artefact import CONFIG_NAME, WEIGHTS_NAME, ExtractorConfig, folder_digest, read_config
+from adpretrain.card import METRICS, Result, metadata, sections
+from adpretrain.hub import Published, publish
+
+HUB = Path(__file__).resolve().parent
+EXAMPLES = 3  # heatmaps on the page, at most
+OMITTED = ("--out", "--device")  # of a command: they change no number
+
+
+class _Help(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    """Keeps the examples as they are written."""
+
+
+def extractor_folder(run: Path) -> Path:
+    """Of a run, or of an extractor. Raises ValueError if it is neither."""
+    for folder in (run / "extractor", run):
+        if (folder / CONFIG_NAME).is_file() and (folder / WEIGHTS_NAME).is_file():
+            return folder
+    raise ValueError(f"{run} is neither a finished run of recipes/pretrain.py nor an extractor's folder")
+
+
+def stage(run: Path, folder: Path, repo_id: str, results: Sequence[Path] = (), licence: str | None = None) -> None:
+    """Everything that is published, in an empty ``folder``. Raises ValueError where `results_of` does."""
+    source = extractor_folder(run)
+    config = read_config(source)
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        shutil.copyfile(source / name, folder / name)
+    assets = folder / "assets"
+    pictures = sorted((run / "heatmaps").rglob("*.png"))[:EXAMPLES]
+    curves = run / "curves.png"
+    for number, picture in enumerate(pictures):
+        assets.mkdir(exist_ok=True)
+        shutil.copyfile(picture, assets / f"heatmap-{number + 1}.png")
+    if curves.is_file():
+        assets.mkdir(exist_ok=True)
+        shutil.copyfile(curves, assets / "curves.png")
+    measured = [result for table in results for result in results_of(table, source, repo_id)]
+    text = render(config, repo_id, measured, licence, len(pictures), curves.is_file())
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def render(
+    config: ExtractorConfig, repo_id: str, results: Sequence[Result], licence: str | None, pictures: int, curves: bool
+) -> str:
+    """hub/cards/extractor.md, filled."""
+    parts = {"results": "None were measured.", **sections(config, repo_id, results)}
+    parts["metadata"] = metadata(config, repo_id, results, licence)
+    shown = [f"![A held-out product: photograph, heatmap, defect](assets/heatmap-{n + 1}.png)" for n in range(pictures)]
+    typical = "\n\nHeld-out products; of each, the median-scored image of a kind of defect: typical, not the best."
+    parts["examples"] = "\n".join(shown) + typical if shown else ""
+    parts["curves"] = "![Losses and held-out metrics over the training](assets/curves.png)" if curves else ""
+    template = Template((HUB / "cards" / "extractor.md").read_text(encoding="utf-8"))
+    return template.substitute(parts)
+
+
+def results_of(folder: Path, extractor: Path, repo_id: str) -> list[Result]:
+    """The means of a table of recipes/evaluate.py. Raises ValueError unless it was made with this extractor alone."""
+    path = folder / "table.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        configuration, rows = content["configuration"], content["summary"]
+        made_with = [entry["sha256"] for entry in configuration["extractors"]]
+        command = _command(configuration, repo_id)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no table of recipes/evaluate.py ({error or type(error).__name__})") from error
+    if made_with != [folder_digest(extractor)]:
+        raise ValueError(f"{folder} was made with other extractors than {extractor}: its numbers are not this one's")
+    return [
+        Result(
+            dataset=Path(configuration["root"]).name,
+            split=f"test, {row['setting']}",
+            method=f"{row['detector']} on {row['features']} features",
+            metric=metric,
+            value=row["mean"][metric],
+            command=command,
+        )
+        for row in rows
+        for metric in METRICS
+        if row["mean"].get(metric) is not None
+    ]
+
+
+def _command(configuration: Mapping[str, Any], repo_id: str) -> str:
+    """The command without this machine's paths: they would be published."""
+    folders = {str(entry["folder"]): repo_id for entry in configuration["extractors"]}
+    words = shlex.split(configuration["command"])
+    kept = [word for word, before in zip(words, ["", *words], strict=False) if not {word, before} & set(OMITTED)]
+    root = str(configuration["root"])
+    return shlex.join(folders.get(word, Path(root).name if word == root else word) for word in kept)
+
+
+def describe(done: Published, dry_run: bool) -> str:
+    """What was done, or would be, in a few lines."""
+    lines = [f"{'would ' if dry_run else ''}{step}" for step in done.steps]
+    lines += [f"{size:>12,} bytes  {name}" for name, size in sorted(done.files.items())]
+    lines.append(f"{'nothing was changed' if dry_run else done.url}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = ArgumentParser(description=__doc__, formatter_class=_Help)
+    parser.add_argument("--run", type=str | None, default=None, help="folder of a run, or of an extractor")
+    parser.add_argument("--space", action="store_true", help="publish the demo (hub/space) as a Space instead")
+    parser.add_argument("--repo-id", type=str, required=True, help="org/name on the Hub")
+    parser.add_argument("--results", type=str, nargs="*", default=[], help="folders of recipes/evaluate.py")
+    parser.add_argument("--licence", type=str | None, default=None, help="of the weights, such as apache-2.0")
+    parser.add_argument("--private", action="store_true", help="only for you and your organisation")
+    parser.add_argument("--tag", type=str | None, default=None, help="a version, such as v1, put on the commit")
+    parser.add_argument("--message", type=str | None, default=None, help="of the commit")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be published; change nothing")
+    options = parser.parse_args(argv)
+    try:
+        if (options.run is None) != options.space:
+            raise ValueError("give one of --run FOLDER and --space")
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            stage(Path(options.run), folder, options.repo_id, [Path(r) for r in options.results], options.licence)
+            done = publish(
+                folder,
+                options.repo_id,
+                private=options.private,
+                tag=options.tag,
+                message=options.message,
+                dry_run=options.dry_run,
+            )
+    except (ValueError, OSError) as error:
+        print(f"publish: error: {error}", file=sys.stderr)
+        return 2
+    print(describe(done, options.dry_run))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
