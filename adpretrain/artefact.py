@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adpretrain._version import __version__
+from adpretrain.backbones import Backbone, load_backbone
 from adpretrain.config import BackboneConfig, ProjectorConfig
 from adpretrain.files import atomic_folder
 from adpretrain.parsing import from_dict
@@ -24,6 +27,7 @@ T = TypeVar("T")
 FORMAT_VERSION = 1
 NORMS = ("l2", "released")
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
+CARD_NAME, PICTURE_SUFFIX = "README.md", ".png"  # what else may lie beside them
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,21 @@ class ExtractorConfig:
     library_version: str = __version__
 
 
+def backbone_config(backbone: Backbone) -> BackboneConfig:
+    """What it takes to load the same backbone elsewhere: no local path, but the commit of the weights if known."""
+    size, levels = backbone.preprocess.image_size, list(backbone.levels)
+    return BackboneConfig(backbone.name, size, revision=backbone.revision, levels=levels)
+
+
+def saved_backbone(config: BackboneConfig, weights: str | os.PathLike[str] | None) -> Backbone:
+    """The backbone of a saved extractor, at its commit, or with the local ``weights`` of whoever loads it."""
+    if weights is None:
+        given = dataclasses.replace(config, weights=None)  # no path from somebody else's config is ever opened
+    else:
+        given = dataclasses.replace(config, weights=os.fspath(weights), revision=None)
+    return load_backbone(**dataclasses.asdict(given))
+
+
 def write_artefact(folder: str | os.PathLike[str], config: ExtractorConfig, weights: dict[str, Tensor]) -> Path:
     """Write a saved extractor (see `write_folder`). Returns its path."""
     return write_folder(folder, config, weights, "extractor")
@@ -71,17 +90,21 @@ def write_folder(
 ) -> Path:
     """Write a dataclass and tensors; the folder appears, or is replaced, only when complete. Returns its path.
 
-    ``what`` names the thing in errors. ``parts``: subfolders, each with the function that writes it.
+    ``what`` names the thing in errors. ``parts``: subfolders, each with the function that writes it. A card and
+    pictures that lie in ``folder`` stay.
 
     Raises ValueError if ``folder`` holds other files: replacing it would delete them.
     """
     target, parts = Path(folder), parts or {}
-    known = {CONFIG_NAME, WEIGHTS_NAME, *parts}
-    others = {path.name for path in target.iterdir()} - known if target.is_dir() else set()
+    found = {path.name for path in target.iterdir()} if target.is_dir() else set()
+    beside = {name for name in found if name == CARD_NAME or name.endswith(PICTURE_SUFFIX)}
+    others = found - {CONFIG_NAME, WEIGHTS_NAME, *parts} - beside
     if others or (target.exists() and not target.is_dir()):
         problem = f"holds other files ({_some(others)})" if others else "is a file"
         raise ValueError(f"{folder} {problem}: save into a new folder or over an earlier {what}")
     with atomic_folder(folder) as temporary:
+        for name in beside:
+            shutil.copy2(target / name, temporary / name)
         for name, write in parts.items():
             write(temporary / name)
         weights = {name: value.contiguous() for name, value in weights.items()}
@@ -90,6 +113,14 @@ def write_folder(
         text = json.dumps(dataclasses.asdict(config), indent=2)
         (temporary / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
     return target
+
+
+def folder_digest(folder: Path) -> str:
+    """SHA-256 of a saved model's configuration and weights: which one some numbers were measured with."""
+    found = hashlib.sha256()
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        found.update((folder / name).read_bytes())
+    return found.hexdigest()
 
 
 def read_config(folder: Path) -> ExtractorConfig:

@@ -7,22 +7,34 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adpretrain.artefact import NORMS, ExtractorConfig, read_config, read_weights, write_artefact
-from adpretrain.backbones import Backbone, FeatureMaps, References, load_backbone
+from adpretrain.artefact import (
+    CARD_NAME,
+    NORMS,
+    ExtractorConfig,
+    backbone_config,
+    read_config,
+    read_weights,
+    saved_backbone,
+    write_artefact,
+)
+from adpretrain.backbones import Backbone, FeatureMaps, References
 from adpretrain.backbones.fingerprint import fingerprint, same_weights
 from adpretrain.conditioning import Conditioning
-from adpretrain.config import BackboneConfig, ProjectorConfig
+from adpretrain.config import ProjectorConfig
+from adpretrain.hub import Published, locate, publish
 from adpretrain.preprocess import Preprocess
 from adpretrain.projector import FeatureProjector
 from adpretrain.residual import (
     METRICS,
     SearchIndex,
+    images_in_bank,
     leave_one_out_residuals,
     residual_features,
     search_index,
@@ -33,21 +45,6 @@ from adpretrain.residual import (
 def build_projector(config: ProjectorConfig, channels: list[int]) -> FeatureProjector:
     """A fresh `FeatureProjector` of the configured architecture and sizes."""
     return FeatureProjector(channels, **dataclasses.asdict(config))
-
-
-def backbone_config(backbone: Backbone) -> BackboneConfig:
-    """What it takes to load the same backbone elsewhere: no local path, but the commit of the weights if known."""
-    size, levels = backbone.preprocess.image_size, list(backbone.levels)
-    return BackboneConfig(backbone.name, size, revision=backbone.revision, levels=levels)
-
-
-def saved_backbone(config: BackboneConfig, weights: str | os.PathLike[str] | None) -> Backbone:
-    """The backbone of a saved extractor, at its commit, or with the local ``weights`` of whoever loads it."""
-    if weights is None:
-        given = dataclasses.replace(config, weights=None)  # no path from somebody else's config is ever opened
-    else:
-        given = dataclasses.replace(config, weights=os.fspath(weights), revision=None)
-    return load_backbone(**dataclasses.asdict(given))
 
 
 class ADExtractor(nn.Module):
@@ -232,21 +229,50 @@ class ADExtractor(nn.Module):
         weights = {k: v for k, v in self.state_dict().items() if not k.startswith("backbone.")}
         return write_artefact(folder, self.config, weights)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        tag: str | None = None,
+        branch: str = "main",
+        message: str | None = None,
+        token: str | bool | None = None,
+        dry_run: bool = False,
+        card: str | None = None,
+    ) -> Published:
+        """Publish what `save_pretrained` writes as one commit of a Hub repository; see `adpretrain.hub.publish`.
+
+        ``card``: the text of README.md; without it there is none. Raises ValueError, with the fix, as `publish` does.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = self.save_pretrained(Path(scratch) / "extractor")
+            if card is not None:
+                (folder / CARD_NAME).write_text(card, encoding="utf-8")
+            message = message or f"Publish an extractor on {self.config.backbone.name}"
+            options: dict[str, Any] = {"tag": tag, "branch": branch, "message": message, "token": token}
+            return publish(folder, repo_id, private=private, dry_run=dry_run, **options)
+
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | os.PathLike[str],
+        source: str | os.PathLike[str],
         device: str | torch.device = "cpu",
         weights: str | os.PathLike[str] | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
     ) -> ADExtractor:
-        """Load what `save_pretrained` wrote, strictly, in evaluation mode on ``device``.
+        """Load a saved extractor, strictly, in evaluation mode on ``device``.
 
-        ``weights``: a local file or folder of the backbone's weights, for machines without a network.
+        ``source``: a folder that `save_pretrained` wrote, the id "org/name" of a Hub repository, or "embedded"; with
+        ``revision`` (a branch, tag or commit) and ``token`` as in `adpretrain.hub.locate`. ``weights``: a local file
+        or folder of the backbone's weights, for machines without a network.
 
-        Raises ValueError if the folder is not an extractor, was written by a newer library, or if its weights are
-        not exactly those its config describes.
+        Raises ValueError if there is no such extractor, it was written by a newer library, or if its weights are not
+        exactly those its config describes.
         """
-        config = read_config(Path(folder))
+        folder = locate(source, revision, token=token).folder
+        config = read_config(folder)
         backbone = saved_backbone(config.backbone, weights)
         if backbone.channels != config.channels:
             raise ValueError(
@@ -270,18 +296,5 @@ class ADExtractor(nn.Module):
         )
         extractor.config = config
         expected = {k: v for k, v in extractor.state_dict().items() if not k.startswith("backbone.")}
-        extractor.load_state_dict(read_weights(Path(folder), expected), strict=False)  # lacks the backbone's keys only
+        extractor.load_state_dict(read_weights(folder, expected), strict=False)  # lacks the backbone's keys only
         return extractor.to(device)
-
-
-def images_in_bank(features: FeatureMaps, references: References) -> int:
-    """K, from the sizes of the feature maps and of the banks. Raises ValueError if they do not fit each other."""
-    if len(references) != len(features):
-        raise ValueError(f"references must be one bank per level: {len(features)} are needed, got {len(references)}")
-    per_image = features[0].shape[2] * features[0].shape[3]
-    if references[0].shape[1] % per_image:
-        raise ValueError(
-            f"a bank of {references[0].shape[1]} tokens is not a whole number of {per_image}-token images: "
-            "were the references encoded at another image size?"
-        )
-    return references[0].shape[1] // per_image

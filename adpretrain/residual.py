@@ -226,3 +226,16 @@ def nearest_in_each_image(bank_KTC: Tensor, width: int, metric: str = "l2") -> t
             first = torch.arange(images, device=grid.device) * per_image
             indices.append(first + best_row * width + column)
     return torch.cat(similarities), torch.cat(indices)
+
+
+def images_in_bank(features: FeatureMaps, references: References) -> int:
+    """K, from the sizes of the feature maps and of the banks. Raises ValueError if they do not fit each other."""
+    if len(references) != len(features):
+        raise ValueError(f"references must be one bank per level: {len(features)} are needed, got {len(references)}")
+    per_image = features[0].shape[2] * features[0].shape[3]
+    if references[0].shape[1] % per_image:
+        raise ValueError(
+            f"a bank of {references[0].shape[1]} tokens is not a whole number of {per_image}-token images: "
+            "were the references encoded at another image size?"
+        )
+    return references[0].shape[1] // per_image

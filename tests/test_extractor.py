@@ -200,7 +200,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit_weights(f, lambda w: w.update({f"x{i}": torch.zeros(1) for i in range(5)})),
         "holds unknown weights x0, x1, x2 and 2 more",
     ),
-    "gone": (shutil.rmtree, "is not a folder: expected a folder written by ADExtractor.save_pretrained"),
+    "gone": (shutil.rmtree, "is not a folder: expected a folder written by save_pretrained"),
 }
 
 

@@ -1,0 +1,10 @@
+"""Saved models on the Hugging Face Hub: found by name and fetched at one commit, published as one commit.
+
+`huggingface_hub` does the talking. Here is what it leaves open: which files are ours, that every file is of the same
+commit and has the content its digest says, what is tried again, and errors that name the fix.
+"""
+
+from adpretrain.hub.locating import Located, locate
+from adpretrain.hub.publishing import Published, publish
+
+__all__ = ["Located", "Published", "locate", "publish"]

@@ -1,0 +1,224 @@
+"""From what a user calls a saved model to its folder on this machine: a folder, "embedded", or a Hub repository."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+
+from adpretrain.artefact import CONFIG_NAME, WEIGHTS_NAME
+from adpretrain.files import atomic_path
+from adpretrain.hub.contents import GIT_SHA1, PART, SHA256, has_digest
+from adpretrain.hub.trouble import explain, may_pass, persistently, root, troubles
+
+EMBEDDED = "embedded"
+EMBEDDED_FOLDER = Path(__file__).resolve().parents[1] / EMBEDDED
+REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+FILE_SUFFIXES = (".safetensors", ".json", ".yaml", ".yml", ".pth", ".pt", ".bin", ".ckpt", ".onnx", ".zip", ".tar")
+FILES = (CONFIG_NAME, WEIGHTS_NAME)
+Parts = Callable[[dict[str, Any]], Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Located:
+    """Where a saved model lies. ``repo_id`` and ``commit`` (40 digits) are None if it is not from the Hub."""
+
+    folder: Path
+    repo_id: str | None = None
+    commit: str | None = None
+
+
+def no_parts(config: dict[str, Any]) -> Sequence[str]:
+    """A model that holds no other models."""
+    return ()
+
+
+def locate(
+    source: str | os.PathLike[str],
+    revision: str | None = None,
+    *,
+    token: str | bool | None = None,
+    parts: Parts = no_parts,
+    files: Sequence[str] = FILES,
+) -> Located:
+    """The folder of a saved model; one of the Hub is fetched into the cache, unless it is there.
+
+    ``source``: a folder, "embedded" (the extractor inside this package), or the id "org/name" of a Hub repository.
+    ``revision``: a branch, tag or commit of the repository, "main" by default. It is resolved to a commit once and
+    every file is of that commit; a full commit (40 digits) that is in the cache needs no request. Without a
+    connection the commit that a branch or tag had when last seen is used, with a warning that names it.
+    ``token``: None = that of `hf auth login` or HF_TOKEN. ``parts``: names the subfolders that belong to a model, from
+    its config.json; ``files``: what is fetched of the model and of each part. Nothing else is ever fetched.
+
+    Every file is compared with the digest under which the Hub keeps it; a damaged one is fetched once more.
+
+    Raises ValueError if there is no such folder or repository, it lacks a file, or it cannot be reached.
+    """
+    name = os.fspath(source)
+    if Path(name).is_dir() or name == EMBEDDED:
+        if revision is not None:
+            raise ValueError(f"{name} is a folder; revision={revision!r} is for repositories of the Hub: leave it out")
+        return Located(Path(name) if Path(name).is_dir() else _embedded())
+    _refuse_paths(source, name)
+    revision = _checked_revision(revision)
+    cache = _Cache(name, token)
+    commit = revision if GIT_SHA1.fullmatch(revision) else cache.resolve(revision)
+    cache.fetch(commit, files, parts)
+    return Located(cache.snapshot(commit), name, commit)
+
+
+def _embedded() -> Path:
+    if not (EMBEDDED_FOLDER / CONFIG_NAME).is_file():
+        raise ValueError(
+            f"this installation of adpretrain has no embedded extractor ({EMBEDDED_FOLDER} is missing): install a "
+            "released version, or give a folder or a Hub id"
+        )
+    return EMBEDDED_FOLDER
+
+
+def _refuse_paths(source: str | os.PathLike[str], name: str) -> None:
+    looks_like_path = (
+        not isinstance(source, str)
+        or name.startswith((".", "~", os.sep))
+        or name.count("/") > 1
+        or "\\" in name
+        or name.endswith((*FILE_SUFFIXES, "/"))
+    )
+    if looks_like_path or Path(name).exists():
+        raise ValueError(f"{name} is not a folder: expected a folder written by save_pretrained, or a Hub id org/name")
+    if not REPO_ID.fullmatch(name) or "--" in name or ".." in name or name.endswith(".git"):
+        raise ValueError(
+            f"{name!r} is neither a folder nor the id of a Hub repository, which has the form org/name of letters, "
+            f'digits, "-", "_" and "."; {EMBEDDED!r} is the extractor inside this package'
+        )
+
+
+def _checked_revision(revision: str | None) -> str:
+    revision = "main" if revision is None else revision
+    if not re.fullmatch(r"[\w.+-]+(?:/[\w.+-]+)*", revision) or ".." in revision:  # it becomes a path in the cache
+        raise ValueError(f"revision {revision!r} is not a branch, tag or commit: such names are like v1, main, 3f2a9c1")
+    return revision
+
+
+@dataclass(frozen=True)
+class _Cache:
+    """A Hub repository and its share of the client's cache."""
+
+    repo_id: str
+    token: str | bool | None
+
+    @property
+    def _folder(self) -> Path:
+        name = "--".join(["models", *self.repo_id.split("/")])
+        return Path(huggingface_hub.constants.HF_HUB_CACHE) / name
+
+    def snapshot(self, commit: str) -> Path:
+        return self._folder / "snapshots" / commit
+
+    def resolve(self, revision: str) -> str:
+        """The commit of a branch, tag or short commit: the Hub's answer, or else what the cache remembers."""
+        memory = self._folder / "refs" / revision
+        known = memory.read_text(encoding="utf-8").strip() if memory.is_file() else ""
+        api = huggingface_hub.HfApi(token=self.token)
+        timeout = huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT
+
+        def ask() -> Any:
+            return api.model_info(self.repo_id, revision=revision, timeout=timeout)
+
+        try:
+            commit = str((ask() if known else persistently(ask)).sha)
+        except troubles() as error:
+            if GIT_SHA1.fullmatch(known) and (may_pass(error) or _forbidden(error)):
+                warnings.warn(
+                    f"the Hub cannot be asked ({type(root(error)).__name__}): {self.repo_id} is used at commit "
+                    f"{known}, which {revision!r} was when last seen",
+                    stacklevel=4,
+                )
+                return known
+            raise self._explained(error, f"revision {revision!r}") from error
+        if not GIT_SHA1.fullmatch(commit):
+            raise ValueError(f"the Hub gives {commit!r} as the commit of {revision!r} of {self.repo_id}: try again")
+        if commit != known:
+            with atomic_path(memory) as temporary:
+                temporary.write_text(commit, encoding="utf-8")
+        return commit
+
+    def fetch(self, commit: str, files: Sequence[str], parts: Parts, prefix: str = "") -> None:
+        """Have the files of a model at a commit, and those of its parts, in the cache, all of them whole."""
+        for name in files:
+            self._fetch_file(commit, prefix + name)
+        try:
+            config = json.loads((self.snapshot(commit) / prefix / CONFIG_NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return  # whoever reads the config says what is wrong with it
+        for part in parts(config) if isinstance(config, dict) else ():
+            if not PART.fullmatch(part):
+                raise ValueError(f"{self.repo_id} at {commit} names the part {part!r}, which is no name of a folder")
+            self.fetch(commit, files, parts, f"{prefix}{part}/")
+
+    def _fetch_file(self, commit: str, name: str) -> None:
+        path = self.snapshot(commit) / name
+        if path.is_file() and self._is_whole(path, _blob_name(path)):
+            return
+        what = f"file {name} at commit {commit}"
+        for _ in range(2):
+            _discard(path)
+            try:
+                persistently(lambda: self._download(commit, name))
+                whole = path.is_file() and self._is_whole(path, _blob_name(path) or self._digest(commit, name))
+            except troubles() as error:
+                raise self._explained(error, what) from error
+            if whole:
+                return
+        _discard(path)
+        raise ValueError(
+            f"cannot load {self.repo_id}: {name} at commit {commit} arrives damaged, twice now (its digest is not the "
+            "one the Hub gives). Try again later or over another network; if it stays so, upload it again"
+        )
+
+    def _download(self, commit: str, name: str) -> None:
+        huggingface_hub.hf_hub_download(
+            self.repo_id, name, revision=commit, token=self.token, library_name="adpretrain"
+        )
+
+    def _digest(self, commit: str, name: str) -> str | None:
+        """What the Hub says, for caches without blobs (systems without links)."""
+        url = huggingface_hub.hf_hub_url(self.repo_id, name, revision=commit)
+        return huggingface_hub.get_hf_file_metadata(url, token=self.token).etag
+
+    def _is_whole(self, path: Path, digest: str | None) -> bool:
+        known = digest is not None and (GIT_SHA1.fullmatch(digest) or SHA256.fullmatch(digest))
+        return has_digest(path, digest) if known and digest else True
+
+    def _explained(self, error: BaseException, what: str) -> ValueError:
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RevisionNotFoundError
+
+        if isinstance(error, RevisionNotFoundError):
+            return ValueError(f"{self.repo_id} has no {what}: its branches, tags and commits are listed on its page")
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            return ValueError(f"{self.repo_id} has no {what}: it is not a model that adpretrain saved")
+        return explain(error, self.repo_id, f"load {what} of")
+
+
+def _blob_name(path: Path) -> str | None:
+    """The digest that is the name of a cached file's blob: where its link points, one step only."""
+    return Path(os.readlink(path)).name if path.is_symlink() else None
+
+
+def _discard(path: Path) -> None:
+    """Take a damaged file out of the cache, so that no other program finds it either."""
+    path.resolve().unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+
+
+def _forbidden(error: BaseException) -> bool:
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    return isinstance(error, OfflineModeIsEnabled)
