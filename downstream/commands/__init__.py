@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from downstream.commands.backbones import backbones
 from downstream.commands.check_data import check_data
+from downstream.commands.demo import demo
 from downstream.commands.detectors import detectors
 from downstream.commands.export import export
 from downstream.commands.extract import extract
@@ -27,4 +28,5 @@ COMMANDS: dict[str, Callable[[ArgumentParser], Run]] = {
     "extract": extract,
     "backbones": backbones,
     "detectors": detectors,
+    "demo": demo,
 }
