@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -24,6 +25,8 @@ def demo(parser: ArgumentParser) -> Callable[[Namespace], int]:
 
 
 def _demo(options: Namespace) -> int:
+    if find_spec("gradio") is None:  # before torch is imported, which takes a while
+        raise ValueError("the demo needs gradio: pip install 'adpretrain[demo]'")
     from downstream.demo.serving import EMBEDDED, serve
 
     serve(options.extractor or [EMBEDDED], options.host, options.port, options.device)

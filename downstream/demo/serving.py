@@ -21,7 +21,6 @@ from downstream.terminal import plain
 EMBEDDED = "embedded"
 LOCAL, EVERYWHERE = "127.0.0.1", "0.0.0.0"
 HUGGING_FACE = "'self' https://huggingface.co https://*.hf.space"
-INSTALL = "the demo needs gradio: pip install 'adpretrain[demo]'"
 
 
 def host_of(given: str | None, environment: Mapping[str, str]) -> str:
@@ -45,16 +44,12 @@ def serve(
 ) -> None:
     """Serve the page until Ctrl-C or SIGTERM. Port 0 takes any free one; the address is printed.
 
-    Raises ValueError without gradio, for an extractor that cannot be loaded or a device that cannot be used, and
+    Raises ValueError for an extractor that cannot be loaded or a device that cannot be used, and
     OSError if the port is taken.
     """
     with tempfile.TemporaryDirectory(prefix="adpretrain-demo-") as folder:
         # Gradio reads these when it is imported.
         os.environ.update(GRADIO_TEMP_DIR=folder, GRADIO_ANALYTICS_ENABLED="False")
-        try:
-            import gradio  # noqa: F401
-        except ImportError as error:
-            raise ValueError(INSTALL) from error
         where = host_of(host, os.environ)
         with _listen(where, port) as listener:
             place = pick_device(device)

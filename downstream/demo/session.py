@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from adpretrain.extractor import ADExtractor
-from downstream.calibration import Calibration, calibrate, percent
+from downstream.calibration import Calibration, calibrate
 from downstream.demo.uploads import LIMITS, Limits, Upload, check_counts, read_upload
 from downstream.inspection.basis import Basis, Options, Progress, predict_photos, prepare_photos, silent
 from downstream.inspection.photos import Photo, Unreadable
@@ -157,11 +157,6 @@ def verdicts(scored: Scored, rate: float) -> Verdicts:
         scale=scored.scale.with_limit(threshold),
         warnings=(*(calibration.warnings if calibration else (SINGLE,)), *scored.notes),
     )
-
-
-def smallest_rate(scored: Scored) -> str:
-    """What K good photographs can promise at best: "20 %" for four."""
-    return percent(1 / (len(scored.normal_scores) + 1))
 
 
 def heatmap(scored: Scored, place: int, scale: ColourScale) -> bytes | None:

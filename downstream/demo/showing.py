@@ -38,13 +38,18 @@ def _promise(scored: Scored, found: Verdicts, rate: float) -> str:
     if found.calibration is None:
         return "No threshold: with one good photograph the images are only ranked, the most unusual one first."
     calibration = found.calibration
+    promised, asked = _percent(calibration.rate), _percent(rate)
     text = (
         f'Threshold <b id="ad-threshold">{calibration.threshold:.4g}</b>, from {scored.references} good photographs. '
-        f'Promised false-alarm rate <b id="ad-rate">{percent(calibration.rate)}</b>'
+        f'Promised false-alarm rate <b id="ad-rate">{promised}</b>'
     )
     if calibration.rate > rate * (1 + 1e-9):
-        text += f" ({percent(rate)} asked for: more than {scored.references} good photographs can promise)"
-    return f"{text}. With these very photographs it may be as high as {percent(calibration.rate_upper)}."
+        text += f" ({asked} asked for: more than {scored.references} good photographs can promise)"
+    return f"{text}. With these very photographs it may be as high as {_percent(calibration.rate_upper)}."
+
+
+def _percent(rate: float) -> str:
+    return percent(rate).replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def notes(warnings: Sequence[str]) -> str:
@@ -81,8 +86,8 @@ def _row(place: int, result: Result, shot: Shot, top: float, threshold: float | 
     reason = f'<small class="ad-reason">{escape(result.reason)}</small>' if result.reason else ""
     return (
         f'<tr class="{result.verdict}" data-place="{place}" tabindex="0" aria-selected="{str(chosen).lower()}">'
-        f'<td class="ad-name"><span class="ad-thumb">{thumbnail}</span>'
-        f"<span><span>{escape(result.path)}</span>{reason}</span></td>"
+        f'<td><div class="ad-name"><span class="ad-thumb">{thumbnail}</span>'
+        f"<span><span>{escape(result.path)}</span>{reason}</span></div></td>"
         f'<td class="ad-score">{score}</td><td class="ad-p">{p_value}</td><td>{badge(result.verdict)}</td></tr>'
     )
 

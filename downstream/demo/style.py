@@ -7,11 +7,13 @@ STYLE = """
 .gradio-container .html-container { padding: 0 !important; }
 .gradio-container, .dark .gradio-container {
   --ad-bad: #b42318; --ad-bad-bg: #fee4e2; --ad-good: #05603a; --ad-good-bg: #d1fadf;
-  --ad-open: #6941c6; --ad-open-bg: #ebe9fe; --ad-none: #475467; --ad-none-bg: #eaecf0; --ad-line: #d0d5dd; --ad-soft: #475467;
+  --ad-open: #6941c6; --ad-open-bg: #ebe9fe; --ad-none: #475467; --ad-none-bg: #eaecf0; --ad-line: #d0d5dd;
+  --ad-soft: #475467;
 }
 .dark .gradio-container {
   --ad-bad: #fda29b; --ad-bad-bg: #55160c; --ad-good: #6ce9a6; --ad-good-bg: #053321;
-  --ad-open: #c3b5fd; --ad-open-bg: #3e1c96; --ad-none: #d0d5dd; --ad-none-bg: #344054; --ad-line: #475467; --ad-soft: #cbd5e1;
+  --ad-open: #c3b5fd; --ad-open-bg: #3e1c96; --ad-none: #d0d5dd; --ad-none-bg: #344054; --ad-line: #475467;
+  --ad-soft: #cbd5e1;
 }
 #ad-title h1 { font-size: 1.6rem; font-weight: 650; margin: .4rem 0 .3rem; line-height: 1.2; letter-spacing: -.01em; }
 #ad-title p { color: var(--ad-soft); margin: 0; font-size: 1rem; line-height: 1.5; }
@@ -66,7 +68,8 @@ tr.normal .ad-bar > span { background: #12b76a; }
 @media (max-width: 640px) {
   .ad-table td, .ad-table th { padding: 6px; }
   .ad-thumb { flex-basis: 52px; width: 52px; }
-  .ad-name { min-width: 84px; gap: 4px; flex-direction: column; align-items: flex-start; font-size: .85rem; } .ad-score { min-width: 60px; }
+  .ad-name { min-width: 84px; gap: 4px; flex-direction: column; align-items: flex-start; font-size: .85rem; }
+  .ad-score { min-width: 60px; }
   .ad-count { min-width: 90px; padding: 6px 12px; }
 }
 """
