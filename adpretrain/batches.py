@@ -218,9 +218,8 @@ def thin(batch: LabelledBatch, keys: Sequence[tuple[int, int]], count: int, seed
         if size <= count:
             chosen = torch.arange(size).expand(len(keys), -1)
         else:
-            chosen = torch.stack(
-                [_choose(m.flatten(), count, (seed, *key, level)) for m, key in zip(marked, keys, strict=True)]
-            )
+            on_host = zip(marked.flatten(1).cpu(), keys, strict=True)  # one transfer for all images
+            chosen = torch.stack([_choose(marked_T, count, (seed, *key, level)) for marked_T, key in on_host])
         chosen = chosen.to(marked.device)
         for kept, view in zip(views, batch.views, strict=True):
             flat = view[level].flatten(2)
@@ -232,6 +231,6 @@ def thin(batch: LabelledBatch, keys: Sequence[tuple[int, int]], count: int, seed
 
 def _choose(marked_T: Tensor, count: int, key: Sequence[int]) -> Tensor:
     order = torch.from_numpy(np.random.default_rng(np.random.SeedSequence(key)).permutation(marked_T.numel()))
-    shuffled = marked_T.cpu()[order]
+    shuffled = marked_T[order]
     anomalous = order[shuffled][: count // 2]
     return torch.cat([anomalous, order[~shuffled], order[shuffled][count // 2 :]])[:count]

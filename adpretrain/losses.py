@@ -89,19 +89,19 @@ def angle_loss(
         raise ValueError(f"temperature {temperature} must be positive")
     first = F.normalize(features_ND - center_D, dim=1)
     second = F.normalize(augmented_ND - center_D, dim=1)
-    normal_N = ~anomalous_N
-    if not (anomalous_N.any() and normal_N.any()):
+    # Indices, not masks: an accelerator has to be waited for once for each, not at every use.
+    normal, anomalous = (~anomalous_N).nonzero()[:, 0], anomalous_N.nonzero()[:, 0]
+    if not (len(normal) and len(anomalous)):
         return (first.sum() + second.sum()) * 0.0
     rows, columns = _OppositeLogSumExp.apply(
-        torch.cat([first[normal_N], second[normal_N]]),
-        torch.cat([first[anomalous_N], second[anomalous_N]]),
+        torch.cat([first[normal], second[normal]]),
+        torch.cat([first[anomalous], second[anomalous]]),
         1.0 / temperature,
         chunk_bytes,
     )
     positive_N = (first * second).sum(1) / temperature
     if form == "paper":
-        normals, anomalies = int(normal_N.sum()), int(anomalous_N.sum())
-        denominator = rows[:normals].sum() + columns[:anomalies].sum()
+        denominator = rows[: len(normal)].sum() + columns[: len(anomalous)].sum()
         return (denominator - positive_N.sum()) / positive_N.shape[0]
     return (rows.sum() + columns.sum()) / (2 * positive_N.shape[0]) - positive_N.mean()
 

@@ -123,6 +123,12 @@ class PatchCore:
         are, none larger than the first, if it is known. Errors as in `fit`."""
         config, bank, count = self.config, None, 0
         for maps_BHWD in embeddings:
+            # Said at the first batch, not after hours of extraction.
+            if config.search == "ivfpq" and maps_BHWD.device.type != "cpu":
+                raise ValueError(
+                    f"search 'ivfpq' works on the CPU only, and the features are on {maps_BHWD.device}: choose search "
+                    "'exact', or move extract and images to the CPU"
+                )
             kept_ND = self._kept(maps_BHWD.flatten(1, 2), count)
             count += len(maps_BHWD)
             if bank is None:

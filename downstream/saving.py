@@ -125,7 +125,7 @@ def save_detector(
         image_size=image_size,
         tensors={key: list(value.shape) for key, value in tensors.items()},
         facts=facts or {},
-        probe=probe(extract, image_size),
+        probe=probe(extract, image_size, _device(extract, tensors)),
         backbone=backbone,
         preprocess=preprocess,
         images=images,
@@ -161,14 +161,14 @@ def load_detector(
     if config.detector != name:
         raise ValueError(f"{folder} holds a {config.detector!r} detector, not {name!r}: load it with its own class")
     chosen = from_dict(options, config.options, f"options in {folder / 'config.json'}")
-    device = device if device is not None else _device(extract)
+    device = device if device is not None else _device(extract, {})
     expected = {key: torch.empty(shape, device="meta") for key, shape in config.tensors.items()}
     tensors = {key: value.to(device) for key, value in read_weights(folder, expected).items()}
     references = [tensors.pop(key) for key in _reference_keys(tensors)]
     extract = extract if extract is not None else _load_extract(folder, config, device, weights)
     if isinstance(extract, ADExtractor) and extract.references is None and references:
         extract.set_references(references)
-    _compare(probe(extract, config.image_size), config.probe, folder)
+    _compare(probe(extract, config.image_size, _device(extract, tensors, device)), config.probe, folder)
     return Loaded(chosen, extract, tensors, config.facts, config.image_size)
 
 
@@ -176,11 +176,14 @@ def _reference_keys(tensors: Mapping[str, Tensor]) -> list[str]:
     return sorted((key for key in tensors if key.startswith(REFERENCES)), key=lambda key: int(key.rpartition(".")[2]))
 
 
-def _device(extract: Extract | None) -> torch.device:
-    if isinstance(extract, nn.Module):
-        for tensor in (*extract.parameters(), *extract.buffers()):
-            return tensor.device
-    return torch.device("cpu")
+def _device(
+    extract: Extract | None, fitted: Mapping[str, Tensor], otherwise: str | torch.device = "cpu"
+) -> torch.device:
+    """Where an extract works: with its own tensors; a plain function, with those that were fitted on its features."""
+    own = (*extract.parameters(), *extract.buffers()) if isinstance(extract, nn.Module) else ()
+    for tensor in (*own, *fitted.values()):
+        return tensor.device
+    return torch.device(otherwise)
 
 
 def _load_extract(
@@ -201,11 +204,11 @@ def _load_extract(
 
 
 @torch.no_grad()
-def probe(extract: Extract, image_size: int) -> list[list[float]]:
+def probe(extract: Extract, image_size: int, device: torch.device) -> list[list[float]]:
     """The features of a fixed picture, averaged over positions and groups of channels: up to `PARTS` per level."""
     ramp = torch.linspace(0, 6, image_size)
     wave = torch.stack([(k * ramp[:, None]).sin() + ((4 - k) * ramp[None]).cos() for k in (1, 2, 3)])
-    picture = (0.5 + wave / 4)[None].to(_device(extract))
+    picture = (0.5 + wave / 4)[None].to(device)
     encode = extract.encode if isinstance(extract, ADExtractor) and extract.references is None else extract
     features = encode(picture)
     means = [level[0].double().mean((1, 2))[None] for level in features]

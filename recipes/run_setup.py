@@ -132,8 +132,8 @@ def set_up(config: PretrainConfig, console: Console, accelerator: Accelerator) -
     objective = Objective(config.loss, extractor)
     products = by_product(held_out) if accelerator.is_main_process else {}
     with progress_bar(console) as bar:
-        groups = list(products.values())
-        sets = [encode_samples(g, extractor.backbone) for g in bar.track(groups, description="held-out products")]
+        groups = bar.track(list(products.values()), description="held-out products")
+        sets = [encode_samples(group, extractor.backbone, accelerator.device) for group in groups]
     return Run(
         config, accelerator, console, folder, data, extractor, objective, model, optimizer, scheduler, steps, sets
     )
