@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from devices import Device
+from hub_server.fixture import hub as hub
 from pretend_device import pretend_device
 
 # pytest puts this folder on the path, where `downstream` is a folder of tests; a package of that name goes before it.

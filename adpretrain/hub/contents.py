@@ -17,7 +17,7 @@ from adpretrain.artefact import CARD_NAME, CONFIG_NAME, PICTURE_SUFFIX, WEIGHTS_
 
 PICTURE = r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.png"
 PART = re.compile(r"[a-z0-9][a-z0-9_-]*")  # a model within a model, e.g. the extractor of a detector
-OURS = re.compile(rf"(?:{PART.pattern}/)*(?:config\.json|model\.safetensors)|README\.md|{PICTURE}")
+OURS = re.compile(rf"(?:{PART.pattern}/)*(?:config\.json|model\.safetensors|README\.md)|(?:assets/)?{PICTURE}")
 HOUSEKEEPING = re.compile(r"\.gitattributes|\.gitignore|LICENSE(?:\.[a-z]+)?|[A-Za-z0-9_-]+\.md")
 GIT_SHA1, SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
 CHUNK = 1 << 20  # bytes

@@ -62,10 +62,11 @@ def locate(
     Raises ValueError if there is no such folder or repository, it lacks a file, or it cannot be reached.
     """
     name = os.fspath(source)
-    if Path(name).is_dir() or name == EMBEDDED:
+    is_folder = name != "" and Path(name).is_dir()
+    if is_folder or name == EMBEDDED:
         if revision is not None:
             raise ValueError(f"{name} is a folder; revision={revision!r} is for repositories of the Hub: leave it out")
-        return Located(Path(name) if Path(name).is_dir() else _embedded())
+        return Located(Path(name) if is_folder else _embedded())
     _refuse_paths(source, name)
     revision = _checked_revision(revision)
     cache = _Cache(name, token)
@@ -91,7 +92,7 @@ def _refuse_paths(source: str | os.PathLike[str], name: str) -> None:
         or "\\" in name
         or name.endswith((*FILE_SUFFIXES, "/"))
     )
-    if looks_like_path or Path(name).exists():
+    if looks_like_path or Path(name).is_file():
         raise ValueError(f"{name} is not a folder: expected a folder written by save_pretrained, or a Hub id org/name")
     if not REPO_ID.fullmatch(name) or "--" in name or ".." in name or name.endswith(".git"):
         raise ValueError(

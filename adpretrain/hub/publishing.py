@@ -152,7 +152,7 @@ def _steps(
         steps.append(f"commit {len(changed)} new or changed files ({size / 1e6:.2f} MB) to {hub.branch}")
         steps += [f"delete {name} in the same commit" for name in deleted]
     else:
-        steps.append(f"no commit: {hub.branch} holds these files already, at {state.head}")
+        steps.append(f"make no commit: {hub.branch} holds these files already, at {state.head}")
     if tag is not None and tag not in state.tags:
         steps.append(f"tag it {tag}")
     if state.is_new and not private:

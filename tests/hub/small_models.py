@@ -1,0 +1,37 @@
+"""A small extractor to publish, made the same in every process, and pictures for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from adpretrain.backbones import load_backbone
+from adpretrain.config import ProjectorConfig
+from adpretrain.extractor import ADExtractor, build_projector
+
+SIDE = 64
+
+
+def make_extractor(seed: int = 0) -> ADExtractor:
+    """The weight-free backbone with a small random projector."""
+    torch.manual_seed(seed)
+    backbone = load_backbone("filterbank", image_size=SIDE)
+    config = ProjectorConfig(references=16, heads=1)
+    return ADExtractor(backbone, build_projector(config, backbone.channels), config, provenance={"seed": seed})
+
+
+def pictures(count: int, seed: int) -> torch.Tensor:
+    return torch.randn(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A saved extractor's folder, without a card."""
+
+    folder: Path
+
+    def contents(self) -> dict[str, bytes]:
+        files = [path for path in self.folder.rglob("*") if path.is_file()]
+        return {path.relative_to(self.folder).as_posix(): path.read_bytes() for path in files}
