@@ -21,6 +21,7 @@ from torch import Tensor
 from downstream.distances import (
     LOWER,
     UPPER,
+    check_matrix,
     check_rows,
     compute_type,
     full_precision,
@@ -31,7 +32,7 @@ from downstream.distances import (
 )
 
 METHODS = ("greedy", "random", "none")
-REFRESHED = 2048  # rows brought up to date at once, at least
+REFRESHED = 1024  # rows brought up to date at once, at least
 SETTLED = 256  # rows made exact at once, at least; as many, at most, among which picks are made without the others
 CHUNK = 2048  # the largest matrix product is CHUNK x CHUNK
 CHOSEN = -1.0
@@ -107,7 +108,7 @@ def greedy_coreset(
 
     Raises ValueError if the features are no finite [N, D] matrix, or k, start or projection_dim are out of range.
     """
-    check_rows(features_ND, "features")
+    check_matrix(features_ND, "features")  # that they are finite is seen by their norms
     rows = features_ND.shape[0]
     if not 1 <= k <= rows:
         raise ValueError(f"a coreset of {k} rows from {rows}; choose 1 to {rows}")
@@ -157,87 +158,103 @@ class _Search:
         self.chosen = torch.empty(k, dtype=torch.int64, device=device)
         self.chosen[0] = start
         self.count = 1
-        self.block = REFRESHED
+        self.block, self.settled = rows, SETTLED  # how many rows to bring up to date, and to make exact, next
         self.bounded_N = torch.ones(rows, dtype=torch.int64, device=device)
-        self.exact_N = torch.ones_like(self.bounded_N)
+        self.exact_N = torch.zeros_like(self.bounded_N)
         self.distance_N = torch.empty(rows, dtype=self.dtype, device=device)
-        norm_N = torch.empty_like(self.distance_N)
+        self.norm_N = torch.empty_like(self.distance_N)
         # Near the mean the norms are small, and with them the rounding. A sample's mean does as well.
         self.centre_D = features_ND[:: max(1, rows // CHUNK)].mean(0, dtype=self.dtype)
-        first, step = features_ND[start].to(self.dtype), rows_per_block(width)
+        first_1D = self.shifted(self.chosen[:1])
+        first_1 = self.rounding.biases(sums_of_squares(first_1D.clone()), UPPER)
+        step = rows_per_block(width)
         for i in range(0, rows, step):
-            block = features_ND[i : i + step].to(self.dtype)
-            for vector, out_N in ((first, self.distance_N), (self.centre_D, norm_N)):
-                out_N[i : i + step] = sums_of_squares(block - vector)
-        self.distance_N[start] = CHOSEN
-        if not bool(norm_N.amax() * 8 < torch.finfo(self.dtype).max):
+            block = features_ND[i : i + step].to(self.dtype) - self.centre_D
+            self.distance_N[i : i + step] = self.rounding.bounds(block, first_1D, first_1, UPPER)[:, 0]
+            self.norm_N[i : i + step] = sums_of_squares(block)
+        if not bool(self.norm_N.amax() * 8 < torch.finfo(self.dtype).max):
+            check_rows(features_ND, "features")
             raise ValueError(f"features are so large that their squared distances overflow {self.dtype}; scale them")
-        self.biases_N = {side: self.rounding.biases(norm_N, side) for side in (LOWER, UPPER)}
+        self.biases_N = {side: self.rounding.biases(self.norm_N, side) for side in (LOWER, UPPER)}
+        self.distance_N += self.biases_N[UPPER]
+        self.distance_N[start] = CHOSEN
 
-    def bounds(self, rows_K: Tensor, others_P: Tensor, side: int) -> Tensor:
-        """Lower or upper bounds of the distances of all pairs: [K, P]."""
-        left, right = (self.features_ND.index_select(0, i).to(self.dtype) - self.centre_D for i in (rows_K, others_P))
-        biases_N = self.biases_N[side]
-        return self.rounding.bounds(left, right, biases_N[others_P], side).add_(biases_N[rows_K][:, None])
+    def shifted(self, rows_K: Tensor) -> Tensor:
+        return self.features_ND.index_select(0, rows_K).to(self.dtype).sub_(self.centre_D)
+
+    def bounds(self, rows_K: Tensor, others_P: Tensor, side: int) -> tuple[Tensor, Tensor]:
+        """Bounds of the distances of all pairs less the rows' biases, and these: [K, P], [K]."""
+        left_KD, right_PD = self.shifted(rows_K), self.shifted(others_P)
+        biases_K, biases_P = (self.biases_N[side].index_select(0, i) for i in (rows_K, others_P))
+        return self.rounding.bounds(left_KD, right_PD, biases_P, side), biases_K
 
     def behind(self, rows_K: Tensor, known_N: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Blocks of those rows that do not know all chosen rows, each with a block of chosen rows to meet."""
-        known_K = known_N[rows_K]
-        late = (known_K < self.count) & (self.distance_N[rows_K] > 0)  # a row at distance 0 cannot come closer
-        known_K, order = known_K[late].sort()
-        rows_K = rows_K[late][order]
-        for first in range(0, len(rows_K), CHUNK):
+        known_K = known_N.index_select(0, rows_K)
+        # A row at distance 0 cannot come closer.
+        late = (known_K < self.count) & (self.distance_N.index_select(0, rows_K) > 0)
+        known_K, order = known_K.masked_fill_(~late, self.count).sort()
+        rows_K = rows_K.index_select(0, order)
+        for first in range(0, int(late.sum()), CHUNK):
             for others in self.chosen[int(known_K[first]) : self.count].split(CHUNK):
                 yield rows_K[first : first + CHUNK], others
 
     def bound(self, rows_K: Tensor) -> None:
         """Lower the distances of these rows to bounds that know all chosen rows."""
         for rows, others in self.behind(rows_K, self.bounded_N):
-            upper_K = self.bounds(rows, others, UPPER).amin(1)
-            self.distance_N[rows] = torch.minimum(self.distance_N[rows], upper_K)
-        self.bounded_N[rows_K] = self.count
+            upper_KP, biases_K = self.bounds(rows, others, UPPER)
+            self.distance_N.scatter_reduce_(0, rows, upper_KP.amin(1).add_(biases_K), "amin")
+        self.bounded_N.index_fill_(0, rows_K, self.count)
 
     def settle(self, rows_K: Tensor) -> None:
         """Make the distances of these rows, which are bounds that know all chosen rows, exact."""
         for rows, others in self.behind(rows_K, self.exact_N):
-            distance_K = self.distance_N[rows]
+            lower_KP, biases_K = self.bounds(rows, others, LOWER)
             # Who is farther than the bound for certain need not be computed.
-            i, j = (self.bounds(rows, others, LOWER) <= distance_K[:, None]).nonzero(as_tuple=True)
+            near_KP = lower_KP.add_(biases_K[:, None]) <= self.distance_N.index_select(0, rows)[:, None]
+            i, j = near_KP.nonzero(as_tuple=True)
             pairs = squared_distances(self.features_ND, rows[i], self.features_ND, others[j])
-            self.distance_N[rows] = distance_K.scatter_reduce_(0, i, pairs, "amin")
-        self.exact_N[rows_K] = self.count
+            self.distance_N.scatter_reduce_(0, rows[i], pairs, "amin")
+        self.exact_N.index_fill_(0, rows_K, self.count)
 
     def farthest(self, number: int, among_M: Tensor | None = None) -> tuple[Tensor, float]:
         """So many of the rows, those farthest by ``distance_N``, and a distance that no other of the rows exceeds."""
         distance_M = self.distance_N if among_M is None else self.distance_N[among_M]
         if number < len(distance_M):
-            values, best = distance_M.topk(number + 1)
-            best, limit = best[:-1], float(values[-1])
+            values, best = distance_M.topk(number + 1, sorted=False)
+            least = int(values.argmin())
+            limit = float(values[least])
+            best[least] = best[-1]
+            best = best[:-1]
         else:
             best, limit = torch.arange(len(distance_M), device=distance_M.device), CHOSEN
         return best if among_M is None else among_M[best], limit
 
     def choose_more(self) -> None:
         """Look closer and closer at the farthest rows, and pick as long as no other row could be farther."""
-        rows, limit = self.farthest(self.block)
+        rows, outer = self.farthest(self.block)
         self.bound(rows)
-        rows, next_best = self.farthest(max(SETTLED, self.block // 4), rows)
-        limit = max(limit, next_best)
+        rows, inner = self.farthest(self.settled, rows)
         self.settle(rows)
         distances = self.distance_N[rows]
         farthest = float(distances.amax())
-        if farthest <= limit:  # another row may be as far: look at more
-            self.block *= 2
+        more = min(2 * self.block, len(self.distance_N))
+        if farthest <= max(outer, inner):  # another row may be as far: look at more
+            self.block, self.settled = more, 2 * self.settled
             return
-        self.block = max(REFRESHED, self.block // 2)
         if farthest == 0:
             rest = (self.distance_N == 0).nonzero()[:, 0]
             self.chosen[self.count :] = rest[: len(self.chosen) - self.count]
             self.count = len(self.chosen)
             return
-        first = rows[distances == farthest].amin()
-        rows, next_best = self.farthest(SETTLED, rows)
-        self.pick(torch.cat([rows, first[None]]).unique(), max(limit, next_best))
+        if len(rows) > SETTLED:
+            first = rows[distances == farthest].amin()
+            rows, next_best = self.farthest(SETTLED, rows)
+            rows, inner = torch.cat([rows[rows != first], first[None]]), max(inner, next_best)
+        self.pick(rows.sort().values, max(outer, inner))
+        # Whose bounds ended the picks?
+        self.block = more if outer > inner else max(REFRESHED, self.block // 2)
+        self.settled = max(SETTLED, self.settled // 2)
 
     def pick(self, rows_T: Tensor, limit: float) -> None:
         """Pick among ascending rows whose distances are exact: the farthest, then more while they are beyond `limit`.
@@ -245,8 +262,11 @@ class _Search:
         A pick lowers the others' distances to bounds; these are made exact only for a row that comes first by them.
         """
         # Small arrays: NumPy's calls are several times shorter than torch's, and no device is asked at every pick.
-        lower: NDArray[np.floating] = self.bounds(rows_T, rows_T, LOWER).cpu().numpy()
-        upper: NDArray[np.floating] = self.bounds(rows_T, rows_T, UPPER).cpu().numpy()
+        rows_TD, biases_T = self.features_ND.index_select(0, rows_T).to(self.dtype), self.biases_N[LOWER][rows_T]
+        shifted_TD, features = rows_TD - self.centre_D, rows_TD.cpu().numpy()
+        lower_TT = self.rounding.bounds(shifted_TD, shifted_TD, biases_T, LOWER).add_(biases_T[:, None])
+        lower: NDArray[np.floating] = lower_TT.cpu().numpy()
+        width: NDArray[np.floating] = self.rounding.widths(self.norm_N[rows_T]).cpu().numpy()
         distance: NDArray[np.floating] = self.distance_N[rows_T].cpu().numpy()
         exact = np.ones(len(distance), dtype=bool)
         picks: list[int] = []
@@ -257,13 +277,12 @@ class _Search:
             if exact[last]:
                 picks.append(last)
                 exact &= lower[last] > distance
-                np.minimum(distance, upper[last], out=distance)
+                np.minimum(distance, lower[last] + (width + width[last]), out=distance)
                 distance[last] = CHOSEN
             else:
                 near = [p for p in picks if lower[p, last] <= distance[last]]
-                left, right = (rows_T[torch.tensor(i, device=rows_T.device)] for i in ([last] * len(near), near))
-                pairs = squared_distances(self.features_ND, left, self.features_ND, right)
-                distance[last] = min(distance[last], float(pairs.amin()))
+                pairs = sums_of_squares(torch.from_numpy(features[near] - features[last]))
+                distance[last] = min(distance[last], pairs.numpy().min())
                 exact[last] = True
         before, self.count = self.count, self.count + len(picks)
         self.chosen[before : self.count] = rows_T[torch.tensor(picks, device=rows_T.device)]

@@ -22,12 +22,17 @@ LOWER, UPPER = -1, 1  # sides of a bound
 BLOCK_ELEMENTS = 1 << 17  # rows are gathered and subtracted in blocks that stay in a core's cache
 
 
-def check_rows(rows_ND: Tensor, name: str) -> None:
-    """Raises ValueError unless `rows_ND` is a floating-point matrix with at least one element, all of them finite."""
+def check_matrix(rows_ND: Tensor, name: str) -> None:
+    """Raises ValueError unless `rows_ND` is a floating-point matrix with at least one element."""
     if rows_ND.ndim != 2 or rows_ND.numel() == 0:
         raise ValueError(f"{name} of shape {tuple(rows_ND.shape)}; expected [N, D] with N, D > 0 (one row a token)")
     if not rows_ND.is_floating_point():
         raise ValueError(f"{name} of type {rows_ND.dtype}; expected floating-point numbers, e.g. {name}.float()")
+
+
+def check_rows(rows_ND: Tensor, name: str) -> None:
+    """Raises ValueError unless `rows_ND` is a floating-point matrix with at least one element, all of them finite."""
+    check_matrix(rows_ND, name)
     step = rows_per_block(rows_ND.shape[1])
     # The sum of a block is finite only if all of it is; a sum that overflows is looked at again.
     for start, block in zip(range(0, rows_ND.shape[0], step), rows_ND.split(step), strict=True):
@@ -84,6 +89,13 @@ class Rounding:
     def biases(self, norms_N: Tensor, side: int) -> Tensor:
         """The squared norms, shrunk (side LOWER) or grown (UPPER) so that `bounds` are on that side: [N]."""
         return norms_N * ((1 + side * self.norms) * (1 + side * self.total)) + side * self.tiny
+
+    def widths(self, norms_N: Tensor) -> Tensor:
+        """What to add to a pair's lower bound, once for each of its rows, for an upper one: [N].
+
+        The margin below is spent once more, and once above; the distance itself is at most 2 (n_i + n_j).
+        """
+        return norms_N * (2.2 * self.norms + 4.4 * self.total) + 3 * self.tiny
 
     def bounds(self, left_KD: Tensor, right_PD: Tensor, right_P: Tensor, side: int) -> Tensor:
         """Bounds of all pairs' computed distances, less the left rows' biases, from shifted rows: [K, P]."""

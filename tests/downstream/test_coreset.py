@@ -148,6 +148,9 @@ def test_bounds_hold(kind: str, dtype: torch.dtype) -> None:
         )
         assert (lower <= exact).all()
         assert (exact <= upper).all()
+        widths = bounds.widths(norms)
+        assert (exact <= lower + (widths[:, None] + widths)).all()
+        assert (lower + (widths[:, None] + widths) <= upper + 2 * (upper - lower)).all()
         # A bound nobody could use would be a mistake as well: 4 (3 D + 24) rounding units of the norms.
         widest = 6 * (3 * width + 24) * torch.finfo(dtype).eps * (norms[:, None] + norms) + 1e-30
         assert (upper - lower <= widest).all()
