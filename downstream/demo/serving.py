@@ -112,6 +112,11 @@ def _listen(host: str, port: int) -> socket.socket:
 def _run(app: Gate, listener: socket.socket, address: str) -> None:
     import uvicorn
 
+    class Announced(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            print(f"demo on {address} (Ctrl-C ends it)", flush=True)
+
     def stop(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
@@ -119,9 +124,8 @@ def _run(app: Gate, listener: socket.socket, address: str) -> None:
     signal.signal(signal.SIGTERM, stop)
     # Open pages keep a stream open: do not wait long for them.
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, ws="none")
-    print(f"demo on {address} (Ctrl-C ends it)", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
-        uvicorn.Server(config).run(sockets=[listener])
+        Announced(config).run(sockets=[listener])
 
 
 def _bracketed(host: str) -> str:

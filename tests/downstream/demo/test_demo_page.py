@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import pytest
 import torch
 from browser import CHROMIUM, Browser, chromium
-from conftest import Server
+from demo_process import Server
 from test_demo_uploads import png_bomb
 
 from adpretrain.extractor import ADExtractor
@@ -133,3 +133,17 @@ def test_mistakes_are_told_in_plain_words(browser: Browser, write_tiles: Callabl
     drop(browser, "ad-new", sorted(write_tiles("new", range(2)).iterdir()))
     browser.click("#ad-score-button")
     browser.until("document.body.innerText.includes('9 good photographs are too many for this page')", timeout=30)
+
+
+def test_a_script_of_the_page_cannot_call_home(server: Server, tmp_path: Path) -> None:
+    with chromium(tmp_path / "browser") as browser:
+        browser.open(server.address)
+        browser.until("!!document.querySelector('#ad-score-button')")
+        call = "fetch('{}').then(answer => answer.status, () => 'refused')"
+        assert browser.run(call.format("/config")) == 200
+        assert browser.run(call.format(f"http://localhost:{server.port}/config")) == "refused"  # another origin
+        browser.until(
+            "new Promise(done => { const i = new Image(); i.onload = i.onerror = () => done(1);"
+            f"i.src = 'http://localhost:{server.port}/favicon.ico'; }})"
+        )
+        assert any("Content Security Policy" in error for error in browser.errors)

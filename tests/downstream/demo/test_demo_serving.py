@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Server, demo, started
+from demo_process import Server, demo, started
 
 from downstream.demo.serving import host_of, names_of
 

@@ -42,9 +42,9 @@ def test_every_rate_gives_what_a_fresh_run_gives(
         found = verdicts(scored, rate)
         basis = prepare(extractor, CPU, good, options=Options(rate))
         results, _ = score_images(basis, new, sorted(new.iterdir()), tmp_path / "out")
-        assert [(r.path, r.verdict, r.p_value) for r in found.results] == [
-            (r.path, r.verdict, r.p_value) for r in results
-        ]
+        assert [result.path for result in found.results] == [result.path for result in results]
+        assert [result.verdict for result in found.results] == [result.verdict for result in results]
+        assert [result.p_value for result in found.results] == [result.p_value for result in results]
         np.testing.assert_allclose([r.score for r in found.results], [r.score for r in results], rtol=1e-6)
         assert found.threshold == pytest.approx(basis.threshold, rel=1e-6)
         assert found.scale.limit == pytest.approx(basis.scale.limit, rel=1e-6)

@@ -1,0 +1,11 @@
+"""The demo as a Hugging Face Space. The variable EXTRACTORS names what to offer, separated by commas."""
+
+from __future__ import annotations
+
+import os
+
+from downstream.demo.serving import EMBEDDED, serve
+
+if __name__ == "__main__":
+    names = [name.strip() for name in os.environ.get("EXTRACTORS", EMBEDDED).split(",")]
+    serve([name for name in names if name], port=int(os.environ.get("PORT", "7860")))
