@@ -5,6 +5,6 @@ commit and has the content its digest says, what is tried again, and errors that
 """
 
 from adpretrain.hub.locating import Located, locate
-from adpretrain.hub.publishing import Published, publish
+from adpretrain.hub.publishing import Published, publish, publish_space
 
-__all__ = ["Located", "Published", "locate", "publish"]
+__all__ = ["Located", "Published", "locate", "publish", "publish_space"]

@@ -19,6 +19,7 @@ PICTURE = r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.png"
 PART = re.compile(r"[a-z0-9][a-z0-9_-]*")  # a model within a model, e.g. the extractor of a detector
 OURS = re.compile(rf"(?:{PART.pattern}/)*(?:config\.json|model\.safetensors|README\.md)|(?:assets/)?{PICTURE}")
 HOUSEKEEPING = re.compile(r"\.gitattributes|\.gitignore|LICENSE(?:\.[a-z]+)?|[A-Za-z0-9_-]+\.md")
+SPACE = re.compile(r"(?:[A-Za-z0-9_-]+/)*[A-Za-z0-9_-]+\.(?:py|md|txt|png|css)")
 GIT_SHA1, SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
 CHUNK = 1 << 20  # bytes
 
@@ -36,11 +37,6 @@ class LocalFile:
 def is_ours(name: str) -> bool:
     """Whether ``name``, a path with "/" relative to the repository, is a file that we write."""
     return OURS.fullmatch(name) is not None
-
-
-def is_foreign(name: str) -> bool:
-    """Whether ``name`` shows that a repository holds something else than a model of ours."""
-    return not is_ours(name) and HOUSEKEEPING.fullmatch(name) is None
 
 
 def digest(path: Path, kind: str) -> str:
@@ -85,13 +81,21 @@ def files_to_publish(folder: str | os.PathLike[str]) -> dict[str, LocalFile]:
     return {name: _local_file(root / name) for name in names}
 
 
-def differences(files: dict[str, LocalFile], remote: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """Paths to be sent and paths of ours to be deleted, for ``remote`` to hold exactly ``files`` of ours.
+def files_of_space(folder: str | os.PathLike[str]) -> dict[str, LocalFile]:
+    """The files of a Space by their path in the repository. Raises ValueError if there are others than it needs."""
+    root = Path(folder)
+    if not (root / "app.py").is_file() or not (root / CARD_NAME).is_file():
+        raise ValueError(f"{folder} has no app.py and {CARD_NAME}: publish the folder of a Space")
+    names = sorted(name for name in _names(root) if "__pycache__/" not in name)
+    if strange := [name for name in names if not SPACE.fullmatch(name)]:
+        raise ValueError(f"{folder} holds files that no Space needs: {some(strange)}; move them out of the folder")
+    return {name: _local_file(root / name) for name in names}
 
-    ``remote``: the client's `RepoFile`s by path.
-    """
+
+def differences(files: dict[str, LocalFile], remote: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Paths of which ``remote`` (the client's `RepoFile`s by path) lacks the content, and paths that only it has."""
     changed = [name for name, file in files.items() if name not in remote or not _same(file, remote[name])]
-    return changed, sorted(name for name in remote if is_ours(name) and name not in files)
+    return changed, sorted(remote.keys() - files.keys())
 
 
 def some(names: Iterable[str]) -> str:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 import huggingface_hub
 
-from adpretrain.hub.contents import GIT_SHA1, LocalFile, differences, files_to_publish, is_foreign, some
+from adpretrain.hub.contents import (
+    GIT_SHA1,
+    HOUSEKEEPING,
+    LocalFile,
+    files_of_space,
+    files_to_publish,
+    is_ours,
+    some,
+)
 from adpretrain.hub.locating import REPO_ID
-from adpretrain.hub.trouble import explain, persistently, root, status, troubles
-
-T = TypeVar("T")
-STALE = (409, 412)  # what the Hub answers if the branch is no longer at the parent commit
+from adpretrain.hub.repository import Repository, State
+from adpretrain.hub.trouble import explain, persistently, troubles
 
 
 @dataclass(frozen=True)
@@ -39,22 +43,6 @@ class Published:
     changed: list[str]
     deleted: list[str]
     steps: list[str]
-
-
-@dataclass(frozen=True)
-class _State:
-    """A repository as it is: None for ``private`` and ``head`` if it does not exist."""
-
-    private: bool | None = None
-    head: str | None = None
-    branches: dict[str, str] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
-    files: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def is_new(self) -> bool:
-        """Whether it holds nothing yet: not there, or left empty by a publication that broke off."""
-        return all(name == ".gitattributes" for name in self.files)
 
 
 def publish(
@@ -83,20 +71,49 @@ def publish(
     """
     files = files_to_publish(folder)
     _check_names(repo_id, branch, tag, message)
-    hub = _Repository(repo_id, branch, huggingface_hub.HfApi(token=token, library_name="adpretrain"))
+    hub = Repository(repo_id, branch, _api(token), is_ours)
+    return _publish(hub, files, private, tag, message or f"Publish {Path(folder).resolve().name}", dry_run)
+
+
+def publish_space(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool,
+    message: str | None = None,
+    token: str | bool | None = None,
+    dry_run: bool = False,
+) -> Published:
+    """Make the Gradio Space ``repo_id`` hold the files of ``folder`` (`files_of_space`), as `publish` does.
+
+    Files that only the Space has are not deleted. Raises ValueError as `publish` does.
+    """
+    files = files_of_space(folder)
+    _check_names(repo_id, "main", None, message)
+    hub = Repository(repo_id, "main", _api(token), files.__contains__, "space")
+    return _publish(hub, files, private, None, message or "Publish the Space", dry_run)
+
+
+def _api(token: str | bool | None) -> huggingface_hub.HfApi:
+    return huggingface_hub.HfApi(token=token, library_name="adpretrain")
+
+
+def _publish(
+    hub: Repository, files: dict[str, LocalFile], private: bool, tag: str | None, message: str, dry_run: bool
+) -> Published:
     try:
         persistently(hub.api.whoami)
         state = hub.state()
-        changed, deleted = differences(files, state.files)
-        _refuse(repo_id, state, private, tag, bool(changed or deleted))
+        changed, deleted = hub.differences(files, state.files)
+        _refuse(hub, state, private, tag, bool(changed or deleted))
         steps = _steps(hub, state, files, changed, deleted, private, tag)
         commit = None if changed or deleted else state.head
         if not dry_run:
-            commit = _carry_out(hub, state, files, private, tag, message or f"Publish {Path(folder).resolve().name}")
+            commit = _carry_out(hub, state, files, private, tag, message)
     except troubles() as error:
-        raise explain(error, repo_id, "publish to") from error
-    url = f"{hub.api.endpoint}/{repo_id}"
-    return Published(url, commit, tag, {n: f.size for n, f in files.items()}, changed, deleted, steps)
+        raise explain(error, hub.repo_id, "publish to") from error
+    sizes = {name: file.size for name, file in files.items()}
+    return Published(hub.page, commit, tag, sizes, changed, deleted, steps)
 
 
 def _check_names(repo_id: str, branch: str, tag: str | None, message: str | None) -> None:
@@ -114,11 +131,12 @@ def _check_names(repo_id: str, branch: str, tag: str | None, message: str | None
         raise ValueError("message is empty: say what the commit holds, or leave message out")
 
 
-def _refuse(repo_id: str, state: _State, private: bool, tag: str | None, changes: bool) -> None:
+def _refuse(hub: Repository, state: State, private: bool, tag: str | None, changes: bool) -> None:
     """Raise ValueError, before anything is sent, if the repository does not take what is to be published."""
-    if foreign := [name for name in state.files if is_foreign(name)]:
+    repo_id = hub.repo_id
+    if foreign := [name for name in state.files if not hub.is_ours(name) and not HOUSEKEEPING.fullmatch(name)]:
         raise ValueError(
-            f"the name {repo_id} is taken: it holds files that are not a model of adpretrain ({some(foreign)}). "
+            f"the name {repo_id} is taken: it holds files that are not a {hub.kind} of adpretrain ({some(foreign)}). "
             "Choose another name, or delete them there"
         )
     if state.private is False and private:
@@ -135,8 +153,8 @@ def _refuse(repo_id: str, state: _State, private: bool, tag: str | None, changes
 
 
 def _steps(
-    hub: _Repository,
-    state: _State,
+    hub: Repository,
+    state: State,
     files: dict[str, LocalFile],
     changed: list[str],
     deleted: list[str],
@@ -161,7 +179,7 @@ def _steps(
 
 
 def _carry_out(
-    hub: _Repository, state: _State, files: dict[str, LocalFile], private: bool, tag: str | None, message: str
+    hub: Repository, state: State, files: dict[str, LocalFile], private: bool, tag: str | None, message: str
 ) -> str:
     """Everything that changes the repository. Returns the commit."""
     if state.head is None:
@@ -172,107 +190,14 @@ def _carry_out(
     elif hub.branch not in state.branches:
         hub.create_branch()
     assert state.head is not None
-    commit = hub.commit(files, state, message) if any(differences(files, state.files)) else state.head
+    commit = hub.commit(files, state, message) if any(hub.differences(files, state.files)) else state.head
     try:
         if tag is not None and tag not in state.tags:
             hub.tag(tag, commit)
         if state.is_new and not private:
-            persistently(lambda: hub.api.update_repo_settings(hub.repo_id, private=False))
+            persistently(lambda: hub.api.update_repo_settings(hub.repo_id, private=False, repo_type=hub.kind))
     except troubles() as error:
         rest = "it is still private: make it public in its settings, then" if state.is_new and not private else ""
         reason = explain(error, hub.repo_id, "finish publishing to")
         raise ValueError(f"{reason}. The files are there, at commit {commit}; {rest} publish again") from error
     return commit
-
-
-@dataclass(frozen=True)
-class _Repository:
-    repo_id: str
-    branch: str
-    api: huggingface_hub.HfApi
-
-    def state(self) -> _State:
-        """What is there now, at the head of the branch or, if it has no such branch, of main."""
-        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-        try:
-            info = persistently(lambda: self.api.model_info(self.repo_id))
-        except GatedRepoError:
-            raise
-        except RepositoryNotFoundError:
-            return _State()
-        refs = persistently(lambda: self.api.list_repo_refs(self.repo_id))
-        branches = {ref.name: ref.target_commit for ref in refs.branches}
-        head = branches.get(self.branch, branches.get("main", str(info.sha)))
-        tags = {ref.name: ref.target_commit for ref in refs.tags}
-        return _State(bool(info.private), head, branches, tags, self.files(head))
-
-    def files(self, commit: str) -> dict[str, Any]:
-        """The client's `RepoFile`s of a commit by path."""
-        found = persistently(lambda: list(self.api.list_repo_tree(self.repo_id, recursive=True, revision=commit)))
-        return {entry.path: entry for entry in found if isinstance(entry, huggingface_hub.hf_api.RepoFile)}
-
-    def create(self) -> None:
-        """Make the repository, private. Raises ValueError if somebody else has one of the name."""
-        try:
-            persistently(lambda: self.api.create_repo(self.repo_id, private=True))
-        except troubles() as error:
-            if status(root(error)) != 409:
-                raise
-            if self.state().head is None:  # there, and not for us to see; if it is, the first answer was lost
-                raise ValueError(f"the name {self.repo_id} is taken: choose another") from error
-
-    def create_branch(self) -> None:
-        persistently(lambda: self.api.create_branch(self.repo_id, branch=self.branch, exist_ok=True))
-
-    def commit(self, files: dict[str, LocalFile], state: _State, message: str) -> str:
-        """One commit on top of ``state``, after which the branch holds exactly ``files`` of ours. Returns it."""
-        changed, deleted = differences(files, state.files)
-
-        def send() -> str:
-            operations: list[Any] = [huggingface_hub.CommitOperationAdd(name, files[name].path) for name in changed]
-            operations += [huggingface_hub.CommitOperationDelete(name) for name in deleted]
-            return self.api.create_commit(
-                self.repo_id, operations, commit_message=message, revision=self.branch, parent_commit=state.head
-            ).oid
-
-        def landed() -> str | None:
-            head = str(persistently(lambda: self.api.model_info(self.repo_id, revision=self.branch)).sha)
-            if head == state.head:
-                return None
-            if not any(differences(files, self.files(head))):
-                return head
-            raise ValueError(
-                f"{self.repo_id} was changed by somebody else meanwhile: {self.branch} is at {head}, no longer at "
-                f"{state.head}. Nothing of yours was committed; look at the new commit, then publish again"
-            )
-
-        commit = _unless_stale(lambda: persistently(send, landed), landed)
-        if any(differences(files, self.files(commit))):
-            raise ValueError(
-                f"commit {commit} of {self.repo_id} does not hold what was sent: a .gitignore there may leave files "
-                "out. Publish again"
-            )
-        return commit
-
-    def tag(self, tag: str, commit: str) -> None:
-        """Put a tag on a commit. Raises ValueError if it is on another."""
-        persistently(lambda: self.api.create_tag(self.repo_id, tag=tag, revision=commit, exist_ok=True))
-        found = {
-            ref.name: ref.target_commit for ref in persistently(lambda: self.api.list_repo_refs(self.repo_id)).tags
-        }
-        if found.get(tag) != commit:
-            raise ValueError(
-                f"the files are in {self.repo_id} at commit {commit}, but the tag {tag!r} was put on {found.get(tag)} "
-                "by somebody else meanwhile: publish again with another tag"
-            )
-
-
-def _unless_stale(call: Callable[[], T], landed: Callable[[], T | None]) -> T:
-    """``call()``; if the Hub says that the parent is stale, the commit that is there if it is ours after all."""
-    try:
-        return call()
-    except troubles() as error:
-        if status(root(error)) not in STALE or (found := landed()) is None:
-            raise
-        return found

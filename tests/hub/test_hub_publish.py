@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from huggingface_hub import constants
 from small_models import Saved
 
 from adpretrain.extractor import ADExtractor
-from adpretrain.hub import publish, trouble
+from adpretrain.hub import publish, publish_space, trouble
 from adpretrain.hub.contents import files_to_publish
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(20)
@@ -321,3 +322,21 @@ def test_digests_are_those_of_git_and_sha256sum(tmp_path: Path) -> None:
     assert found.git_sha1 == "9e26dfeeb6e641a33dae4961196235bdb965b21b"
     assert found.sha256 == "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
     assert found.size == 2
+
+
+def test_a_space_is_published_as_it_lies_in_the_folder(hub: Hub, tmp_path: Path) -> None:
+    folder = Path(__file__).parents[2] / "hub" / "space"
+    done = publish_space(folder, "ada/demo", private=False)
+    space = hub.repositories["ada/demo"]
+    assert (space.kind, space.private, done.url) == ("space", False, f"{hub.endpoint}/spaces/ada/demo")
+    assert space.contents() == {name: (folder / name).read_bytes() for name in done.files}
+    assert {"app.py", "README.md", "requirements.txt"} <= done.files.keys()
+    assert publish_space(folder, "ada/demo", private=False).commit == done.commit
+    space.write({"secret.json": b"{}"})
+    with pytest.raises(ValueError, match=r"it holds files that are not a space of adpretrain \(secret\.json\)"):
+        publish_space(folder, "ada/demo", private=False)
+    copy = tmp_path / "space"
+    shutil.copytree(folder, copy)
+    (copy / "weights.pth").touch()
+    with pytest.raises(ValueError, match=r"holds files that no Space needs: weights\.pth"):
+        publish_space(copy, "ada/other", private=False)

@@ -12,41 +12,10 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from hub_server.repository import LARGE, Repository
+from hub_server.routes import ROUTES, SIGNED, WRITING, Answer
 
 if TYPE_CHECKING:
     from hub_server.server import Fault, Hub, User
-
-NAME = r"(?P<repo>[^/]+/[^/]+)"
-ROUTES = [
-    ("GET", r"/api/whoami-v2", "whoami"),
-    ("POST", r"/api/repos/create", "create"),
-    ("POST", r"/api/validate-yaml", "validate"),
-    ("GET", rf"/api/models/{NAME}", "info"),
-    ("GET", rf"/api/models/{NAME}/revision/(?P<revision>[^/]+)", "info"),
-    ("GET", rf"/api/models/{NAME}/refs", "refs"),
-    ("GET", rf"/api/models/{NAME}/tree/(?P<revision>[^/]+)", "tree"),
-    ("POST", rf"/api/models/{NAME}/preupload/(?P<revision>[^/]+)", "preupload"),
-    ("POST", rf"/{NAME}\.git/info/lfs/objects/batch", "batch"),
-    ("PUT", rf"/lfs/{NAME}/(?P<oid>[0-9a-f]+)", "upload"),
-    ("POST", rf"/lfs/{NAME}/(?P<oid>[0-9a-f]+)/verify", "verify"),
-    ("GET", rf"/lfs/{NAME}/(?P<oid>[0-9a-f]+)", "large"),
-    ("POST", rf"/api/models/{NAME}/commit/(?P<revision>[^/]+)", "commit"),
-    ("POST", rf"/api/models/{NAME}/tag/(?P<revision>[^/]+)", "tag"),
-    ("POST", rf"/api/models/{NAME}/branch/(?P<revision>[^/]+)", "branch"),
-    ("PUT", rf"/api/models/{NAME}/settings", "settings"),
-    ("HEAD", rf"/{NAME}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
-    ("GET", rf"/{NAME}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
-]
-WRITING = ("preupload", "batch", "commit", "tag", "branch", "settings")
-SIGNED = ("upload", "verify", "large")  # their addresses are secret, so they ask for no token
-
-
-class Answer(Exception):
-    """Raised by a route that refuses."""
-
-    def __init__(self, status: int, message: str, code: str = "") -> None:
-        super().__init__(message)
-        self.status, self.code = status, code
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -126,8 +95,9 @@ class Handler(BaseHTTPRequestHandler):
             if method == self.command and match:
                 try:
                     values = {key: unquote(value) for key, value in match.groupdict().items()}
+                    kind = values.pop("kind", None)
                     if "repo" in values:
-                        values["repo"] = self.visible(values["repo"], name)  # type: ignore[assignment]
+                        values["repo"] = self.visible(values["repo"], name, kind)  # type: ignore[assignment]
                     return getattr(self, f"on_{name}")(**values)  # type: ignore[no-any-return]
                 except Answer as refusal:
                     headers = {"X-Error-Message": str(refusal)}
@@ -146,14 +116,14 @@ class Handler(BaseHTTPRequestHandler):
         user = self.user()
         return user is not None and user.may_write and namespace in (user.name, *user.organisations)
 
-    def visible(self, name: str, route: str) -> Repository:
+    def visible(self, name: str, route: str, kind: str | None) -> Repository:
         """The repository, if whoever asks may have it. A private one looks to others as if it were not there."""
         repository = self.hub.repositories.get(name)
         if route in SIGNED and repository is not None:
             return repository
         user = self.user()
         member = user is not None and name.partition("/")[0] in (user.name, *user.organisations)
-        if repository is None or (repository.private and not member):
+        if repository is None or (repository.private and not member) or kind not in (None, f"{repository.kind}s"):
             raise Answer(404 if user else 401, "Repository not found", "RepoNotFound")
         if repository.gated and not member and route == "resolve":
             raise Answer(403 if user else 401, "Access to this model is restricted", "GatedRepo")
@@ -188,7 +158,10 @@ class Handler(BaseHTTPRequestHandler):
         if name in self.hub.repositories:
             raise Answer(409, "You already created this model repo")
         private = asked.get("visibility") == "private" or asked.get("private", False)
-        self.hub.repositories[name] = Repository(name, private)
+        kind = asked.get("type") or "model"
+        if kind == "space" and asked.get("sdk") != "gradio":
+            raise Answer(400, "a Space needs an SDK")
+        self.hub.repositories[name] = Repository(name, private, kind=kind)
         self.answer(200, {"url": f"{self.hub.endpoint}/{name}", "name": name})
 
     def on_validate(self) -> None:

@@ -66,7 +66,10 @@ class Repository:
     history: list[str] = field(default_factory=list)  # of visibility and commits, in order, for tests
 
     def __post_init__(self) -> None:
-        self.add(Commit(None, "initial commit", {".gitattributes": Blob(b"*.safetensors filter=lfs\n", False)}), "main")
+        files = {".gitattributes": Blob(b"*.safetensors filter=lfs\n", False)}
+        if self.kind == "space":
+            files["README.md"] = Blob(b"---\nsdk: gradio\n---\n", False)
+        self.add(Commit(None, "initial commit", files), "main")
 
     @property
     def owner(self) -> str:

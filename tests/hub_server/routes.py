@@ -1,0 +1,36 @@
+"""The addresses of the Hub, and who needs what to use them."""
+
+from __future__ import annotations
+
+KIND = r"(?P<kind>models|spaces)"
+NAME = r"(?P<repo>[^/]+/[^/]+)"
+ROUTES = [
+    ("GET", r"/api/whoami-v2", "whoami"),
+    ("POST", r"/api/repos/create", "create"),
+    ("POST", r"/api/validate-yaml", "validate"),
+    ("GET", rf"/api/{KIND}/{NAME}", "info"),
+    ("GET", rf"/api/{KIND}/{NAME}/revision/(?P<revision>[^/]+)", "info"),
+    ("GET", rf"/api/{KIND}/{NAME}/refs", "refs"),
+    ("GET", rf"/api/{KIND}/{NAME}/tree/(?P<revision>[^/]+)", "tree"),
+    ("POST", rf"/api/{KIND}/{NAME}/preupload/(?P<revision>[^/]+)", "preupload"),
+    ("POST", rf"/(?:spaces/)?{NAME}\.git/info/lfs/objects/batch", "batch"),
+    ("PUT", rf"/lfs/{NAME}/(?P<oid>[0-9a-f]+)", "upload"),
+    ("POST", rf"/lfs/{NAME}/(?P<oid>[0-9a-f]+)/verify", "verify"),
+    ("GET", rf"/lfs/{NAME}/(?P<oid>[0-9a-f]+)", "large"),
+    ("POST", rf"/api/{KIND}/{NAME}/commit/(?P<revision>[^/]+)", "commit"),
+    ("POST", rf"/api/{KIND}/{NAME}/tag/(?P<revision>[^/]+)", "tag"),
+    ("POST", rf"/api/{KIND}/{NAME}/branch/(?P<revision>[^/]+)", "branch"),
+    ("PUT", rf"/api/{KIND}/{NAME}/settings", "settings"),
+    ("HEAD", rf"/{NAME}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
+    ("GET", rf"/{NAME}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
+]
+WRITING = ("preupload", "batch", "commit", "tag", "branch", "settings")
+SIGNED = ("upload", "verify", "large")  # their addresses are secret, so they ask for no token
+
+
+class Answer(Exception):
+    """Raised by a route that refuses."""
+
+    def __init__(self, status: int, message: str, code: str = "") -> None:
+        super().__init__(message)
+        self.status, self.code = status, code
