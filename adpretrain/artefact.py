@@ -27,7 +27,7 @@ T = TypeVar("T")
 FORMAT_VERSION = 1
 NORMS = ("l2", "released")
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
-CARD_NAME, PICTURE_SUFFIX = "README.md", ".png"  # what else may lie beside them
+CARD_NAME, ASSETS, PICTURE_SUFFIX = "README.md", "assets", ".png"  # what else may lie beside them
 
 
 @dataclass(frozen=True)
@@ -76,35 +76,32 @@ def saved_backbone(config: BackboneConfig, weights: str | os.PathLike[str] | Non
     return load_backbone(**dataclasses.asdict(given))
 
 
-def write_artefact(folder: str | os.PathLike[str], config: ExtractorConfig, weights: dict[str, Tensor]) -> Path:
-    """Write a saved extractor (see `write_folder`). Returns its path."""
-    return write_folder(folder, config, weights, "extractor")
-
-
 def write_folder(
     folder: str | os.PathLike[str],
     config: Any,
     weights: Mapping[str, Tensor],
     what: str,
+    card: str,
     parts: Mapping[str, Callable[[Path], object]] | None = None,
 ) -> Path:
-    """Write a dataclass and tensors; the folder appears, or is replaced, only when complete. Returns its path.
+    """Write a dataclass, tensors and a card; the folder appears, or is replaced, only when complete. Returns its path.
 
-    ``what`` names the thing in errors. ``parts``: subfolders, each with the function that writes it. A card and
-    pictures that lie in ``folder`` stay.
+    ``what`` names the thing in errors. ``parts``: subfolders, each with the function that writes it. Pictures that lie
+    in ``folder`` stay.
 
     Raises ValueError if ``folder`` holds other files: replacing it would delete them.
     """
     target, parts = Path(folder), parts or {}
     found = {path.name for path in target.iterdir()} if target.is_dir() else set()
-    beside = {name for name in found if name == CARD_NAME or name.endswith(PICTURE_SUFFIX)}
-    others = found - {CONFIG_NAME, WEIGHTS_NAME, *parts} - beside
+    pictures = {name for name in found if name == ASSETS or name.endswith(PICTURE_SUFFIX)}
+    others = found - {CONFIG_NAME, WEIGHTS_NAME, CARD_NAME, *parts} - pictures
     if others or (target.exists() and not target.is_dir()):
         problem = f"holds other files ({_some(others)})" if others else "is a file"
         raise ValueError(f"{folder} {problem}: save into a new folder or over an earlier {what}")
     with atomic_folder(folder) as temporary:
-        for name in beside:
-            shutil.copy2(target / name, temporary / name)
+        for name in pictures:
+            copy = shutil.copytree if (target / name).is_dir() else shutil.copy2
+            copy(target / name, temporary / name)
         for name, write in parts.items():
             write(temporary / name)
         weights = {name: value.contiguous() for name, value in weights.items()}
@@ -112,6 +109,7 @@ def write_folder(
         (temporary / WEIGHTS_NAME).chmod(0o644)  # safetensors makes private files
         text = json.dumps(dataclasses.asdict(config), indent=2)
         (temporary / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+        (temporary / CARD_NAME).write_text(card, encoding="utf-8")
     return target
 
 

@@ -28,7 +28,8 @@ METRICS = {
     "aupro": "AUPRO@0.3",
 }
 TAGS = ["anomaly-detection", "industrial-inspection", "few-shot", "adpretrain"]
-PLACEHOLDER = "ORG/NAME"
+FEATURENORM = "FeatureNorm"
+PLACEHOLDER = "ORG/NAME"  # in the card of a folder that is not published (yet)
 
 _SUMMARY = """Features for industrial anomaly detection: a feature projector on top of the frozen backbone `{backbone}`,
 pretrained on defects of other products. It works on *residual features* (a feature minus its nearest normal reference)
@@ -113,7 +114,7 @@ def metadata(config: ExtractorConfig, repo_id: str, results: Sequence[Result], l
         pipeline_tag="image-feature-extraction",
         tags=TAGS,
         base_model=entry.source.repo_id if entry and entry.source and entry.source.repo_id else None,
-        model_name=repo_id.rpartition("/")[2],
+        model_name=repo_id,
         eval_results=[_eval_result(result) for result in (*held_out_results(config), *results)] or None,
     )
     return f"---\n{data.to_yaml()}\n---"
@@ -136,7 +137,7 @@ def _eval_result(result: Result) -> EvalResult:
 def sections(config: ExtractorConfig, repo_id: str, results: Sequence[Result] = ()) -> dict[str, str]:
     """Markdown of every part of the card, by name; "results" only where there are any."""
     parts = {
-        "title": repo_id.rpartition("/")[2],
+        "title": repo_id,
         "summary": _SUMMARY.format(backbone=config.backbone.name),
         "usage": _USAGE.format(repo_id=repo_id),
         "backbone": _backbone(config),
@@ -150,17 +151,21 @@ def sections(config: ExtractorConfig, repo_id: str, results: Sequence[Result] = 
 
 def held_out_results(config: ExtractorConfig) -> list[Result]:
     """What the pretraining measured on categories it did not train on, from the config's provenance."""
-    provenance = config.provenance
-    measured = provenance.get("held_out_metrics") or {}
-    data = provenance.get("data") or {}
+    measured, data = provenance_of(config, "held_out_metrics"), provenance_of(config, "data")
     name = f"{data.get('set') or data.get('name', 'unknown')}, held-out categories"
     command = "accelerate launch recipes/pretrain.py --config config.yaml"
     return [
         Result(name, f"step {measured.get('step', '?')}", method, metric, 100 * measured[prefix + metric], command)
-        for method, prefix in (("FeatureNorm", ""), ("FeatureNorm without the projector", "raw_"))
+        for method, prefix in ((FEATURENORM, ""), (f"{FEATURENORM} without the projector", "raw_"))
         for metric in METRICS
         if isinstance(measured.get(prefix + metric), int | float) and 0 <= measured[prefix + metric] <= 1
     ]
+
+
+def provenance_of(config: ExtractorConfig, part: str) -> Mapping[str, Any]:
+    """A part of the provenance, which may hold anything; empty if it is no mapping."""
+    found = config.provenance.get(part)
+    return found if isinstance(found, Mapping) else {}
 
 
 def _known(config: ExtractorConfig) -> bool:
@@ -171,7 +176,7 @@ def _backbone(config: ExtractorConfig) -> str:
     entry = find_entry(config.backbone.name) if _known(config) else None
     commit = f", commit `{config.backbone.revision}`" if config.backbone.revision else ""
     source = f"`{entry.source}`{commit}" if entry and entry.source else "no weights are needed"
-    return _table(
+    return table(
         ("what", "value"),
         [
             ("name", f"`{config.backbone.name}`"),
@@ -192,7 +197,7 @@ def _training(config: ExtractorConfig) -> str:
     rows += [("matching", f"`{config.matching}`"), ("norm", f"`{config.norm}`")]
     rows += [("conditioning", "yes" if config.conditioning else "no")]
     rows += _flat({key: value for key, value in config.provenance.items() if key != "held_out_metrics"})
-    return _table(("what", "value"), rows)
+    return table(("what", "value"), rows)
 
 
 def _flat(mapping: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -213,13 +218,13 @@ def _results(results: Sequence[Result], held_out: Sequence[Result]) -> str:
         line = lines.setdefault((result.dataset, result.split, result.method), {})
         line[result.metric] = f"{result.value:.1f}"
     rows = [[*key, *(values.get(metric, "–") for metric in metrics)] for key, values in lines.items()]
-    text = _table(("data set", "split", "method", *(METRICS[metric] for metric in metrics)), rows)
+    text = table(("data set", "split", "method", *(METRICS[metric] for metric in metrics)), rows)
     commands = "\n".join(dict.fromkeys(result.command for result in results))
     note = "\n\nThe held-out categories may have chosen the kept step: they are no test set." if held_out else ""
     return f"In %.\n\n{text}\n\n```sh\n{commands}\n```{note}"
 
 
-def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; what a cell holds cannot end it."""
     lines = [heading, ["---"] * len(heading), *rows]
     return "\n".join(

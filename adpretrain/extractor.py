@@ -22,10 +22,11 @@ from adpretrain.artefact import (
     read_config,
     read_weights,
     saved_backbone,
-    write_artefact,
+    write_folder,
 )
 from adpretrain.backbones import Backbone, FeatureMaps, References
 from adpretrain.backbones.fingerprint import fingerprint, same_weights
+from adpretrain.card import card
 from adpretrain.conditioning import Conditioning
 from adpretrain.config import ProjectorConfig
 from adpretrain.hub import Published, locate, publish
@@ -221,13 +222,13 @@ class ADExtractor(nn.Module):
         return self.from_encoded(self.encode(images), references)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
-        """Write config.json and model.safetensors (projector, centres, conditioning; never the backbone or
-        references). The folder appears, or is replaced, only when complete. Returns its path.
+        """Write config.json, model.safetensors (projector, centres, conditioning; never the backbone or references)
+        and README.md, its card. The folder appears, or is replaced, only when complete. Returns its path.
 
         Raises ValueError if ``folder`` holds other files: replacing it would delete them.
         """
         weights = {k: v for k, v in self.state_dict().items() if not k.startswith("backbone.")}
-        return write_artefact(folder, self.config, weights)
+        return write_folder(folder, self.config, weights, "extractor", card(self.config))
 
     def push_to_hub(
         self,
@@ -239,16 +240,16 @@ class ADExtractor(nn.Module):
         message: str | None = None,
         token: str | bool | None = None,
         dry_run: bool = False,
-        card: str | None = None,
+        readme: str | None = None,
     ) -> Published:
         """Publish what `save_pretrained` writes as one commit of a Hub repository; see `adpretrain.hub.publish`.
 
-        ``card``: the text of README.md; without it there is none. Raises ValueError, with the fix, as `publish` does.
+        ``readme``: a text for README.md instead of `adpretrain.card.card`. Raises ValueError, with the fix, as
+        `publish` does.
         """
         with tempfile.TemporaryDirectory() as scratch:
             folder = self.save_pretrained(Path(scratch) / "extractor")
-            if card is not None:
-                (folder / CARD_NAME).write_text(card, encoding="utf-8")
+            (folder / CARD_NAME).write_text(readme or card(self.config, repo_id), encoding="utf-8")
             message = message or f"Publish an extractor on {self.config.backbone.name}"
             options: dict[str, Any] = {"tag": tag, "branch": branch, "message": message, "token": token}
             return publish(folder, repo_id, private=private, dry_run=dry_run, **options)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
+from typing_extensions import Self, Unpack
 
 from adpretrain.backbones import Extract, FeatureMaps
 from adpretrain.extractor import ADExtractor
@@ -22,7 +22,7 @@ from adpretrain.references import AlignedReferences
 from adpretrain.residual import tokens
 from downstream.detector import Prediction, check_images
 from downstream.featurenorm import FeatureNorm, FeatureNormOptions
-from downstream.saving import load_detector, save_detector
+from downstream.saving import HubOptions, load_detector, save_detector
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,10 @@ class AlignedFeatureNorm(FeatureNorm):
         extract: Extract | None = None,
         device: str | torch.device | None = None,
         weights: str | os.PathLike[str] | None = None,
+        **hub: Unpack[HubOptions],
     ) -> Self:
         """Load what `save_pretrained` wrote. Arguments and errors as in `downstream.saving.load_detector`."""
-        loaded = load_detector(folder, "aligned-featurenorm", AlignedOptions, extract, device, weights)
+        loaded = load_detector(folder, "aligned-featurenorm", AlignedOptions, extract, device, weights, **hub)
         if not isinstance(loaded.extract, ADExtractor):
             raise ValueError(f"aligned references need an ADExtractor, got {type(loaded.extract).__name__}")
         detector = cls(loaded.extract, **dataclasses.asdict(loaded.options))

@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from adpretrain.artefact import read_weights, write_folder
 from adpretrain.backbones import Extract
 from downstream.detector import Detector
-from downstream.saving import DetectorConfig, read_detector_config
+from downstream.publishing import detector_card
+from downstream.saving import DetectorConfig, HubOptions, locate_model, member, read_detector_config
 from downstream.table import detector_from_pretrained
 
 
@@ -42,8 +44,8 @@ def save_composite(
         tensors={key: list(value.shape) for key, value in tensors.items()},
         facts={"members": len(members), **(facts or {})},
     )
-    parts = {_part(number): member.save_pretrained for number, member in enumerate(members)}
-    return write_folder(folder, config, tensors, "detector", parts)
+    parts = {member(number): detector.save_pretrained for number, detector in enumerate(members)}
+    return write_folder(folder, config, tensors, "detector", detector_card(config), parts)
 
 
 def load_composite(
@@ -52,13 +54,14 @@ def load_composite(
     extract: Extract | Sequence[Extract] | None = None,
     device: str | torch.device | None = None,
     weights: str | os.PathLike[str] | None = None,
+    **hub: Unpack[HubOptions],
 ) -> tuple[DetectorConfig, list[Detector], dict[str, Tensor]]:
     """Read what `save_composite` wrote: config, members, tensors (on ``device``, or the CPU).
 
-    ``extract``: used by every member instead of loading its own, or a list with one for each. ``weights``: as in
-    `downstream.saving.load_detector`, for every member. Errors as there.
+    ``extract``: used by every member instead of loading its own, or a list with one for each. The rest as in
+    `downstream.saving.load_detector`, for every member; errors as there.
     """
-    folder = Path(folder)
+    folder = locate_model(folder, **hub).folder
     config = read_detector_config(folder)
     if config.detector != name:
         raise ValueError(f"{folder} holds a {config.detector!r} detector, not {name!r}: load it with its own class")
@@ -70,13 +73,9 @@ def load_composite(
         )
     device_name = None if device is None else str(device)
     members = [
-        detector_from_pretrained(folder / _part(number), one, device_name, weights)
+        detector_from_pretrained(folder / member(number), one, device_name, weights)
         for number, one in enumerate(extracts)
     ]
     expected = {key: torch.empty(shape, device="meta") for key, shape in config.tensors.items()}
     tensors = {key: value.to(device or "cpu") for key, value in read_weights(folder, expected).items()}
     return config, members, tensors
-
-
-def _part(number: int) -> str:
-    return f"member-{number}"

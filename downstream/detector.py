@@ -16,6 +16,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from adpretrain.backbones import Extract, FeatureMaps
+from adpretrain.hub import Published
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Detector(Protocol):
     def predict(self, images: Tensor) -> Prediction: ...
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path: ...
+
+    def push_to_hub(self, repo_id: str, *, private: bool = True) -> Published: ...
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], extract: Extract | None = None) -> Self: ...

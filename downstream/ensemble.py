@@ -23,11 +23,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from typing_extensions import Self
+from typing_extensions import Self, Unpack
 
 from adpretrain.backbones import Extract
 from downstream.composite import load_composite, save_composite
 from downstream.detector import Detector, Prediction, not_fitted
+from downstream.publishing import Publishable
+from downstream.saving import HubOptions
 
 NAME = "ensemble"
 CONSISTENCY = 1.4826  # 1 / the 75 % quantile of the standard normal distribution
@@ -81,7 +83,7 @@ def training_units(detector: Detector, batches: Iterable[Tensor]) -> Units:
     return Units(ScoreUnit.of(torch.cat(scores)), ScoreUnit.of(torch.cat(pixels)), side)
 
 
-class Ensemble:
+class Ensemble(Publishable):
     """The mean of the members' standardised scores and maps.
 
     All members see the same images, so their networks must want them prepared alike. `fit` fits them one after the
@@ -141,10 +143,11 @@ class Ensemble:
         extract: Extract | Sequence[Extract] | None = None,
         device: str | torch.device | None = None,
         weights: str | os.PathLike[str] | None = None,
+        **hub: Unpack[HubOptions],
     ) -> Self:
         """Load what `save_pretrained` wrote. ``extract``: for every member, or a list with one for each; the rest as in
         `downstream.saving.load_detector`."""
-        config, members, tensors = load_composite(folder, NAME, extract, device, weights)
+        config, members, tensors = load_composite(folder, NAME, extract, device, weights, **hub)
         ensemble = cls(members)
         for median, mad, pixel_median, pixel_mad in tensors["units"].tolist():
             units = Units(ScoreUnit(median, mad), ScoreUnit(pixel_median, pixel_mad), config.image_size)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
+from typing_extensions import Self, Unpack
 
 from adpretrain.artefact import NORMS
 from adpretrain.backbones import Extract, FeatureMaps
@@ -21,7 +21,8 @@ from adpretrain.extractor import ADExtractor
 from adpretrain.leave_one_out import leave_one_out
 from downstream.detector import Prediction, check_images, not_fitted
 from downstream.maps import gaussian_blur, upsample
-from downstream.saving import load_detector, save_detector
+from downstream.publishing import Publishable
+from downstream.saving import HubOptions, load_detector, save_detector
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class FeatureNormOptions:
     top: float = 0.01
 
 
-class FeatureNorm:
+class FeatureNorm(Publishable):
     """Feature norm -> level maps -> bilinear upsampling -> mean over levels -> Gaussian (sigma in pixels) -> score.
 
     ``extract`` is an `ADExtractor` (its references are set by `fit`) or any raw backbone (nothing is fitted: the
@@ -113,7 +114,8 @@ class FeatureNorm:
         extract: Extract | None = None,
         device: str | torch.device | None = None,
         weights: str | os.PathLike[str] | None = None,
+        **hub: Unpack[HubOptions],
     ) -> Self:
         """Load what `save_pretrained` wrote. Arguments and errors as in `downstream.saving.load_detector`."""
-        loaded = load_detector(folder, "featurenorm", FeatureNormOptions, extract, device, weights)
+        loaded = load_detector(folder, "featurenorm", FeatureNormOptions, extract, device, weights, **hub)
         return cls(loaded.extract, **dataclasses.asdict(loaded.options))

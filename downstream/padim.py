@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
+from typing_extensions import Self, Unpack
 
 from adpretrain.backbones import Extract, FeatureMaps
 from downstream.detector import Prediction, check_images, check_side, extracted, normal_features, not_fitted
@@ -23,7 +23,8 @@ from downstream.embedding import Embedding, EmbeddingConfig, chosen_levels
 from downstream.gaussians import Gaussians, Moments, size_bytes
 from downstream.maps import SIGMA, gaussian_blur, upsample
 from downstream.memory import expected_images, memory_limit, readable
-from downstream.saving import load_detector, save_detector
+from downstream.publishing import Publishable
+from downstream.saving import HubOptions, load_detector, save_detector
 
 NAME = "padim"
 
@@ -63,7 +64,7 @@ DEFAULT = PaDiMConfig()
 ADPRETRAIN = PaDiMConfig(EmbeddingConfig(patch=1), per_level=True)
 
 
-class PaDiM:
+class PaDiM(Publishable):
     """Mean and covariance of every position -> Mahalanobis distance -> upsampled, smoothed map -> its maximum."""
 
     def __init__(self, extract: Extract, config: PaDiMConfig = DEFAULT) -> None:
@@ -153,9 +154,10 @@ class PaDiM:
         extract: Extract | None = None,
         device: str | torch.device | None = None,
         weights: str | os.PathLike[str] | None = None,
+        **hub: Unpack[HubOptions],
     ) -> Self:
         """Load what `save_pretrained` wrote. Arguments and errors as in `downstream.saving.load_detector`."""
-        loaded = load_detector(folder, NAME, PaDiMConfig, extract, device, weights)
+        loaded = load_detector(folder, NAME, PaDiMConfig, extract, device, weights, **hub)
         detector = cls(loaded.extract, loaded.options)
         detector._side = loaded.image_size
         detector._grids = [(height, width) for height, width in loaded.facts["grids"]]

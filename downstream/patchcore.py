@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from typing_extensions import Self
+from typing_extensions import Self, Unpack
 
 from adpretrain.backbones import Extract
 from downstream.approximate import ApproximateNeighbours
@@ -24,7 +24,8 @@ from downstream.detector import Prediction, check_images, check_side, extracted,
 from downstream.embedding import Embedding, EmbeddingConfig
 from downstream.maps import SIGMA, pixel_maps
 from downstream.neighbours import Neighbours, nearest
-from downstream.saving import load_detector, save_detector
+from downstream.publishing import Publishable
+from downstream.saving import HubOptions, load_detector, save_detector
 
 NAME = "patchcore"
 SEARCHES = ("exact", "ivfpq")
@@ -83,7 +84,7 @@ ADPRETRAIN = PatchCoreConfig(
 )
 
 
-class PatchCore:
+class PatchCore(Publishable):
     """Patch embeddings of normal images -> subsampled bank -> nearest distances -> map; Eq. 6 and 7 -> score.
 
     While it is fitted the bank holds all patches, N = images x H x W x keep rows of 4 D bytes, and one batch besides;
@@ -232,12 +233,13 @@ class PatchCore:
         extract: Extract | None = None,
         device: str | torch.device | None = None,
         weights: str | os.PathLike[str] | None = None,
+        **hub: Unpack[HubOptions],
     ) -> Self:
         """Load what `save_pretrained` wrote; an approximate index is built again from bank and seed.
 
         Arguments and errors as in `downstream.saving.load_detector`.
         """
-        loaded = load_detector(folder, NAME, PatchCoreConfig, extract, device, weights)
+        loaded = load_detector(folder, NAME, PatchCoreConfig, extract, device, weights, **hub)
         detector = cls(loaded.extract, loaded.options)
         detector.embedding.reducer = loaded.tensors.get("reducer")
         detector.remember(loaded.tensors["bank"], loaded.image_size)

@@ -18,15 +18,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
+from typing_extensions import Self, Unpack
 
 from adpretrain.backbones import Extract
 from downstream.coreset import Progress
 from downstream.detector import Prediction, check_images, check_side, extracted, normal_features, not_fitted
 from downstream.embedding import EmbeddingConfig
 from downstream.patchcore import PatchCore, PatchCoreConfig
+from downstream.publishing import Publishable
 from downstream.representation import NormalPatches, Representation, RepresentationConfig, train_representation
-from downstream.saving import load_detector, save_detector
+from downstream.saving import HubOptions, load_detector, save_detector
 
 NAME = "reconpatch"
 
@@ -63,7 +64,7 @@ ENSEMBLE_480 = ReConPatchConfig(
 )
 
 
-class ReConPatch:
+class ReConPatch(Publishable):
     """A representation of the product's patches, and a memory bank of its normal ones.
 
     ``losses`` [epochs] of the last `fit`. Memory while it is fitted: the embeddings, up to ``cache_bytes``; twelve
@@ -129,9 +130,10 @@ class ReConPatch:
         extract: Extract | None = None,
         device: str | torch.device | None = None,
         weights: str | os.PathLike[str] | None = None,
+        **hub: Unpack[HubOptions],
     ) -> Self:
         """Load what `save_pretrained` wrote. Arguments and errors as in `downstream.saving.load_detector`."""
-        loaded = load_detector(folder, NAME, ReConPatchConfig, extract, device, weights)
+        loaded = load_detector(folder, NAME, ReConPatchConfig, extract, device, weights, **hub)
         detector = cls(loaded.extract, loaded.options)
         prefix = "representation."
         state = {name[len(prefix) :]: value for name, value in loaded.tensors.items() if name.startswith(prefix)}

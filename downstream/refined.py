@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from typing_extensions import Self
+from typing_extensions import Self, Unpack
 
 from adpretrain.backbones import Extract
 from adpretrain.parsing import from_dict
@@ -24,13 +24,15 @@ from downstream.composite import load_composite, save_composite
 from downstream.coreset import Progress
 from downstream.detector import Detector, Prediction, not_fitted
 from downstream.ensemble import ScoreUnit, Units, training_units
+from downstream.publishing import Publishable
 from downstream.refinement import DEFAULT, RefinementConfig, RefinementNetwork, build_network, refinement_loss
+from downstream.saving import HubOptions
 from downstream.simulation import simulate
 
 NAME = "refined"
 
 
-class Refined:
+class Refined(Publishable):
     """A detector whose maps are the network's logits, and whose score is a map's maximum.
 
     Logits, not probabilities: of two certain defects one is still more certain, where probabilities are both 1.
@@ -122,10 +124,11 @@ class Refined:
         extract: Extract | Sequence[Extract] | None = None,
         device: str | torch.device | None = None,
         weights: str | os.PathLike[str] | None = None,
+        **hub: Unpack[HubOptions],
     ) -> Self:
         """Load what `save_pretrained` wrote. Arguments and errors as in `downstream.saving.load_detector`."""
-        config, members, tensors = load_composite(folder, NAME, extract, device, weights)
-        options = from_dict(RefinementConfig, config.options, f"options in {Path(folder) / 'config.json'}")
+        config, members, tensors = load_composite(folder, NAME, extract, device, weights, **hub)
+        options = from_dict(RefinementConfig, config.options, f"options of {folder}")
         refined = cls(members[0], options)
         median, mad, pixel_median, pixel_mad = tensors.pop("units").tolist()
         refined._units = Units(ScoreUnit(median, mad), ScoreUnit(pixel_median, pixel_mad), config.image_size)

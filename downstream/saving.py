@@ -1,8 +1,8 @@
 """The folder of a fitted detector: config.json, model.safetensors and, around an `ADExtractor`, extractor/.
 
 A fitted detector holds features of the customer's product: memory banks, means, and the reference banks of its
-extractor. Whoever has the folder has them. Share it only with those who may see the product; publish extractors
-(`ADExtractor.save_pretrained`), never fitted detectors.
+extractor. Whoever has the folder has them. Share it only with those who may see the product: `downstream.publishing`
+makes a private repository unless told otherwise.
 
 Never inside: the weights of a backbone, pickles, photographs. The backbone is named with the commit of its weights;
 its answer to a fixed picture finds a wrong one when the detector is loaded.
@@ -15,24 +15,28 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypedDict, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from adpretrain._version import __version__
-from adpretrain.artefact import read_folder_config, read_weights, write_folder
+from adpretrain.artefact import backbone_config, read_folder_config, read_weights, saved_backbone, write_folder
 from adpretrain.backbones import Backbone, Extract
 from adpretrain.config import BackboneConfig
-from adpretrain.extractor import ADExtractor, backbone_config, saved_backbone
+from adpretrain.extractor import ADExtractor
+from adpretrain.hub import Located, locate
 from adpretrain.parsing import from_dict
 from adpretrain.preprocess import Preprocess
 from downstream.adapted import Adapted
+from downstream.publishing import detector_card
 
 FORMAT_VERSION = 1
 EXTRACTOR = "extractor"
 REFERENCES = "references."
+MOST_MEMBERS = 64
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 PARTS, TOLERANCE = 8, 0.05  # numbers per level of the probe, and how much they may differ (devices, precisions)
 
@@ -74,6 +78,13 @@ class DetectorConfig:
     dtype: str = "float32"
     format_version: int = FORMAT_VERSION
     library_version: str = __version__
+
+
+class HubOptions(TypedDict, total=False):
+    """For a detector that is "org/name" on the Hugging Face Hub: which ``revision`` of it, and whose ``token``."""
+
+    revision: str | None
+    token: str | bool | None
 
 
 @dataclass(frozen=True)
@@ -131,7 +142,28 @@ def save_detector(
         images=images,
         dtype=str(network.dtype).removeprefix("torch.") if network is not None else "float32",
     )
-    return write_folder(folder, config, tensors, "detector", parts)
+    return write_folder(folder, config, tensors, "detector", detector_card(config), parts)
+
+
+def member(number: int) -> str:
+    """Name of the folder of one member of a detector made of detectors."""
+    return f"member-{number}"
+
+
+def parts_of(config: Mapping[str, Any]) -> list[str]:
+    """The folders beside a config.json that belong to the model, each with a config.json of its own."""
+    if config.get("extract") == EXTRACTOR:
+        return [EXTRACTOR]
+    facts = config.get("facts")
+    count = facts.get("members", 0) if isinstance(facts, Mapping) else 0
+    if not isinstance(count, int) or not 0 <= count <= MOST_MEMBERS:
+        raise ValueError(f"a detector of {count!r} members; expected 0 to {MOST_MEMBERS}")
+    return [member(number) for number in range(count)]
+
+
+def locate_model(folder: str | os.PathLike[str], **hub: Unpack[HubOptions]) -> Located:
+    """Where a fitted detector (or an extractor) lies, with all that belongs to it; see `adpretrain.hub.locate`."""
+    return locate(folder, parts=parts_of, **hub)
 
 
 def read_detector_config(folder: str | os.PathLike[str]) -> DetectorConfig:
@@ -146,9 +178,11 @@ def load_detector(
     extract: Extract | None = None,
     device: str | torch.device | None = None,
     weights: str | os.PathLike[str] | None = None,
+    **hub: Unpack[HubOptions],
 ) -> Loaded[C]:
     """Read what `save_detector` wrote, strictly.
 
+    ``folder``: or "org/name" on the Hugging Face Hub, with ``revision`` and ``token`` as in `adpretrain.hub.locate`.
     ``extract``: use this instead of loading the saved one; an `ADExtractor` without references gets the saved ones.
     ``device``: of everything that is loaded; None = where ``extract`` is, or the CPU. ``weights``: a local file or
     folder of the backbone's weights, for machines without a network.
@@ -156,7 +190,7 @@ def load_detector(
     Raises ValueError if the folder is not this detector's, was written by a newer library, holds other tensors than
     its config says, or if the features are not those it was fitted on.
     """
-    folder = Path(folder)
+    folder = locate_model(folder, **hub).folder
     config = read_detector_config(folder)
     if config.detector != name:
         raise ValueError(f"{folder} holds a {config.detector!r} detector, not {name!r}: load it with its own class")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
+from typing_extensions import Self, Unpack
 
 from adpretrain.backbones import Extract, FeatureMaps
 from downstream.bank import GrowingBank
@@ -25,7 +25,8 @@ from downstream.embedding import Embedding, EmbeddingConfig
 from downstream.maps import SIGMA, pixel_maps
 from downstream.memory import expected_images
 from downstream.neighbours import Neighbours, nearest
-from downstream.saving import load_detector, save_detector
+from downstream.publishing import Publishable
+from downstream.saving import HubOptions, load_detector, save_detector
 
 NAME = "spade"
 
@@ -58,7 +59,7 @@ class SPADEConfig:
 DEFAULT = SPADEConfig()
 
 
-class SPADE:
+class SPADE(Publishable):
     """Galleries of image descriptors and of all patches; every prediction searches the patches of K images."""
 
     def __init__(self, extract: Extract, config: SPADEConfig = DEFAULT) -> None:
@@ -130,9 +131,10 @@ class SPADE:
         extract: Extract | None = None,
         device: str | torch.device | None = None,
         weights: str | os.PathLike[str] | None = None,
+        **hub: Unpack[HubOptions],
     ) -> Self:
         """Load what `save_pretrained` wrote. Arguments and errors as in `downstream.saving.load_detector`."""
-        loaded = load_detector(folder, NAME, SPADEConfig, extract, device, weights)
+        loaded = load_detector(folder, NAME, SPADEConfig, extract, device, weights, **hub)
         detector = cls(loaded.extract, loaded.options)
         detector.embedding.reducer = loaded.tensors.get("reducer")
         detector._remember(loaded.tensors["descriptors"], loaded.tensors["patches"], loaded.image_size)

@@ -7,9 +7,11 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from typing_extensions import Unpack
+
 from adpretrain.backbones import Extract
 from downstream.detector import Detector
-from downstream.saving import read_detector_config
+from downstream.saving import HubOptions, locate_model, read_detector_config
 
 
 @dataclass(frozen=True)
@@ -92,10 +94,12 @@ def detector_from_pretrained(
     extract: Extract | None = None,
     device: str | None = None,
     weights: str | os.PathLike[str] | None = None,
+    **hub: Unpack[HubOptions],
 ) -> Detector:
     """A fitted detector of any kind, made of others or not. Arguments and errors as in
     `downstream.saving.load_detector`.
     """
+    folder = locate_model(folder, **hub).folder
     name = read_detector_config(folder).detector
     if name in COMPOSITES:
         module, cls = COMPOSITES[name]

@@ -104,7 +104,7 @@ def test_a_new_process_gives_bit_equal_features(saved: Path, tmp_path: Path) -> 
 
 
 def test_the_folder_holds_no_references_and_no_backbone(saved: Path) -> None:
-    assert sorted(os.listdir(saved)) == [CONFIG, WEIGHTS]
+    assert sorted(os.listdir(saved)) == ["README.md", CONFIG, WEIGHTS]
     weights = load_file(saved / WEIGHTS)
     extractor = make()
     expected = {name for name in extractor.state_dict() if not name.startswith("backbone.")}

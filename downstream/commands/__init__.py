@@ -16,6 +16,8 @@ from downstream.commands.detectors import detectors
 from downstream.commands.export import export
 from downstream.commands.extract import extract
 from downstream.commands.fit import fit
+from downstream.commands.info import info
+from downstream.commands.push import push
 from downstream.commands.score import score
 
 Run = Callable[[Namespace], int]
@@ -28,5 +30,7 @@ COMMANDS: dict[str, Callable[[ArgumentParser], Run]] = {
     "extract": extract,
     "backbones": backbones,
     "detectors": detectors,
+    "info": info,
+    "push": push,
     "demo": demo,
 }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
+from downstream.commands.network import EMBEDDED, EXTRACTOR_HELP
 from downstream.terminal import ProgressBars, plain
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def export(parser: ArgumentParser) -> Callable[[Namespace], int]:
     """Write an inspector of one product as an ONNX file: extractor, references and threshold in one."""
     parser.epilog = EXIT_CODES
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
-    parser.add_argument("--extractor", type=str, required=True, help="folder written by save_pretrained")
+    parser.add_argument("--extractor", type=str, default=EMBEDDED, help=EXTRACTOR_HELP)
     parser.add_argument("--normal", type=str, required=True, help="folder of normal photographs, 2 to 8 or more")
     parser.add_argument("--out", type=str, required=True, help="the file to write, e.g. model.onnx")
     parser.add_argument(
@@ -57,7 +58,7 @@ def _export(options: Namespace) -> int:
 
     with ProgressBars() as progress:
         done, basis = export_folder(
-            Path(options.extractor),
+            options.extractor,
             Path(options.normal),
             Path(options.out),
             Path(options.calibration) if options.calibration else None,

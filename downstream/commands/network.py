@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from adpretrain import ADExtractor
     from adpretrain.backbones import Backbone
 
+EMBEDDED = "embedded"
+EXTRACTOR_HELP = 'a folder written by save_pretrained, "org/name" on the Hugging Face Hub, or the embedded one'
+
 
 def add_network(parser: ArgumentParser) -> None:
     """--weights, --revision, --levels, --image-size, --batch-size and --device; the names are the command's own."""

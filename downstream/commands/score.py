@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
+from downstream.commands.network import EMBEDDED, EXTRACTOR_HELP
 from downstream.terminal import ProgressBars, plain
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ def score(parser: ArgumentParser) -> Callable[[Namespace], int]:
     """Score photographs against a few normal ones: scores, heatmaps, a threshold, an HTML report."""
     parser.epilog = EXIT_CODES
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
-    parser.add_argument("--extractor", type=str, required=True, help="folder written by save_pretrained")
+    parser.add_argument("--extractor", type=str, default=EMBEDDED, help=EXTRACTOR_HELP)
+    parser.add_argument("--revision", type=str | None, default=None, help="tag or commit of an extractor on the Hub")
     parser.add_argument(
         "--weights", type=str | None, default=None, help="local file of the backbone's weights, without network"
     )
@@ -75,7 +77,7 @@ def _score(options: Namespace) -> int:
 
     with ProgressBars() as progress:
         inspection = score_folder(
-            Path(options.extractor),
+            options.extractor,
             Path(options.normal),
             Path(options.images),
             Path(options.out),
@@ -91,6 +93,7 @@ def _score(options: Namespace) -> int:
             options.device,
             progress,
             weights=options.weights,
+            revision=options.revision,
         )
     if options.json:
         print(json.dumps(inspection.summary, allow_nan=False))

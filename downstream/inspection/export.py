@@ -188,7 +188,7 @@ def _judge(differences_2B: Tensor, tied_B: Tensor, tolerance: float) -> Agreemen
 
 
 def export_folder(
-    extractor: Path,
+    extractor: str | os.PathLike[str],
     normal: Path,
     out: Path,
     calibration: Path | None = None,

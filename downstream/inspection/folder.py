@@ -4,6 +4,7 @@ a third.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def score_folder(
-    extractor: Path,
+    extractor: str | os.PathLike[str],
     normal: Path,
     images: Path,
     out: Path,
@@ -78,10 +79,11 @@ def score_folder(
     device: str = "auto",
     progress: Progress = silent,
     weights: str | None = None,
+    revision: str | None = None,
 ) -> Inspection:
     """Score every image below `images` against the normal photographs in `normal`.
 
-    `weights`: a local file of the backbone's weights, where there is no network.
+    `extractor`, `weights`, `revision`: as in `ADExtractor.from_pretrained`.
 
     Writes out/scores.csv, out/heatmaps/*.png, out/report.html and out/summary.json (last: it marks a complete
     run). Raises ValueError for input that makes the whole run meaningless, OSError if `out` cannot be
@@ -94,7 +96,7 @@ def score_folder(
     (out / "scores.csv.check").unlink()
 
     started = time.perf_counter()
-    model = ADExtractor.from_pretrained(extractor, pick_device(device), weights)
+    model = ADExtractor.from_pretrained(extractor, pick_device(device), weights, revision)
     basis = prepare(model, pick_device(device), normal, calibration, options, exclude=out, progress=progress)
     remove_earlier_heatmaps(out)
     (out / "summary.json").unlink(missing_ok=True)
@@ -123,7 +125,7 @@ def score_folder(
 
 
 def _summary(
-    extractor: Path,
+    extractor: str | os.PathLike[str],
     normal: Path,
     images: Path,
     basis: Basis,
@@ -154,7 +156,7 @@ def _summary(
     }
 
 
-def _facts(extractor: Path, basis: Basis, options: Options, results: Sequence[Result]) -> list[Fact]:
+def _facts(extractor: str | os.PathLike[str], basis: Basis, options: Options, results: Sequence[Result]) -> list[Fact]:
     calibration = basis.calibration if options.threshold is None else None
     threshold = "none" if basis.threshold is None else f"{basis.threshold:.4g}"
     origin = "given by the user" if options.threshold is not None else "from normal photographs only"
@@ -176,5 +178,5 @@ def _facts(extractor: Path, basis: Basis, options: Options, results: Sequence[Re
             str(len(basis.aspects)),
             f"as references; {calibrated} calibrate the threshold",
         ),
-        Fact("Extractor", extractor.resolve().name, basis.description),
+        Fact("Extractor", printable(extractor), basis.description),
     ]

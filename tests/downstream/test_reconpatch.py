@@ -155,7 +155,7 @@ def test_saved_and_loaded_in_another_process_it_gives_the_same_bits(detector: Re
     images = photographs(3, 1)
     torch.save(images, tmp_path / "images.pt")
     folder = detector.save_pretrained(tmp_path / "detector")
-    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "README.md"}
     command = [sys.executable, "-c", LOAD, str(folder), str(tmp_path / "images.pt"), str(tmp_path / "found.pt")]
     subprocess.run(command, check=True)
     scores, maps = torch.load(tmp_path / "found.pt", weights_only=True)

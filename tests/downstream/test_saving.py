@@ -115,9 +115,11 @@ def test_a_new_process_gives_the_same_bits(saved: tuple[Path, dict[str, Tensor],
 def test_no_pickle_no_backbone(saved: tuple[Path, dict[str, Tensor], dict[str, Tensor]], name: str) -> None:
     folder = saved[0] / name
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    extractors = {"extractor/config.json", "extractor/model.safetensors"}
+    extractors = {"extractor/config.json", "extractor/model.safetensors", "extractor/README.md"}
     config = json.loads((folder / "config.json").read_text())
-    assert files == {"config.json", "model.safetensors"} | (extractors if config["extract"] == "extractor" else set())
+    assert files == {"config.json", "model.safetensors", "README.md"} | (
+        extractors if config["extract"] == "extractor" else set()
+    )
     assert set(load_file(folder / "model.safetensors")) == set(config["tensors"])
     assert config["detector"] in DETECTORS
 
@@ -218,6 +220,7 @@ def test_saving_twice_replaces_and_other_files_are_kept(tmp_path: Path) -> None:
     for _ in range(2):
         detector.save_pretrained(tmp_path / "fitted")
     assert sorted(path.name for path in (tmp_path / "fitted").iterdir()) == [
+        "README.md",
         "config.json",
         "extractor",
         "model.safetensors",

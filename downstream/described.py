@@ -1,0 +1,89 @@
+"""What a saved model is, from its config.json and the headers of its files: neither weights nor backbone are loaded."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from adpretrain.artefact import WEIGHTS_NAME, read_config
+from adpretrain.backbones.table import find_entry
+from adpretrain.card import FEATURENORM, METRICS, held_out_results, provenance_of
+from downstream.publishing import is_detector
+from downstream.saving import locate_model, parts_of, read_detector_config
+
+
+def describe_model(model: str | os.PathLike[str], revision: str | None = None) -> dict[str, Any]:
+    """Facts by name, in reading order, all of them JSON. ``model`` and ``revision``: as in `adpretrain.hub.locate`.
+
+    Raises ValueError if it is neither an extractor nor a fitted detector, or cannot be had.
+    """
+    located = locate_model(model, revision=revision)
+    folder = located.folder
+    facts: dict[str, Any] = {"model": str(model), "commit": located.commit}
+    facts |= _detector(folder) if is_detector(folder) else _extractor(folder)
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    return {**facts, "bytes on disk": sum(sizes), "folder": str(folder)}
+
+
+def _extractor(folder: Path) -> dict[str, Any]:
+    config = read_config(folder)
+    provenance = config.provenance
+    data = provenance_of(config, "data")
+    metrics = {METRICS[r.metric]: round(r.value, 1) for r in held_out_results(config) if r.method == FEATURENORM}
+    return {
+        "kind": "extractor",
+        **_backbone(config.backbone.name, config.backbone.revision),
+        "levels": config.backbone.levels or list(find_entry(config.backbone.name).levels),
+        "channels": config.channels,
+        "input pixels": config.preprocess.image_size,
+        "projector": config.projector.architecture if config.projector else "none",
+        "parameters": _parameters(folder),
+        "matching": config.matching,
+        "conditioning": config.conditioning,
+        "training data": data.get("set") or data.get("name"),
+        "training images": data.get("images"),
+        "training categories": data.get("categories"),
+        "steps": provenance.get("steps"),
+        "seed": provenance.get("seed"),
+        "held-out metrics, %": metrics,
+        "git commit": provenance.get("git_commit"),
+        "library version": config.library_version,
+    }
+
+
+def _detector(folder: Path) -> dict[str, Any]:
+    config = read_detector_config(folder)
+    inside = {part: describe_model(folder / part)["kind"] for part in parts_of(vars(config))}
+    return {
+        "kind": f"fitted {config.detector} (holds features of its product)",
+        **(_backbone(config.backbone.name, config.backbone.revision) if config.backbone else {}),
+        "made of": inside,
+        "input pixels": config.image_size,
+        "options": config.options,
+        "numbers kept": _parameters(folder),
+        "library version": config.library_version,
+    }
+
+
+def _backbone(name: str, revision: str | None) -> dict[str, Any]:
+    entry = find_entry(name)
+    return {
+        "backbone": name,
+        "backbone weights": str(entry.source) if entry.source else "none needed",
+        "backbone revision": revision,
+        "backbone licence": entry.licence,
+    }
+
+
+def _parameters(folder: Path) -> int:
+    """How many numbers model.safetensors holds, from its header."""
+    path = folder / WEIGHTS_NAME
+    try:
+        with safe_open(path, framework="pt") as file:
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot read weights {path}: {error}") from error
