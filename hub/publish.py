@@ -22,11 +22,11 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from adpretrain.artefact import CONFIG_NAME, WEIGHTS_NAME, ExtractorConfig, folder_digest, read_config
 from adpretrain.card import METRICS, Result, metadata, sections
-from adpretrain.hub import Published, publish
+from adpretrain.hub import Published, publish, publish_space
 
 HUB = Path(__file__).resolve().parent
 EXAMPLES = 3  # heatmaps on the page, at most
@@ -123,6 +123,28 @@ def describe(done: Published, dry_run: bool) -> str:
     return "\n".join(lines)
 
 
+def _publish_run(options: Namespace) -> Published:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        stage(Path(options.run), folder, options.repo_id, [Path(r) for r in options.results], options.licence)
+        return publish(
+            folder,
+            options.repo_id,
+            private=options.private,
+            tag=options.tag,
+            message=options.message,
+            dry_run=options.dry_run,
+        )
+
+
+def _publish_space(options: Namespace) -> Published:
+    if options.tag or options.results or options.licence:
+        raise ValueError("--tag, --results and --licence belong to an extractor, not to --space")
+    return publish_space(
+        HUB / "space", options.repo_id, private=options.private, message=options.message, dry_run=options.dry_run
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(description=__doc__, formatter_class=_Help)
     parser.add_argument("--run", type=str | None, default=None, help="folder of a run, or of an extractor")
@@ -138,17 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if (options.run is None) != options.space:
             raise ValueError("give one of --run FOLDER and --space")
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            stage(Path(options.run), folder, options.repo_id, [Path(r) for r in options.results], options.licence)
-            done = publish(
-                folder,
-                options.repo_id,
-                private=options.private,
-                tag=options.tag,
-                message=options.message,
-                dry_run=options.dry_run,
-            )
+        done = _publish_space(options) if options.space else _publish_run(options)
     except (ValueError, OSError) as error:
         print(f"publish: error: {error}", file=sys.stderr)
         return 2
