@@ -140,8 +140,10 @@ def test_what_is_neither_cached_nor_to_be_reached(hub: Hub, saved: Saved, monkey
     hub.stop()
     with pytest.raises(ValueError, match=r"cannot load revision 'main' of ada/one: no connection to .*Check the netw"):
         locate("ada/one")
+    hub.sleeps.clear()
     with pytest.raises(ValueError, match=r"cannot load file config.json at commit a+ of ada/one: no connection"):
         locate("ada/one", "a" * 40)
+    assert sum(hub.sleeps) < 40  # seconds: the client's own tries, which are not tried again
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"HF_HUB_OFFLINE forbids to connect, and .* does not have it. Unset"):
         locate("ada/one")
