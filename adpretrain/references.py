@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from sklearn.cluster import KMeans
 from torch import Tensor
 
+from adpretrain.data.samples import TooFewImages
+
 CELLS, CENTRES = 5, 5  # S and N_c of the paper
 EPS = 1e-8
 CHUNK_BYTES = 64 << 20
@@ -70,7 +72,7 @@ class AlignedReferences:
     Cosine similarities lie in -1..1; the paper's "cosine distance histogram" must be non-negative to be normalised,
     so a bin is (1 + cosine) / 2.
 
-    Raises ValueError for an empty pool or one of fewer tokens per cell than centres.
+    Raises ValueError for an empty pool, `TooFewImages` for one of fewer tokens per cell than centres.
     """
 
     def __init__(self, features_PCHW: Tensor, cells: int = CELLS, centres: int = CENTRES, seed: int = 0) -> None:
@@ -83,7 +85,7 @@ class AlignedReferences:
         self.cells = cells
         blocks = self._blocks(features_PCHW)  # [P, S^2, G, C]
         if blocks.shape[0] * blocks.shape[2] < centres:
-            raise ValueError(f"{blocks.shape[0] * blocks.shape[2]} tokens per cell cannot form {centres} centres")
+            raise TooFewImages(f"{blocks.shape[0] * blocks.shape[2]} tokens per cell cannot form {centres} centres")
         found = [
             KMeans(centres, n_init=3, random_state=seed)
             .fit(blocks[:, cell].flatten(0, 1).cpu().numpy())

@@ -14,10 +14,21 @@ from adpretrain.data.mvtec import index_mvtec
 from adpretrain.data.mvtec_3d import index_mvtec_3d
 from adpretrain.data.mvtec_loco import index_mvtec_loco
 from adpretrain.data.realiad import index_realiad
-from adpretrain.data.samples import GOOD, ImageDataset, LeftOut, MissingMasks, Sample
+from adpretrain.data.samples import GOOD, ImageDataset, LeftOut, MissingMasks, Sample, TooFewImages
 from adpretrain.data.visa import index_visa
 
-__all__ = ["DATASETS", "GOOD", "ImageDataset", "LeftOut", "MissingMasks", "Sample", "detect_layout", "index_dataset"]
+__all__ = [
+    "DATASETS",
+    "GOOD",
+    "SPLIT_LISTINGS",
+    "ImageDataset",
+    "LeftOut",
+    "MissingMasks",
+    "Sample",
+    "TooFewImages",
+    "detect_layout",
+    "index_dataset",
+]
 
 DATASETS: dict[str, Callable[..., list[Sample]]] = {
     "realiad": index_realiad,
@@ -33,18 +44,31 @@ DATASETS: dict[str, Callable[..., list[Sample]]] = {
 }
 
 
-def index_dataset(name: str, root: str | Path, columns: Mapping[str, str] | None = None) -> list[Sample]:
+SPLIT_LISTINGS = {"realiad": "realiad_jsons", "visa": "1cls"}  # layouts whose splits are listed in files, with one
+
+
+def index_dataset(
+    name: str, root: str | Path, columns: Mapping[str, str] | None = None, split: str = ""
+) -> list[Sample]:
     """The samples of a data set on disk, or of "hf://org/name"; "auto" finds the layout.
 
-    ``columns`` names the columns of a Hugging Face data set where they cannot be guessed (`index_hf`).
+    ``columns`` names the columns of a Hugging Face data set where they cannot be guessed (`index_hf`). ``split`` names
+    a listing of what is learnt from and what is scored, where a layout has several (`SPLIT_LISTINGS`: ``protocol`` of
+    `index_realiad` and `index_visa`); "" = the index function's own choice.
 
-    Raises ValueError for an unknown name, a folder of another layout, or ``columns`` of a set that has none.
+    Raises ValueError for an unknown name, a folder of another layout, ``columns`` or a ``split`` of a set that has
+    none, or a ``split`` that is not there.
     """
     if name != "auto" and name not in DATASETS:
         raise ValueError(f"data set {name!r} is unknown; choose one of: auto, {', '.join(DATASETS)}")
     layout = detect_layout(root) if name == "auto" else name
+    if split and layout not in SPLIT_LISTINGS:
+        valid = ", ".join(f"{kind} (such as {listing})" for kind, listing in SPLIT_LISTINGS.items())
+        raise ValueError(
+            f"split {split!r}: {root} is read as {layout!r}; listings to choose from exist for {valid} only"
+        )
     if layout == "hf":
         return index_hf(root, columns)
     if columns:
         raise ValueError(f"columns {dict(columns)} are for 'hf' data sets only; {root} is read as {layout!r}")
-    return DATASETS[layout](root)
+    return DATASETS[layout](root, protocol=split) if split else DATASETS[layout](root)

@@ -2,8 +2,8 @@
 
 ``realiad_{256|512|1024|raw}/{category}/{OK|NG/{defect}}/S####/`` holds
 ``{category}_####_{OK|NG}_[{defect}_]C{1-5}_{time}.jpg`` and, beside it, the mask as ``.png`` (some releases:
-``_mask.png``). A view of a defective part without a mask is a normal view. A file whose name has no view C1 to C5 is
-left out, with a warning that names it.
+``_mask.png``). A view of a defective part without a mask is a normal view (``of_defective_part``). A file whose name
+has no view C1 to C5 is left out, with a warning that names it.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _from_folders(category: Path) -> list[Sample]:
         for image in _photographs(part):
             mask = masks.get(image.stem) or masks.get(f"{image.stem}_mask")
             defect = part.parent.name if mask else GOOD
-            samples.append(Sample(image, mask, category.name, defect, view_of(image), "train"))
+            samples.append(Sample(image, mask, category.name, defect, view_of(image), "train", mask is None))
     return samples
 
 
@@ -110,5 +110,6 @@ def _entry(folder: Path, category: str, normal: str, split: str, entry: dict[str
     where = f"the split of {category}"
     image = inside(folder, entry["image_path"], where)
     mask = inside(folder, entry["mask_path"], where) if entry["mask_path"] else None
-    defect = GOOD if entry["anomaly_class"] == normal or mask is None else entry["anomaly_class"]
-    return Sample(image, mask, category, defect, view_of(image), split)
+    defective_part = entry["anomaly_class"] != normal
+    defect = entry["anomaly_class"] if defective_part and mask else GOOD
+    return Sample(image, mask, category, defect, view_of(image), split, defective_part and mask is None)

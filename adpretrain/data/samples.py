@@ -25,7 +25,8 @@ class Sample:
     """One photograph.
 
     ``defect`` is "good" for a normal one; ``mask`` is None where nothing is marked, and a tuple where several files
-    together mark the defect; ``split`` is "train", "validation" or "test".
+    together mark the defect; ``split`` is "train", "validation" or "test". ``of_defective_part``: a normal view of a
+    part that is defective elsewhere, as no line that makes good parts gives it; no detector learns from it.
     """
 
     image: Path
@@ -34,6 +35,7 @@ class Sample:
     defect: str
     view: str | None
     split: str
+    of_defective_part: bool = False
 
     @property
     def anomalous(self) -> bool:
@@ -47,6 +49,10 @@ class Sample:
 
 class LeftOut(UserWarning):
     """Files of a data set that are not used."""
+
+
+class TooFewImages(ValueError):
+    """Fewer normal images than a method needs: more of them mend it, no other mistake does."""
 
 
 class MissingMasks(ValueError):

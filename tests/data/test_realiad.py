@@ -62,6 +62,7 @@ def test_realiad_folders(realiad: Path) -> None:
     )
     assert (second.defect, second.mask.name) == ("HS", "cap_0002_NG_HS_C2_20231021_mask.png")
     assert (third.defect, third.mask, third.view) == ("good", None, "C3")  # a view that does not show the defect
+    assert [s.of_defective_part for s in (first, second, third)] == [False, False, True]
     normal = [s for s in samples if "_OK_" in s.image.name]
     assert [s.view for s in normal] == ["C1", "C2", "C3", "C4", "C5"]
     assert {(s.defect, s.mask) for s in normal} == {("good", None)}
@@ -80,6 +81,19 @@ def test_realiad_json_splits(realiad: Path) -> None:
     ]
     assert all(s.image.is_file() and (s.mask is None or s.mask.is_file()) for s in samples)
     assert all(item["label"] == int(item["mask"].all()) for item in ImageDataset(samples, Preprocess(8, 8)))
+
+
+def test_a_set_is_read_by_its_own_split(realiad: Path, visa: Path, mpdd: Path) -> None:
+    samples = index_dataset("auto", realiad, split="realiad_jsons_sv")
+    assert samples == index_realiad(realiad, protocol="realiad_jsons_sv")
+    assert {s.split for s in samples} == {"train", "test"}
+    assert [s.of_defective_part for s in samples[:5]] == [False, False, False, False, True]
+    (visa / "split_csv/1cls.csv").rename(visa / "split_csv/2cls_fewshot.csv")
+    assert {s.category for s in index_dataset("visa", visa, split="2cls_fewshot")} == {"candle", "pcb1"}
+    with pytest.raises(ValueError, match=r"split file not found: .*protocols present: realiad_jsons_sv"):
+        index_dataset("realiad", realiad, split="realiad_jsons")
+    with pytest.raises(ValueError, match=r"split '1cls': .*MPDD is read as 'mvtec'.*exist for realiad \(such as"):
+        index_dataset("auto", mpdd, split="1cls")
 
 
 def test_realiad_resolutions(realiad: Path) -> None:

@@ -76,6 +76,19 @@ def test_a_large_mean_costs_no_precision(images: int) -> None:
     np.testing.assert_allclose(fitted(rows).distances(queries).numpy(), naive_distances(rows, queries), rtol=2e-3)
 
 
+@pytest.mark.parametrize(("scale", "tolerance"), [(1, 1e-3), (10, 1e-3), (100, 0.05)])
+def test_images_it_was_fitted_on_are_as_far_as_they_are_at_any_scale(scale: float, tolerance: float) -> None:
+    """Woodbury's form subtracts two squares that agree to (eps / scale^2) of themselves."""
+    rng = torch.Generator().manual_seed(0)
+    rows, queries = (scale * torch.randn(count, 3, 100, generator=rng) for count in (40, 4))
+    found = fitted(rows)
+    assert found.low_rank
+    np.testing.assert_allclose(found.distances(rows).numpy(), naive_distances(rows, rows), rtol=tolerance)
+    np.testing.assert_allclose(found.distances(queries).numpy(), naive_distances(rows, queries), rtol=1e-5)
+    mixed = found.distances(torch.cat([queries, rows[:1]]))  # one that cancels beside others that do not
+    torch.testing.assert_close(mixed[:4], found.distances(queries), rtol=1e-5, atol=0.0)
+
+
 def test_the_order_and_size_of_batches_do_not_matter() -> None:
     rows, queries = samples(40, 4, 12), samples(3, 4, 12, seed=2)
     first, second = fitted(rows, batch=40), fitted(rows.flip(0), batch=1)
