@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from adpretrain.data.samples import GOOD, MissingMasks, Sample, is_image
+from adpretrain.data.samples import GOOD, LeftOut, MissingMasks, Sample, is_image
 
 SPLITS = ("train", "validation", "test")
 Masks = Mapping[str, Path | tuple[Path, ...]]  # image stem -> its mask, or the masks to be merged
@@ -51,14 +52,19 @@ def inside(root: Path, name: str, where: str) -> Path:
 def category_folders(root: str | Path, marker: str, layout: str, categories: Sequence[str] = ()) -> dict[str, Path]:
     """Folder of every category (or of the named ones) by name; ``root`` may also be one category's own folder.
 
-    A category is a folder that holds the folder ``marker``, such as "train/good". Raises ValueError if there is none,
-    or if a named one is absent.
+    A category is a folder that holds the folder ``marker``, such as "train/good". A folder with another split's images
+    but without it, as an interrupted copy leaves, is left out, with a warning that names it. Raises ValueError if there
+    is no category, or if a named one is absent.
     """
     path = existing_folder(root)
     if (path / marker).is_dir():
         found = {path.resolve().name: path}
     else:
-        found = {folder.name: folder for folder in subfolders(path) if (folder / marker).is_dir()}
+        folders = subfolders(path)
+        found = {folder.name: folder for folder in folders if (folder / marker).is_dir()}
+        cut = [f for f in folders if f.name not in found and any((f / split).is_dir() for split in SPLITS)]
+        if found and cut and not categories:
+            _warn_left_out([f"{folder}: there is no {marker}" for folder in cut])
     if not found:
         raise ValueError(f"{path} is not in the {layout} layout: expected {{category}}/{marker}/ folders")
     if unknown := [name for name in categories if name not in found]:
@@ -78,7 +84,8 @@ def index_splits(
     ``find_masks`` is called with a category's and a defect's folder; ``expected`` says in errors where a mask should
     have been, e.g. "ground_truth/{defect}/{stem}.png" below the category's folder.
 
-    Raises ValueError if there is no image at all, `MissingMasks` if a defect has no mask.
+    A category without an image is named in a warning. Raises ValueError if there is no image at all, `MissingMasks` if
+    a defect has no mask.
     """
     samples: list[Sample] = []
     missing: dict[Path, str] = {}
@@ -95,6 +102,13 @@ def index_splits(
                     samples.append(Sample(image, mask, category, defect, None, split))
     if not samples:
         raise ValueError(f"no images in {', '.join(str(folder) for folder in categories.values())}")
+    if empty := sorted(set(categories) - {sample.category for sample in samples}):
+        _warn_left_out([f"{categories[name]}: there are no images" for name in empty])
     if missing:
         raise MissingMasks(samples, missing)
     return samples
+
+
+def _warn_left_out(lines: Sequence[str]) -> None:
+    listing = "\n".join(f"  {line}" for line in lines)
+    warnings.warn(f"{len(lines)} categories are left out:\n{listing}", LeftOut, stacklevel=4)

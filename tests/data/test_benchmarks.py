@@ -1,6 +1,7 @@
 """LOCO, MVTec 3D, VisA, BTAD and MPDD in tiny trees of their true form: splits, masks, traps, errors, detection."""
 
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from pictures import mask, photograph
 from PIL import Image
 
-from adpretrain.data import DATASETS, ImageDataset, MissingMasks, Sample, detect_layout, index_dataset
+from adpretrain.data import DATASETS, ImageDataset, LeftOut, MissingMasks, Sample, detect_layout, index_dataset
 from adpretrain.data.mvtec import index_mvtec
 from adpretrain.data.visa import index_visa
 from adpretrain.preprocess import Preprocess
@@ -255,3 +256,18 @@ def test_a_tree_without_images_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "cap/train/good").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"no images in .*cap"):
         index_dataset("auto", tmp_path)
+
+
+@pytest.mark.parametrize("what", ["no train/good", "no images"])
+def test_an_incomplete_category_is_not_left_out_without_a_word(mpdd: Path, what: str) -> None:
+    """As a copy leaves it that was stopped halfway: among complete ones, or asked for by name."""
+    whole = index_mvtec(mpdd)
+    folder = mpdd / "tubes"
+    (folder / ("test/good" if what == "no train/good" else "train/good")).mkdir(parents=True)
+    with pytest.warns(LeftOut, match=rf"1 categories are left out:\n  .*tubes: there (is|are) {what}"):
+        assert index_dataset("auto", mpdd) == whole
+    with pytest.raises(ValueError, match="tubes"):
+        index_mvtec(mpdd, ["tubes"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert index_mvtec(mpdd, ["bracket_black"]) == whole
