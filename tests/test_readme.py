@@ -50,7 +50,8 @@ def test_every_command_is_known_to_this_test() -> None:
     known = (
         "make ",
         "adpretrain ",
-        "python hub/convert_official.py",  # run by tests/hub
+        "python hub/convert_official.py",  # these two are run by tests/hub
+        "python hub/publish.py",
         "python -m adpretrain.data.synthetic",
         "accelerate launch",
         ".venv/bin/python",
@@ -76,12 +77,10 @@ def test_pretrain_and_inspect_commands(tmp_path: Path) -> None:
         for index, image in enumerate(sorted(product.glob(f"{pattern}/**/*.jpg"))):
             (tmp_path / name / f"{index}.jpg").write_bytes(image.read_bytes())
     score = next(c for c in commands() if c.startswith("adpretrain score"))
-    (tmp_path / "runs" / "demo").mkdir(parents=True)
-    (tmp_path / "runs" / "demo" / "pretrain-seed0").symlink_to(tmp_path / "runs" / "mine")
     run(shlex.split(score), tmp_path, expected=(0, 1))
     assert (tmp_path / "out" / "report.html").is_file()
     assert (tmp_path / "out" / "scores.csv").read_text().startswith("path,score,p_value,verdict")
-    for name in ("extract", "export", "backbones", "fit", "detectors"):
+    for name in ("extract", "export", "backbones", "fit", "detectors", "info"):
         run(shlex.split(next(c for c in commands() if c.startswith(f"adpretrain {name}"))), tmp_path)
     assert (tmp_path / "features" / "index.json").is_file()
     assert (tmp_path / "product.onnx").stat().st_size > 0
