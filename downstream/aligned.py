@@ -17,12 +17,17 @@ from torch import Tensor
 from typing_extensions import Self, Unpack
 
 from adpretrain.backbones import Extract, FeatureMaps
+from adpretrain.data.samples import TooFewImages
 from adpretrain.extractor import ADExtractor
 from adpretrain.references import AlignedReferences
 from adpretrain.residual import tokens
+from downstream.bank import GrowingBank
 from downstream.detector import Prediction, check_images
 from downstream.featurenorm import FeatureNorm, FeatureNormOptions
+from downstream.memory import expected_images, memory_limit, readable
 from downstream.saving import HubOptions, load_detector, save_detector
+
+NAME = "aligned-featurenorm"
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class AlignedOptions(FeatureNormOptions):
     """The arguments of `AlignedFeatureNorm`, as they are saved."""
 
     shots: int = 8
+    max_pool_bytes: int | None = None
 
 
 class AlignedFeatureNorm(FeatureNorm):
@@ -37,23 +43,48 @@ class AlignedFeatureNorm(FeatureNorm):
 
     For products that are not always in the same place: the released evaluation of ADPretrain works this way, with
     K = 8. Alignment is judged on the first level, as in the paper (which uses ResNet-18's first layer). The pool's
-    features of all levels stay in memory.
+    features of all levels stay in memory: at most ``max_pool_bytes``, None = half of it.
     """
 
     extract: ADExtractor
 
-    def __init__(self, extract: ADExtractor, shots: int = 8, **options: Any) -> None:
+    def __init__(self, extract: ADExtractor, shots: int = 8, max_pool_bytes: int | None = None, **options: Any) -> None:
         super().__init__(extract, **options)
-        self.shots = shots
+        self.shots, self.max_pool_bytes = shots, max_pool_bytes
         self._pool: FeatureMaps = []
         self._aligned: AlignedReferences | None = None
 
     def fit(self, normal_batches: Iterable[Tensor]) -> Self:
-        """Encode the pool: batches [b, 3, S, S], P images in all. Raises ValueError if it has fewer than K images."""
-        with torch.no_grad():
-            encoded = [self._encode(batch) for batch in normal_batches]
-        self._set_pool([torch.cat(level) for level in zip(*encoded, strict=True)])
+        """Encode the pool: batches [b, 3, S, S], P images in all.
+
+        Raises `TooFewImages` if it has fewer than K images or than the histograms need, ValueError before it outgrows
+        ``max_pool_bytes``.
+        """
+        banks: list[GrowingBank] = []
+        shapes: list[torch.Size] = []
+        count = 0
+        for images in normal_batches:
+            with torch.no_grad():
+                features = self._encode(images)
+            if not banks:
+                expected = expected_images(normal_batches, len(images))
+                limit = memory_limit(features[0].device, self.max_pool_bytes)
+                banks = [GrowingBank(expected, limit) for _ in features]
+                shapes = [level.shape[1:] for level in features]
+            count += len(images)
+            self._check_size(features, max(count, expected or 0), limit)
+            for bank, level in zip(banks, features, strict=True):
+                bank.add(level.flatten(1))
+        self._set_pool([bank.take().unflatten(1, shape) for bank, shape in zip(banks, shapes, strict=True)])
         return self
+
+    def _check_size(self, features: FeatureMaps, images: int, limit: int) -> None:
+        needed = images * sum(level[0].nbytes for level in features)
+        if needed > limit:
+            raise ValueError(
+                f"the features of a pool of {images} images need {readable(needed)}, more than {readable(limit)}: fit "
+                "fewer images, choose fewer levels or a smaller image_size of the backbone, or raise max_pool_bytes"
+            )
 
     def _encode(self, images: Tensor) -> FeatureMaps:
         check_images(images)
@@ -62,7 +93,7 @@ class AlignedFeatureNorm(FeatureNorm):
     def _set_pool(self, pool: FeatureMaps) -> None:
         if not pool or len(pool[0]) < self.shots:
             found = len(pool[0]) if pool else 0
-            raise ValueError(f"K = {self.shots} aligned references cannot be chosen from a pool of {found} images")
+            raise TooFewImages(f"K = {self.shots} aligned references cannot be chosen from a pool of {found} images")
         self._pool = pool
         self._aligned = AlignedReferences(pool[0])
 
@@ -102,7 +133,7 @@ class AlignedFeatureNorm(FeatureNorm):
     @property
     def options(self) -> AlignedOptions:
         """The arguments it was made with."""
-        return AlignedOptions(self.image_size, self.sigma, self.norm, self.top, self.shots)
+        return AlignedOptions(self.image_size, self.sigma, self.norm, self.top, self.shots, self.max_pool_bytes)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Write extractor and pool: FEATURES OF EVERY POOL IMAGE (`downstream.saving`). ValueError before `fit`."""
@@ -110,7 +141,7 @@ class AlignedFeatureNorm(FeatureNorm):
             raise ValueError("no pool to save: call fit(normal_batches) first")
         pool = {f"pool.{level}": feature for level, feature in enumerate(self._pool)}
         side = self.extract.preprocess.image_size
-        return save_detector(folder, "aligned-featurenorm", self.options, self.extract, pool, side)
+        return save_detector(folder, NAME, self.options, self.extract, pool, side)
 
     @classmethod
     def from_pretrained(
@@ -122,7 +153,7 @@ class AlignedFeatureNorm(FeatureNorm):
         **hub: Unpack[HubOptions],
     ) -> Self:
         """Load what `save_pretrained` wrote. Arguments and errors as in `downstream.saving.load_detector`."""
-        loaded = load_detector(folder, "aligned-featurenorm", AlignedOptions, extract, device, weights, **hub)
+        loaded = load_detector(folder, NAME, AlignedOptions, extract, device, weights, **hub)
         if not isinstance(loaded.extract, ADExtractor):
             raise ValueError(f"aligned references need an ADExtractor, got {type(loaded.extract).__name__}")
         detector = cls(loaded.extract, **dataclasses.asdict(loaded.options))

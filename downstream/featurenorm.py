@@ -24,6 +24,8 @@ from downstream.maps import gaussian_blur, upsample
 from downstream.publishing import Publishable
 from downstream.saving import HubOptions, load_detector, save_detector
 
+NAME = "featurenorm"
+
 
 @dataclass(frozen=True)
 class FeatureNormOptions:
@@ -105,7 +107,7 @@ class FeatureNorm(Publishable):
             raise not_fitted(self)
         preprocess = getattr(self.extract, "preprocess", None)
         side = preprocess.image_size if preprocess else self.image_size
-        return save_detector(folder, "featurenorm", self.options, self.extract, {}, side)
+        return save_detector(folder, NAME, self.options, self.extract, {}, side)
 
     @classmethod
     def from_pretrained(
@@ -117,5 +119,5 @@ class FeatureNorm(Publishable):
         **hub: Unpack[HubOptions],
     ) -> Self:
         """Load what `save_pretrained` wrote. Arguments and errors as in `downstream.saving.load_detector`."""
-        loaded = load_detector(folder, "featurenorm", FeatureNormOptions, extract, device, weights, **hub)
+        loaded = load_detector(folder, NAME, FeatureNormOptions, extract, device, weights, **hub)
         return cls(loaded.extract, **dataclasses.asdict(loaded.options))

@@ -203,7 +203,8 @@ class PatchCore(Publishable):
         """w of Eq. 7 for some patches and their nearest rows m*: [B] in 0..1.
 
         1 - exp ||m_test - m*|| / sum over the b rows next to m* of exp ||m_test - m||. m* is one of the b rows; the
-        weight is the others' share of the sum, so that nothing overflows or cancels.
+        weight is the others' share of the sum, so that nothing overflows or cancels. In a bank of one row it is 1,
+        where Eq. 7 gives 0: every score would be 0.
         """
         assert self._search is not None
         assert self.bank_ND is not None

@@ -17,14 +17,15 @@ from typing import Any
 from adpretrain.backbones import Backbone
 from adpretrain.extractor import ADExtractor
 from adpretrain.parsing import from_dict
+from downstream.aligned import NAME as ALIGNED
 from downstream.detector import Detector
 from downstream.evaluation.evaluate import same_residuals
 from downstream.evaluation.withheld import Withheld
+from downstream.featurenorm import NAME as FEATURENORM
 from downstream.table import DETECTORS
 
 FEATURES = ("raw", "residual", "conditioned", "adpretrain")
 RAW, PRETRAINED = FEATURES[0], FEATURES[-1]
-FEATURENORM, ALIGNED = "featurenorm", "aligned-featurenorm"
 SETTINGS = ("default", "adpretrain")
 
 

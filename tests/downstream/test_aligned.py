@@ -1,5 +1,7 @@
 """References of its own for every image equal the same references set by hand, one image at a time."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -62,6 +64,26 @@ def test_each_image_gets_the_references_that_look_like_it(extractor: ADExtractor
     aligned = AlignedFeatureNorm(extractor, 4, image_size=SIZE).fit([pool]).predict(images).scores
     right_only = FeatureNorm(extractor, image_size=SIZE).fit([pool[1::2]]).predict(images).scores
     assert bool((aligned[0::2] < right_only[0::2]).all())  # images 0 and 2 are bright on the left
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_pool_that_outgrows_the_memory_is_refused_before_it_does(extractor: ADExtractor, known: bool) -> None:
+    """Of a list the number of images is known at the first batch; an iterator is stopped at the batch too many."""
+    pool, read = photographs(8, seed=5), []
+
+    def batches() -> Iterator[Tensor]:
+        for batch in pool.split(2):
+            read.append(len(batch))
+            yield batch
+
+    one = sum(level[0].nbytes for level in extractor.encode(pool[:1]))
+    enough = AlignedFeatureNorm(extractor, SHOTS, image_size=SIZE, max_pool_bytes=8 * one)
+    free = AlignedFeatureNorm(extractor, SHOTS, image_size=SIZE).fit([pool]).predict(pool[:2])
+    torch.testing.assert_close(enough.fit(pool.split(4)).predict(pool[:2]).maps, free.maps, rtol=1e-4, atol=1e-5)
+    small = AlignedFeatureNorm(extractor, SHOTS, image_size=SIZE, max_pool_bytes=5 * one)
+    with pytest.raises(ValueError, match=rf"a pool of {8 if known else 6} images need .*raise max_pool_bytes"):
+        small.fit(pool.split(2) if known else batches())
+    assert known or read == [2, 2, 2]
 
 
 def test_mistakes_are_named(extractor: ADExtractor) -> None:
