@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from released import released_state
 from torch import Tensor
 
 from adpretrain.convert import projector_from_official
@@ -41,27 +42,7 @@ def test_the_converted_weights_are_copies(official: dict[str, Tensor]) -> None:
 
 def small(**changes: Tensor | None) -> dict[str, Tensor]:
     """A checkpoint of two levels of 16 channels; a change replaces a key (``__`` for ``.``) or, None, removes it."""
-    width, references, hidden, reduced = 16, 8, 64, 8
-    shapes = {
-        "x_ref": (1, references, width),
-        "ref_proj.project.weight": (width, width, 1),
-        "ref_proj.project.bias": (width,),
-        "layers.0.cross_attn.in_proj_weight": (3 * width, width),
-        "layers.0.cross_attn.in_proj_bias": (3 * width,),
-        "layers.0.cross_attn.out_proj.weight": (width, width),
-        "layers.0.cross_attn.out_proj.bias": (width,),
-        "layers.0.mlp.fc1.weight": (hidden, width),
-        "layers.0.mlp.fc1.bias": (hidden,),
-        "layers.0.mlp.fc2.weight": (width, hidden),
-        "layers.0.mlp.fc2.bias": (width,),
-        "layers.0.mlp.se.fc1.weight": (reduced, hidden),
-        "layers.0.mlp.se.fc1.bias": (reduced,),
-        "layers.0.mlp.se.fc2.weight": (hidden, reduced),
-        "layers.0.mlp.se.fc2.bias": (hidden,),
-    }
-    checkpoint: dict[str, Tensor] = {
-        f"l{level}_proj.{name}": torch.randn(shape) for level in (1, 2) for name, shape in shapes.items()
-    }
+    checkpoint: dict[str, Tensor] = released_state(16, levels=2, references=8, hidden=64, reduced=8, scale=1.0)
     for key, value in changes.items():
         if value is None:
             del checkpoint[key.replace("__", ".")]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from released import released_state
 from torch import Tensor
 from transformers import Dinov2Model
 
@@ -19,35 +20,7 @@ from adpretrain.extractor import ADExtractor
 from downstream.featurenorm import FeatureNorm
 
 ROOT = Path(__file__).resolve().parents[2]
-WIDTH, REFERENCES, LEVELS = 384, 16, 4  # dinov2-small
-
-
-def released_state(width: int = WIDTH) -> dict[str, Tensor]:
-    """Random weights under the released names and shapes."""
-    generator = torch.Generator().manual_seed(0)
-    reduced = max(8, width // 16)
-    shapes = {
-        "x_ref": (1, REFERENCES, width),
-        "ref_proj.project.weight": (width, width, 1),
-        "ref_proj.project.bias": (width,),
-        "layers.0.cross_attn.in_proj_weight": (3 * width, width),
-        "layers.0.cross_attn.in_proj_bias": (3 * width,),
-        "layers.0.cross_attn.out_proj.weight": (width, width),
-        "layers.0.cross_attn.out_proj.bias": (width,),
-        "layers.0.mlp.fc1.weight": (width, width),
-        "layers.0.mlp.fc1.bias": (width,),
-        "layers.0.mlp.fc2.weight": (width, width),
-        "layers.0.mlp.fc2.bias": (width,),
-        "layers.0.mlp.se.fc1.weight": (reduced, width),
-        "layers.0.mlp.se.fc1.bias": (reduced,),
-        "layers.0.mlp.se.fc2.weight": (width, reduced),
-        "layers.0.mlp.se.fc2.bias": (width,),
-    }
-    return {
-        f"l{level}_proj.{name}": torch.randn(shape, generator=generator) * 0.1
-        for level in range(1, LEVELS + 1)
-        for name, shape in shapes.items()
-    }
+WIDTH, LEVELS = 384, 4  # dinov2-small
 
 
 def convert(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -60,7 +33,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(checkpoint, extractor folder), through the command."""
     folder = tmp_path_factory.mktemp("released")
     path = folder / "checkpoints_pro_norm.pth"
-    torch.save({"projectors": released_state(), "img_auc": 0.5, "pix_auc": 0.6, "pix_pro": 0.7}, path)
+    torch.save({"projectors": released_state(WIDTH, LEVELS), "img_auc": 0.5, "pix_auc": 0.6, "pix_pro": 0.7}, path)
     done = convert(path, "--backbone", "dinov2-small", "--out", folder / "extractor")
     assert done.returncode == 0, done.stderr
     assert "from_pretrained" in done.stdout
@@ -108,7 +81,7 @@ def test_loaded_extractor_scores_as_the_released_code(converted: tuple[Path, Pat
     detector = FeatureNorm(extractor, sigma=0.0).fit([references])
     assert detector.norm == "released"
     found = detector.predict(images).maps
-    state = released_state()
+    state = released_state(WIDTH, LEVELS)
     with torch.no_grad():
         banks = [level.flatten(2).transpose(1, 2).flatten(0, 1) for level in backbone(references)]
         features = backbone(images)
@@ -134,7 +107,7 @@ def test_files_that_are_no_checkpoint_are_refused_and_nothing_is_executed(tmp_pa
     torch.save({"model": {"weight": torch.zeros(2)}, "epoch": 3}, tmp_path / "other.pth")
     torch.save({"projectors": {"l1_proj.weight": torch.zeros(2)}}, tmp_path / "keys.pth")
     torch.save({"projectors": Harmful()}, tmp_path / "harmful.pth")
-    torch.save({"projectors": released_state(64)}, tmp_path / "narrow.pth")
+    torch.save({"projectors": released_state(64, LEVELS)}, tmp_path / "narrow.pth")
     (tmp_path / "cut.pth").write_bytes(b"PK\x03\x04 not a zip")
     cases = {
         "other.pth": "found a dict with the keys 'model', 'epoch'",
