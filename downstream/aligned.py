@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import Self, Unpack
+from typing_extensions import Self
 
-from adpretrain.backbones import Extract, FeatureMaps
+from adpretrain.backbones import FeatureMaps
 from adpretrain.data.samples import TooFewImages
 from adpretrain.extractor import ADExtractor
 from adpretrain.references import AlignedReferences
@@ -25,7 +25,7 @@ from downstream.bank import GrowingBank
 from downstream.detector import Prediction, check_images
 from downstream.featurenorm import FeatureNorm, FeatureNormOptions
 from downstream.memory import expected_images, memory_limit, readable
-from downstream.saving import HubOptions, load_detector, save_detector
+from downstream.saving import Loaded, save_detector
 
 NAME = "aligned-featurenorm"
 
@@ -45,6 +45,8 @@ class AlignedFeatureNorm(FeatureNorm):
     K = 8. Alignment is judged on the first level, as in the paper (which uses ResNet-18's first layer). The pool's
     features of all levels stay in memory: at most ``max_pool_bytes``, None = half of it.
     """
+
+    saved_as = (NAME, AlignedOptions)
 
     extract: ADExtractor
 
@@ -144,16 +146,7 @@ class AlignedFeatureNorm(FeatureNorm):
         return save_detector(folder, NAME, self.options, self.extract, pool, side)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | os.PathLike[str],
-        extract: Extract | None = None,
-        device: str | torch.device | None = None,
-        weights: str | os.PathLike[str] | None = None,
-        **hub: Unpack[HubOptions],
-    ) -> Self:
-        """Load what `save_pretrained` wrote. Arguments and errors as in `downstream.saving.load_detector`."""
-        loaded = load_detector(folder, NAME, AlignedOptions, extract, device, weights, **hub)
+    def _restored(cls, loaded: Loaded[Any]) -> Self:
         if not isinstance(loaded.extract, ADExtractor):
             raise ValueError(f"aligned references need an ADExtractor, got {type(loaded.extract).__name__}")
         detector = cls(loaded.extract, **dataclasses.asdict(loaded.options))

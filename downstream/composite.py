@@ -17,8 +17,8 @@ from typing_extensions import Unpack
 
 from adpretrain.artefact import read_weights, write_folder
 from adpretrain.backbones import Extract
+from downstream.card import detector_card
 from downstream.detector import Detector
-from downstream.publishing import detector_card
 from downstream.saving import DetectorConfig, HubOptions, locate_model, member, read_detector_config
 from downstream.table import detector_from_pretrained
 

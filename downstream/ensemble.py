@@ -28,7 +28,7 @@ from typing_extensions import Self, Unpack
 from adpretrain.backbones import Extract
 from downstream.composite import load_composite, save_composite
 from downstream.detector import Detector, Prediction, not_fitted
-from downstream.publishing import Publishable
+from downstream.pretrained import Shared
 from downstream.saving import HubOptions
 
 NAME = "ensemble"
@@ -83,7 +83,7 @@ def training_units(detector: Detector, batches: Iterable[Tensor]) -> Units:
     return Units(ScoreUnit.of(torch.cat(scores)), ScoreUnit.of(torch.cat(pixels)), side)
 
 
-class Ensemble(Publishable):
+class Ensemble(Shared):
     """The mean of the members' standardised scores and maps.
 
     All members see the same images, so their networks must want them prepared alike. `fit` fits them one after the

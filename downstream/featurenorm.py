@@ -10,10 +10,11 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import Self, Unpack
+from typing_extensions import Self
 
 from adpretrain.artefact import NORMS
 from adpretrain.backbones import Extract, FeatureMaps
@@ -21,8 +22,8 @@ from adpretrain.extractor import ADExtractor
 from adpretrain.leave_one_out import leave_one_out
 from downstream.detector import Prediction, check_images, not_fitted
 from downstream.maps import gaussian_blur, upsample
-from downstream.publishing import Publishable
-from downstream.saving import HubOptions, load_detector, save_detector
+from downstream.pretrained import Pretrained
+from downstream.saving import Loaded, save_detector
 
 NAME = "featurenorm"
 
@@ -37,7 +38,7 @@ class FeatureNormOptions:
     top: float = 0.01
 
 
-class FeatureNorm(Publishable):
+class FeatureNorm(Pretrained):
     """Feature norm -> level maps -> bilinear upsampling -> mean over levels -> Gaussian (sigma in pixels) -> score.
 
     ``extract`` is an `ADExtractor` (its references are set by `fit`) or any raw backbone (nothing is fitted: the
@@ -46,6 +47,8 @@ class FeatureNorm(Publishable):
     share of the highest map values; 0 = the maximum, as in the paper. One per cent is the default because a mean
     over a patch is steadier than one pixel.
     """
+
+    saved_as = (NAME, FeatureNormOptions)
 
     def __init__(
         self, extract: Extract, image_size: int = 224, sigma: float = 4.0, norm: str | None = None, top: float = 0.01
@@ -110,14 +113,5 @@ class FeatureNorm(Publishable):
         return save_detector(folder, NAME, self.options, self.extract, {}, side)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | os.PathLike[str],
-        extract: Extract | None = None,
-        device: str | torch.device | None = None,
-        weights: str | os.PathLike[str] | None = None,
-        **hub: Unpack[HubOptions],
-    ) -> Self:
-        """Load what `save_pretrained` wrote. Arguments and errors as in `downstream.saving.load_detector`."""
-        loaded = load_detector(folder, NAME, FeatureNormOptions, extract, device, weights, **hub)
+    def _restored(cls, loaded: Loaded[Any]) -> Self:
         return cls(loaded.extract, **dataclasses.asdict(loaded.options))

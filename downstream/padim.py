@@ -12,10 +12,11 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import Self, Unpack
+from typing_extensions import Self
 
 from adpretrain.backbones import Extract, FeatureMaps
 from downstream.detector import Prediction, check_images, check_side, extracted, normal_features, not_fitted
@@ -23,8 +24,8 @@ from downstream.embedding import Embedding, EmbeddingConfig, chosen_levels
 from downstream.gaussians import Gaussians, Moments, size_bytes
 from downstream.maps import SIGMA, gaussian_blur, upsample
 from downstream.memory import expected_images, memory_limit, readable
-from downstream.publishing import Publishable
-from downstream.saving import HubOptions, load_detector, save_detector
+from downstream.pretrained import Pretrained
+from downstream.saving import Loaded, save_detector
 
 NAME = "padim"
 
@@ -64,8 +65,10 @@ DEFAULT = PaDiMConfig()
 ADPRETRAIN = PaDiMConfig(EmbeddingConfig(patch=1), per_level=True)
 
 
-class PaDiM(Publishable):
+class PaDiM(Pretrained):
     """Mean and covariance of every position -> Mahalanobis distance -> upsampled, smoothed map -> its maximum."""
+
+    saved_as = (NAME, PaDiMConfig)
 
     def __init__(self, extract: Extract, config: PaDiMConfig = DEFAULT) -> None:
         self.extract, self.config = extract, config
@@ -148,16 +151,7 @@ class PaDiM(Publishable):
         return save_detector(folder, NAME, self.config, self.extract, tensors, self._side, facts)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | os.PathLike[str],
-        extract: Extract | None = None,
-        device: str | torch.device | None = None,
-        weights: str | os.PathLike[str] | None = None,
-        **hub: Unpack[HubOptions],
-    ) -> Self:
-        """Load what `save_pretrained` wrote. Arguments and errors as in `downstream.saving.load_detector`."""
-        loaded = load_detector(folder, NAME, PaDiMConfig, extract, device, weights, **hub)
+    def _restored(cls, loaded: Loaded[Any]) -> Self:
         detector = cls(loaded.extract, loaded.options)
         detector._side = loaded.image_size
         detector._grids = [(height, width) for height, width in loaded.facts["grids"]]

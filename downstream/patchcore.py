@@ -9,12 +9,12 @@ import os
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from typing_extensions import Self, Unpack
+from typing_extensions import Self
 
 from adpretrain.backbones import Extract
 from downstream.approximate import ApproximateNeighbours
@@ -24,8 +24,8 @@ from downstream.detector import Prediction, check_images, check_side, extracted,
 from downstream.embedding import Embedding, EmbeddingConfig
 from downstream.maps import SIGMA, pixel_maps
 from downstream.neighbours import Neighbours, nearest
-from downstream.publishing import Publishable
-from downstream.saving import HubOptions, load_detector, save_detector
+from downstream.pretrained import Pretrained
+from downstream.saving import Loaded, save_detector
 
 NAME = "patchcore"
 SEARCHES = ("exact", "ivfpq")
@@ -84,12 +84,14 @@ ADPRETRAIN = PatchCoreConfig(
 )
 
 
-class PatchCore(Publishable):
+class PatchCore(Pretrained):
     """Patch embeddings of normal images -> subsampled bank -> nearest distances -> map; Eq. 6 and 7 -> score.
 
     While it is fitted the bank holds all patches, N = images x H x W x keep rows of 4 D bytes, and one batch besides;
     for the choice some 20 N bytes and the projected rows (4 N projection_dim). Afterwards, ``amount`` of it, twice.
     """
+
+    saved_as = (NAME, PatchCoreConfig)
 
     def __init__(self, extract: Extract, config: PatchCoreConfig = DEFAULT) -> None:
         self.extract, self.config = extract, config
@@ -228,19 +230,7 @@ class PatchCore(Publishable):
         return save_detector(folder, NAME, self.config, self.extract, tensors, self.side)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | os.PathLike[str],
-        extract: Extract | None = None,
-        device: str | torch.device | None = None,
-        weights: str | os.PathLike[str] | None = None,
-        **hub: Unpack[HubOptions],
-    ) -> Self:
-        """Load what `save_pretrained` wrote; an approximate index is built again from bank and seed.
-
-        Arguments and errors as in `downstream.saving.load_detector`.
-        """
-        loaded = load_detector(folder, NAME, PatchCoreConfig, extract, device, weights, **hub)
+    def _restored(cls, loaded: Loaded[Any]) -> Self:
         detector = cls(loaded.extract, loaded.options)
         detector.embedding.reducer = loaded.tensors.get("reducer")
         detector.remember(loaded.tensors["bank"], loaded.image_size)

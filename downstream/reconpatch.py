@@ -15,19 +15,20 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import Self, Unpack
+from typing_extensions import Self
 
 from adpretrain.backbones import Extract
 from downstream.coreset import Progress
 from downstream.detector import Prediction, check_images, check_side, extracted, normal_features, not_fitted
 from downstream.embedding import EmbeddingConfig
 from downstream.patchcore import PatchCore, PatchCoreConfig
-from downstream.publishing import Publishable
+from downstream.pretrained import Pretrained
 from downstream.representation import NormalPatches, Representation, RepresentationConfig, train_representation
-from downstream.saving import HubOptions, load_detector, save_detector
+from downstream.saving import Loaded, save_detector
 
 NAME = "reconpatch"
 
@@ -64,12 +65,14 @@ ENSEMBLE_480 = ReConPatchConfig(
 )
 
 
-class ReConPatch(Publishable):
+class ReConPatch(Pretrained):
     """A representation of the product's patches, and a memory bank of its normal ones.
 
     ``losses`` [epochs] of the last `fit`. Memory while it is fitted: the embeddings, up to ``cache_bytes``; twelve
     matrices of patches_per_step x patches_per_step floats; then f's outputs of all patches, as `PatchCore`'s bank.
     """
+
+    saved_as = (NAME, ReConPatchConfig)
 
     def __init__(self, extract: Extract, config: ReConPatchConfig = DEFAULT) -> None:
         self.extract, self.config = extract, config
@@ -124,16 +127,7 @@ class ReConPatch(Publishable):
         return save_detector(folder, NAME, self.config, self.extract, tensors, self._core.side, facts)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | os.PathLike[str],
-        extract: Extract | None = None,
-        device: str | torch.device | None = None,
-        weights: str | os.PathLike[str] | None = None,
-        **hub: Unpack[HubOptions],
-    ) -> Self:
-        """Load what `save_pretrained` wrote. Arguments and errors as in `downstream.saving.load_detector`."""
-        loaded = load_detector(folder, NAME, ReConPatchConfig, extract, device, weights, **hub)
+    def _restored(cls, loaded: Loaded[Any]) -> Self:
         detector = cls(loaded.extract, loaded.options)
         prefix = "representation."
         state = {name[len(prefix) :]: value for name, value in loaded.tensors.items() if name.startswith(prefix)}

@@ -24,7 +24,7 @@ from downstream.composite import load_composite, save_composite
 from downstream.coreset import Progress
 from downstream.detector import Detector, Prediction, not_fitted
 from downstream.ensemble import ScoreUnit, Units, training_units
-from downstream.publishing import Publishable
+from downstream.pretrained import Shared
 from downstream.refinement import DEFAULT, RefinementConfig, RefinementNetwork, build_network, refinement_loss
 from downstream.saving import HubOptions
 from downstream.simulation import simulate
@@ -32,7 +32,7 @@ from downstream.simulation import simulate
 NAME = "refined"
 
 
-class Refined(Publishable):
+class Refined(Shared):
     """A detector whose maps are the network's logits, and whose score is a map's maximum.
 
     Logits, not probabilities: of two certain defects one is still more certain, where probabilities are both 1.

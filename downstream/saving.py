@@ -31,7 +31,7 @@ from adpretrain.hub import Located, locate
 from adpretrain.parsing import from_dict
 from adpretrain.preprocess import Preprocess
 from downstream.adapted import Adapted
-from downstream.publishing import detector_card
+from downstream.card import detector_card
 
 FORMAT_VERSION = 1
 EXTRACTOR = "extractor"

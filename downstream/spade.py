@@ -13,10 +13,11 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import Self, Unpack
+from typing_extensions import Self
 
 from adpretrain.backbones import Extract, FeatureMaps
 from downstream.bank import GrowingBank
@@ -25,8 +26,8 @@ from downstream.embedding import Embedding, EmbeddingConfig
 from downstream.maps import SIGMA, pixel_maps
 from downstream.memory import expected_images
 from downstream.neighbours import Neighbours, nearest
-from downstream.publishing import Publishable
-from downstream.saving import HubOptions, load_detector, save_detector
+from downstream.pretrained import Pretrained
+from downstream.saving import Loaded, save_detector
 
 NAME = "spade"
 
@@ -59,8 +60,10 @@ class SPADEConfig:
 DEFAULT = SPADEConfig()
 
 
-class SPADE(Publishable):
+class SPADE(Pretrained):
     """Galleries of image descriptors and of all patches; every prediction searches the patches of K images."""
+
+    saved_as = (NAME, SPADEConfig)
 
     def __init__(self, extract: Extract, config: SPADEConfig = DEFAULT) -> None:
         self.extract, self.config = extract, config
@@ -125,16 +128,7 @@ class SPADE(Publishable):
         return save_detector(folder, NAME, self.config, self.extract, tensors, self._side)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | os.PathLike[str],
-        extract: Extract | None = None,
-        device: str | torch.device | None = None,
-        weights: str | os.PathLike[str] | None = None,
-        **hub: Unpack[HubOptions],
-    ) -> Self:
-        """Load what `save_pretrained` wrote. Arguments and errors as in `downstream.saving.load_detector`."""
-        loaded = load_detector(folder, NAME, SPADEConfig, extract, device, weights, **hub)
+    def _restored(cls, loaded: Loaded[Any]) -> Self:
         detector = cls(loaded.extract, loaded.options)
         detector.embedding.reducer = loaded.tensors.get("reducer")
         detector._remember(loaded.tensors["descriptors"], loaded.tensors["patches"], loaded.image_size)
