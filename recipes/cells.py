@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from adpretrain.files import atomic_path
-from downstream.evaluation.contenders import RAW, Contender
+from downstream.evaluation.contenders import ALIGNED, RAW, Contender
 from downstream.evaluation.protocols import Trial
 
 PATIENCE = 120  # seconds that the other processes wait for the first one's config.json
@@ -38,7 +38,7 @@ class Job:
 
 
 def jobs_of(trials: Sequence[Trial], contenders: Sequence[Contender]) -> list[Job]:
-    """Every contender on every trial, but raw features once where only the references differ."""
+    """Every contender on every trial, but those that use no drawn references once where only these differ."""
     settings = list(dict.fromkeys(trial.setting for trial in trials))
     detectors = list(dict.fromkeys(contender.detector for contender in contenders))
     features = list(dict.fromkeys(contender.features for contender in contenders))
@@ -56,7 +56,9 @@ def jobs_of(trials: Sequence[Trial], contenders: Sequence[Contender]) -> list[Jo
         )
         for trial in trials
         for contender in contenders
-        if not (trial.only_references and trial.draw > 0 and contender.features == RAW)
+        if not (
+            trial.only_references and trial.draw > 0 and (contender.features == RAW or contender.detector == ALIGNED)
+        )
     ]
 
 

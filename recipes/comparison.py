@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from adpretrain._version import __version__
 from adpretrain.artefact import folder_digest
 from adpretrain.backbones import load_backbone
+from adpretrain.backbones.fingerprint import fingerprint
 from adpretrain.data import Sample
 from adpretrain.extractor import backbone_config
 from adpretrain.parsing import read_yaml
@@ -127,6 +128,7 @@ def configuration_of(
         "library_version": __version__,
         "dataset": options.dataset,
         "root": str(options.root),
+        "split": options.split,
         "categories": sorted({sample.category for sample in samples}),
         "samples": {"count": len(samples), "sha256": hashlib.sha256(listing.encode("utf-8", "replace")).hexdigest()},
         "protocol": asdict(protocol),
@@ -134,6 +136,7 @@ def configuration_of(
         "features": list(features),
         "backbone": asdict(backbone_config(networks.backbone)),
         "weights": options.weights,
+        "fingerprint": fingerprint(networks.backbone.network),  # of the weights: a file can change under its name
         "random_weights": options.random_weights,
         "preprocess": networks.backbone.preprocess.to_dict(),
         "extractors": [{"folder": str(folder), "sha256": folder_digest(folder)} for folder in options.extractors],

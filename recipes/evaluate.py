@@ -33,6 +33,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     data = parser.add_argument_group("data and networks")
     data.add_argument("--dataset", default="auto", help=f"layout: auto, {', '.join(DATASETS)}")
     data.add_argument("--root", type=Path, required=True, help="folder of the data set, or hf://org/name")
+    data.add_argument("--split", default="", help="a listing of the set's own, such as realiad_jsons or VisA's 1cls")
     data.add_argument("--columns", nargs="*", default=[], help="Hugging Face columns, such as mask=segmentation")
     data.add_argument("--categories", nargs="*", default=["*"], help='categories to score, patterns such as "p00*"')
     data.add_argument("--defects", nargs="*", default=[], help="kinds of defects to score (all by default)")
@@ -89,7 +90,7 @@ def _names(text: str) -> list[str]:
 def chosen_samples(options: argparse.Namespace) -> list[Sample]:
     """The samples asked for. Raises ValueError if a pattern matches nothing."""
     columns = {role: name for role, _, name in (pair.partition("=") for pair in options.columns)}
-    samples = index_dataset(options.dataset, options.root, columns)
+    samples = index_dataset(options.dataset, options.root, columns, options.split)
     names = sorted({sample.category for sample in samples})
     matched = {pattern: fnmatch.filter(names, pattern) for pattern in options.categories}
     unmatched = [pattern for pattern, found in matched.items() if not found]

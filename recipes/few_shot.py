@@ -30,6 +30,7 @@ from downstream.evaluation.evaluate import (
     FeatureSet,
     backbone_norm,
     by_product,
+    check_masks,
     encode_samples,
     measure,
     same_residuals,
@@ -154,6 +155,7 @@ def show(results: Sequence[Result], options: argparse.Namespace, console: Consol
 def run(options: argparse.Namespace, samples: Sequence[Sample], console: Console) -> None:
     """Score every product, print the tables, write the JSON file if one is asked for."""
     options.shots, options.draws = options.shots or [4], options.draws or 1
+    check_masks(samples)  # before hours of other products
     device = options.device or "cpu"
     extractors = load_extractors(options.extractors, device)
     results: list[Result] = []

@@ -72,7 +72,8 @@ def draw_features(
 
 def _scatter(part: Part, kinds: Sequence[str], networks: Networks, settings: Settings) -> bytes | None:
     """None for a product with too few patches."""
-    groups = [[s for s in part.test if s.anomalous == anomalous][:PER_KIND] for anomalous in (False, True)]
+    marked = [s for s in part.test if not s.anomalous or s.mask_files]  # else nobody knows which patches are defective
+    groups = [[s for s in marked if s.anomalous == anomalous][:PER_KIND] for anomalous in (False, True)]
     images = Images([*groups[0], *groups[1]], networks.backbone.preprocess, settings)
     points, anomalous = {}, None
     for kind in kinds:

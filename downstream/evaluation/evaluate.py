@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from adpretrain.backbones import Backbone, FeatureMaps, References
+from adpretrain.backbones.fingerprint import same_weights
 from adpretrain.data import ImageDataset, Sample
 from adpretrain.extractor import ADExtractor
 from adpretrain.references import random_references
@@ -46,8 +47,8 @@ class FeatureSet:
 
 def normals(samples: Sequence[Sample]) -> list[int]:
     """Indices that may be learnt from: the normal images, of the train split where there is one, else of the
-    validation split where there is one."""
-    good = [index for index, sample in enumerate(samples) if not sample.anomalous]
+    validation split where there is one; not the unmarked views of defective parts."""
+    good = [i for i, sample in enumerate(samples) if not (sample.anomalous or sample.of_defective_part)]
     by_split = [[index for index in good if samples[index].split == name] for name in ("train", "validation")]
     return by_split[0] or by_split[1] or good
 
@@ -65,10 +66,15 @@ def queries(samples: Sequence[Sample], references: Sequence[int]) -> list[int]:
     return held or rest
 
 
-def encode_samples(samples: Sequence[Sample], backbone: Backbone, device: torch.device | str = "cpu") -> FeatureSet:
-    """Run a backbone once over samples. Raises ValueError for a defect without a mask: it would be scored as normal."""
-    if bare := [sample.image for sample in samples if sample.anomalous and sample.mask is None]:
+def check_masks(samples: Sequence[Sample]) -> None:
+    """Raises ValueError for a defect without a mask: it would be scored as normal."""
+    if bare := [sample.image for sample in samples if sample.anomalous and not sample.mask_files]:
         raise ValueError(f"{len(bare)} defects have no mask, such as {bare[0]}: pixel metrics need one for each")
+
+
+def encode_samples(samples: Sequence[Sample], backbone: Backbone, device: torch.device | str = "cpu") -> FeatureSet:
+    """Run a backbone once over samples. Raises ValueError as `check_masks` does."""
+    check_masks(samples)
     data = ImageDataset(samples, backbone.preprocess)
     features: list[list[Tensor]] = [[] for _ in backbone.channels]
     masks = []
@@ -123,13 +129,15 @@ def _joined(parts: Sequence[Prediction]) -> Prediction:
 
 
 def same_residuals(first: ADExtractor, second: ADExtractor) -> bool:
-    """Whether two extractors match and scale alike, so that their projectors get the same residuals."""
-    if (first.config.backbone, first.config.matching) != (second.config.backbone, second.config.matching):
+    """Whether two extractors match, scale and score alike: they differ in their projectors only, which get the same
+    residuals and whose outputs are measured by one norm."""
+    ours, theirs = ((e.config.backbone, e.config.matching, e.config.norm) for e in (first, second))
+    if ours != theirs or not same_weights(first.config.fingerprint, second.config.fingerprint):
         return False
     if first.conditioning is None or second.conditioning is None:
         return first.conditioning is second.conditioning
-    ours, theirs = first.conditioning.state_dict(), second.conditioning.state_dict()
-    return all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    scales = second.conditioning.state_dict()
+    return all(torch.equal(value, scales[name]) for name, value in first.conditioning.state_dict().items())
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from downstream.evaluation.evaluate import by_product, normals, queries
 PROTOCOLS = ("full", "few-shot", "sample-efficiency", "contamination", "reference-sensitivity", "multi-class")
 EVERYTHING = "all products"
 HELD_OUT = 5  # where a set has no test split, every fifth normal image is one
+NO_TEST_SPLIT = f"no test split: every {HELD_OUT}th normal image is held out"
 
 
 @dataclass(frozen=True)
@@ -161,11 +162,12 @@ def _part(product: str, group: Sequence[Sample], options: ProtocolOptions, draw:
         train, test = split(group)
     except ValueError as error:
         raise ValueError(f"{product}: {error}") from error
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = () if any(sample.split == "test" for sample in group) else (NO_TEST_SPLIT,)
     if options.protocol == "sample-efficiency":
         train = _some(train, max(1, round(options.share * len(train))), draw)
     elif options.protocol == "contamination":
-        train, test, notes = _contaminated(train, test, options, draw)
+        train, test, fewer = _contaminated(train, test, options, draw)
+        notes += fewer
     references = _some(train, min(options.references, len(train)), draw)
     if len(references) < options.references:
         notes += (f"{len(references)} references: there are no more training images",)

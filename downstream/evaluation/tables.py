@@ -1,7 +1,7 @@
 """Tables of an evaluation: means over products, spreads over repeats, and the files that hold them.
 
 A record is what `trial.run_trial` returns. A repeat is one draw with one extractor; its mean over products is one
-number, and the spread is the standard deviation (n - 1) of these numbers. Metrics in tables are per cent.
+number, and the spread is the standard deviation (n - 1) of these numbers. Metrics in tables are per cent, but d'.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ TITLES = {
     "pixel_f1": "pixel max-F1",
     "aupro": "AUPRO",
     "aupro_official": "AUPRO, 200 steps",
+    "d_prime": "d'",
 }
+D_PRIME = "d_prime"  # a ratio without an upper end, the only one that is no share
 MAIN = ("image_auroc", "pixel_auroc", "aupro")  # what the paper reports
 COLUMNS = ("product", "setting", "draw", "detector", "features", "extractor", *TITLES, "trained_on", "notes")
 
@@ -84,16 +86,21 @@ def summarise(records: Sequence[Record]) -> list[Row]:
 
 
 def _repeats(group: Sequence[Record]) -> dict[str, list[float]]:
-    """Metric -> the mean over products of every repeat, in %; products that do not define a metric are left out."""
+    """Metric -> the mean over products of every repeat, `shown`; products that do not define a metric are left out."""
     out: dict[str, list[float]] = {}
     for name in TITLES:
         by_repeat: dict[tuple[int, int], list[float]] = {}
         for record in group:
             value = record["metrics"].get(name)
             if value is not None:
-                by_repeat.setdefault((record["draw"], record["extractor"]), []).append(100 * value)
+                by_repeat.setdefault((record["draw"], record["extractor"]), []).append(shown(name, value))
         out[name] = [_mean(values) for values in by_repeat.values()]
     return out
+
+
+def shown(name: str, value: float) -> float:
+    """A metric as tables show it: in %, but d'."""
+    return value if name == D_PRIME else 100 * value
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -105,7 +112,9 @@ def _spread(values: Sequence[float]) -> float:
 
 
 def products_table(records: Sequence[Record], metric: str, setting: str) -> tuple[list[str], list[list[Any]]]:
-    """One metric of every product (rows) and contender (columns), mean over repeats in %, and their mean at the end."""
+    """One metric of every product (rows) and contender (columns), mean over repeats in %; the mean of the views of
+    every category that has several; and the mean of all products at the end.
+    """
     chosen = [record for record in records if record["setting"] == setting]
     columns = list(dict.fromkeys((record["detector"], record["features"]) for record in chosen))
     products = sorted({record["product"] for record in chosen})
@@ -114,7 +123,7 @@ def products_table(records: Sequence[Record], metric: str, setting: str) -> tupl
         cells = []
         for column in columns:
             values = [
-                100 * record["metrics"][metric]
+                shown(metric, record["metrics"][metric])
                 for record in chosen
                 if record["product"] == product
                 and (record["detector"], record["features"]) == column
@@ -122,8 +131,20 @@ def products_table(records: Sequence[Record], metric: str, setting: str) -> tupl
             ]
             cells.append(_mean(values))
         table.append([product, *cells])
-    means = [_mean([row[index] for row in table if row[index] == row[index]]) for index in range(1, len(columns) + 1)]
-    return ["product", *(f"{detector}, {features}" for detector, features in columns)], [*table, ["mean", *means]]
+    views: dict[str, set[str]] = {}
+    for record in chosen:
+        views.setdefault(record.get("category") or record["product"], set()).add(record["product"])
+    several = {name: found for name, found in sorted(views.items()) if len(found) > 1}
+    means = [
+        _column_means(f"{name}, mean of {len(v)} views", [r for r in table if r[0] in v]) for name, v in several.items()
+    ]
+    heading = ["product", *(f"{detector}, {features}" for detector, features in columns)]
+    return heading, [*table, *means, _column_means("mean", table)]
+
+
+def _column_means(name: str, lines: Sequence[Sequence[Any]]) -> list[Any]:
+    columns = list(zip(*lines, strict=True))[1:]
+    return [name, *(_mean([value for value in column if value == value]) for column in columns)]
 
 
 def number(value: float, digits: int = 1, sign: bool = False) -> str:
@@ -131,7 +152,7 @@ def number(value: float, digits: int = 1, sign: bool = False) -> str:
     return "–" if value != value else f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
 
 
-def summary_table(rows: Sequence[Row], metrics: Sequence[str] = MAIN) -> tuple[list[str], list[list[str]]]:
+def summary_table(rows: Sequence[Row], metrics: Sequence[str] = (*MAIN, D_PRIME)) -> tuple[list[str], list[list[str]]]:
     """Heading and lines of the summary, with a line of gains below all features but raw ones."""
     lines = []
     for row in rows:
@@ -187,7 +208,7 @@ def _csv(records: Sequence[Record]) -> str:
 
 def _document(records: Sequence[Record], rows: Sequence[Row], render: Any) -> str:
     """The summary, then a table of all products for each setting and metric."""
-    parts = [render("Mean over products, in %", *summary_table(rows))]
+    parts = [render("Mean over products, in % (d' is a ratio)", *summary_table(rows))]
     for setting in dict.fromkeys(row.setting for row in rows):
         for metric in MAIN:
             heading, lines = products_table(records, metric, setting)

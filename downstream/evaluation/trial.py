@@ -5,6 +5,7 @@ Shapes: b images of a batch, S side in pixels, n images to score.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -15,20 +16,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adpretrain.data import ImageDataset, Sample
+from adpretrain.data import ImageDataset, Sample, TooFewImages
 from adpretrain.preprocess import Preprocess
 from downstream.aligned import AlignedOptions
-from downstream.evaluation.contenders import ALIGNED, FEATURENORM, Contender, Networks, build
+from downstream.evaluation.contenders import ALIGNED, FEATURENORM, RAW, Contender, Networks, build
 from downstream.evaluation.protocols import Part, Trial
 from downstream.evaluation.showing import Shown, choose_shown
 from downstream.evaluation.withheld import Withheld
 from downstream.ground_truth import region_weights
-from downstream.metrics import Metrics, aupro, evaluate_maps
+from downstream.metrics import Metrics, aupro, d_prime, evaluate_maps
 from downstream.streaming import StreamingMetrics
 from downstream.thresholds import count, pro_curve
 
-METRICS = (*(field.name for field in fields(Metrics) if field.name != "notes"), "aupro_official")
+METRICS = (*(field.name for field in fields(Metrics) if field.name != "notes"), "aupro_official", "d_prime")
+OF_PIXELS = tuple(name for name in METRICS if name.startswith(("pixel", "aupro")))
 WHOLE = 150_000_000  # pixels of a product's maps that are kept and measured at once; more are measured in a stream
+OWN = "one detector for all products, but every image is compared with references of its own product"
+UNDRAWN = "chooses its references itself: the draws change nothing, and there is one"
 ALONE = "the only reference is compared with itself: fitted on residuals of zero"
 CURVE = np.linspace(0, 0.3, 61)  # false positive rates at which the PRO curve is kept
 
@@ -89,9 +93,10 @@ def give_references(extract: Any, part: Part, settings: Settings) -> None:
 
 
 def run_trial(trial: Trial, contender: Contender, networks: Networks, settings: Settings) -> list[dict[str, Any]]:
-    """Fit once, score every part: one record each, ready for JSON (undefined metrics are null).
+    """Fit once, score every part: one record each, ready for JSON (undefined metrics are null, all of them for a
+    detector that the training images are too few for, those of pixels where a defect has no mask).
 
-    Raises ValueError for a defect without a mask: it would be scored as normal.
+    Raises ValueError for what the detector, its options or a photograph have wrong.
     """
     extract, preprocess = networks.extract(contender), networks.backbone.preprocess
     options, adapted = _options(trial, contender, settings)
@@ -100,31 +105,22 @@ def run_trial(trial: Trial, contender: Contender, networks: Networks, settings: 
     if contender.detector != FEATURENORM:
         try:
             detector.fit(Training(trial.parts, extract, preprocess, settings))
-        except ValueError as error:
-            if sum(len(part.train) for part in trial.parts) > 1:
-                raise
-            # One image is too few for some detectors, and no reason to stop the others.
-            return [_unfitted(trial, contender, str(error))]
+        except TooFewImages as error:  # no reason to stop the other detectors
+            return [_unfitted(trial, part, contender, str(error)) for part in trial.parts]
     fitted = time.perf_counter() - began
     records = []
     for part in trial.parts:
-        if bare := [sample.image for sample in part.test if sample.anomalous and not sample.mask_files]:
-            raise ValueError(f"{len(bare)} defects have no mask, such as {bare[0]}: pixel metrics need one for each")
         if len(trial.parts) > 1 or contender.detector == FEATURENORM:
             give_references(extract, part, settings)
         if isinstance(extract, Withheld):
             extract.compare_with_all()
         began = time.perf_counter()
-        alone = isinstance(extract, Withheld) and contender.detector != FEATURENORM and len(part.references) == 1
         scored = _scored(detector, part, Images(part.test, preprocess, settings), settings, preprocess.image_size)
         records.append(
             {
-                "product": part.product,
-                "setting": trial.setting,
-                "draw": trial.draw,
-                **asdict(contender),
+                **_heading(trial, part, contender),
                 **scored,
-                "notes": [*part.notes, *adapted, *([ALONE] if alone else []), *scored["notes"]],
+                "notes": [*part.notes, *adapted, *_about_references(trial, part, contender), *scored["notes"]],
                 "trained_on": sum(len(each.train) for each in trial.parts),
                 "seconds": {"fit": round(fitted, 3), "score": round(time.perf_counter() - began, 3)},
             }
@@ -142,21 +138,33 @@ def _options(trial: Trial, contender: Contender, settings: Settings) -> tuple[di
     return {**options, "shots": pool}, [f"{pool} aligned references: there are no more training images"]
 
 
-def _unfitted(trial: Trial, contender: Contender, reason: str) -> dict[str, Any]:
-    """The record of a detector that one image is too few for: no metric is defined."""
-    part = trial.parts[0]
+def _heading(trial: Trial, part: Part, contender: Contender) -> dict[str, Any]:
+    """What a record is about."""
+    own = {"product": part.product, "category": part.test[0].category}
+    return {**own, "setting": trial.setting, "draw": trial.draw, **asdict(contender)}
+
+
+def _about_references(trial: Trial, part: Part, contender: Contender) -> list[str]:
+    """What a reader of the numbers must know of the references."""
+    if contender.features == RAW:
+        return []
+    if contender.detector == ALIGNED:
+        return [UNDRAWN] if trial.setting == "reference-sensitivity" else []
+    own = [OWN] if len(trial.parts) > 1 else []
+    return own + ([ALONE] if len(part.references) == 1 and contender.detector != FEATURENORM else [])
+
+
+def _unfitted(trial: Trial, part: Part, contender: Contender, reason: str) -> dict[str, Any]:
+    """The record of a detector that the images are too few for: no metric is defined."""
     return {
-        "product": part.product,
-        "setting": trial.setting,
-        "draw": trial.draw,
-        **asdict(contender),
+        **_heading(trial, part, contender),
         "metrics": dict.fromkeys(METRICS),
         "scores": [],
         "labels": [],
         "pro": None,
         "shown": Shown([]),
         "notes": [*part.notes, f"{contender}, not fitted: {reason}"],
-        "trained_on": len(part.train),
+        "trained_on": sum(len(each.train) for each in trial.parts),
         "seconds": {"fit": 0.0, "score": 0.0},
     }
 
@@ -189,8 +197,12 @@ def _scored(detector: Any, part: Part, images: Images, settings: Settings, size:
         all_maps, all_masks = np.concatenate(maps), np.concatenate(masks)
         metrics, notes = evaluate_maps(all_maps, all_masks, np.concatenate(scores), labels), []
         swept, curve = aupro(all_maps, all_masks, form="official"), _pro_curve(all_maps, all_masks)
-    values = {**asdict(metrics), "aupro_official": swept}
+    values = {**asdict(metrics), "aupro_official": swept, "d_prime": d_prime(out["scores"], labels)}
     notes += list(values.pop("notes"))
+    if bare := [sample.image.name for sample in part.test if sample.anomalous and not sample.mask_files]:
+        notes = [note for note in notes if "pixel" not in note]
+        notes.append(f"{len(bare)} defects have no mask, such as {bare[0]}: no pixel metrics, which need one for each")
+        values, curve = {**values, **dict.fromkeys(OF_PIXELS)}, None
     out |= {"metrics": {name: _number(value) for name, value in values.items()}, "notes": notes}
     return {**out, "pro": curve, "shown": shown}
 
@@ -204,4 +216,4 @@ def _pro_curve(maps: NDArray[np.float32], masks: NDArray[np.bool_]) -> list[floa
 
 
 def _number(value: float | None) -> float | None:
-    return None if value is None or value != value else value
+    return value if value is not None and math.isfinite(value) else None

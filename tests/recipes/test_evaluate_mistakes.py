@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 from PIL import Image
+
+from adpretrain.data.synthetic import make_synthetic
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -47,6 +52,60 @@ def test_mistakes_are_named_and_leave_no_folder(
         assert evaluate(monkeypatch, photographs, *flags, "--out", str(out)) == 2, flags
         assert message in " ".join(capsys.readouterr().err.split())
         assert not out.exists()
+
+
+def test_the_few_shot_table_misses_a_mask_before_it_computes_anything(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the last product; asked for before the extractor, which is not there."""
+    rows = [
+        {"file_name": f"{category}/{place}", "label": label, "category": category}
+        for category in ("bolt", "nut")
+        for place, label in (("train/good/0.png", 0), ("train/good/1.png", 0), ("test/dent/3.png", 1))
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (photographs / "metadata.jsonl").write_text(lines)
+    flags = ["--dataset", "hf", "--root", str(photographs), "--extractors", str(tmp_path / "absent"), "--device", "cpu"]
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    from evaluate import main
+
+    assert main(flags) == 2
+    assert "2 defects have no mask, such as" in " ".join(capsys.readouterr().err.split())
+
+
+def test_weights_that_changed_under_their_name_are_refused(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "resnet18.pth"
+    flags = [
+        "--detectors",
+        "featurenorm",
+        "--categories",
+        "bolt",
+        "--backbone",
+        "timm/resnet18.a1_in1k",
+        "--weights",
+        str(file),
+    ]
+    for seed, expected in ((0, 0), (0, 0), (1, 2)):
+        torch.manual_seed(seed)
+        torch.save(timm.create_model("resnet18").state_dict(), file)
+        assert evaluate(monkeypatch, photographs, *flags, "--out", str(tmp_path / "out")) == expected
+    assert "results of another configuration (fingerprint differ" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_sets_own_split_is_asked_for_by_name(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--detectors", "featurenorm", "--out", str(tmp_path / "out")]
+    assert evaluate(monkeypatch, photographs, *out, "--split", "1cls") == 2
+    assert "listings to choose from exist for realiad" in " ".join(capsys.readouterr().err.split())
+    root = make_synthetic(tmp_path / "own", 1, 4, 2, size=64, workers=1, progress=False)
+    flags = ["--dataset", "realiad", "--split", "realiad_jsons", *out]
+    assert evaluate(monkeypatch, root, *flags) == 0
+    table = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert (table["configuration"]["split"], table["records"][0]["trained_on"]) == ("realiad_jsons", 2)
+    assert not table["records"][0]["notes"]
 
 
 def test_results_of_images_that_changed_under_their_names_are_refused(

@@ -50,6 +50,22 @@ def test_without_a_test_split_every_fifth_normal_image_is_held_out() -> None:
     assert test == [samples[index] for index in (4, 9, 10, 11, 12)]
 
 
+def test_a_set_without_a_test_split_is_told_of() -> None:
+    samples = product("cap")
+    assert only(trials(samples, ProtocolOptions())).notes == ()
+    apart = [replace(sample, split="train") for sample in samples]
+    assert only(trials(apart, ProtocolOptions())).notes == ("no test split: every 5th normal image is held out",)
+
+
+@pytest.mark.parametrize("protocol", ["full", "few-shot", "contamination"])
+def test_unmarked_views_of_defective_parts_are_scored_and_never_learnt_from(protocol: str) -> None:
+    samples = [replace(sample, split="train") for sample in product("cap", train=10, good=0, bad=4)]
+    unmarked = [replace(sample, mask=None, defect="good", of_defective_part=True) for sample in samples[-2:]]
+    part = only(trials([*samples[:-2], *unmarked], ProtocolOptions(protocol, shots=(4,))))
+    assert not set(unmarked) & {*part.train, *part.references}
+    assert set(unmarked) <= set(part.test)
+
+
 def test_few_shot_never_scores_what_it_learnt_from_even_where_all_images_are_of_the_test_split() -> None:
     samples = [replace(sample, split="test") for sample in product("cap")]
     part = only(trials(samples, ProtocolOptions("few-shot", shots=(4,))))

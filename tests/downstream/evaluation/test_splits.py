@@ -9,7 +9,8 @@ import torch
 
 from adpretrain.backbones import load_backbone
 from adpretrain.data import Sample
-from downstream.evaluation.evaluate import FeatureSet, encode_samples
+from adpretrain.extractor import ADExtractor
+from downstream.evaluation.evaluate import FeatureSet, encode_samples, same_residuals
 
 
 def images(*kinds: str) -> FeatureSet:
@@ -51,3 +52,10 @@ def test_a_defect_without_a_mask_is_not_scored_as_normal(tmp_path: Path) -> None
     bare = Sample(tmp_path / "bad.png", None, "cap", "dent", None, "test")
     with pytest.raises(ValueError, match=r"1 defects have no mask, such as .*bad\.png"):
         encode_samples([bare], load_backbone("filterbank", image_size=64))
+
+
+@pytest.mark.parametrize("changed", [{"norm": "released"}, {"matching": "cosine"}])
+def test_extractors_of_another_norm_or_matching_are_not_averaged(changed: dict[str, str]) -> None:
+    backbone = load_backbone("filterbank", image_size=64)
+    assert same_residuals(ADExtractor(backbone), ADExtractor(backbone))
+    assert not same_residuals(ADExtractor(backbone), ADExtractor(backbone, **changed))

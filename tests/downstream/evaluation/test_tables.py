@@ -117,7 +117,7 @@ def test_markdown_and_latex_hold_the_same_cells(records: list[dict[str, Any]], t
     assert [[re.sub(r"\\([&%$#_{}])", r"\1", cell) for cell in line] for line in table] == expected
     summary = latex.split(r"\midrule")[1].split(r"\bottomrule")[0].strip().splitlines()
     assert len(summary) == len(summary_table(summarise(records))[1])
-    assert all((line.count("&") == 5 and r"$\pm$" in line) or "gain" in line for line in summary)
+    assert all((line.count("&") == 6 and r"$\pm$" in line) or "gain" in line for line in summary)
 
 
 def test_an_undefined_metric_is_a_dash_never_a_number(tmp_path: Path) -> None:
@@ -126,3 +126,20 @@ def test_an_undefined_metric_is_a_dash_never_a_number(tmp_path: Path) -> None:
     assert "| nut | – |" in (tmp_path / "table.md").read_text()
     assert "nut & -- " in (tmp_path / "table.tex").read_text()
     assert json.loads((tmp_path / "table.json").read_text())["summary"][0]["mean"]["aupro"] is None
+
+
+def test_views_of_a_category_are_averaged_and_weigh_alike_in_the_mean_of_all() -> None:
+    values = {"cap/C1": 0.5, "cap/C2": 0.9, "nut": 0.4, "pin/C1": None, "pin/C2": 0.8}
+    records = [{**record(name, "raw", value), "category": name.split("/")[0]} for name, value in values.items()]
+    lines = dict(products_table(records, "aupro", "K=4")[1])
+    assert lines["cap, mean of 2 views"] == pytest.approx(70)
+    assert lines["pin, mean of 2 views"] == pytest.approx(80)
+    assert lines["mean"] == pytest.approx(65)
+    assert len(lines) == len(values) + 3  # a category of one product has no line of its own
+
+
+def test_d_prime_is_no_percentage() -> None:
+    (row,) = summarise([record("nut", "raw", 2.5), record("cap", "raw", 1.5)])
+    assert row.mean["d_prime"] == pytest.approx(2.0)
+    heading, (line,) = summary_table([row])
+    assert (heading[-1], line[-1]) == ("d'", "2.0")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from downstream.evaluation.trial import CURVE, Images, Settings, Training, run_t
 from downstream.evaluation.withheld import Withheld
 from downstream.featurenorm import FeatureNorm
 from downstream.inspection.report import Fact
-from downstream.metrics import auroc
+from downstream.metrics import auroc, d_prime
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +54,15 @@ def test_featurenorm_gets_the_few_shot_tables_numbers(samples: list[Sample], net
     assert record["metrics"]["pixel_auroc"] > 0.9
 
 
-def test_one_image_is_too_few_for_padim_and_no_reason_to_stop(samples: list[Sample], networks: Networks) -> None:
-    (found,) = trials(product(samples), ProtocolOptions("few-shot", shots=(1,)))
-    (record,) = run_trial(found, Contender("padim", "raw"), networks, Settings(pictures=0))
+@pytest.mark.parametrize(("detector", "shots"), [("padim", 1), ("aligned-featurenorm", 1), ("aligned-featurenorm", 2)])
+def test_too_few_images_for_a_detector_are_no_reason_to_stop(
+    samples: list[Sample], networks: Networks, detector: str, shots: int
+) -> None:
+    (found,) = trials(product(samples), ProtocolOptions("few-shot", shots=(shots,)))
+    (record,) = run_trial(found, Contender(detector, "residual"), networks, Settings(pictures=0))
     assert set(record["metrics"]) == set(TITLES)
     assert not any(record["metrics"].values())
-    assert record["notes"][0].startswith("padim on raw, not fitted: ")
+    assert record["notes"][-1].startswith(f"{detector} on residual, not fitted: ")
     assert plots.histograms([record]).startswith(b"\x89PNG")
     assert plots.curves([record]).startswith(b"\x89PNG")
 
@@ -259,10 +262,46 @@ def test_the_report_is_self_contained_and_escapes_names(
     assert len(records[0]["pro"]) == len(CURVE)
 
 
-def test_a_defect_without_a_mask_is_not_scored_as_normal(write_tiles: Callable[..., Path], networks: Networks) -> None:
+def test_without_a_mask_there_are_image_metrics_and_no_pixel_metrics(
+    samples: list[Sample], networks: Networks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One defect of four without a mask: it would be scored as normal pixels."""
+    group = product(samples)
+    (found,) = trials(group, ProtocolOptions())
+    contender = Contender("featurenorm", "raw")
+    (whole,) = run_trial(found, contender, networks, Settings(pictures=0))
+    last = next(index for index in reversed(range(len(group))) if group[index].anomalous)
+    group[last] = replace(group[last], mask=None)
+    (found,) = trials(group, ProtocolOptions())
+    for limit in (trial.WHOLE, 0):
+        monkeypatch.setattr(trial, "WHOLE", limit)
+        (record,) = run_trial(found, contender, networks, Settings(pictures=0))
+        values = record["metrics"]
+        assert values == {n: None if n.startswith(("pixel", "aupro")) else whole["metrics"][n] for n in values}
+        assert values["image_auroc"] is not None
+        assert values["d_prime"] == pytest.approx(d_prime(record["scores"], record["labels"]))
+        assert record["pro"] is None
+        assert record["notes"][len(whole["notes"]) :] == [
+            "1 defects have no mask, such as 003.png: no pixel metrics, which need one for each"
+        ]
+
+
+def test_an_unreadable_photograph_is_no_lack_of_images(write_tiles: Callable[..., Path], networks: Networks) -> None:
+    """With a single training image: the error is told, no result without numbers is kept."""
     files = sorted(write_tiles("mixed", range(3)).iterdir())
-    group = [Sample(file, None, "cap", "good", None, "train") for file in files[:2]]
-    group.append(Sample(files[2], None, "cap", "dent", None, "test"))
-    (found,) = trials(group, ProtocolOptions(references=1))
-    with pytest.raises(ValueError, match=r"1 defects have no mask, such as .*tile_2\.png"):
-        run_trial(found, Contender("featurenorm", "raw"), networks, Settings())
+    files[0].write_bytes(b"no photograph")
+    first, *rest = (Sample(file, None, "cap", "good", None, "train") for file in files)
+    part = Part("cap", (first,), (first,), tuple(rest))
+    with pytest.raises(ValueError, match=r"tile_0\.png"):
+        run_trial(Trial("cap", "K=1", 0, (part,)), Contender("padim", "raw"), networks, Settings(pictures=0))
+
+
+def test_what_is_said_of_the_references(samples: list[Sample], networks: Networks) -> None:
+    settings = Settings(pictures=0, options={"aligned-featurenorm": {"shots": 2}})
+    (found,) = trials(samples, ProtocolOptions("multi-class", references=2))
+    for features, notes in (("adpretrain", [trial.OWN]), ("raw", [])):
+        records = run_trial(found, Contender("featurenorm", features), networks, settings)
+        assert [record["notes"] for record in records] == [notes, notes]
+    alone = trials(product(samples), ProtocolOptions("reference-sensitivity", references=2))[0]
+    (record,) = run_trial(alone, Contender("aligned-featurenorm", "adpretrain"), networks, settings)
+    assert record["notes"] == [trial.UNDRAWN]
