@@ -75,7 +75,7 @@ def test_a_refined_ensemble_gives_the_same_bits_in_another_process(ensemble: Ens
     """Folders within folders: a network around three detectors, one of them on an extractor with references."""
     refined = Refined(ensemble, NETWORK).fit(photographs(8, 0).split(3))
     folder = refined.save_pretrained(tmp_path / "refined")
-    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "member-0"}
+    assert {path.name for path in folder.iterdir()} == {"README.md", "config.json", "model.safetensors", "member-0"}
     assert {path.name for path in (folder / "member-0").iterdir() if path.is_dir()} == {f"member-{i}" for i in range(3)}
     images = photographs(3, 1)
     expected = refined.predict(images)

@@ -51,7 +51,7 @@ def test_config_says_how_the_authors_run_it_and_where_it_came_from(converted: tu
     assert source["file"] == path.name
     assert source["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert config["provenance"]["released_metrics"] == {"img_auc": 0.5, "pix_auc": 0.6, "pix_pro": 0.7}
-    assert sorted(file.name for file in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(file.name for file in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
 
 
 def released_attention(x_TC: Tensor, state: dict[str, Tensor], level: int) -> Tensor:
