@@ -242,10 +242,8 @@ class ADExtractor(nn.Module):
         dry_run: bool = False,
         readme: str | None = None,
     ) -> Published:
-        """Publish what `save_pretrained` writes as one commit of a Hub repository; see `adpretrain.hub.publish`.
-
-        ``readme``: a text for README.md instead of `adpretrain.card.card`. Raises ValueError, with the fix, as
-        `publish` does.
+        """Publish what `save_pretrained` writes as one commit of a Hub repository: arguments and errors as in
+        `adpretrain.hub.publish`. ``readme``: a text for README.md instead of `adpretrain.card.card`.
         """
         with tempfile.TemporaryDirectory() as scratch:
             folder = self.save_pretrained(Path(scratch) / "extractor")

@@ -13,12 +13,12 @@ from pathlib import Path
 from types import FrameType
 
 from adpretrain.extractor import ADExtractor
+from adpretrain.hub.locating import EMBEDDED
 from downstream.demo.gate import LOCAL_NAMES, Gate
 from downstream.demo.uploads import LIMITS
 from downstream.inspection.folder import pick_device
 from downstream.terminal import plain
 
-EMBEDDED = "embedded"
 LOCAL, EVERYWHERE = "127.0.0.1", "0.0.0.0"
 HUGGING_FACE = "'self' https://huggingface.co https://*.hf.space"
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 
-from downstream.demo.serving import EMBEDDED, serve
+from adpretrain.hub.locating import EMBEDDED
+from downstream.demo.serving import serve
 
 if __name__ == "__main__":
     names = [name.strip() for name in os.environ.get("EXTRACTORS", EMBEDDED).split(",")]
