@@ -131,3 +131,14 @@ def test_a_broken_table_is_named(hub: Hub, run: Path, tmp_path: Path, capsys: py
     (tmp_path / "table.json").write_text("{}")
     assert publish("--run", run, "--repo-id", "ada/features", "--results", tmp_path) == 2
     assert "is no table of recipes/evaluate.py" in capsys.readouterr().err
+
+
+def test_the_space_is_published_whole(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    assert publish("--space", "--repo-id", "ada/demo", "--dry-run") == 0
+    assert hub.writes == []
+    assert publish("--space", "--repo-id", "ada/demo") == 0
+    files = hub.repositories["ada/demo"].contents()
+    assert files["app.py"] == (HUB / "space" / "app.py").read_bytes()
+    assert {"app.py", "requirements.txt", "README.md"} <= files.keys()
+    assert publish("--space", "--repo-id", "ada/demo", "--tag", "v1") == 2
+    assert "belong to an extractor, not to --space" in capsys.readouterr().err
