@@ -25,7 +25,7 @@ METRICS = {
     "pixel_auroc": "pixel AUROC",
     "pixel_ap": "pixel AP",
     "pixel_f1": "pixel max-F1",
-    "aupro": "AUPRO@0.3",
+    "aupro": "AUPRO",  # up to a false-positive rate of 0.3
 }
 TAGS = ["anomaly-detection", "industrial-inspection", "few-shot", "adpretrain"]
 FEATURENORM = "FeatureNorm"
@@ -221,7 +221,7 @@ def _results(results: Sequence[Result], held_out: Sequence[Result]) -> str:
     text = table(("data set", "split", "method", *(METRICS[metric] for metric in metrics)), rows)
     commands = "\n".join(dict.fromkeys(result.command for result in results))
     note = "\n\nThe held-out categories may have chosen the kept step: they are no test set." if held_out else ""
-    return f"In %.\n\n{text}\n\n```sh\n{commands}\n```{note}"
+    return f"In %; AUPRO up to a false-positive rate of 0.3.\n\n{text}\n\n```sh\n{commands}\n```{note}"
 
 
 def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

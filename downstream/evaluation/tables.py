@@ -16,20 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from adpretrain.card import METRICS
 from adpretrain.files import atomic_path
 from downstream.evaluation.contenders import RAW
 
-TITLES = {
-    "image_auroc": "image AUROC",
-    "image_ap": "image AP",
-    "image_f1": "image max-F1",
-    "pixel_auroc": "pixel AUROC",
-    "pixel_ap": "pixel AP",
-    "pixel_f1": "pixel max-F1",
-    "aupro": "AUPRO",
-    "aupro_official": "AUPRO, 200 steps",
-    "d_prime": "d'",
-}
+TITLES = {**METRICS, "aupro_official": "AUPRO, 200 steps", "d_prime": "d'"}
 D_PRIME = "d_prime"  # a ratio without an upper end, the only one that is no share
 MAIN = ("image_auroc", "pixel_auroc", "aupro")  # what the paper reports
 COLUMNS = ("product", "setting", "draw", "detector", "features", "extractor", *TITLES, "trained_on", "notes")

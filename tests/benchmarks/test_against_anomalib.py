@@ -16,9 +16,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from clock import cpu_seconds
 from test_coreset_speed import draw
 from test_metrics_speed import IMAGES, SIDE, inputs
-from test_speed import cpu_seconds
 from torch import Tensor
 
 from downstream.coreset import greedy_coreset

@@ -10,11 +10,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 
 import pytest
 import torch
+from clock import cpu_seconds, resident_kib
 from torch import Tensor
 
 from downstream.coreset import greedy_coreset
@@ -28,16 +27,6 @@ QUERIES, BANK = 4096, 20_000
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
-
-
-def cpu_seconds(function: Callable[[], object], repeats: int) -> float:
-    """The least CPU time of ``repeats`` calls; time spent waiting for other processes does not count."""
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.process_time()
-        function()
-        best = min(best, time.process_time() - start)
-    return best
 
 
 def draw(data: str, rows: int, width: int) -> Tensor:
@@ -99,11 +88,6 @@ def test_greedy_coreset(data: str, rows: int, width: int, k: int, times_distance
     )
     assert slow / ours >= times_distance
     assert fast / ours >= times_product
-
-
-def resident_kib(field: str) -> int:
-    with open("/proc/self/status") as status:
-        return int(next(line for line in status if line.startswith(field)).split()[1])
 
 
 def print_peak() -> None:

@@ -5,11 +5,9 @@ Run by `make bench`. The sweep is first checked to be the one whose values are p
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-
 import numpy as np
 import pytest
+from clock import cpu_seconds
 from numpy.typing import NDArray
 from scipy import ndimage
 
@@ -19,16 +17,6 @@ from downstream.streaming import StreamingMetrics
 pytestmark = pytest.mark.benchmark
 
 IMAGES, SIDE, STEPS = 80, 224, 200  # a small category of MVTec AD
-
-
-def cpu_seconds(function: Callable[[], object], repeats: int) -> float:
-    """The least CPU time of ``repeats`` calls; time spent waiting for other processes does not count."""
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.process_time()
-        function()
-        best = min(best, time.process_time() - start)
-    return best
 
 
 def inputs() -> tuple[NDArray, NDArray]:

@@ -13,8 +13,8 @@ import sys
 import numpy as np
 import pytest
 import torch
+from clock import cpu_seconds, resident_kib
 from numpy.typing import NDArray
-from test_speed import cpu_seconds, resident_kib
 from torch import Tensor
 
 from downstream.gaussians import Gaussians, Moments

@@ -8,12 +8,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from clock import cpu_seconds, resident_kib
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,16 +25,6 @@ from adpretrain.residual import nearest_reference
 pytestmark = pytest.mark.benchmark
 
 TOKENS, WIDTH, SHARE = 8192, 768, 0.03
-
-
-def cpu_seconds(function: Callable[[], object], repeats: int) -> float:
-    """The least CPU time of ``repeats`` calls; time spent waiting for other processes does not count."""
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.process_time()
-        function()
-        best = min(best, time.process_time() - start)
-    return best
 
 
 # The angle loss
@@ -70,11 +60,6 @@ def angle_inputs(tokens: int = TOKENS) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def forward_backward(loss: Callable[..., Tensor], inputs: tuple[Tensor, ...], form: str) -> list[Tensor]:
     value = loss(*inputs, form=form)
     return [value.detach(), *torch.autograd.grad(value, inputs[:2])]
-
-
-def resident_kib(field: str) -> int:
-    with open("/proc/self/status") as status:
-        return int(next(line for line in status if line.startswith(field)).split()[1])
 
 
 def print_peak(name: str, form: str) -> None:
