@@ -70,8 +70,9 @@ def product_per_pick(x: Tensor, norms: Tensor, picks: int) -> list[int]:
     [
         (20_000, 1024, 500, 20, 5),
         (20_000, 1024, 2000, 20, 5),
-        # 500 picks are few: the features fit in a cache, where a product is fast if nobody else uses it.
+        # These features fit in a cache, where a product per pick is fast if nobody else uses it.
         (20_000, 128, 500, 10, 4),
+        (100_000, 128, 1000, 10, 8),
         (50_000, 128, 5000, 10, 8),
     ],
 )
