@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from drawn import SIZE
 from PIL import Image
 
-from adpretrain.backbones import load_backbone
+from adpretrain.backbones import Backbone, load_backbone
 from adpretrain.extractor import ADExtractor
 
 
@@ -25,6 +26,12 @@ def tile(seed: int, blob: bool = False, size: int = 96) -> Image.Image:
         centre = rng.integers(size // 3, 2 * size // 3, size=2)
         pixels[(ys - centre[0]) ** 2 + (xs - centre[1]) ** 2 < (size // 8) ** 2] = 10
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    """Raw features of `drawn.photographs`."""
+    return load_backbone("filterbank", image_size=SIZE)
 
 
 @pytest.fixture(scope="session")

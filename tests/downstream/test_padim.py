@@ -6,24 +6,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from drawn import SIZE, photographs
 from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
-from adpretrain.backbones import Backbone, load_backbone
+from adpretrain.backbones import Backbone
 from downstream.embedding import Embedding, EmbeddingConfig
 from downstream.padim import ADPRETRAIN, PaDiM, PaDiMConfig
-
-SIZE = 64
-
-
-@pytest.fixture(scope="module")
-def backbone() -> Backbone:
-    return load_backbone("filterbank", image_size=SIZE)
-
-
-def photographs(count: int, seed: int) -> Tensor:
-    return torch.rand(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
 
 
 def naive_map(normal_nHWD: Tensor, query_HWD: Tensor, eps: float) -> NDArray[np.float64]:

@@ -6,26 +6,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from drawn import SIZE, photographs
 from numpy.typing import NDArray
 from scipy import ndimage
-from torch import Tensor
 
 from adpretrain.backbones import Backbone, load_backbone
 from adpretrain.extractor import ADExtractor
 from downstream.coreset import greedy_coreset
 from downstream.embedding import Embedding, EmbeddingConfig
 from downstream.patchcore import PatchCore, PatchCoreConfig
-
-SIZE = 64
-
-
-@pytest.fixture(scope="module")
-def backbone() -> Backbone:
-    return load_backbone("filterbank", image_size=SIZE)
-
-
-def photographs(count: int, seed: int) -> Tensor:
-    return torch.rand(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
 
 
 def naive(

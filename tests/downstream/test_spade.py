@@ -6,23 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from drawn import SIZE, photographs
 from scipy import ndimage
-from torch import Tensor
 
-from adpretrain.backbones import Backbone, load_backbone
+from adpretrain.backbones import Backbone
 from downstream.embedding import Embedding, EmbeddingConfig
 from downstream.spade import SPADE, SPADEConfig
-
-SIZE = 64
-
-
-@pytest.fixture(scope="module")
-def backbone() -> Backbone:
-    return load_backbone("filterbank", image_size=SIZE)
-
-
-def photographs(count: int, seed: int) -> Tensor:
-    return torch.rand(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize(("images", "patches"), [(3, 1), (2, 5), (50, 1)])
