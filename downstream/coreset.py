@@ -251,9 +251,13 @@ class _Search:
             first = rows[distances == farthest].amin()
             rows, next_best = self.farthest(SETTLED, rows)
             rows, inner = torch.cat([rows[rows != first], first[None]]), max(inner, next_best)
+        before = self.count
         self.pick(rows.sort().values, max(outer, inner))
-        # Whose bounds ended the picks?
-        self.block = more if outer > inner else max(REFRESHED, self.block // 2)
+        # Whose bounds ended the picks? No more rows than before are needed for no more picks.
+        if outer <= inner:
+            self.block = max(REFRESHED, self.block // 2)
+        elif len(self.chosen) - self.count > self.count - before:
+            self.block = more
         self.settled = max(SETTLED, self.settled // 2)
 
     def pick(self, rows_T: Tensor, limit: float) -> None:
@@ -280,7 +284,7 @@ class _Search:
                 np.minimum(distance, lower[last] + (width + width[last]), out=distance)
                 distance[last] = CHOSEN
             else:
-                near = [p for p in picks if lower[p, last] <= distance[last]]
+                near = np.array(picks)[lower[picks, last] <= distance[last]]
                 pairs = sums_of_squares(torch.from_numpy(features[near] - features[last]))
                 distance[last] = min(distance[last], pairs.numpy().min())
                 exact[last] = True

@@ -58,7 +58,7 @@ def sums_of_squares(rows_MD: Tensor) -> Tensor:
     it may depend on M), but threads may share the sum of a single row.
     """
     squares_MD = torch.mul(rows_MD, rows_MD, out=rows_MD)
-    return squares_MD.repeat(2, 1).sum(1)[:1] if len(squares_MD) == 1 else squares_MD.sum(1)
+    return torch.cat([squares_MD, squares_MD]).sum(1)[:1] if len(squares_MD) == 1 else squares_MD.sum(1)
 
 
 def squared_distances(left_ND: Tensor, left_M: Tensor, right_ND: Tensor, right_M: Tensor) -> Tensor:

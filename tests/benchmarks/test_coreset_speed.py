@@ -72,6 +72,7 @@ def product_per_pick(x: Tensor, norms: Tensor, picks: int) -> list[int]:
         (20_000, 1024, 2000, 20, 5),
         # These features fit in a cache, where a product per pick is fast if nobody else uses it.
         (20_000, 128, 500, 10, 4),
+        (20_000, 128, 2000, 10, 8),
         (100_000, 128, 1000, 10, 8),
         (50_000, 128, 5000, 10, 8),
     ],
