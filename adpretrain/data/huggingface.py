@@ -44,7 +44,7 @@ def index_hf(
     if not str(root).startswith(HUB) and (listings := metadata_files(existing_folder(root))):
         found = [pair for file in listings for pair in index_metadata(Path(root), file, columns or {})]
     else:
-        found = list(_index_tables(root, columns or {}, _files(root, cache)))
+        found = list(_index_tables(root, columns or {}, stored_files(root, cache)))
     samples = [sample for sample, _ in found]
     if not any(sample.defect == GOOD for sample in samples):
         kinds = ", ".join(sorted({sample.defect for sample in samples})[:10]) or "none, no rows"
@@ -99,7 +99,7 @@ def _tables(root: str | Path) -> Iterator[_Table]:
     """Every subset and split; nothing is read into memory."""
     import datasets
 
-    path, revision = _address(root)
+    path, revision = address(root)
     try:
         if any((Path(path) / name).is_file() for name in ("dataset_dict.json", "state.json")):
             subsets = {"": datasets.load_from_disk(path)}
@@ -128,7 +128,7 @@ def _load(path: str, name: str, revision: str | None) -> Any:
     return builder.as_dataset()
 
 
-def _address(root: str | Path) -> tuple[str, str | None]:
+def address(root: str | Path) -> tuple[str, str | None]:
     """What `load_dataset` understands: a local folder's absolute path, or a repository and its revision."""
     if not str(root).startswith(HUB):
         return str(existing_folder(root).resolve()), None  # a relative path could be taken for a repository
@@ -193,7 +193,8 @@ class _Files:
         return path
 
 
-def _files(root: str | Path, cache: str | Path | None) -> _Files:
+def stored_files(root: str | Path, cache: str | Path | None = None) -> _Files:
+    """Where the images of a set lie or are written."""
     import datasets
     from huggingface_hub.constants import HF_HUB_CACHE
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -26,6 +27,14 @@ _SHUFFLE, _REFERENCES, _VIEWS = range(3)  # streams of random numbers
 
 def _rng(*key: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(key))
+
+
+def draw_views(image: Image, two_views: TwoViews, augment: str, seed: int, epoch: int, index: int) -> Tensor:
+    """A photograph's views, drawn for (seed, epoch, index): [V, 3, S, S]."""
+    if augment == "none":
+        return two_views.preprocess(image)[None]
+    moment = epoch if augment == "epoch" else 0
+    return two_views(image, int(_rng(seed, moment, index, _VIEWS).integers(2**62)))
 
 
 class PretrainingSet(Dataset[dict[str, Any]]):
@@ -82,11 +91,8 @@ class PretrainingSet(Dataset[dict[str, Any]]):
 
     def views(self, index: int, epoch: int) -> Tensor:
         """The image's views: [V, 3, S, S]."""
-        if self.augment == "none":
-            return self.plain(index)[None]
-        moment = epoch if self.augment == "epoch" else 0
-        seed = int(_rng(self.seed, moment, index, _VIEWS).integers(2**62))
-        return self.two_views(read_image(self.samples[index].image), seed)
+        image = read_image(self.samples[index].image)
+        return draw_views(image, self.two_views, self.augment, self.seed, epoch, index)
 
     def mask(self, index: int) -> Tensor:
         """bool [S, S]."""
