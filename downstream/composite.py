@@ -8,17 +8,19 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
+from typing_extensions import Self, Unpack
 
 from adpretrain.artefact import read_weights, write_folder
 from adpretrain.backbones import Extract
 from downstream.card import detector_card
 from downstream.detector import Detector
+from downstream.pretrained import Shared
 from downstream.saving import DetectorConfig, HubOptions, locate_model, member, read_detector_config
 from downstream.table import detector_from_pretrained
 
@@ -48,34 +50,56 @@ def save_composite(
     return write_folder(folder, config, tensors, "detector", detector_card(config), parts)
 
 
-def load_composite(
-    folder: str | os.PathLike[str],
-    name: str,
-    extract: Extract | Sequence[Extract] | None = None,
-    device: str | torch.device | None = None,
-    weights: str | os.PathLike[str] | None = None,
-    **hub: Unpack[HubOptions],
-) -> tuple[DetectorConfig, list[Detector], dict[str, Tensor]]:
-    """Read what `save_composite` wrote: config, members, tensors (on ``device``, or the CPU).
+@dataclass(frozen=True)
+class LoadedComposite:
+    """What `save_composite` wrote, read again; ``tensors`` on the device, or the CPU."""
 
-    ``extract``: used by every member instead of loading its own, or a list with one for each. The rest as in
-    `downstream.saving.load_detector`, for every member; errors as there.
-    """
-    folder = locate_model(folder, **hub).folder
-    config = read_detector_config(folder)
-    if config.detector != name:
-        raise ValueError(f"{folder} holds a {config.detector!r} detector, not {name!r}: load it with its own class")
-    count = config.facts["members"]
-    extracts = list(extract) if isinstance(extract, Sequence) else [extract] * count
-    if len(extracts) != count:
-        raise ValueError(
-            f"{len(extracts)} extracts for the {count} members of {folder}; give one for each, or one for all"
-        )
-    device_name = None if device is None else str(device)
-    members = [
-        detector_from_pretrained(folder / member(number), one, device_name, weights)
-        for number, one in enumerate(extracts)
-    ]
-    expected = {key: torch.empty(shape, device="meta") for key, shape in config.tensors.items()}
-    tensors = {key: value.to(device or "cpu") for key, value in read_weights(folder, expected).items()}
-    return config, members, tensors
+    folder: Path
+    config: DetectorConfig
+    members: list[Detector]
+    tensors: dict[str, Tensor]
+
+
+class Composite(Shared):
+    """What a detector that `save_composite` saves gets: `from_pretrained`. ``saved_as``: its name."""
+
+    saved_as: ClassVar[str]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        extract: Extract | Sequence[Extract] | None = None,
+        device: str | torch.device | None = None,
+        weights: str | os.PathLike[str] | None = None,
+        **hub: Unpack[HubOptions],
+    ) -> Self:
+        """Load what `save_pretrained` wrote.
+
+        ``extract``: used by every member instead of loading its own, or a list with one for each. The rest as in
+        `downstream.saving.load_detector`, for every member; errors as there.
+        """
+        folder = locate_model(folder, **hub).folder
+        config = read_detector_config(folder)
+        if config.detector != cls.saved_as:
+            message = f"{folder} holds a {config.detector!r} detector, not {cls.saved_as!r}: load it with its own class"
+            raise ValueError(message)
+        count = config.facts["members"]
+        extracts = list(extract) if isinstance(extract, Sequence) else [extract] * count
+        if len(extracts) != count:
+            raise ValueError(
+                f"{len(extracts)} extracts for the {count} members of {folder}; give one for each, or one for all"
+            )
+        device_name = None if device is None else str(device)
+        members = [
+            detector_from_pretrained(folder / member(number), one, device_name, weights)
+            for number, one in enumerate(extracts)
+        ]
+        expected = {key: torch.empty(shape, device="meta") for key, shape in config.tensors.items()}
+        tensors = {key: value.to(device or "cpu") for key, value in read_weights(folder, expected).items()}
+        return cls._restored(LoadedComposite(folder, config, members, tensors))
+
+    @classmethod
+    def _restored(cls, loaded: LoadedComposite) -> Self:
+        """The detector from what was read."""
+        raise NotImplementedError

@@ -23,15 +23,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from typing_extensions import Self, Unpack
+from typing_extensions import Self
 
-from adpretrain.backbones import Extract
-from downstream.composite import load_composite, save_composite
+from downstream.composite import Composite, LoadedComposite, save_composite
 from downstream.detector import Detector, Prediction, not_fitted
-from downstream.pretrained import Shared
-from downstream.saving import HubOptions
 
-NAME = "ensemble"
 CONSISTENCY = 1.4826  # 1 / the 75 % quantile of the standard normal distribution
 PIXEL_STEP = 4  # every fourth pixel in both directions says enough: maps are smoothed over more than that
 
@@ -83,12 +79,14 @@ def training_units(detector: Detector, batches: Iterable[Tensor]) -> Units:
     return Units(ScoreUnit.of(torch.cat(scores)), ScoreUnit.of(torch.cat(pixels)), side)
 
 
-class Ensemble(Shared):
+class Ensemble(Composite):
     """The mean of the members' standardised scores and maps.
 
     All members see the same images, so their networks must want them prepared alike. `fit` fits them one after the
     other; members that share an extract do not share its work.
     """
+
+    saved_as = "ensemble"
 
     def __init__(self, members: Sequence[Detector]) -> None:
         if not members:
@@ -134,22 +132,12 @@ class Ensemble(Shared):
             raise not_fitted(self)
         rows = [(u.scores.median, u.scores.mad, u.pixels.median, u.pixels.mad) for u in self._units]
         tensors = {"units": torch.tensor(rows, dtype=torch.float64)}
-        return save_composite(folder, NAME, None, self.members, tensors, self._units[0].side)
+        return save_composite(folder, self.saved_as, None, self.members, tensors, self._units[0].side)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | os.PathLike[str],
-        extract: Extract | Sequence[Extract] | None = None,
-        device: str | torch.device | None = None,
-        weights: str | os.PathLike[str] | None = None,
-        **hub: Unpack[HubOptions],
-    ) -> Self:
-        """Load what `save_pretrained` wrote. ``extract``: for every member, or a list with one for each; the rest as in
-        `downstream.saving.load_detector`."""
-        config, members, tensors = load_composite(folder, NAME, extract, device, weights, **hub)
-        ensemble = cls(members)
-        for median, mad, pixel_median, pixel_mad in tensors["units"].tolist():
-            units = Units(ScoreUnit(median, mad), ScoreUnit(pixel_median, pixel_mad), config.image_size)
+    def _restored(cls, loaded: LoadedComposite) -> Self:
+        ensemble = cls(loaded.members)
+        for median, mad, pixel_median, pixel_mad in loaded.tensors["units"].tolist():
+            units = Units(ScoreUnit(median, mad), ScoreUnit(pixel_median, pixel_mad), loaded.config.image_size)
             ensemble._units.append(units)
         return ensemble

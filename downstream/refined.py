@@ -10,34 +10,31 @@ Shapes: n normal images, B images of a step, S side in pixels.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from typing_extensions import Self, Unpack
+from typing_extensions import Self
 
-from adpretrain.backbones import Extract
 from adpretrain.parsing import from_dict
-from downstream.composite import load_composite, save_composite
+from downstream.composite import Composite, LoadedComposite, save_composite
 from downstream.coreset import Progress
 from downstream.detector import Detector, Prediction, not_fitted
 from downstream.ensemble import ScoreUnit, Units, training_units
-from downstream.pretrained import Shared
 from downstream.refinement import DEFAULT, RefinementConfig, RefinementNetwork, build_network, refinement_loss
-from downstream.saving import HubOptions
 from downstream.simulation import simulate
 
-NAME = "refined"
 
-
-class Refined(Shared):
+class Refined(Composite):
     """A detector whose maps are the network's logits, and whose score is a map's maximum.
 
     Logits, not probabilities: of two certain defects one is still more certain, where probabilities are both 1.
     ``textures`` [T, 3, S, S], normalised like the images: what "textural" defects are made of; not saved.
     """
+
+    saved_as = "refined"
 
     def __init__(self, detector: Detector, config: RefinementConfig = DEFAULT, textures: Tensor | None = None) -> None:
         self.detector, self.config, self.textures = detector, config, textures
@@ -115,26 +112,17 @@ class Refined(Shared):
         tensors = {"units": torch.tensor(rows, dtype=torch.float64)}
         tensors |= {f"network.{name}": value for name, value in self._network.state_dict().items()}
         facts = {"losses": self.losses}
-        return save_composite(folder, NAME, self.config, [self.detector], tensors, units.side, facts)
+        return save_composite(folder, self.saved_as, self.config, [self.detector], tensors, units.side, facts)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | os.PathLike[str],
-        extract: Extract | Sequence[Extract] | None = None,
-        device: str | torch.device | None = None,
-        weights: str | os.PathLike[str] | None = None,
-        **hub: Unpack[HubOptions],
-    ) -> Self:
-        """Load what `save_pretrained` wrote. Arguments and errors as in `downstream.saving.load_detector`."""
-        config, members, tensors = load_composite(folder, NAME, extract, device, weights, **hub)
-        options = from_dict(RefinementConfig, config.options, f"options of {folder}")
-        refined = cls(members[0], options)
-        median, mad, pixel_median, pixel_mad = tensors.pop("units").tolist()
-        refined._units = Units(ScoreUnit(median, mad), ScoreUnit(pixel_median, pixel_mad), config.image_size)
-        refined.losses = config.facts["losses"]
+    def _restored(cls, loaded: LoadedComposite) -> Self:
+        options = from_dict(RefinementConfig, loaded.config.options, f"options of {loaded.folder}")
+        refined = cls(loaded.members[0], options)
+        median, mad, pixel_median, pixel_mad = loaded.tensors.pop("units").tolist()
+        refined._units = Units(ScoreUnit(median, mad), ScoreUnit(pixel_median, pixel_mad), loaded.config.image_size)
+        refined.losses = loaded.config.facts["losses"]
         network = build_network(options)
-        network.load_state_dict({name.removeprefix("network."): value for name, value in tensors.items()})
+        network.load_state_dict({name.removeprefix("network."): value for name, value in loaded.tensors.items()})
         refined._network = network.eval()
         return refined
 
