@@ -142,6 +142,14 @@ def panel(
     return canvas
 
 
+def photo_and_heatmap(saved: Image.Image) -> tuple[Image.Image, Image.Image]:
+    """The photograph and the heatmap of a titled `panel` without a mask, pixel for pixel."""
+    top, width, below = 2 * _HEADER, (saved.width - 3 * _GAP) // 2, saved.height - _FOOTER - _GAP
+    lefts = (_GAP, 2 * _GAP + width)
+    first, second = (saved.crop((left, top, left + width, below)) for left in lefts)
+    return first, second
+
+
 def colour_bar(scale: ColourScale, width: int, height: int = _FOOTER) -> Image.Image:
     """The legend: colours from typical normal over the limit to as far again beyond it, with the map values
     under it.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -67,6 +69,11 @@ def score(parser: ArgumentParser) -> Callable[[Namespace], int]:
     parser.add_argument("--seed", type=int, default=0, help="of --references random and kmeans")
     parser.add_argument("--batch-size", type=int, default=16, help="images in memory at once")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the unfinished run in --out: what it has scored is not scored again",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object (summary.json) instead of text")
     return _score
 
@@ -75,12 +82,13 @@ def _score(options: Namespace) -> int:
     from downstream.inspection.basis import Options
     from downstream.inspection.folder import score_folder
 
-    with ProgressBars() as progress:
+    out = Path(options.out)
+    with ProgressBars() as progress, _hint(out):
         inspection = score_folder(
             options.extractor,
             Path(options.normal),
             Path(options.images),
-            Path(options.out),
+            out,
             Path(options.calibration) if options.calibration else None,
             Options(
                 options.false_alarm_rate,
@@ -94,12 +102,25 @@ def _score(options: Namespace) -> int:
             progress,
             weights=options.weights,
             revision=options.revision,
+            resume=options.resume,
         )
     if options.json:
         print(json.dumps(inspection.summary, allow_nan=False))
     else:
         print(describe(inspection))
     return inspection.exit_code
+
+
+@contextlib.contextmanager
+def _hint(out: Path) -> Iterator[None]:
+    from downstream.inspection.record import PART
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        if (out / PART).is_file():
+            print("what is scored so far is kept: the same command with --resume goes on", file=sys.stderr)
+        raise
 
 
 def describe(inspection: Inspection) -> str:

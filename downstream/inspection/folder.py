@@ -15,10 +15,12 @@ import torch
 
 from adpretrain import __version__
 from adpretrain.extractor import ADExtractor
-from adpretrain.files import atomic_path
+from adpretrain.files import atomic_path, sweep
+from adpretrain.hub import locate
 from downstream.inspection.basis import DEFAULTS, Basis, Options, Progress, prepare, silent
-from downstream.inspection.photos import find_images, printable
-from downstream.inspection.report import Fact, Gallery, rate_fact, write_report
+from downstream.inspection.photos import HEATMAPS, find_images, printable
+from downstream.inspection.record import Record, settings_of
+from downstream.inspection.report import Fact, rate_fact, write_report
 from downstream.inspection.results import (
     ANOMALOUS,
     UNDECIDED,
@@ -80,30 +82,40 @@ def score_folder(
     progress: Progress = silent,
     weights: str | None = None,
     revision: str | None = None,
+    resume: bool = False,
 ) -> Inspection:
     """Score every image below `images` against the normal photographs in `normal`.
 
     `extractor`, `weights`, `revision`: as in `ADExtractor.from_pretrained`.
 
     Writes out/scores.csv, out/heatmaps/*.png, out/report.html and out/summary.json (last: it marks a complete
-    run). Raises ValueError for input that makes the whole run meaningless, OSError if `out` cannot be
-    written.
+    run). Until then out/scores.part.jsonl says what is scored so far; with `resume` a run that was interrupted goes on
+    from there, and ends with the files of an uninterrupted one (`downstream.inspection.record`).
+
+    Raises ValueError for input that makes the whole run meaningless, or a run to go on with that had other settings;
+    OSError if `out` cannot be written.
     """
     paths = find_images(images, exclude=out)
     out.mkdir(parents=True, exist_ok=True)
     with atomic_path(out / "scores.csv.check") as probe:  # before any work: can files be made and renamed here?
         probe.touch()
     (out / "scores.csv.check").unlink()
+    sweep(out)
+    sweep(out / HEATMAPS)
 
     started = time.perf_counter()
-    model = ADExtractor.from_pretrained(extractor, pick_device(device), weights, revision)
-    basis = prepare(model, pick_device(device), normal, calibration, options, exclude=out, progress=progress)
-    remove_earlier_heatmaps(out)
+    where = pick_device(device)
+    folder = locate(extractor, revision).folder
+    model = ADExtractor.from_pretrained(folder, where, weights)
+    extra = find_images(calibration, exclude=out) if calibration else []
+    settings = settings_of(folder, where, find_images(normal, exclude=out), extra, options)
+    record = Record(out, settings, resume)
+    basis = prepare(model, where, normal, calibration, options, exclude=out, progress=progress)
+    if not record.goes_on:
+        remove_earlier_heatmaps(out)
     (out / "summary.json").unlink(missing_ok=True)
-    gallery = Gallery()
-    results, more_warnings = score_images(
-        basis, images, paths, out, options.batch_size, progress=progress, on_result=gallery.add
-    )
+    with record:
+        results, more_warnings = score_images(basis, images, paths, record, options.batch_size, progress)
     warnings = [*basis.warnings, *more_warnings]
     summary = _summary(extractor, normal, images, basis, options, results, warnings)
     summary["seconds"] = round(time.perf_counter() - started, 3)
@@ -111,7 +123,7 @@ def score_folder(
     made = f"Made by adpretrain {__version__} on {time.strftime('%Y-%m-%d %H:%M')}."
     write_report(
         out / "report.html",
-        gallery,
+        results,
         title=f"Inspection of {images.resolve().name}",
         where=f"{printable(images)} compared with {printable(normal)}",
         facts=_facts(extractor, basis, options, results),
@@ -121,6 +133,7 @@ def score_folder(
         footer=f"{made} All numbers are in scores.csv.",
     )
     write_summary(out / "summary.json", summary)
+    record.finish()
     return Inspection(results, summary, out)
 
 
@@ -150,7 +163,7 @@ def _summary(
         "calibration_scores": list(calibration.scores) if calibration else [],
         "counts": counted(results),
         "warnings": [printable(warning) for warning in warnings],
-        "files": {"scores": "scores.csv", "report": "report.html", "heatmaps": "heatmaps"},
+        "files": {"scores": "scores.csv", "report": "report.html", "heatmaps": HEATMAPS},
         "images": [as_dict(result) for result in results],
         "library_version": __version__,
     }

@@ -18,6 +18,8 @@ from adpretrain.data.samples import IMAGE_SUFFIXES, is_image
 from adpretrain.preprocess import Preprocess, read_image
 from downstream.visualise import shown_region
 
+HEATMAPS = "heatmaps"  # below the output folder
+
 
 @dataclass(frozen=True)
 class Photo:
@@ -90,9 +92,9 @@ def relative_name(root: Path, path: Path) -> str:
 
 
 def picture_names(root: Path, paths: Sequence[Path]) -> dict[Path, str]:
-    """A file name for each image's heatmap: readable, safe in a URL, and distinct on case-blind disks too.
+    """Where each image's heatmap goes below the output folder: readable, safe in a URL, distinct on case-blind disks.
 
-    ``a/b c.jpg`` -> ``a_b-c.png``; a second image that would get the same name becomes ``a_b-c-2.png``.
+    ``a/b c.jpg`` -> ``heatmaps/a_b-c.png``; a second image that would get the same name, ``heatmaps/a_b-c-2.png``.
     """
     names: dict[Path, str] = {}
     taken: set[str] = set()
@@ -105,7 +107,7 @@ def picture_names(root: Path, paths: Sequence[Path]) -> dict[Path, str]:
             copies += 1
             name = f"{stem}-{copies}.png"
         taken.add(name.casefold())
-        names[path] = name
+        names[path] = f"{HEATMAPS}/{name}"
     return names
 
 

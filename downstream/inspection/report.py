@@ -1,17 +1,18 @@
 """One self-contained HTML page about a scoring run: no server, no network, readable from a memory stick.
 
-Pictures are inlined as small JPEGs until a budget is spent; later ones are linked to the heatmap files beside
-the page. Everything that comes from file names or messages is escaped, and the page forbids itself any other
-source of pictures, scripts or styles (Content-Security-Policy).
+The pictures of the highest scores are inlined as small JPEGs, cut out of the saved heatmaps, until a budget is spent;
+the others are links to the heatmap files beside the page. Everything that comes from file names or messages is escaped,
+and the page forbids itself any other source of pictures, scripts or styles (Content-Security-Policy).
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib import resources
@@ -28,7 +29,7 @@ from adpretrain.files import atomic_path
 from downstream.calibration import percent
 from downstream.inspection.photos import printable
 from downstream.inspection.results import ANOMALOUS, NORMAL, UNDECIDED, UNREADABLE, Result
-from downstream.visualise import COLORMAP
+from downstream.visualise import COLORMAP, photo_and_heatmap
 
 THUMBNAIL = 320  # longest side in pixels
 BUDGET = 32 * 2**20  # bytes of inlined JPEG; base64 makes a third more of it
@@ -44,38 +45,9 @@ class Fact:
     note: str = ""
 
 
-class Gallery:
-    """Collects a card per result as the run goes on; about `budget` bytes of pictures stay in memory."""
-
-    def __init__(self, budget: int = BUDGET) -> None:
-        self.cards: list[str] = []
-        self.results: list[Result] = []
-        self._left = budget
-
-    def add(self, result: Result, photo: Image.Image | None, heatmap: Image.Image | None) -> None:
-        """A card for this result; the pictures are None for an unreadable file."""
-        self.results.append(result)
-        self.cards.append(_card(result, self._pictures(result, photo, heatmap)))
-
-    def _pictures(self, result: Result, photo: Image.Image | None, heatmap: Image.Image | None) -> str:
-        if photo is None or heatmap is None or result.heatmap is None:
-            return f'<div class="look none">{escape(printable(result.reason))}</div>'
-        alt = escape(printable(result.path))
-        if self._left > 0:
-            images = ""
-            for kind, picture in (("photo", photo), ("heat", heatmap)):
-                content = jpeg(picture)
-                self._left -= len(content)
-                source = "data:image/jpeg;base64," + base64.b64encode(content).decode("ascii")
-                images += f'<img class="{kind}" src="{source}" alt="{alt}, {kind}" decoding="async">'
-        else:  # the linked panel shows photograph and heatmap side by side
-            images = f'<img src="{_link(result.heatmap)}" alt="{alt}" loading="lazy" decoding="async">'
-        return f'<button class="look" aria-label="Enlarge {alt}">{images}</button>'
-
-
 def write_report(
     path: Path,
-    gallery: Gallery,
+    results: Sequence[Result],
     title: str,
     where: str,
     facts: Sequence[Fact],
@@ -83,29 +55,62 @@ def write_report(
     threshold: float | None = None,
     normal_scores: Sequence[float] = (),
     footer: str = "",
+    budget: int = BUDGET,
 ) -> None:
-    """Write the page. All texts are plain text and are escaped here; `normal_scores` are marked in the
-    histogram.
+    """Write the page; the results' heatmaps lie beside it. All texts are plain text and are escaped here.
+
+    `normal_scores` are marked in the histogram. The pictures of the highest scores are inlined until about `budget`
+    bytes are spent, so that neither the page nor its making outgrows the memory, however many results there are.
     """
-    counts = Counter(result.verdict for result in gallery.results)
-    values = {
-        "title": escape(printable(title)),
-        "tone": "" if counts[ANOMALOUS] or not counts[NORMAL] else "clean",
-        "headline": _headline(counts),
-        "where": escape(printable(where)),
-        "facts": "".join(tile(fact) for fact in facts),
-        "warnings": warning_list(warnings),
-        "histogram": _histogram(gallery.results, threshold, normal_scores),
-        "filters": _filters(counts),
-        "cards": "\n".join(gallery.cards),
-        "ramp": ",".join(to_hex(colormaps[COLORMAP](at)) for at in np.linspace(0, 1, 9)),
-        "footer": escape(printable(footer)),
+    counts = Counter(result.verdict for result in results)
+    pictures = _inlined(path.parent, results, budget)
+    linked = sum(result.heatmap is not None for result in results) - len(pictures)
+    if linked:
+        footer += f" The {len(pictures)} highest scores have their pictures in this page, {linked} others beside it."
+    values: dict[str, Iterable[str]] = {
+        "title": [escape(printable(title))],
+        "tone": ["" if counts[ANOMALOUS] or not counts[NORMAL] else "clean"],
+        "headline": [_headline(counts)],
+        "where": [escape(printable(where))],
+        "facts": map(tile, facts),
+        "warnings": [warning_list(warnings)],
+        "histogram": [_histogram(results, threshold, normal_scores)],
+        "filters": [_filters(counts)],
+        "cards": (_card(result, pictures.get(result.path)) for result in results),
+        "ramp": [",".join(to_hex(colormaps[COLORMAP](at)) for at in np.linspace(0, 1, 9))],
+        "footer": [escape(printable(footer))],
     }
     template = resources.files("downstream").joinpath("report.html").read_text(encoding="utf-8")
-    # One pass, so that a file name which looks like a placeholder is never filled in.
-    page = re.sub(r"\{\{(\w+)\}\}", lambda found: values[found[1]], template)
-    with atomic_path(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as page:
+        # Only the template is searched for placeholders: a file name that looks like one is never filled in.
+        for number, part in enumerate(re.split(r"\{\{(\w+)\}\}", template)):
+            page.writelines(values[part] if number % 2 else [part])
+
+
+def _inlined(folder: Path, results: Sequence[Result], budget: int) -> dict[str, tuple[bytes, bytes]]:
+    """Small JPEGs of photograph and heatmap, the highest scores first, until the budget is spent."""
+    pictures: dict[str, tuple[bytes, bytes]] = {}
+    for result in sorted(results, key=lambda result: -(result.score or 0.0)):
+        if budget <= 0 or result.heatmap is None:
+            break
+        with contextlib.suppress(OSError), Image.open(folder / result.heatmap) as saved:  # taken away: a dead link
+            photo, heat = map(jpeg, photo_and_heatmap(saved))
+            pictures[result.path] = photo, heat
+            budget -= len(photo) + len(heat)
+    return pictures
+
+
+def _pictures(result: Result, inlined: tuple[bytes, bytes] | None) -> str:
+    if result.heatmap is None:
+        return f'<div class="look none">{escape(printable(result.reason))}</div>'
+    alt = escape(printable(result.path))
+    images = ""
+    for kind, content in zip(("photo", "heat"), inlined or (), strict=False):
+        source = "data:image/jpeg;base64," + base64.b64encode(content).decode("ascii")
+        images += f'<img class="{kind}" src="{source}" alt="{alt}, {kind}" decoding="async">'
+    if not inlined:  # the linked panel shows photograph and heatmap side by side
+        images = f'<img src="{_link(result.heatmap)}" alt="{alt}" loading="lazy" decoding="async">'
+    return f'<button class="look" aria-label="Enlarge {alt}">{images}</button>'
 
 
 def jpeg(picture: Image.Image) -> bytes:
@@ -121,7 +126,7 @@ def _link(relative: str) -> str:
     return escape(quote(relative), quote=True)
 
 
-def _card(result: Result, pictures: str) -> str:
+def _card(result: Result, inlined: tuple[bytes, bytes] | None) -> str:
     name = escape(printable(result.path), quote=True)
     score = "" if result.score is None else repr(result.score)
     p_value = "" if result.p_value is None else repr(result.p_value)
@@ -131,7 +136,7 @@ def _card(result: Result, pictures: str) -> str:
     full = f' data-full="{_link(result.heatmap)}"' if result.heatmap else ""
     data = f'data-name="{name}" data-score="{score}" data-p="{p_value}" data-verdict="{result.verdict}"{full}'
     text = f'<span class="name">{name}</span><span class="numbers">{numbers}</span>'
-    return f'<li {data}>{pictures}<div class="say">{text}</div></li>'
+    return f'<li {data}>{_pictures(result, inlined)}<div class="say">{text}</div></li>\n'
 
 
 def _headline(counts: Counter[str]) -> str:

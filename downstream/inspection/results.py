@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from adpretrain.files import atomic_path
-from downstream.inspection.photos import printable
+from downstream.inspection.photos import HEATMAPS, printable
 
 ANOMALOUS, NORMAL, UNDECIDED, UNREADABLE = "anomalous", "normal", "undecided", "unreadable"
 
@@ -75,8 +75,8 @@ def remove_earlier_heatmaps(out: Path) -> None:
     """
     try:
         listed = [entry["heatmap"] for entry in json.loads((out / "summary.json").read_text("utf-8"))["images"]]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return
     for name in listed:
-        if isinstance(name, str) and name.startswith("heatmaps/") and Path(name).name == name.removeprefix("heatmaps/"):
+        if isinstance(name, str) and name == f"{HEATMAPS}/{Path(name).name}":
             (out / name).unlink(missing_ok=True)

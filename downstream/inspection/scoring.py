@@ -10,18 +10,18 @@ Shape legend: B images of a batch, S = the network's input side.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from downstream.calibration import Calibration
 from downstream.inspection.basis import SCALE_SAMPLE, Basis, Progress, predict_photos, silent
 from downstream.inspection.photos import Photo, Unreadable, picture_names, printable, read_batches, relative_name
+from downstream.inspection.record import Batch, Record, Stamp, stamp
 from downstream.inspection.results import ANOMALOUS, NORMAL, UNDECIDED, UNREADABLE, Result
-from downstream.visualise import ColourScale, overlay, panel, save_png
+from downstream.visualise import ColourScale, panel, save_png
 
 SHAPE_TOLERANCE = 0.05  # relative difference of width:height that is worth a warning
 
@@ -30,54 +30,78 @@ def score_images(
     basis: Basis,
     root: Path,
     paths: Sequence[Path],
-    out: Path,
+    record: Record,
     batch_size: int = 16,
     progress: Progress = silent,
-    on_result: Callable[[Result, Image.Image | None, Image.Image | None], None] = lambda *_: None,
 ) -> tuple[list[Result], list[str]]:
-    """Score `paths`, save a panel for each below out/heatmaps; the results in the order of `paths`, and
-    warnings.
+    """Score `paths`, save a panel for each; the results in the order of `paths`, and warnings.
 
-    `on_result(result, photograph, heatmap)` sees every picture once, before it is dropped from memory; both
-    are None for an unreadable file. A photograph without a finite score counts as unreadable.
+    Panels go below the record's folder. Batches that the record holds are taken from it, the others are added to it. A photograph without a finite score
+    counts as unreadable.
     """
-    scale = basis.scale or _scale_of_sample(basis, paths, batch_size)
-    names, results, odd_shapes = picture_names(root, paths), list[Result](), 0
+    names, images = picture_names(root, paths), [stamp(root, path) for path in paths]
+    scale = basis.scale or _scale_of_sample(basis, paths, images, record, batch_size)
+    spans = [slice(start, start + batch_size) for start in range(0, len(paths), batch_size)]
+    earlier = [record.scored(images[span], [names[path] for path in paths[span]]) for span in spans]
+    to_read = [path for span, batch in zip(spans, earlier, strict=True) if batch is None for path in paths[span]]
+    read = read_batches(to_read, basis.preprocess, batch_size)
+    results, odd_shapes = list[Result](), 0
     progress("scoring", 0, len(paths))
-    for batch in read_batches(paths, basis.preprocess, batch_size):
-        photos = [item for item in batch if isinstance(item, Photo)]
-        scores_B, maps_BSS = predict_photos(basis.detector, photos, basis.device)
-        of_photo = {photo.path: index for index, photo in enumerate(photos)}
-        for item in batch:
-            name = relative_name(root, item.path)
-            if isinstance(item, Unreadable):
-                result, shown, heat = Result(name, None, None, UNREADABLE, reason=item.reason), None, None
-            elif not math.isfinite(score := float(scores_B[of_photo[item.path]])):
-                reason = f"the extractor gave the score {score}"
-                result, shown, heat = Result(name, None, None, UNREADABLE, reason=reason), None, None
-            else:
-                map_SS, shown = maps_BSS[of_photo[item.path]], item.shown
-                heatmap = f"heatmaps/{names[item.path]}"
-                result = judge(name, score, basis.calibration, basis.threshold, heatmap)
-                heat = overlay(shown, map_SS, scale)
-                save_png(panel(shown, map_SS, scale, title=_title(result)), out / str(result.heatmap))
-                odd_shapes += is_odd(item.aspect, basis.aspects)
-            results.append(result)
-            on_result(result, shown, heat)
+    for span, batch in zip(spans, earlier, strict=True):
+        if batch is None:
+            batch = _score_batch(basis, root, next(read), names, record.folder, scale)
+            record.add(images[span], batch)
+        results += batch.results
+        odd_shapes += batch.odd_shapes
         progress("scoring", len(results), len(paths))
     return results, shape_warning(odd_shapes, len(paths))
 
 
-def _scale_of_sample(basis: Basis, paths: Sequence[Path], batch_size: int) -> ColourScale:
+def _score_batch(
+    basis: Basis,
+    root: Path,
+    read: Sequence[Photo | Unreadable],
+    names: Mapping[Path, str],
+    out: Path,
+    scale: ColourScale,
+) -> Batch:
+    """Score and draw a batch; `names`: of the heatmaps, relative to `out`."""
+    photos = [item for item in read if isinstance(item, Photo)]
+    predicted = iter(zip(*predict_photos(basis.detector, photos, basis.device), strict=True))
+    results, odd_shapes = list[Result](), 0
+    for item in read:
+        name = relative_name(root, item.path)
+        if isinstance(item, Unreadable):
+            results.append(Result(name, None, None, UNREADABLE, reason=item.reason))
+            continue
+        score, map_SS = next(predicted)
+        if not math.isfinite(score):
+            results.append(Result(name, None, None, UNREADABLE, reason=f"the extractor gave the score {score}"))
+            continue
+        result = judge(name, float(score), basis.calibration, basis.threshold, names[item.path])
+        save_png(panel(item.shown, map_SS, scale, title=_title(result)), out / names[item.path])
+        odd_shapes += is_odd(item.aspect, basis.aspects)
+        results.append(result)
+    return Batch(tuple(results), odd_shapes)
+
+
+def _scale_of_sample(
+    basis: Basis, paths: Sequence[Path], images: Sequence[Stamp], record: Record, batch_size: int
+) -> ColourScale:
     """One reference has no normal map: let the typical (median) image of an evenly spaced sample set the
     limit.
     """
     step = max(1, len(paths) // SCALE_SAMPLE)
+    sample, images = paths[::step][:SCALE_SAMPLE], images[::step][:SCALE_SAMPLE]
+    if (earlier := record.scale(images)) is not None:
+        return earlier
     maps = [np.zeros((0, 1, 1))]
-    for batch in read_batches(paths[::step][:SCALE_SAMPLE], basis.preprocess, batch_size):
+    for batch in read_batches(sample, basis.preprocess, batch_size):
         photos = [item for item in batch if isinstance(item, Photo)]
         maps.append(predict_photos(basis.detector, photos, basis.device)[1])
-    return typical_scale([map_SS for batch in maps for map_SS in batch], basis.threshold)
+    scale = typical_scale([map_SS for batch in maps for map_SS in batch], basis.threshold)
+    record.set_scale(images, scale)
+    return scale
 
 
 def typical_scale(maps: Sequence[NDArray[np.floating]], threshold: float | None = None) -> ColourScale:

@@ -17,6 +17,7 @@ from downstream.demo.samples import draw_samples
 from downstream.demo.session import SINGLE, Scored, heatmap, score_uploads, verdicts, write_csv
 from downstream.demo.uploads import Upload, uploads
 from downstream.inspection.basis import Options, prepare
+from downstream.inspection.record import Record
 from downstream.inspection.results import ANOMALOUS, NORMAL, UNDECIDED, UNREADABLE, write_scores
 from downstream.inspection.scoring import score_images
 
@@ -41,7 +42,8 @@ def test_every_rate_gives_what_a_fresh_run_gives(
     for rate in (0.05, 0.2, 0.4):
         found = verdicts(scored, rate)
         basis = prepare(extractor, CPU, good, options=Options(rate))
-        results, _ = score_images(basis, new, sorted(new.iterdir()), tmp_path / "out")
+        with Record(tmp_path, {}, resume=False) as record:
+            results, _ = score_images(basis, new, sorted(new.iterdir()), record)
         assert [result.path for result in found.results] == [result.path for result in results]
         assert [result.verdict for result in found.results] == [result.verdict for result in results]
         assert [result.p_value for result in found.results] == [result.p_value for result in results]

@@ -8,11 +8,13 @@ import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from downstream.inspection.report import Fact, Gallery, write_report
+from downstream.inspection.report import Fact, write_report
 from downstream.inspection.results import ANOMALOUS, NORMAL, UNREADABLE, Result
+from downstream.visualise import ColourScale, panel, save_png
 
 EVIL = '<img src=x onerror="document.title=1">{{facts}}&amp;\'.png'
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -27,17 +29,15 @@ RESULTS = [
 
 
 def make_report(folder: Path, budget: int = 2**20) -> Path:
-    gallery = Gallery(budget)
+    (folder / "heatmaps").mkdir(exist_ok=True)
     for result in RESULTS:
-        readable = result.score is not None
-        photo = Image.new("RGB", (60, 40), (90, 120, 150)) if readable else None
         if result.heatmap:
-            (folder / "heatmaps").mkdir(exist_ok=True)
-            Image.new("RGB", (60, 40)).save(folder / result.heatmap)
-        gallery.add(result, photo, photo)
+            photo = Image.new("RGB", (60, 40), (90, 120, 150))
+            save_png(panel(photo, np.zeros((8, 8)), ColourScale(0, 1, 2), title="t"), folder / result.heatmap)
     path = folder / "report.html"
     facts = [Fact("Extractor", "<script>document.title=2</script>", "a & b")]
-    write_report(path, gallery, "T", "<u>w</u>", facts, ["few <i>photos</i>"], 1.0, [0.3, 0.7], "made by us")
+    texts = ("T", "<u>w</u>", facts, ["few <i>photos</i>"], 1.0, [0.3, 0.7], "made by us")
+    write_report(path, RESULTS, *texts, budget=budget)
     return path
 
 
@@ -88,8 +88,9 @@ def test_there_is_nothing_to_fetch(tmp_path: Path) -> None:
 def test_beyond_the_budget_pictures_are_linked(tmp_path: Path) -> None:
     page = make_report(tmp_path, budget=1).read_text(encoding="utf-8")
     sources = [attributes["src"] or "" for tag, attributes in Elements(page).tags if tag == "img"]
-    assert sum(source.startswith("data:") for source in sources) == 2  # the first image's pair
-    assert sources[2:] == ["heatmaps/b_tile9.png", "heatmaps/evil.png"]
+    assert [source.startswith("data:") for source in sources] == [False, True, True, False]  # the highest score's pair
+    assert [sources[0], sources[3]] == ["heatmaps/b_tile10.png", "heatmaps/evil.png"]
+    assert "The 1 highest scores have their pictures in this page, 2 others beside it" in page
 
 
 @needs_chromium
@@ -124,4 +125,4 @@ def test_linked_pictures_load_from_a_folder(tmp_path: Path) -> None:
     )
     text = path.read_text(encoding="utf-8").replace("</body>", probe).replace(' loading="lazy"', "")
     path.write_text(text, encoding="utf-8")
-    assert 'data-widths="60,60,60"' in dump(path.as_uri(), tmp_path / "profile")
+    assert 'data-widths="144,144,144"' in dump(path.as_uri(), tmp_path / "profile")
