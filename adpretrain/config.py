@@ -61,16 +61,45 @@ class DataConfig:
         root: its folder, or "hf://org/name" for a repository of the Hugging Face Hub.
         columns: names of a Hugging Face set's columns that are not guessed, such as {mask: segmentation}.
         held_out: categories kept out of training and scored while it runs (names).
-        on_error: "raise" stops at an unreadable file, "skip" checks all files first and leaves the bad ones out.
+        on_error: what is done about images that cannot be read or contradict their labels; all are checked before
+            training. "fail" lists them and stops, "skip" lists them and leaves them out.
         workers: loader processes.
+        reduced: decode JPEG files at 1/2, 1/4 or 1/8 of their size where that is enough. Faster, and the pixels differ
+            a little from those of scoring, which decodes whole files.
     """
 
     name: str = "realiad"
     root: str = "data/Real-IAD"
     columns: dict[str, str] = field(default_factory=dict)
     held_out: list[str] = field(default_factory=list)
-    on_error: Literal["raise", "skip"] = "raise"
+    on_error: Literal["fail", "skip"] = "fail"
     workers: int = 4
+    reduced: bool = False
+
+
+@dataclass(frozen=True)
+class ReferencesConfig:
+    """How the reference draws of different images are tied together, to save the backbone's forwards of references.
+
+    By default every image has its own draw, as in the paper. Each option below keeps what a single image sees over the
+    epochs, every K normal photographs of its category and view being equally likely; what it costs is variety among
+    the images of a batch, or of an epoch.
+
+    Args:
+        together: images of one category and view that come one after the other in a batch and share one draw; 1 = each
+            its own. A batch then has fewer categories and fewer reference sets, so its gradient is noisier.
+        pool: photographs of each category and view that serve as references, for ``refresh`` epochs, after which
+            others are drawn; their features are kept. 0 = all photographs, and no features are kept. In these epochs
+            the residuals come from these photographs alone, so a small pool may be overfitted until the next one.
+        refresh: epochs that a pool serves.
+        cache_mb: MiB of features that may be kept; the least recently used pools make room. It changes the time, not
+            the numbers.
+    """
+
+    together: int = 1
+    pool: int = 0
+    refresh: int = 1
+    cache_mb: int = 4096
 
 
 @dataclass(frozen=True)
@@ -89,6 +118,8 @@ class LossConfig:
         token_label: a token is anomalous if its nearest mask pixel is ("nearest"), or if more than
             ``token_pixels`` pixels of its patch are ("pixels", the released angle loss at 224 px).
         token_pixels: the count for "pixels".
+        cross_process: the angle loss takes its negatives from the batches of all processes, as if one process had the
+            whole batch; false = each process from its own batch only, which sends nothing.
     """
 
     lambda_: float = 1.0
@@ -100,6 +131,7 @@ class LossConfig:
     center: Literal["residual", "projected"] = "residual"
     token_label: Literal["nearest", "pixels"] = "nearest"
     token_pixels: int = 32
+    cross_process: bool = True
 
 
 @dataclass(frozen=True)
@@ -167,6 +199,7 @@ class PretrainConfig:
     Args:
         run: folder of the run; the same command in the same folder resumes.
         shots: numbers of references K drawn from, per image.
+        references: draws shared by several images, or from a pool whose features are kept.
         matching: nearest reference by "l2" (paper) or "cosine" (released code).
         conditioning: remove drift between photographs and scale channels and residuals (`adpretrain.conditioning`).
         augment: "epoch" draws new views every epoch; "once" keeps each image's first two views; "none" has one plain
@@ -187,6 +220,7 @@ class PretrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     shots: list[int] = field(default_factory=lambda: [1, 4, 8])
+    references: ReferencesConfig = field(default_factory=ReferencesConfig)
     matching: Literal["l2", "cosine"] = "l2"
     conditioning: bool = False
     augment: Literal["epoch", "once", "none"] = "epoch"
@@ -200,6 +234,16 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if not self.shots or min(self.shots) < 1:
             raise ValueError(f"shots {self.shots} must list numbers of at least 1")
+        needed, shared = max(self.shots) + self.references.together, self.references
+        if min(shared.together, shared.refresh) < 1 or min(shared.pool, shared.cache_mb) < 0:
+            raise ValueError(f"references {shared}: together and refresh start at 1, pool and cache_mb at 0")
+        if 0 < shared.pool < needed:
+            raise ValueError(
+                f"references.pool {shared.pool} is too small: K = {max(self.shots)} references of "
+                f"{shared.together} images together need {needed} photographs; 0 = all"
+            )
+        if self.cache.draws and (shared.together > 1 or shared.pool):
+            raise ValueError("cache.draws keeps the residuals themselves: leave references.together and .pool out")
         if self.cache.draws and self.augment == "epoch":
             raise ValueError("cache.draws keeps each view once: set augment to 'once' or 'none'")
         if self.cache.draws and "cross" in self.projector.architecture:

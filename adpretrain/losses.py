@@ -2,6 +2,9 @@
 
 Shapes: N tokens of one view (all images of the batch, one level), D channels; i' is token i in the second view.
 ``anomalous_N`` is bool (or 0/1), True where the token's label m_i = 1.
+
+Trained by several processes (``group``, see `adpretrain.distributed`), the batch is that of all of them: each loss is
+then this process's share, the shares sum to the loss of the whole batch, and so do their gradients.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from adpretrain.distributed import Group, gather_rows, log_sum_exp, smallest, total_counts
 
 FORMS = ("paper", "released")
 CHUNK_BYTES = 64 << 20  # the largest [normal x anomalous] block of similarities held at once
@@ -70,6 +75,7 @@ def angle_loss(
     temperature: float = 0.15,
     form: str = "paper",
     chunk_bytes: int = CHUNK_BYTES,
+    group: Group = None,
 ) -> Tensor:
     """Angle-oriented contrastive loss, mean over anchors (ADPretrain Eq. 2).
 
@@ -79,6 +85,8 @@ def angle_loss(
     the tokens of both views, as in the authors' code.
 
     Only normal x anomalous similarities are computed, by chunks; the 2N x 2N matrix of the formula never exists.
+    With a ``group``, only the anomalous tokens, the few, are sent: every process compares its own normal tokens with
+    all anomalous ones, and the anomalous anchors' sums over normal tokens are added up over the processes.
     A batch without anomalous or without normal tokens has no negatives: its loss is 0 (with zero gradients).
     Raises ValueError for shapes that do not fit, an unknown form or a temperature <= 0.
     """
@@ -91,19 +99,18 @@ def angle_loss(
     second = F.normalize(augmented_ND - center_D, dim=1)
     # Indices, not masks: an accelerator has to be waited for once for each, not at every use.
     normal, anomalous = (~anomalous_N).nonzero()[:, 0], anomalous_N.nonzero()[:, 0]
-    if not (len(normal) and len(anomalous)):
+    tokens, normals = total_counts([len(anomalous_N), len(normal)], features_ND.device, group)
+    everywhere, own = gather_rows(torch.cat([first[anomalous], second[anomalous]]), group)
+    if not (normals and len(everywhere)):
         return (first.sum() + second.sum()) * 0.0
     rows, columns = _OppositeLogSumExp.apply(
-        torch.cat([first[normal], second[normal]]),
-        torch.cat([first[anomalous], second[anomalous]]),
-        1.0 / temperature,
-        chunk_bytes,
+        torch.cat([first[normal], second[normal]]), everywhere, 1.0 / temperature, chunk_bytes
     )
-    positive_N = (first * second).sum(1) / temperature
+    columns = log_sum_exp(columns, group)[own]
+    positive = ((first * second).sum(1) / temperature).sum()
     if form == "paper":
-        denominator = rows[: len(normal)].sum() + columns[: len(anomalous)].sum()
-        return (denominator - positive_N.sum()) / positive_N.shape[0]
-    return (rows.sum() + columns.sum()) / (2 * positive_N.shape[0]) - positive_N.mean()
+        return (rows[: len(normal)].sum() + columns[: len(anomalous)].sum() - positive) / tokens
+    return (rows.sum() + columns.sum()) / (2 * tokens) - positive / tokens
 
 
 def pseudo_huber_norm(features_ND: Tensor) -> Tensor:
@@ -121,7 +128,12 @@ def _contraction(excess_N: Tensor) -> Tensor:
 
 
 def norm_loss(
-    features_ND: Tensor, anomalous_N: Tensor, radius: float = 0.4, margin: float = 0.75, form: str = "paper"
+    features_ND: Tensor,
+    anomalous_N: Tensor,
+    radius: float = 0.4,
+    margin: float = 0.75,
+    form: str = "paper",
+    group: Group = None,
 ) -> Tensor:
     """Norm-oriented contrastive loss (ADPretrain Eq. 3-6).
 
@@ -136,32 +148,35 @@ def norm_loss(
     """
     anomalous_N = _check(form, features_ND, anomalous_N)
     if form == "released":
-        return _released_norm_loss(features_ND, anomalous_N, radius, margin)
+        return _released_norm_loss(features_ND, anomalous_N, radius, margin, group)
+    (tokens,) = total_counts([len(anomalous_N)], features_ND.device, group)
     norm_N = pseudo_huber_norm(features_ND)
     # Where an anomalous token is already outside r' its term is 0; clamping d first keeps e^d finite there.
     gap_N = torch.where(anomalous_N, radius + margin - norm_N, norm_N - radius)
     active_N = ~anomalous_N | (gap_N >= 0)
-    return (_contraction(gap_N.where(active_N, 0.0)) * active_N).mean()
+    return (_contraction(gap_N.where(active_N, 0.0)) * active_N).sum() / tokens
 
 
 def _detached_contraction(excess_N: Tensor) -> Tensor:
     return -F.logsigmoid(-excess_N) * excess_N.detach().exp()
 
 
-def _released_norm_loss(features_ND: Tensor, anomalous_N: Tensor, radius: float, margin: float) -> Tensor:
+def _released_norm_loss(features_ND: Tensor, anomalous_N: Tensor, radius: float, margin: float, group: Group) -> Tensor:
     norm_N = (features_ND.norm(dim=1) + 1).sqrt() - 1
     normal, anomalous = norm_N[~anomalous_N], norm_N[anomalous_N]
-    outer = min(0.9 * float(anomalous.detach().min()), radius) if anomalous.numel() else radius
+    least = anomalous.detach().min() if anomalous.numel() else norm_N.new_tensor(torch.inf)
+    outer = min(0.9 * float(smallest(least, group)), radius)
     inner = 0.99 * outer
     groups = (
         normal[normal > outer] - outer,
         inner - normal[normal < inner],
         outer + margin - anomalous[anomalous < outer + margin],
     )
+    counts = total_counts([excess.numel() for excess in groups], features_ND.device, group)
     total = features_ND.sum() * 0.0
-    for excess in groups:
-        if excess.numel():
-            total = total + _detached_contraction(excess).mean()
+    for excess, count in zip(groups, counts, strict=True):
+        if count:
+            total = total + _detached_contraction(excess).sum() / count
     return total
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from adpretrain.backbones import FeatureMaps
 from adpretrain.batches import LabelledBatch
 from adpretrain.config import LossConfig
+from adpretrain.distributed import Group, processes, total
 from adpretrain.extractor import ADExtractor
 from adpretrain.losses import angle_loss, norm_loss, total_loss
 from adpretrain.residual import tokens
@@ -23,64 +24,94 @@ CENTER_MOMENTUM = 0.99
 
 @dataclass(frozen=True)
 class Losses:
-    """Sums over levels: what is minimised, and its two parts."""
+    """``share``: this process's part of the loss, to be differentiated; ``total``, ``angle`` and ``norm``: the loss of
+    the batch of all processes and its two parts, without gradient. All are sums over levels."""
 
+    share: Tensor
     total: Tensor
     angle: Tensor
     norm: Tensor
 
 
 class Objective:
-    """Angle and norm losses of projected views; keeps the extractor's centres up to date if they are running means."""
+    """Angle and norm losses of projected views; keeps the extractor's centres up to date if they are running means.
 
-    def __init__(self, config: LossConfig, extractor: ADExtractor) -> None:
-        self.config, self.extractor = config, extractor
+    ``group``: the processes that train together.
+    """
+
+    def __init__(self, config: LossConfig, extractor: ADExtractor, group: Group = None) -> None:
+        self.config, self.extractor, self.group = config, extractor, group
 
     def __call__(self, projected: list[FeatureMaps], batch: LabelledBatch) -> Losses:
         """V lists of L projected levels [B, C_l, H_l, W_l] and their labels -> losses.
 
-        Raises FloatingPointError naming the level if a loss is not finite.
+        Raises FloatingPointError naming the level if a loss is not finite, on all processes.
         """
-        totals, angles, norms = [], [], []
+        shares, parts = [], []
         for level in range(len(projected[0])):
-            features = [tokens(view[level]).flatten(0, 1).float() for view in projected]
+            features = [_at_least_float32(tokens(view[level]).flatten(0, 1)) for view in projected]
             angle = self._angle(level, features, batch.angle_labels[level].flatten())
-            parts = [self._norm(view, batch.labels[level].flatten()) for view in features]
-            total = total_loss(angle, parts[0], parts[-1], self.config.lambda_)
-            if not total.isfinite():
-                raise FloatingPointError(
-                    f"level {level}: angle loss {float(angle)}, norm losses {list(map(float, parts))}"
-                )
-            totals.append(total)
-            angles.append(angle.detach())
-            norms.append((parts[0].detach() + parts[-1].detach()) / 2)
-        return Losses(torch.stack(totals).sum(), torch.stack(angles).sum(), torch.stack(norms).sum())
+            norms = [self._norm(view, batch.labels[level].flatten()) for view in features]
+            share = total_loss(angle, norms[0], norms[-1], self.config.lambda_)
+            shares.append(share)
+            parts.append(torch.stack([share, angle, (norms[0] + norms[-1]) / 2]).detach())
+        values_L3 = total(torch.stack(parts), self.group)
+        if not values_L3.isfinite().all():
+            level = int((~values_L3.isfinite()).any(1).nonzero()[0])
+            _, angle, norm = values_L3[level].tolist()
+            raise FloatingPointError(f"level {level}: angle loss {angle}, norm loss {norm}")
+        return Losses(torch.stack(shares).sum(), *values_L3.sum(0).unbind())
 
     def _norm(self, features_ND: Tensor, labels_N: Tensor) -> Tensor:
-        return norm_loss(features_ND, labels_N, self.config.radius, self.config.margin, self.config.norm_form)
+        config = self.config
+        return norm_loss(features_ND, labels_N, config.radius, config.margin, config.norm_form, self.group)
 
     def _angle(self, level: int, features: list[Tensor], labels_N: Tensor) -> Tensor:
-        if not self.config.lambda_:
+        config = self.config
+        if not config.lambda_:
             return features[0].new_zeros(())
         center_C = getattr(self.extractor, f"center_{level}")
-        if self.config.center == "projected":
-            with torch.no_grad():
-                mean = torch.cat([view[~labels_N] for view in features]).mean(0)
-                center_C.lerp_(mean, 1 - CENTER_MOMENTUM)
-        return angle_loss(
-            features[0], features[1], labels_N, center_C.clone(), self.config.temperature, self.config.angle_form
+        if config.center == "projected":
+            normal = torch.cat([view.detach()[~labels_N] for view in features])
+            mean = _mean(normal.sum(0), normal.shape[0], self.group)
+            if mean is not None:
+                center_C.lerp_(mean.to(center_C.dtype), 1 - CENTER_MOMENTUM)
+        group, share = (self.group, 1) if config.cross_process else (None, processes(self.group))
+        loss = angle_loss(
+            features[0],
+            features[1],
+            labels_N,
+            center_C.clone(),
+            config.temperature,
+            config.angle_form,
+            group=group,
         )
+        return loss / share
+
+
+def _at_least_float32(features: Tensor) -> Tensor:
+    return features.to(torch.promote_types(features.dtype, torch.float32))
+
+
+def _mean(sum_C: Tensor, count: int, group: Group) -> Tensor | None:
+    """Mean over the rows of all processes, None without any."""
+    whole = total(torch.cat([sum_C, sum_C.new_tensor([count])]), group)
+    return whole[:-1] / whole[-1] if whole[-1] else None
 
 
 @torch.no_grad()
-def measure_centers(extractor: ADExtractor, batches: Iterable[LabelledBatch]) -> None:
-    """Set the centres to the mean unprojected normal residual of each level (the released code's choice)."""
-    sums = [torch.zeros(width, dtype=torch.float64) for width in extractor.channels]
+def measure_centers(extractor: ADExtractor, batches: Iterable[LabelledBatch], group: Group = None) -> None:
+    """Set the centres to the mean unprojected normal residual of each level (the released code's choice), over the
+    batches of all processes of ``group``."""
+    centers = [getattr(extractor, f"center_{level}") for level in range(len(extractor.channels))]
+    sums = [torch.zeros_like(center, dtype=torch.float64) for center in centers]
     counts = [0 for _ in sums]
     for batch in batches:
         for level, (residual, labels) in enumerate(zip(batch.views[0], batch.labels, strict=True)):
             normal = tokens(residual)[~labels.flatten(1)].double()
-            sums[level] += normal.sum(0).cpu()
+            sums[level] += normal.sum(0)
             counts[level] += normal.shape[0]
-    for level, (total, count) in enumerate(zip(sums, counts, strict=True)):
-        getattr(extractor, f"center_{level}").copy_(total / max(count, 1))
+    for center, sum_C, count in zip(centers, sums, counts, strict=True):
+        mean = _mean(sum_C, count, group)
+        if mean is not None:
+            center.copy_(mean)

@@ -1,25 +1,32 @@
 """The folder of a pretraining run: resolved config, checkpoints, metrics as JSON lines, a plot.
 
 run/config.yaml  run/metrics.jsonl  run/curves.png  run/checkpoints/step_*.pt  run/extractor/  run/tensorboard/
+The first process writes; all read.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import pickle
+import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
 from adpretrain.config import PretrainConfig
-from adpretrain.files import atomic_path
+from adpretrain.files import atomic_path, sweep
 from adpretrain.parsing import check_keys, to_yaml
 
 KEEP = 2  # checkpoints
+UNREADABLE = (OSError, RuntimeError, EOFError, pickle.UnpicklingError)  # what torch.load says of a torn file
 FREE_KEYS = (
     "run",
     "tracker",
@@ -39,6 +46,9 @@ class RunFolder:
         self.metrics_path = self.path / "metrics.jsonl"
         self.extractor_path = self.path / "extractor"
         written = self.path / "config.yaml"
+        if main:
+            for folder in (self.path, self.path / "checkpoints"):
+                sweep(folder)  # a killed process leaves what it was writing
         if written.exists():
             _refuse_other(written, config)
         elif main:
@@ -50,20 +60,53 @@ class RunFolder:
         return sorted((self.path / "checkpoints").glob("step_*.pt"), reverse=True)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
-        """The newest readable checkpoint, or None. An unreadable one is named and the one before it is tried."""
+        """The newest readable checkpoint, or None. An unreadable one is named and the one before it is tried; the first
+        process chooses, so that all load the same one.
+
+        Raises OSError if this process cannot read the first one's choice.
+        """
+        state = self._newest_readable() if self.main else None
+        chosen = broadcast_object_list([None if state is None else state["step"]])[0]
+        if chosen is None or self.main:
+            return state
+        path = self._checkpoint(chosen)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except UNREADABLE as error:
+            raise OSError(f"{path} was read by the first process but not here; all need it ({error})") from error
+
+    def _newest_readable(self) -> dict[str, Any] | None:
         for path in self.checkpoints():
             try:
                 return torch.load(path, map_location="cpu", weights_only=True)
-            except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            except UNREADABLE as error:
                 self.console.print(f"[yellow]checkpoint {path} is unreadable ({error}); trying the one before it")
         return None
 
+    def _checkpoint(self, step: int) -> Path:
+        return self.path / "checkpoints" / f"step_{step:07d}.pt"
+
     def save_checkpoint(self, step: int, state: dict[str, Any]) -> None:
         """Write ``step_{step}.pt`` under a temporary name, rename it, then delete the oldest beyond `KEEP`."""
-        with atomic_path(self.path / "checkpoints" / f"step_{step:07d}.pt") as temporary:
-            torch.save({"step": step, **state}, temporary)
+        content = io.BytesIO()  # torch.save tells of a full disk only that its writer is in disorder
+        torch.save({"step": step, **state}, content)
+        with atomic_path(self._checkpoint(step)) as temporary:
+            temporary.write_bytes(content.getbuffer())
         for old in self.checkpoints()[KEEP:]:
             old.unlink()
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Whatever cannot be written inside raises OSError with what is left and what to do."""
+        try:
+            yield
+        except OSError as error:
+            kept = next((path for path in self.checkpoints()), None)
+            state = "there is no checkpoint yet" if kept is None else f"the checkpoint {kept.name} is whole"
+            raise OSError(
+                f"{error}\n{self.path} cannot be written to ({shutil.disk_usage(self.path).free >> 20} MiB are free); "
+                f"{state}: make room or make the folder writable, and the same command resumes"
+            ) from error
 
     def drop_metrics_after(self, step: int) -> None:
         """Forget what an interrupted run logged beyond its last checkpoint: those steps are run again."""

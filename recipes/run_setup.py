@@ -4,38 +4,42 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
+from checked_samples import checked_samples
+from progress import progress_bar
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from run_folder import RunFolder
 
 from adpretrain.backbones import load_backbone
 from adpretrain.batches import CachedBatches, OnlineBatches
 from adpretrain.conditioning import Conditioning
 from adpretrain.config import PretrainConfig
-from adpretrain.data import ImageDataset, Sample, index_dataset
+from adpretrain.data import ImageDataset, Sample
 from adpretrain.data.pairs import PretrainingSet, StepBatches
 from adpretrain.extractor import ADExtractor, build_projector
 from adpretrain.objective import Objective
+from adpretrain.projector import FeatureProjector
 from downstream.evaluation.evaluate import FeatureSet, by_product, encode_samples
 
 CONDITIONING_IMAGES = 2  # normal images of every product that measure the feature statistics
 
 
-def split_samples(config: PretrainConfig) -> tuple[list[Sample], list[Sample]]:
-    """(training, held-out) samples; ``data.held_out`` lists category names or patterns such as "p09*".
+def split_samples(samples: Sequence[Sample], patterns: Sequence[str]) -> tuple[list[Sample], list[Sample]]:
+    """(training, held-out) samples; ``patterns`` are category names or patterns such as "p09*".
 
     A benchmark's own validation split is left alone.
     """
-    indexed = index_dataset(config.data.name, config.data.root, config.data.columns)
-    samples = [sample for sample in indexed if sample.split != "validation"]
+    samples = [sample for sample in samples if sample.split != "validation"]
     names = sorted({sample.category for sample in samples})
-    held = {name for pattern in config.data.held_out for name in fnmatch.filter(names, pattern)}
-    for pattern in config.data.held_out:
+    held = {name for pattern in patterns for name in fnmatch.filter(names, pattern)}
+    for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             raise ValueError(f"held-out category {pattern!r} matches none of: {', '.join(names)}")
     return [s for s in samples if s.category not in held], [s for s in samples if s.category in held]
@@ -74,7 +78,7 @@ class Run:
     data: PretrainingSet
     extractor: ADExtractor
     objective: Objective
-    model: torch.nn.Module  # the extractor's projector, as accelerate wraps it
+    model: FeatureProjector  # the extractor's projector
     optimizer: Any
     scheduler: torch.optim.lr_scheduler.LRScheduler
     steps: int
@@ -88,12 +92,21 @@ class Run:
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         return StepBatches(len(self.data), size, start, stop, seed, rank, processes)
 
+    @property
+    def global_batch(self) -> int:
+        """Images per step of all processes."""
+        return self.config.optim.batch_size * self.accelerator.num_processes
+
+    def trained_state(self) -> dict[str, torch.Tensor]:
+        """All that is not the backbone's: projector, centres, conditioning."""
+        return {k: v for k, v in self.extractor.state_dict().items() if not k.startswith("backbone.")}
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds. No generator states: everything random is derived from seed, epoch and index."""
-        weights = {k: v for k, v in self.extractor.state_dict().items() if not k.startswith("backbone.")}
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else {}
         return {
-            "extractor": weights,
+            "global_batch": self.global_batch,
+            "extractor": self.trained_state(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "scaler": scaler,
@@ -101,7 +114,13 @@ class Run:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from what `state` gave."""
+        """Continue from what `state` gave. Raises ValueError if it was trained by another number of processes."""
+        size = self.config.optim.batch_size
+        if state["global_batch"] != self.global_batch:
+            raise ValueError(
+                f"{self.folder.path} was trained by {state['global_batch'] // size} processes with {size} images each; "
+                f"{self.accelerator.num_processes} would see others in each step: start as many as before"
+            )
         self.extractor.load_state_dict(state["extractor"], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
@@ -112,10 +131,8 @@ class Run:
 
 def set_up(config: PretrainConfig, console: Console, accelerator: Accelerator) -> Run:
     """Index the data, build the networks, the optimiser and the run's folder."""
-    samples, held_out = split_samples(config)
-    if config.data.on_error == "skip":
-        preprocess = load_backbone(**dataclasses.asdict(config.backbone)).preprocess
-        samples = ImageDataset(samples, preprocess, "skip").samples
+    checked = checked_samples(config.data, Path(config.run), console, accelerator.is_main_process)
+    samples, held_out = split_samples(checked, config.data.held_out)
     torch.manual_seed(config.seed)
     extractor = build_extractor(config, samples, accelerator.device)
     seed = config.cache.seed if config.cache.draws else config.seed
@@ -124,12 +141,14 @@ def set_up(config: PretrainConfig, console: Console, accelerator: Accelerator) -
     per_epoch = StepBatches(len(data), config.optim.batch_size, 0, 0, config.seed, rank, processes).per_epoch
     steps = config.optim.steps or per_epoch * config.optim.epochs
     folder = RunFolder(config, console, accelerator.is_main_process)  # after everything a mistake could stop
-    assert extractor.projector is not None
-    adam = torch.optim.Adam(extractor.projector.parameters(), config.optim.lr, weight_decay=config.optim.weight_decay)
-    # The scheduler is not prepared by accelerate: a prepared one steps once per process.
+    model = extractor.projector
+    assert model is not None
+    adam = torch.optim.Adam(model.parameters(), config.optim.lr, weight_decay=config.optim.weight_decay)
+    # The scheduler is not prepared by accelerate: a prepared one steps once per process. The projector is not either:
+    # its gradients are summed by `sum_gradients`.
     scheduler = torch.optim.lr_scheduler.MultiStepLR(adam, [round(share * steps) for share in config.optim.milestones])
-    model, optimizer = accelerator.prepare(extractor.projector, adam)
-    objective = Objective(config.loss, extractor)
+    optimizer = accelerator.prepare(adam)
+    objective = Objective(config.loss, extractor, dist.group.WORLD)
     products = by_product(held_out) if accelerator.is_main_process else {}
     with progress_bar(console) as bar:
         groups = bar.track(list(products.values()), description="held-out products")
@@ -155,9 +174,3 @@ def make_batches(run: Run) -> CachedBatches | OnlineBatches:
             config.cache.threads,
             track=lambda items, total: bar.track(items, total=total, description=next(stages)),
         )
-
-
-def progress_bar(console: Console) -> Progress:
-    """The one look of all long work."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)

@@ -183,7 +183,7 @@ def test_training_step(device: Device, config: LossConfig) -> None:
         totals = []
         for _ in range(3):
             losses = objective([extractor.projector(view) for view in batch.views], batch)
-            losses.total.backward()
+            losses.share.backward()
             torch.nn.utils.clip_grad_norm_(extractor.projector.parameters(), 1.0)
             adam.step()
             adam.zero_grad()

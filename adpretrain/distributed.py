@@ -1,0 +1,128 @@
+"""What the processes of a training run tell each other (torch.distributed).
+
+``group``: the processes whose batches together make one batch, `torch.distributed.group.WORLD` in a run of several;
+None, which is what `WORLD` is in a run of one, stands for this process alone: nothing is sent then.
+
+Gradients are summed, not averaged: every process differentiates its share of the global batch's loss.
+
+Shapes: W processes, Q rows of this process, A rows of all of them, D channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Group = dist.ProcessGroup | None
+
+
+def processes(group: Group) -> int:
+    """How many there are."""
+    return 1 if group is None else dist.get_world_size(group)
+
+
+@torch.no_grad()
+def total(value: Tensor, group: Group) -> Tensor:
+    """Sum over the processes, the same bits on each; without gradient."""
+    return value if group is None else _reduced(value, dist.ReduceOp.SUM, group)
+
+
+@torch.no_grad()
+def smallest(value: Tensor, group: Group) -> Tensor:
+    """Minimum over the processes; without gradient."""
+    return value if group is None else _reduced(value, dist.ReduceOp.MIN, group)
+
+
+def total_counts(counts: Sequence[int], device: torch.device, group: Group) -> list[int]:
+    """Sums of whole numbers; the device is not waited for in a run of one process."""
+    return list(counts) if group is None else total(torch.tensor(counts, device=device), group).tolist()
+
+
+def gather_rows(rows_QD: Tensor, group: Group) -> tuple[Tensor, slice]:
+    """Rows of all processes [A, D], in the order of their ranks, and where this one's lie; gradients flow back.
+
+    The processes may hold different numbers of rows, or none.
+    """
+    count = rows_QD.shape[0]
+    if group is None:
+        return rows_QD, slice(0, count)
+    rank = dist.get_rank(group)
+    own = [count if other == rank else 0 for other in range(processes(group))]
+    counts = total_counts(own, rows_QD.device, group)
+    start = sum(counts[:rank])
+    return _GatherRows.apply(rows_QD, counts, rank, group), slice(start, start + count)
+
+
+def log_sum_exp(part_A: Tensor, group: Group) -> Tensor:
+    """log of the sum over processes of exp(part): [A] -> [A], the same on each; gradients flow back."""
+    return part_A if group is None else _LogSumExp.apply(part_A, group)
+
+
+@torch.no_grad()
+def sum_gradients(parameters: Iterable[Tensor], group: Group) -> None:
+    """Replace every gradient by its sum over the processes, in one message.
+
+    Not DistributedDataParallel: that lays its buckets out anew after the first step, so that a resumed run of three or
+    more processes would add the same numbers in another order, and end with other bits.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if group is None or not gradients:
+        return
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat, group=group)
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+@torch.no_grad()
+def copy_from_first(tensors: Iterable[Tensor], group: Group) -> None:
+    """Overwrite tensors with those of the first process."""
+    for tensor in tensors if group is not None else ():
+        dist.broadcast(tensor, 0, group)
+
+
+def _reduced(value: Tensor, operation: Any, group: Group) -> Tensor:
+    value = value.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(value, operation, group=group)
+    return value
+
+
+class _GatherRows(torch.autograd.Function):
+    """Ragged all-gather. Backward: every process has used all rows, so their gradients are summed and each keeps its
+    own."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_QD: Tensor, counts: list[int], rank: int, group: Group) -> Tensor:
+        ctx.counts, ctx.rank, ctx.group = counts, rank, group
+        padded = rows_QD.new_zeros(max(counts), rows_QD.shape[1])
+        padded[: counts[rank]] = rows_QD
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded, group=group)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        start = sum(ctx.counts[: ctx.rank])
+        summed_AD = _reduced(grads[0], dist.ReduceOp.SUM, ctx.group)
+        return summed_AD[start : start + ctx.counts[ctx.rank]], None, None, None
+
+
+class _LogSumExp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part_A: Tensor, group: Group) -> Tensor:
+        largest_A = _reduced(part_A, dist.ReduceOp.MAX, group)
+        shift_A = largest_A.where(largest_A.isfinite(), 0.0)  # -inf where nobody has a term
+        whole_A = shift_A + _reduced((part_A - shift_A).exp(), dist.ReduceOp.SUM, group).log()
+        ctx.save_for_backward(part_A, whole_A)
+        ctx.group = group
+        return whole_A
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        part_A, whole_A = ctx.saved_tensors
+        return _reduced(grads[0], dist.ReduceOp.SUM, ctx.group) * (part_A - whole_A).exp(), None

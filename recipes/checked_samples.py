@@ -1,0 +1,90 @@
+"""The photographs of a run, all checked once before training: an unreadable one found later costs what was trained."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from progress import progress_bar
+from rich.console import Console
+from rich.markup import escape
+
+from adpretrain.config import DataConfig
+from adpretrain.data import MissingMasks, Sample, index_dataset
+from adpretrain.data.checking import check_samples
+from adpretrain.files import atomic_path
+
+STAMP = "checked.json"  # in the run's folder: what was checked, and what was wrong
+
+
+def checked_samples(config: DataConfig, run: Path, console: Console, main: bool) -> list[Sample]:
+    """Index a data set and check its images and masks as `adpretrain check-data` does; the first process does for all.
+
+    A check is remembered in the run's folder and not repeated while paths, sizes, times and labels stay the same.
+    Raises ValueError with the whole list of bad images, or leaves them out, as ``config.on_error`` says.
+    """
+    missing: Mapping[Path, str] = {}
+    try:
+        samples = index_dataset(config.name, config.root, config.columns)
+    except MissingMasks as error:
+        samples, missing = error.samples, error.missing
+    (problems,) = broadcast_object_list([_problems(samples, missing, config.root, run, console) if main else None])
+    if not problems:
+        return samples
+    listing = "\n".join(reason for _, reason in problems)
+    bad = {image for image, _ in problems}
+    if config.on_error == "fail":
+        raise ValueError(
+            f"{len(bad)} of {len(samples)} images cannot be trained on:\n{listing}\n"
+            "mend or remove them, or leave them out with --data.on_error skip"
+        )
+    told = f"[yellow]{len(bad)} of {len(samples)} images are left out:[/]\n{escape(listing)}"
+    console.print(told, highlight=False, soft_wrap=True)
+    return [sample for sample in samples if _relative(sample.image, config.root) not in bad]
+
+
+def _problems(
+    samples: Sequence[Sample], missing: Mapping[Path, str], root: str, run: Path, console: Console
+) -> list[list[str]]:
+    """[image, reason] pairs: those of the run's stamp if it is about the same files, else those of a new check."""
+    stamp, digest = run / STAMP, _digest(samples, root)
+    known = _read(stamp)
+    if known.get("files") == digest:
+        return known["problems"]
+    if known:
+        console.print("[yellow]the images have changed since this run last checked them")
+    with progress_bar(console) as bar:
+        task = bar.add_task("checking images")
+        found = check_samples(
+            samples, os.cpu_count() or 1, lambda _, done, total: bar.update(task, completed=done, total=total), missing
+        )
+    problems = [[_relative(problem.image, root), problem.reason] for problem in found]
+    with atomic_path(stamp) as temporary:
+        temporary.write_text(json.dumps({"files": digest, "problems": problems}), encoding="utf-8")
+    return problems
+
+
+def _digest(samples: Sequence[Sample], root: str) -> str:
+    digest = hashlib.sha256()
+    for sample in samples:
+        for file in (sample.image, *sample.mask_files):
+            state = file.stat() if file.exists() else None
+            facts = [_relative(file, root), sample.defect, sample.split]
+            digest.update(json.dumps([*facts, state and (state.st_size, state.st_mtime_ns)]).encode())
+    return digest.hexdigest()
+
+
+def _relative(file: Path, root: str) -> str:
+    return os.path.relpath(file, root)
+
+
+def _read(stamp: Path) -> dict[str, Any]:
+    try:
+        return json.loads(stamp.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none yet, or torn
+        return {}

@@ -1,0 +1,83 @@
+"""What a finished run leaves: the extractor with its provenance, and heatmaps of held-out products."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import torch
+import torchvision
+from panels import save_panels
+from run_folder import git_commit
+from run_setup import Run
+
+from adpretrain._version import __version__
+from adpretrain.references import random_references
+from downstream.evaluation.evaluate import score
+
+EXAMPLES = 3  # held-out products whose heatmaps are drawn
+
+
+def public_name(root: str) -> str:
+    """Of a data set: its Hub name, or the last part of its path; the whole path is nobody's business."""
+    return root if root.startswith("hf://") else Path(root).name
+
+
+def provenance(run: Run) -> dict[str, Any]:
+    """Where the extractor came from, for its config.json."""
+    kept = run.best.get("step", run.steps)
+    held_out = [line for line in run.folder.read_metrics() if "image_auroc" in line and line["step"] == kept]
+    config = dataclasses.asdict(run.config)
+    return {
+        "data": {
+            "name": run.config.data.name,
+            "set": public_name(run.config.data.root),
+            "images": len(run.data),
+            "categories": len({sample.category for sample in run.data.samples}),
+            "held_out": run.config.data.held_out,
+        },
+        "steps": run.steps,
+        "kept_step": kept,
+        "processes": run.accelerator.num_processes,
+        "seed": run.config.seed,
+        "git_commit": git_commit(),
+        "versions": {
+            "adpretrain": __version__,
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "python": platform.python_version(),
+        },
+        "training": {key: config[key] for key in ("loss", "optim", "eval", "shots", "augment")},
+        "held_out_metrics": held_out[-1] if held_out else {},
+    }
+
+
+def draw_examples(run: Run) -> None:
+    """Heatmaps of a few held-out products, for whoever looks at the run or at its page on the Hub."""
+    shots = max(2, run.config.eval.shots)  # two, at least, give a colour scale
+    for images in [images for images in run.held_out if len(images.normals()) >= shots][:EXAMPLES]:
+        pool = images.normals()
+        references = [pool[index] for index in random_references(len(pool), shots)]
+        queries = images.queries(references)
+        prediction = score([run.extractor], images, references, queries)[0]
+        sample = images.samples[0]
+        product = "@".join(quote(part, safe="") for part in (sample.category, sample.view) if part)
+        save_panels(
+            run.folder.path / "heatmaps" / product, run.extractor, images, references, queries, prediction, kinds=1
+        )
+
+
+def finish(run: Run) -> None:
+    """Save the extractor with its provenance."""
+    if run.best:
+        run.model.load_state_dict(run.best["weights"])
+        run.console.print(f"keeping the projector of step {run.best['step']}, the best on held-out categories")
+    config = dataclasses.replace(run.extractor.config, provenance=provenance(run))
+    run.extractor.config = config
+    run.extractor.eval().save_pretrained(run.folder.extractor_path)
+    run.folder.plot()
+    draw_examples(run)
+    run.console.print(f"extractor saved: ADExtractor.from_pretrained({str(run.folder.extractor_path)!r})")
