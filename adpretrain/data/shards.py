@@ -1,0 +1,190 @@
+"""A pretraining set as Parquet shards, in a folder or a repository of the Hugging Face Hub: what lies where.
+
+``data/train-00000-of-00192.parquet`` ... hold every photograph once, in random order, each shard as many of every
+category, view and defect as the others (to within one). ``data/references-00000-of-00001.parquet`` holds some normal
+photographs of every category and view again, to draw references from before the stream has brought others.
+``data/held_out-00000-of-00001.parquet``, if any, holds whole categories that are never trained on. A row is an image's
+file (bytes, as it was), its mask's file or null, category, defect ("good" = normal), view, split, of_defective_part
+and key, the path it had, which only names it. ``index.json`` counts, so that nothing must be scanned.
+
+No code of a repository is run, nothing is unpickled, and no name in a row is used as a path.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adpretrain.data.detect import HUB
+from adpretrain.data.huggingface import address, stored_files
+from adpretrain.data.samples import GOOD, Sample
+from adpretrain.parsing import from_dict
+
+INDEX = "index.json"
+FORMAT = 1
+PARTS = ("train", "references", "held_out")
+FILE = re.compile(rf"data/({'|'.join(PARTS)})-\d{{5}}-of-\d{{5}}\.parquet")
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """One row: files as bytes, still encoded."""
+
+    image: bytes
+    mask: bytes | None
+    category: str
+    defect: str
+    view: str | None
+    split: str
+    of_defective_part: bool
+    key: str
+
+    @property
+    def normal(self) -> bool:
+        return self.defect == GOOD
+
+    @property
+    def size(self) -> int:
+        """Bytes of its files."""
+        return len(self.image) + len(self.mask or b"")
+
+    @property
+    def group(self) -> str:
+        """What shares references: "category/view", or the category where there are no views."""
+        return group_name(self.category, self.view)
+
+    @property
+    def index(self) -> int:
+        """A number of its own, from the key: below 2^60."""
+        return int.from_bytes(hashlib.sha256(self.key.encode()).digest()[:8], "big") >> 4
+
+
+COLUMNS = [field.name for field in dataclasses.fields(Photograph)]
+
+
+def group_name(category: str, view: str | None) -> str:
+    return f"{category}/{view}" if view else category
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """index.json.
+
+    ``files``: rows and bytes of each. ``normals``: normal photographs of each group. ``largest``: bytes of its largest
+    one. ``longest``: bytes of the largest photograph of all, mask included. ``references``: photographs of each group
+    set aside. ``categories`` are trained on, ``held_out`` are not. ``seed``: of the order.
+    """
+
+    format: int
+    seed: int
+    files: dict[str, dict[str, int]]
+    normals: dict[str, int]
+    largest: dict[str, int]
+    longest: int
+    references: int
+    categories: list[str]
+    held_out: list[str]
+
+
+class Shards:
+    """Shards found at ``root``: a folder, "hf://org/name" or "hf://org/name@revision".
+
+    Raises ValueError if there are none, if index.json is not what `write_shards` writes, or if a file is missing or
+    has another size than when it was written.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        import fsspec
+
+        self.root = str(root)
+        try:
+            self.address = _pinned(root) if self.root.startswith(HUB) else str(Path(root).resolve())
+            self.files, self.path = fsspec.core.url_to_fs(self.address)
+            found = json.loads(self.files.cat_file(f"{self.path}/{INDEX}"))
+            present = {file["name"].removeprefix(f"{self.path}/"): file for file in self._listing()}
+        except Exception as error:  # that of a file system, of a network, or of the JSON
+            what = f"{INDEX} and data/ cannot be read ({type(error).__name__}: {error})"
+            raise ValueError(f"{root} holds no shards: {what}; recipes/write_shards.py writes them") from error
+        if not isinstance(found, dict) or found.get("format") != FORMAT:
+            version = found.get("format") if isinstance(found, dict) else None
+            raise ValueError(f"{root}/{INDEX} is of format {version!r}, not {FORMAT}: write the shards again")
+        self.index = from_dict(ShardIndex, found, f"{root}/{INDEX}")
+        self._check(present)
+
+    def _listing(self) -> list[dict[str, Any]]:
+        return self.files.ls(f"{self.path}/data", detail=True)
+
+    def _check(self, present: dict[str, dict[str, Any]]) -> None:
+        for name, expected in self.index.files.items():
+            if not FILE.fullmatch(name):
+                raise ValueError(f"{self.root}/{INDEX} names {name!r}, which is no shard: write the shards again")
+            if {"rows", "bytes"} - set(expected):
+                raise ValueError(f"{self.root}/{INDEX} has no rows or bytes of {name}: write the shards again")
+            size = present[name]["size"] if name in present else None
+            if size != expected["bytes"]:
+                state = "is missing" if size is None else f"has {size} bytes"
+                raise ValueError(f"{self.root}/{name} {state}, {expected['bytes']} were written: copy it again")
+
+    def names(self, part: str) -> list[str]:
+        """The files of a part, sorted."""
+        return sorted(name for name in self.index.files if name.startswith(f"data/{part}-"))
+
+    def rows(self, names: Sequence[str], rank: int = 0, processes: int = 1) -> Iterator[Photograph]:
+        """The rows of some files in this order, or this process's share of the files.
+
+        One row group is in memory at a time. Raises ValueError if a file is damaged or lacks a column.
+        """
+        import datasets
+        from datasets.distributed import split_dataset_by_node
+        from pyarrow.dataset import ParquetFragmentScanOptions
+
+        options = ParquetFragmentScanOptions(
+            use_buffered_stream=True, pre_buffer=False, page_checksum_verification=True
+        )
+        urls = [f"{self.address}/{name}" for name in names]
+        mine = list(names)[rank::processes]
+        try:
+            stream = datasets.load_dataset(
+                "parquet", data_files=urls, split="train", streaming=True, fragment_scan_options=options
+            )
+            if processes > 1:
+                stream = split_dataset_by_node(stream, rank, processes)
+            for row in stream:
+                yield Photograph(**{name: row[name] for name in COLUMNS})
+        except GeneratorExit:
+            raise
+        except Exception as error:  # the library's exceptions have no common base
+            raise ValueError(
+                f"one of {', '.join(mine[:5])}{' ...' if len(mine) > 5 else ''} in {self.root} cannot be read "
+                f"({type(error).__name__}: {error}): copy it again"
+            ) from error
+
+    def samples(self, part: str, per_group: int | None = None) -> list[Sample]:
+        """The photographs of a part as files, for what needs files: the first ``per_group`` of every group, or all.
+
+        They are written, unchanged, under the hash of their content (`adpretrain.data.huggingface`).
+        """
+        store, taken, samples = stored_files(self.root), dict[str, int](), []
+        for row in self.rows(self.names(part)) if self.names(part) else ():
+            taken[row.group] = taken.get(row.group, 0) + 1
+            if per_group is None or taken[row.group] <= per_group:
+                image = store.of({"bytes": row.image, "path": None}, row.key)
+                mask = store.of({"bytes": row.mask, "path": None}, row.key) if row.mask is not None else None
+                assert image is not None
+                labels = (row.category, row.defect, row.view, row.split, row.of_defective_part)
+                samples.append(Sample(image, mask, *labels))
+        return samples
+
+
+def _pinned(root: str | Path) -> str:
+    """The file system's name of a Hub repository, at the commit that it is at now: it may change while we read."""
+    from huggingface_hub import HfApi
+
+    name, revision = address(root)
+    return f"hf://datasets/{name}@{HfApi().dataset_info(name, revision=revision).sha}"
