@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from adpretrain.backbones import FeatureMaps, References
+from adpretrain.config import ReferencesConfig
+from adpretrain.data.loading import ImageBatch, ImageSource, Request, Requests, load_ahead
 from adpretrain.data.pairs import PretrainingSet, StepBatches, token_labels
 from adpretrain.extractor import ADExtractor
 from adpretrain.files import atomic_path
@@ -33,66 +35,110 @@ class ResidualBatch:
 
     ``views``: V lists of L levels [B, C_l, H_l, W_l]; ``masks``: bool [B, S, S]; ``keys``: (epoch, index) of each;
     ``contexts``: for cross attention, (b, residuals of the references) of consecutive images with equal K, L levels of
-    [b, K * T_l, C_l]; else empty.
+    [b, K * T_l, C_l]; else empty. ``encoded``: images that went through the backbone.
     """
 
     views: list[FeatureMaps]
     masks: Tensor
     keys: list[tuple[int, int]]
     contexts: list[tuple[int, References]]
+    encoded: int = 0
 
 
-def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Items of a `PretrainingSet` -> one batch, ordered by K so that equal numbers of references stack."""
-    ordered = sorted(items, key=lambda item: item["references"].shape[0])
-    counts = [item["references"].shape[0] for item in ordered]
-    return {
-        "views": torch.stack([item["views"] for item in ordered]),
-        "references": [
-            torch.stack([item["references"] for item in ordered if item["references"].shape[0] == count])
-            for count in sorted(set(counts))
-        ],
-        "masks": torch.stack([item["mask"] for item in ordered]),
-        "keys": [(item["epoch"], item["index"]) for item in ordered],
-    }
+def encode(extractor: ADExtractor, pixels: Tensor) -> FeatureMaps:
+    """uint8 [B, 3, S, S] -> L levels of (conditioned) features, in as few forwards as the device is fastest with."""
+    parts = pixels.split(16 if pixels.device.type == "cpu" else 128)  # more than 16 outgrow a CPU's caches
+    encoded = [extractor.encode(extractor.preprocess.normalise(part)) for part in parts]
+    return [torch.cat(level) for level in zip(*encoded, strict=True)]
 
 
 @torch.no_grad()
-def encode_batch(extractor: ADExtractor, batch: dict[str, Any], device: torch.device) -> ResidualBatch:
-    """A collated batch of images -> residuals of every view against each image's own references."""
-    views = [extractor.encode(view.to(device, non_blocking=True)) for view in batch["views"].unbind(1)]
-    parts: list[list[FeatureMaps]] = [[] for _ in views]
-    contexts = []
+def encode_batch(
+    extractor: ADExtractor,
+    batch: ImageBatch,
+    features: dict[Any, list[Tensor]],
+    watch: Callable[[str], object] = lambda phase: None,
+) -> ResidualBatch:
+    """A batch of images -> residuals of every view against each image's own references.
+
+    ``features``: of photographs by name, L levels [T_l, C_l]; those of the batch are added. A photograph is encoded
+    with those of its unit, so that its features never depend on which others were known already.
+    """
+    watch("backbone")
+    count, views = batch.views.shape[:2]
+    encoded = encode(extractor, batch.views.flatten(0, 1))
+    watch("references")
+    for name in batch.forget:
+        del features[name]
+    for names, pixels in batch.units:
+        unit = [tokens(level) for level in encode(extractor, pixels)]
+        features.update({name: [level[row] for level in unit] for row, name in enumerate(names)})
+    watch("matching")
+    parts, contexts = [], []
     start = 0
-    for images in batch["references"]:
-        count, shots = images.shape[:2]
-        banks = extractor.encode_references(images.to(device, non_blocking=True))
-        scales = extractor.scales(views[0], banks)
-        for collected, view in zip(parts, views, strict=True):
-            collected.append(extractor.residuals([level[start : start + count] for level in view], banks, scales))
+    for images, chosen in batch.sets:
+        stop = start + images * views
+        queries = [level[start:stop] for level in encoded]
+        banks = [torch.cat(level)[None] for level in zip(*(features[name] for name in chosen), strict=True)]
+        scales = extractor.scales(queries, banks)
+        parts.append(extractor.residuals(queries, banks, scales))
         if extractor.projector is not None and extractor.projector.needs_reference_residuals:
-            contexts.append((count, extractor.reference_residuals(banks, shots, scales)))
-        start += count
-    joined = [[torch.cat(level) for level in zip(*collected, strict=True)] for collected in parts]
-    return ResidualBatch(joined, batch["masks"].to(device), batch["keys"], contexts)
+            contexts.append((images, extractor.reference_residuals(banks, len(chosen), scales)))
+        start = stop
+    residuals = [torch.cat(level).unflatten(0, (count, views)) for level in zip(*parts, strict=True)]
+    by_view = [[level[:, view] for level in residuals] for view in range(views)]
+    seen = count * views + sum(len(names) for names, _ in batch.units)
+    return ResidualBatch(by_view, batch.masks, batch.keys, _stacked(contexts), seen)
+
+
+def _stacked(contexts: list[tuple[int, References]]) -> list[tuple[int, References]]:
+    """Contexts of images with equal K as one, an image's own in each row."""
+    stacked = []
+    for _, group in groupby(contexts, key=lambda context: context[1][0].shape[1]):
+        same = list(group)
+        levels = zip(*([level.expand(images, -1, -1) for level in context] for images, context in same), strict=True)
+        stacked.append((sum(images for images, _ in same), [torch.cat(level) for level in levels]))
+    return stacked
 
 
 class OnlineBatches:
-    """Images loaded by worker processes, encoded and matched step by step: new views and references every epoch."""
+    """Images loaded by worker processes, encoded and matched step by step: new views and references every epoch.
 
-    def __init__(self, extractor: ADExtractor, data: PretrainingSet, workers: int, device: torch.device) -> None:
-        self.extractor, self.data, self.workers, self.device = extractor, data, workers, device
+    With a pool of references (`adpretrain.config.ReferencesConfig`) their features are kept, as many as fit.
+    ``watch`` is told what the time is spent on: "data" (waiting for images), "backbone", "references", "matching".
+    """
 
-    def __call__(self, steps: StepBatches) -> Iterator[ResidualBatch]:
-        loader = DataLoader(
-            self.data,
-            batch_sampler=steps,
-            collate_fn=collate,
-            num_workers=self.workers,
-            pin_memory=self.device.type == "cuda",
-        )
-        for batch in loader:
-            yield encode_batch(self.extractor, batch, self.device)
+    def __init__(
+        self,
+        extractor: ADExtractor,
+        data: ImageSource,
+        workers: int,
+        device: torch.device,
+        watch: Callable[[str], object] = lambda phase: None,
+    ) -> None:
+        self.extractor, self.data, self.workers, self.device, self.watch = extractor, data, workers, device, watch
+
+    def _room(self, config: ReferencesConfig) -> int:
+        """Pools that fit into the limit."""
+        side = self.extractor.preprocess.image_size
+        with torch.no_grad():
+            levels = self.extractor.encode(torch.zeros(1, 3, side, side, device=self.device))
+        return (config.cache_mb << 20) // (config.pool * sum(level.nbytes for level in levels))
+
+    def __call__(self, steps: Iterable[list[Any]]) -> Iterator[ResidualBatch]:
+        draws, features = self.data.draws, dict[Any, list[Tensor]]()
+        kept = draws is not None and draws.config.pool > 0 and draws.config.cache_mb > 0
+        requests: Iterable[Request] = map(Request, steps)
+        if kept:
+            assert draws is not None
+            requests = Requests(steps, draws, self._room(draws.config))
+        batches = load_ahead(self.data, requests, self.workers, self.device)
+        while True:
+            self.watch("data")
+            batch = next(batches, None)
+            if batch is None:
+                return
+            yield encode_batch(self.extractor, batch, features if kept else {}, self.watch)
 
 
 class CachedBatches:
@@ -152,14 +198,14 @@ class CachedBatches:
 
     @torch.no_grad()
     def _encode(self, extractor: ADExtractor, index: int) -> FeatureMaps:
-        return [level.cpu() for level in extractor.encode(self.data.plain(index)[None].to(self.device))]
+        return [level.cpu() for level in encode(extractor, self.data.pixels(index)[None].to(self.device))]
 
     @torch.no_grad()
     def _match(self, extractor: ADExtractor, plain: list[FeatureMaps], index: int) -> list[Tensor]:
         """L levels [D, V, C, H, W] of one image."""
         views = plain[index]
         if self.data.augment != "none":
-            views = extractor.encode(self.data.views(index, epoch=0).to(self.device))
+            views = encode(extractor, self.data.views(index, epoch=0).to(self.device))
         views = [level.to(self.device) for level in views]
         draws = []
         for draw in range(self.draws):
@@ -173,7 +219,7 @@ class CachedBatches:
         for keys in steps:
             rows = torch.tensor([index for _, index in keys])
             draw = torch.tensor([epoch % self.draws for epoch, _ in keys])
-            chosen = [level[rows, draw].to(self.device, torch.float32) for level in self.levels]
+            chosen = [level[rows, draw].to(self.device, torch.get_default_dtype()) for level in self.levels]
             views = [[level[:, view] for level in chosen] for view in range(self.views)]
             yield ResidualBatch(views, self.masks[rows].to(self.device), keys, [])
 

@@ -57,13 +57,17 @@ class DataConfig:
     """The pretraining set.
 
     Args:
-        name: layout of the set, a name of `adpretrain.data.DATASETS`, or "auto".
+        name: layout of the set, a name of `adpretrain.data.DATASETS`, "auto", or "shards" for a stream of what
+            recipes/write_shards.py wrote.
         root: its folder, or "hf://org/name" for a repository of the Hugging Face Hub.
         columns: names of a Hugging Face set's columns that are not guessed, such as {mask: segmentation}.
         held_out: categories kept out of training and scored while it runs (names).
         on_error: what is done about images that cannot be read or contradict their labels; all are checked before
-            training. "fail" lists them and stops, "skip" lists them and leaves them out.
+            training (shards: before they are written). "fail" lists them and stops, "skip" lists them and leaves them
+            out.
         workers: loader processes.
+        reservoir_mb: MiB of encoded photographs that a process may hold (shards only): what references are drawn from,
+            and a buffer that mixes the stream.
         reduced: decode JPEG files at 1/2, 1/4 or 1/8 of their size where that is enough. Faster, and the pixels differ
             a little from those of scoring, which decodes whole files.
     """
@@ -74,6 +78,7 @@ class DataConfig:
     held_out: list[str] = field(default_factory=list)
     on_error: Literal["fail", "skip"] = "fail"
     workers: int = 4
+    reservoir_mb: int = 2048
     reduced: bool = False
 
 
@@ -244,6 +249,8 @@ class PretrainConfig:
             )
         if self.cache.draws and (shared.together > 1 or shared.pool):
             raise ValueError("cache.draws keeps the residuals themselves: leave references.together and .pool out")
+        if self.data.name == "shards" and (self.cache.draws or shared.together > 1 or shared.pool):
+            raise ValueError("a stream of shards comes by once: leave cache.draws, references.together and .pool out")
         if self.cache.draws and self.augment == "epoch":
             raise ValueError("cache.draws keeps each view once: set augment to 'once' or 'none'")
         if self.cache.draws and "cross" in self.projector.architecture:

@@ -5,31 +5,54 @@ Shapes: S = the network's input side in pixels.
 
 from __future__ import annotations
 
+import math
 import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # none runs another program, as EPS
+LARGEST_SIDE = 4096  # of a network's input: a config that asks for more would take all memory
 INTERPOLATIONS = ("bilinear", "bicubic")
 
 
-def _open(path: str | os.PathLike[str]) -> Image.Image:
+@contextmanager
+def _opened(path: str | os.PathLike[str] | IO[bytes]) -> Iterator[Image.Image]:
     try:
-        with Image.open(path) as image:
-            image.load()
-            return ImageOps.exif_transpose(image)
+        if isinstance(path, str | os.PathLike) and not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("it is not a file")  # a pipe would wait for ever, a device would never end
+        with Image.open(path, formats=FORMATS) as image:
+            yield image
     except FileNotFoundError:
         raise ValueError(f"image not found: {path}") from None
     except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, struct.error, bomb errors ...
         raise ValueError(f"cannot read image {path}: {error or type(error).__name__}") from error
+
+
+def _open(path: str | os.PathLike[str] | IO[bytes], side: int | None = None) -> Image.Image:
+    with _opened(path) as image:
+        if side is not None:
+            image.draft(None, (side, side))  # does nothing to what is not a JPEG
+        image.load()
+        return ImageOps.exif_transpose(image)
+
+
+def picture_size(path: str | os.PathLike[str] | IO[bytes]) -> tuple[int, int]:
+    """(width, height) of a photograph, upright, from its header alone. Errors as in `read_image`."""
+    with _opened(path) as image:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return image.size[::-1] if turned else image.size
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
@@ -40,18 +63,27 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     """
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
         return image
-    values = np.asarray(image, dtype=np.float64)
+    values = np.asarray(image, dtype=np.float32)
+    if np.isnan(values).any():
+        raise ValueError("it holds NaN")
     full = 65535.0 if image.mode != "F" else 1.0 if values.max(initial=0.0) <= 1.0 else 255.0
     scale = 255.0 / full
     return Image.fromarray(np.clip(np.rint(values * scale), 0, 255).astype(np.uint8))
 
 
-def read_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Read a photograph as 8-bit RGB, upright (EXIF). Transparency is composited on white.
+def read_image(path: str | os.PathLike[str] | IO[bytes], side: int | None = None) -> Image.Image:
+    """Read a photograph (a path or an open file) as 8-bit RGB, upright (EXIF). Transparency is composited on white.
+
+    ``side``: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if both sides stay at least that long, which is faster
+    and changes the pixels a little.
 
     Raises ValueError that names the file if it is missing, truncated, not an image or absurdly large.
     """
-    return as_rgb(_open(path))
+    image = _open(path, side)
+    try:
+        return as_rgb(image)
+    except ValueError as error:  # of a colour space that Pillow cannot convert
+        raise ValueError(f"cannot read image {path}: {error}") from error
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -63,7 +95,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def read_mask(path: str | os.PathLike[str]) -> Image.Image:
+def read_mask(path: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
     """Read a defect mask as 8-bit gray: any value above zero is a defect. Errors as in `read_image`."""
     mask = _open(path)
     if mask.mode in ("P", "PA", "LA"):  # the colour counts, not the palette's index, and never the opacity
@@ -91,10 +123,12 @@ class Preprocess:
     def __post_init__(self) -> None:
         if self.interpolation not in INTERPOLATIONS:
             raise ValueError(f"interpolation {self.interpolation!r} is unknown; choose one of {INTERPOLATIONS}")
-        if not 0 < self.image_size <= self.resize:
-            raise ValueError(f"image_size {self.image_size} must be in 1..resize ({self.resize})")
-        if any(value <= 0 for value in self.std):
-            raise ValueError(f"std {self.std} must be positive")
+        if not 0 < self.image_size <= self.resize <= LARGEST_SIDE:
+            raise ValueError(
+                f"image_size {self.image_size} must be in 1..resize ({self.resize}), which is at most {LARGEST_SIDE}"
+            )
+        if not all(math.isfinite(value) for value in self.mean) or not all(0 < value < math.inf for value in self.std):
+            raise ValueError(f"mean {self.mean} must be finite, std {self.std} positive")
         # JSON and YAML give lists; a frozen config should compare equal however it was made.
         object.__setattr__(self, "mean", tuple(self.mean))
         object.__setattr__(self, "std", tuple(self.std))
@@ -107,13 +141,17 @@ class Preprocess:
         """The [S, S] pixels that the network sees, for overlays."""
         return self._place(image, InterpolationMode(self.interpolation))
 
-    def normalise(self, image: Image.Image | Tensor) -> Tensor:
-        """[S, S] picture -> float tensor [3, S, S], (value - mean) / std with value in 0..1."""
-        return F.normalize(F.to_dtype(F.to_image(image), torch.float32, scale=True), list(self.mean), list(self.std))
+    def pixels(self, image: Image.Image) -> Tensor:
+        """RGB photograph of any size -> uint8 tensor [3, S, S], a quarter of the bytes of what the network takes."""
+        return F.to_image(self.view_of(image)).as_subclass(Tensor)
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """uint8 [.., 3, S, S] -> float, (value - mean) / std with value in 0..1."""
+        return F.normalize(F.to_dtype(pixels, torch.float32, scale=True), list(self.mean), list(self.std))
 
     def __call__(self, image: Image.Image) -> Tensor:
         """RGB photograph of any size -> float tensor [3, S, S]."""
-        return self.normalise(self.view_of(image))
+        return self.normalise(self.pixels(image))
 
     def mask(self, mask: Image.Image) -> Tensor:
         """Mask of any size -> bool tensor [S, S] by nearest neighbour (a mask has no in-between values)."""
@@ -136,22 +174,36 @@ class TwoViews:
             [
                 v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
                 v2.RandomGrayscale(p=0.2),
-                v2.RandomApply(
-                    [v2.GaussianBlur(kernel_size=_odd(preprocess.image_size // 10), sigma=(0.1, 2.0))], p=0.5
-                ),
+                v2.RandomApply([v2.Lambda(self._blur)], p=0.5),
             ]
         )
 
+    def _blur(self, pixels: Tensor) -> Tensor:
+        return gaussian_blur(pixels, _odd(self.preprocess.image_size // 10), float(torch.empty(1).uniform_(0.1, 2.0)))
+
     def __call__(self, image: Image.Image, seed: int) -> Tensor:
-        """Photograph -> float tensor [2, 3, S, S]; the same seed gives the same views."""
-        placed = F.to_image(self.preprocess.view_of(image))
+        """Photograph -> uint8 tensor [2, 3, S, S]; the same seed gives the same views."""
+        placed = self.preprocess.pixels(image)
         # torchvision draws from torch's global generator: fork it, so that nobody else's numbers change
         # (torch.manual_seed would reseed the GPUs too, which are not forked).
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            views = [self.augment(placed) for _ in range(2)]
-        return torch.stack([self.preprocess.normalise(view) for view in views])
+            return torch.stack([self.augment(placed) for _ in range(2)])
 
 
 def _odd(size: int) -> int:
     return max(3, size + 1 - size % 2)
+
+
+def gaussian_blur(pixels_3SS: Tensor, size: int, sigma: float) -> Tensor:
+    """A square uint8 picture blurred with a Gaussian of ``size`` x ``size`` pixels, mirrored at its border.
+
+    One matrix for both axes: 25 times as fast as torchvision's two-dimensional convolution at 224 px, and with the
+    jitter the larger part of what a loader process does. Equal up to rounding (one level of 255).
+    """
+    offsets = torch.arange(size) - size // 2
+    kernel = torch.softmax(-0.5 * (offsets / sigma) ** 2, 0)
+    identity_SS = torch.eye(pixels_3SS.shape[-1])
+    mirrored = torch.nn.functional.pad(identity_SS[None], (size // 2, size // 2), mode="reflect")[0]
+    blur_SS = mirrored.unfold(1, size, 1) @ kernel  # column i: what pixel i is made of
+    return (blur_SS.T @ pixels_3SS.float() @ blur_SS).round_().clamp_(0, 255).to(torch.uint8)

@@ -52,8 +52,9 @@ def test_online_residuals_match_one_image_with_its_own_references(data: Pretrain
     assert counts == sorted(counts)
     assert set(counts) <= {1, 3}
     for row, (epoch, index) in enumerate(batch.keys):
-        references = torch.stack([data.plain(other) for other in data.draw_references(index, epoch)])
-        alone = extractor(data.plain(index)[None], extractor.encode_references(references))
+        pictures = [data.pixels(other) for other in (index, *data.draw_references(index, epoch))]
+        image, references = data.preprocess.normalise(torch.stack(pictures)).tensor_split([1])
+        alone = extractor(image, extractor.encode_references(references))
         for level, expected in zip(batch.views[0], alone, strict=True):
             torch.testing.assert_close(level[row], expected[0], rtol=1e-4, atol=1e-5)
 

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from adpretrain.data import Sample
+from adpretrain.data.loading import Request
 from adpretrain.data.pairs import PretrainingSet, StepBatches, token_labels
 from adpretrain.preprocess import Preprocess
 
@@ -66,17 +67,23 @@ def test_draws_derive_from_seed_epoch_and_index_alone(samples: list[Sample]) -> 
     assert [data.draw_references(index, 2) for index in reversed(range(len(samples)))] == expected[::-1]
 
 
-def test_an_item_is_what_its_parts_are(samples: list[Sample]) -> None:
+def test_a_step_is_what_its_parts_are(samples: list[Sample]) -> None:
     data = PretrainingSet(samples, PREPROCESS, SHOTS, seed=3)
-    index = 6
-    item = data[5, index]
-    assert torch.equal(item["views"], data.views(index, 5))
-    assert torch.equal(item["references"], torch.stack([data.plain(i) for i in data.draw_references(index, 5)]))
-    assert torch.equal(item["mask"], torch.eye(32, dtype=torch.bool))
-    assert item["index"] == index
-    assert not data[5, 0]["mask"].any()
-    again = PretrainingSet(samples, PREPROCESS, SHOTS, seed=3)[5, index]
-    assert torch.equal(again["views"], item["views"])
+    keys = [(5, index) for index in (6, 0, 9, 13, 3, 1)]
+    batch = data.load(Request(keys))
+    assert sorted(batch.keys) == sorted(keys)
+    for row, (epoch, index) in enumerate(batch.keys):
+        assert torch.equal(batch.views[row], data.views(index, epoch))
+        assert torch.equal(batch.masks[row], torch.eye(32, dtype=torch.bool) if index in (6, 13) else data.mask(0))
+    drawn = [tuple(data.draw_references(index, epoch)) for epoch, index in batch.keys]
+    assert [chosen for count, chosen in batch.sets for _ in range(count)] == drawn
+    assert [len(chosen) for chosen in drawn] == sorted(len(chosen) for chosen in drawn)
+    ((names, pixels),) = batch.units
+    assert sorted(names) == sorted({other for chosen in drawn for other in chosen})  # each is read once
+    for name, photograph in zip(names, pixels, strict=True):
+        assert torch.equal(photograph, data.pixels(name))
+    again = PretrainingSet(samples, PREPROCESS, SHOTS, seed=3).load(Request(keys))
+    assert torch.equal(again.views, batch.views)
 
 
 def test_augmentation_once_keeps_views_over_epochs_and_none_is_plain(samples: list[Sample]) -> None:
@@ -86,7 +93,7 @@ def test_augmentation_once_keeps_views_over_epochs_and_none_is_plain(samples: li
     assert epoch.views(0, 0).shape == (2, 3, 32, 32)
     assert not torch.equal(epoch.views(0, 0), epoch.views(0, 1))
     assert torch.equal(once.views(0, 0), once.views(0, 1))
-    assert torch.equal(none.views(0, 1), none.plain(0)[None])
+    assert torch.equal(none.views(0, 1), none.pixels(0)[None])
     with pytest.raises(ValueError, match=r"'always' is unknown.*'epoch', 'once', 'none'"):
         PretrainingSet(samples, PREPROCESS, SHOTS, seed=3, augment="always")
 
