@@ -11,6 +11,7 @@ from urllib.parse import quote
 import torch
 import torchvision
 from panels import save_panels
+from run_data import count_categories
 from run_folder import git_commit
 from run_setup import Run
 
@@ -36,7 +37,7 @@ def provenance(run: Run) -> dict[str, Any]:
             "name": run.config.data.name,
             "set": public_name(run.config.data.root),
             "images": len(run.data),
-            "categories": len({sample.category for sample in run.data.samples}),
+            "categories": count_categories(run.data),
             "held_out": run.config.data.held_out,
         },
         "steps": run.steps,

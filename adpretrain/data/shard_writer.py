@@ -146,7 +146,8 @@ def _write(path: Path, rows: Iterable[Photograph]) -> None:
     kinds: dict[str, Any] = dict.fromkeys(COLUMNS, pa.string())
     kinds |= {"image": pa.binary(), "mask": pa.binary(), "of_defective_part": pa.bool_()}
     schema = pa.schema(list(kinds.items()))
-    with pq.ParquetWriter(path, schema, compression="none", use_dictionary=False, write_page_checksum=True) as writer:
+    options = {"compression": "none", "use_dictionary": False, "write_statistics": False, "write_page_checksum": True}
+    with pq.ParquetWriter(path, schema, **options) as writer:
         for group in _row_groups(rows):
             columns = {name: [getattr(row, name) for row in group] for name in COLUMNS}
             writer.write_table(pa.table(columns, schema))

@@ -138,32 +138,17 @@ class Shards:
     def rows(self, names: Sequence[str], rank: int = 0, processes: int = 1) -> Iterator[Photograph]:
         """The rows of some files in this order, or this process's share of the files.
 
-        One row group is in memory at a time. Raises ValueError if a file is damaged or lacks a column.
+        One row group is in memory at a time. Raises ValueError naming a file that is damaged or lacks a column.
         """
         import datasets
         from datasets.distributed import split_dataset_by_node
-        from pyarrow.dataset import ParquetFragmentScanOptions
 
-        options = ParquetFragmentScanOptions(
-            use_buffered_stream=True, pre_buffer=False, page_checksum_verification=True
-        )
         urls = [f"{self.address}/{name}" for name in names]
-        mine = list(names)[rank::processes]
-        try:
-            stream = datasets.load_dataset(
-                "parquet", data_files=urls, split="train", streaming=True, fragment_scan_options=options
-            )
-            if processes > 1:
-                stream = split_dataset_by_node(stream, rank, processes)
-            for row in stream:
-                yield Photograph(**{name: row[name] for name in COLUMNS})
-        except GeneratorExit:
-            raise
-        except Exception as error:  # the library's exceptions have no common base
-            raise ValueError(
-                f"one of {', '.join(mine[:5])}{' ...' if len(mine) > 5 else ''} in {self.root} cannot be read "
-                f"({type(error).__name__}: {error}): copy it again"
-            ) from error
+        stream = datasets.IterableDataset.from_generator(_read, gen_kwargs={"urls": urls})
+        if processes > 1:
+            stream = split_dataset_by_node(stream, rank, processes)
+        for row in stream:
+            yield Photograph(**row)
 
     def samples(self, part: str, per_group: int | None = None) -> list[Sample]:
         """The photographs of a part as files, for what needs files: the first ``per_group`` of every group, or all.
@@ -180,6 +165,21 @@ class Shards:
                 labels = (row.category, row.defect, row.view, row.split, row.of_defective_part)
                 samples.append(Sample(image, mask, *labels))
         return samples
+
+
+def _read(urls: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Rows of Parquet files. `datasets.load_dataset` would do, but for reading whole files ahead of a slow consumer."""
+    import fsspec
+    import pyarrow.parquet as pq
+
+    for url in urls:
+        try:
+            with fsspec.open(url) as file:
+                parquet = pq.ParquetFile(file, page_checksum_verification=True)
+                for group in range(parquet.num_row_groups):
+                    yield from parquet.read_row_group(group, COLUMNS).to_pylist()
+        except Exception as error:  # that of a file system, of a network, or of Arrow
+            raise ValueError(f"{url} cannot be read ({type(error).__name__}: {error}): copy it again") from error
 
 
 def _pinned(root: str | Path) -> str:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_a_validation_split_is_neither_trained_on_nor_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    from run_setup import split_samples
+    from run_data import split_samples
 
     for category in ("box", "juice"):
         for folder in ("train/good", "validation/good", "test/good"):

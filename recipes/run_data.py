@@ -1,0 +1,92 @@
+"""What a run trains on: photographs on disk, or a stream of shards (``data.name: shards``)."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from pathlib import Path
+
+from checked_samples import checked_samples
+from rich.console import Console
+
+from adpretrain.config import PretrainConfig
+from adpretrain.data import Sample
+from adpretrain.data.pairs import PretrainingSet, StepBatches
+from adpretrain.data.shards import Shards
+from adpretrain.data.streaming import StreamedBatches, StreamedSet
+from adpretrain.preprocess import Preprocess
+
+SHARDS = "shards"  # the data.name that streams
+CONDITIONING_IMAGES = 2  # normal images of every product that measure the feature statistics
+
+
+def held_out_names(names: Sequence[str], patterns: Sequence[str]) -> set[str]:
+    """The categories that ``patterns`` ("p09*") match. Raises ValueError for a pattern that matches none."""
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(f"held-out category {pattern!r} matches none of: {', '.join(names)}")
+    return {name for pattern in patterns for name in fnmatch.filter(names, pattern)}
+
+
+def split_samples(samples: Sequence[Sample], patterns: Sequence[str]) -> tuple[list[Sample], list[Sample]]:
+    """(training, held-out) samples; ``patterns`` are category names or patterns such as "p09*".
+
+    A benchmark's own validation split is left alone.
+    """
+    samples = [sample for sample in samples if sample.split != "validation"]
+    held = held_out_names(sorted({sample.category for sample in samples}), patterns)
+    return [s for s in samples if s.category not in held], [s for s in samples if s.category in held]
+
+
+def samples_of_shards(shards: Shards, patterns: Sequence[str], main: bool) -> tuple[list[Sample], list[Sample]]:
+    """(a few normal photographs of every product, the held-out samples of the first process) as files.
+
+    Raises ValueError if a held-out category is among the training shards.
+    """
+    index = shards.index
+    held = held_out_names(sorted({*index.categories, *index.held_out}), patterns)
+    if trained := sorted(held - {*index.held_out}):
+        raise ValueError(
+            f"held-out {', '.join(trained)} is in the training shards of {shards.root}: write them again with "
+            f"--data.held_out (apart now: {', '.join(index.held_out) or 'none'})"
+        )
+    held_out = [sample for sample in shards.samples("held_out") if sample.category in held] if held and main else []
+    return shards.samples("references", CONDITIONING_IMAGES), held_out
+
+
+def find_samples(
+    config: PretrainConfig, console: Console, main: bool
+) -> tuple[Shards | None, list[Sample], list[Sample]]:
+    """(shards if the set is streamed, samples, held-out samples)."""
+    if config.data.name == SHARDS:
+        shards = Shards(config.data.root)
+        return shards, *samples_of_shards(shards, config.data.held_out, main)
+    checked = checked_samples(config.data, Path(config.run), console, main)
+    return None, *split_samples(checked, config.data.held_out)
+
+
+def training_set(
+    config: PretrainConfig, shards: Shards | None, samples: Sequence[Sample], preprocess: Preprocess
+) -> PretrainingSet | StreamedSet:
+    """The images of the steps."""
+    seed = config.cache.seed if config.cache.draws else config.seed
+    common = (preprocess, config.shots, seed, config.augment)
+    if shards is not None:
+        return StreamedSet(shards, *common, config.data.reservoir_mb << 20, config.data.reduced)
+    return PretrainingSet(samples, *common, config.references, config.data.reduced)
+
+
+def step_batches(
+    data: PretrainingSet | StreamedSet, config: PretrainConfig, start: int, stop: int, rank: int, processes: int
+) -> StepBatches | StreamedBatches:
+    """One process's batches of the steps from ``start`` to ``stop``."""
+    size = config.optim.batch_size
+    if isinstance(data, StreamedSet):
+        return StreamedBatches(data, size, start, stop, rank, processes)
+    return StepBatches(len(data), size, start, stop, config.seed, rank, processes, data.draws.blocks)
+
+
+def count_categories(data: PretrainingSet | StreamedSet) -> int:
+    """How many the steps come from."""
+    streamed = isinstance(data, StreamedSet)
+    return len(data.shards.index.categories if streamed else {sample.category for sample in data.samples})

@@ -1,0 +1,72 @@
+"""Write a pretraining set as Parquet shards, which recipes/pretrain.py streams (docs/multi_node.md).
+
+  python recipes/write_shards.py --data.root /data/Real-IAD --out /data/shards --shards 192
+  python recipes/pretrain.py --config recipes/configs/dinov2-base.yaml --data.name shards --data.root /data/shards
+
+Any layout is read. Categories that are to be held out of training must be named here already (--data.held_out).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from checked_samples import checked_samples
+from progress import progress_bar
+from rich.console import Console
+from run_data import split_samples
+
+from adpretrain.config import DataConfig
+from adpretrain.data.shard_writer import write_shards
+from adpretrain.parsing import parse_command_line
+
+
+@dataclass(frozen=True)
+class ShardConfig:
+    """What is written where.
+
+    Args:
+        data: the set, as for pretraining; its files are checked first.
+        out: folder of the shards; an earlier one's is replaced when all is written.
+        shards: number of files; a multiple of the processes that will train.
+        references: normal photographs of every category and view set aside for the start; more than the largest K.
+        seed: of the order.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    out: str = "data/shards"
+    shards: int = 192
+    references: int = 16
+    seed: int = 0
+
+
+def write(config: ShardConfig, console: Console) -> None:
+    """Check every file, then write. Raises ValueError for what cannot be used, unless it is to be skipped."""
+    with TemporaryDirectory() as scratch:
+        checked = checked_samples(config.data, Path(scratch), console, main=True)
+    samples, held_out = split_samples(checked, config.data.held_out)
+    with progress_bar(console) as bar:
+        track = lambda items, total: bar.track(items, total=total, description="writing shards")  # noqa: E731
+        out = write_shards(samples, config.out, config.shards, held_out, config.references, config.seed, track)
+    console.print(f"{len(samples)} images in {config.shards} shards, {len(held_out)} held out: {out}", highlight=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 = written, 2 = a mistake in what was asked, 130 = stopped; nothing half-written stays."""
+    console = Console(stderr=True)
+    try:
+        write(parse_command_line(ShardConfig, argv, __doc__), console)
+    except (ValueError, OSError) as error:
+        console.print(f"[red]error:[/] {error}", highlight=False)
+        return 2
+    except KeyboardInterrupt:
+        console.print("stopped; nothing was written")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
