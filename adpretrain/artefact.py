@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,11 +21,13 @@ from adpretrain._version import __version__
 from adpretrain.backbones import Backbone, load_backbone
 from adpretrain.config import BackboneConfig, ProjectorConfig
 from adpretrain.files import atomic_folder
-from adpretrain.parsing import from_dict
+from adpretrain.parsing import from_dict, read_json
 from adpretrain.preprocess import Preprocess
+from adpretrain.projector import FeatureProjector
 
 T = TypeVar("T")
 FORMAT_VERSION = 1
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64)  # of weights
 NORMS = ("l2", "released")
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 CARD_NAME, ASSETS, PICTURE_SUFFIX = "README.md", "assets", ".png"  # what else may lie beside them
@@ -74,6 +77,24 @@ def saved_backbone(config: BackboneConfig, weights: str | os.PathLike[str] | Non
     else:
         given = dataclasses.replace(config, weights=os.fspath(weights), revision=None)
     return load_backbone(**dataclasses.asdict(given))
+
+
+def build_projector(config: ProjectorConfig, channels: list[int]) -> FeatureProjector:
+    """A fresh `FeatureProjector` of the configured architecture and sizes."""
+    return FeatureProjector(channels, **dataclasses.asdict(config))
+
+
+def saved_projector(config: ProjectorConfig, channels: list[int], folder: Path) -> FeatureProjector:
+    """The projector of a saved extractor, without memory until its weights are assigned.
+
+    Whatever sizes a config asks for, nothing is taken before the file is seen to hold them. Raises ValueError that
+    names the folder for sizes that make no projector.
+    """
+    try:
+        with torch.device("meta"):
+            return build_projector(config, channels)
+    except (ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{folder}: {(str(error).splitlines() or [''])[0]}") from error
 
 
 def write_folder(
@@ -135,10 +156,7 @@ def read_folder_config(folder: Path, cls: type[T], newest: int, writer: str) -> 
     if not path.is_file():
         what = "is not a folder" if not folder.is_dir() else f"has no {CONFIG_NAME}"
         raise ValueError(f"{folder} {what}: expected a folder written by {writer}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
+    content = read_json(path)
     version = content.get("format_version") if isinstance(content, dict) else None
     if isinstance(version, int) and version > newest:
         raise ValueError(
@@ -151,9 +169,11 @@ def read_folder_config(folder: Path, cls: type[T], newest: int, writer: str) -> 
 def read_weights(folder: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
     """model.safetensors of a saved model: exactly the tensors of ``expected``, same shapes, all finite.
 
-    Raises ValueError that names what differs.
+    Raises ValueError that names what differs, or the type of numbers that no saved model has.
     """
     path = folder / WEIGHTS_NAME
+    if not path.is_file():
+        raise ValueError(f"cannot read weights {path}: there is no such file")
     try:
         weights = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -165,6 +185,9 @@ def read_weights(folder: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]
     for name, value in expected.items():
         if weights[name].shape != value.shape:
             raise ValueError(f"{path}: {name} is {list(weights[name].shape)}, its config says {list(value.shape)}")
+        if weights[name].dtype not in DTYPES:
+            valid = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            raise ValueError(f"{path}: {name} holds {weights[name].dtype}; expected one of {valid}")
         if not weights[name].isfinite().all():
             raise ValueError(f"{path}: {name} holds NaN or infinite values")
     return weights

@@ -5,7 +5,6 @@ Shapes: B images, K reference images, S side, T tokens per image, L levels, C_l 
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import tempfile
 from pathlib import Path
@@ -22,10 +21,13 @@ from adpretrain.artefact import (
     read_config,
     read_weights,
     saved_backbone,
+    saved_projector,
     write_folder,
 )
+from adpretrain.artefact import build_projector as build_projector
 from adpretrain.backbones import Backbone, FeatureMaps, References
 from adpretrain.backbones.fingerprint import fingerprint, same_weights
+from adpretrain.backbones.weights import as_float32
 from adpretrain.card import card
 from adpretrain.conditioning import Conditioning
 from adpretrain.config import ProjectorConfig
@@ -41,11 +43,6 @@ from adpretrain.residual import (
     search_index,
     tokens,
 )
-
-
-def build_projector(config: ProjectorConfig, channels: list[int]) -> FeatureProjector:
-    """A fresh `FeatureProjector` of the configured architecture and sizes."""
-    return FeatureProjector(channels, **dataclasses.asdict(config))
 
 
 class ADExtractor(nn.Module):
@@ -286,7 +283,7 @@ class ADExtractor(nn.Module):
         backbone.preprocess = config.preprocess
         extractor = cls(
             backbone,
-            projector=build_projector(config.projector, config.channels) if config.projector else None,
+            projector=saved_projector(config.projector, config.channels, folder) if config.projector else None,
             projector_config=config.projector,
             conditioning=Conditioning(config.channels) if config.conditioning else None,
             matching=config.matching,
@@ -295,5 +292,6 @@ class ADExtractor(nn.Module):
         )
         extractor.config = config
         expected = {k: v for k, v in extractor.state_dict().items() if not k.startswith("backbone.")}
-        extractor.load_state_dict(read_weights(folder, expected), strict=False)  # lacks the backbone's keys only
+        # Lacks the backbone's keys only.
+        extractor.load_state_dict(as_float32(read_weights(folder, expected)), strict=False, assign=True)
         return extractor.to(device)

@@ -1,19 +1,29 @@
-"""Configuration dataclasses from YAML, JSON or flags: an unknown key is an error that lists the known ones."""
+"""Configuration dataclasses from YAML, JSON or flags: an unknown key is an error that lists the known ones.
+
+Files come from strangers too: what they hold is checked before it is built (`check_yaml`), so that a small file cannot
+take all memory, overflow the stack, or mean another thing than a reader sees.
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import difflib
+import json
 import sys
 import typing
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jsonargparse
 import yaml
 
 T = TypeVar("T")
+DEEPEST = 32  # collections within collections
+LARGEST = 64 << 20  # bytes of a JSON file; the longest lists of images have a tenth of it
+YAML = "checked-yaml"  # mode of our parsers
 
 
 def check_keys(cls: type, mapping: Any, where: str, prefix: str = "") -> None:
@@ -33,12 +43,56 @@ def check_keys(cls: type, mapping: Any, where: str, prefix: str = "") -> None:
             check_keys(typing.cast(type, hints[key]), value, where, f"{prefix}{key}.")
 
 
+def check_yaml(text: str) -> None:
+    """Raise yaml.YAMLError for aliases, a key given twice, or collections more than `DEEPEST` deep.
+
+    PyYAML follows aliases (nine lines can stand for a billion values), keeps the last of two equal keys without a word,
+    and its C loader crashes on deep nesting. Its stream of events, read here, does none of that.
+    """
+    outer: list[set[str] | None] = []  # the keys of every open collection so far; None for a sequence
+    at_key: list[bool] = []
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        if isinstance(event, yaml.CollectionEndEvent):
+            outer.pop()
+            at_key.pop()
+        if not isinstance(event, yaml.NodeEvent):
+            continue
+        where = f"line {event.start_mark.line + 1}"  # type: ignore[union-attr]
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.YAMLError(f"{where} refers to &{event.anchor}: write the value itself")
+        if outer and (keys := outer[-1]) is not None:
+            if at_key[-1] and isinstance(event, yaml.ScalarEvent):
+                if event.value in keys:
+                    raise yaml.YAMLError(f"{where} gives {event.value} a second time")
+                keys.add(event.value)
+            at_key[-1] = not at_key[-1]
+        if isinstance(event, yaml.CollectionStartEvent):
+            if len(outer) == DEEPEST:
+                raise yaml.YAMLError(f"{where} lies in more than {DEEPEST} collections")
+            outer.append(set() if isinstance(event, yaml.MappingStartEvent) else None)
+            at_key.append(True)
+
+
+def load_yaml(text: str) -> Any:
+    """The content of a YAML text, checked. Raises yaml.YAMLError."""
+    check_yaml(text)
+    try:
+        return jsonargparse.get_loader("yaml")(text)
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, an impossible date
+        raise yaml.YAMLError(str(error)) from error
+
+
+jsonargparse.set_loader(YAML, load_yaml, exceptions=(yaml.YAMLError,))
+
+
 class _Help(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Help with the description's own line breaks, so that its examples stay readable."""
 
 
 def _parser(cls: type, description: str | None = None) -> jsonargparse.ArgumentParser:
-    parser = jsonargparse.ArgumentParser(description=description, exit_on_error=False, formatter_class=_Help)
+    parser = jsonargparse.ArgumentParser(
+        description=description, exit_on_error=False, formatter_class=_Help, parser_mode=YAML
+    )
     parser.usage = "%(prog)s --config FILE [--key value ...]"
     parser.add_argument("--config", action="config", help="YAML file; flags after it override its keys")
     parser.add_class_arguments(cls)
@@ -51,8 +105,8 @@ def from_dict(cls: type[T], mapping: Mapping[str, Any], where: str = "configurat
     parser = _parser(cls)
     try:
         return _instantiate(cls, parser, parser.parse_object(dict(mapping)))
-    except jsonargparse.ArgumentError as error:
-        raise ValueError(f"{where}: {error}") from error
+    except (jsonargparse.ArgumentError, RecursionError) as error:
+        raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
 
 
 def _instantiate(cls: type[T], parser: jsonargparse.ArgumentParser, parsed: jsonargparse.Namespace) -> T:
@@ -63,13 +117,37 @@ def _instantiate(cls: type[T], parser: jsonargparse.ArgumentParser, parsed: json
 def read_yaml(path: str) -> dict[str, Any]:
     """A YAML file as a dict. Raises ValueError if it cannot be read or is not a mapping."""
     try:
-        with open(path, encoding="utf-8") as file:
-            content = yaml.safe_load(file)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"cannot read configuration {path}: {error}") from error
+        content = load_yaml(_text(Path(path)))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot read configuration {path}: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"configuration {path} must be a mapping of keys, got {type(content).__name__}")
     return content
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises ValueError that names it if it cannot be read."""
+    try:
+        return json.loads(_text(path), object_pairs_hook=_once)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"key {twice!r} is given twice")
+    return found
+
+
+def _text(path: Path) -> str:
+    """A text file, if it is one: a pipe would wait for ever, a device would never end."""
+    if not path.is_file():
+        raise ValueError("it is not a file" if path.exists() else "there is no such file")
+    if (size := path.stat().st_size) > LARGEST:
+        raise ValueError(f"it has {size} bytes, more than {LARGEST}")
+    return path.read_text(encoding="utf-8")
 
 
 def parse_command_line(cls: type[T], argv: Sequence[str] | None = None, description: str | None = None) -> T:

@@ -5,11 +5,11 @@ Shapes: S = the network's input side in pixels.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import IO, Any
 
@@ -27,13 +27,17 @@ LARGEST_SIDE = 4096  # of a network's input: a config that asks for more would t
 INTERPOLATIONS = ("bilinear", "bicubic")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _opened(path: str | os.PathLike[str] | IO[bytes]) -> Iterator[Image.Image]:
     try:
-        if isinstance(path, str | os.PathLike) and not stat.S_ISREG(os.stat(path).st_mode):
-            raise ValueError("it is not a file")  # a pipe would wait for ever, a device would never end
-        with Image.open(path, formats=FORMATS) as image:
-            yield image
+        with contextlib.ExitStack() as stack:
+            file = path
+            if isinstance(path, str | os.PathLike):
+                if not stat.S_ISREG(os.stat(path).st_mode):
+                    raise ValueError("it is not a file")  # a pipe would wait for ever, a device would never end
+                # An open file is never mapped: Pillow mixes up the rows of a mapped gray TIFF that lies on its side.
+                file = stack.enter_context(open(path, "rb"))
+            yield stack.enter_context(Image.open(file, formats=FORMATS))
     except FileNotFoundError:
         raise ValueError(f"image not found: {path}") from None
     except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, struct.error, bomb errors ...
@@ -51,7 +55,8 @@ def _open(path: str | os.PathLike[str] | IO[bytes], side: int | None = None) -> 
 def picture_size(path: str | os.PathLike[str] | IO[bytes]) -> tuple[int, int]:
     """(width, height) of a photograph, upright, from its header alone. Errors as in `read_image`."""
     with _opened(path) as image:
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        # Pillow turns a TIFF's own size already.
+        turned = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation) in range(5, 9)
         return image.size[::-1] if turned else image.size
 
 
@@ -128,7 +133,7 @@ class Preprocess:
                 f"image_size {self.image_size} must be in 1..resize ({self.resize}), which is at most {LARGEST_SIDE}"
             )
         if not all(math.isfinite(value) for value in self.mean) or not all(0 < value < math.inf for value in self.std):
-            raise ValueError(f"mean {self.mean} must be finite, std {self.std} positive")
+            raise ValueError(f"mean {self.mean} must be finite, std {self.std} must be positive")
         # JSON and YAML give lists; a frozen config should compare equal however it was made.
         object.__setattr__(self, "mean", tuple(self.mean))
         object.__setattr__(self, "std", tuple(self.std))

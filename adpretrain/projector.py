@@ -6,6 +6,7 @@ M tokens of reference residuals.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from adpretrain.residual import as_map, tokens
 
 ARCHITECTURES = ("learnable_kv", "linear", "mlp", "self_attention", "cross_attention", "self_cross_attention")
 FORMS = ("paper", "released")
+MOST_LAYERS = 64
 
 
 class Attention(nn.Module):
@@ -251,6 +253,11 @@ class FeatureProjector(nn.Module):
             raise ValueError(f"projector architecture {architecture!r} is unknown; choose one of {ARCHITECTURES}")
         if form not in FORMS:
             raise ValueError(f"projector form {form!r} is unknown; choose one of {FORMS}")
+        if not 1 <= layers <= MOST_LAYERS or min(references, heads) < 1 or not 0 < mlp_ratio < math.inf:
+            raise ValueError(
+                f"a projector of {layers} layers, {references} references, {heads} heads and mlp_ratio {mlp_ratio}: "
+                f"expected 1 to {MOST_LAYERS} layers, the others positive"
+            )
         self.architecture = architecture
         self.levels = nn.ModuleList(
             _level(width, architecture, references, heads, mlp_ratio, layers, form) for width in channels

@@ -11,8 +11,10 @@ import sys
 import traceback
 from argparse import RawDescriptionHelpFormatter
 from importlib.metadata import version
+from typing import Any
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
+import yaml
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_loader
 
 from downstream.commands import COMMANDS, Run
 from downstream.terminal import plain
@@ -24,13 +26,21 @@ class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
     """jsonargparse's, with the table of exit codes kept as it is written."""
 
 
+def _load_yaml(text: str) -> Any:
+    from adpretrain.parsing import load_yaml  # imports torch, which --help does without
+
+    return load_yaml(text)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code (2 for a user's mistake)."""
-    # Subparsers take over the formatter of their parent.
+    set_loader("checked", _load_yaml, exceptions=(yaml.YAMLError,))
+    # Subparsers take over the formatter and the mode of their parent.
     parser = ArgumentParser(
         prog="adpretrain",
         description="Pretrained features for industrial anomaly detection.",
         formatter_class=_HelpFormatter,
+        parser_mode="checked",
     )
     parser.add_argument("--version", action="version", version=f"adpretrain {version('adpretrain')}")
     subcommands = parser.add_subcommands(metavar="command", required=True)

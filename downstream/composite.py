@@ -16,12 +16,21 @@ import torch
 from torch import Tensor
 from typing_extensions import Self, Unpack
 
-from adpretrain.artefact import read_weights, write_folder
+from adpretrain.artefact import write_folder
 from adpretrain.backbones import Extract
 from downstream.card import detector_card
 from downstream.detector import Detector
+from downstream.fitting_together import part, put_together
 from downstream.pretrained import Shared
-from downstream.saving import DetectorConfig, HubOptions, locate_model, member, read_detector_config
+from downstream.saving import (
+    DetectorConfig,
+    HubOptions,
+    locate_model,
+    member,
+    parts_of,
+    read_detector_config,
+    read_tensors,
+)
 from downstream.table import detector_from_pretrained
 
 
@@ -84,7 +93,7 @@ class Composite(Shared):
         if config.detector != cls.saved_as:
             message = f"{folder} holds a {config.detector!r} detector, not {cls.saved_as!r}: load it with its own class"
             raise ValueError(message)
-        count = config.facts["members"]
+        count = len(parts_of(vars(config)))
         extracts = list(extract) if isinstance(extract, Sequence) else [extract] * count
         if len(extracts) != count:
             raise ValueError(
@@ -92,12 +101,12 @@ class Composite(Shared):
             )
         device_name = None if device is None else str(device)
         members = [
-            detector_from_pretrained(folder / member(number), one, device_name, weights)
+            detector_from_pretrained(part(folder, member(number)), one, device_name, weights)
             for number, one in enumerate(extracts)
         ]
-        expected = {key: torch.empty(shape, device="meta") for key, shape in config.tensors.items()}
-        tensors = {key: value.to(device or "cpu") for key, value in read_weights(folder, expected).items()}
-        return cls._restored(LoadedComposite(folder, config, members, tensors))
+        tensors = {key: value.to(device or "cpu") for key, value in read_tensors(folder, config).items()}
+        with put_together(folder):
+            return cls._restored(LoadedComposite(folder, config, members, tensors))
 
     @classmethod
     def _restored(cls, loaded: LoadedComposite) -> Self:

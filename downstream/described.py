@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from adpretrain.artefact import WEIGHTS_NAME, read_config
 from adpretrain.backbones.table import find_entry
 from adpretrain.card import FEATURENORM, METRICS, held_out_results, provenance_of
+from downstream.fitting_together import part
 from downstream.publishing import is_detector
 from downstream.saving import locate_model, parts_of, read_detector_config
 
@@ -57,7 +58,7 @@ def _extractor(folder: Path) -> dict[str, Any]:
 
 def _detector(folder: Path) -> dict[str, Any]:
     config = read_detector_config(folder)
-    inside = {part: describe_model(folder / part)["kind"] for part in parts_of(vars(config))}
+    inside = {name: describe_model(part(folder, name))["kind"] for name in parts_of(vars(config))}
     return {
         "kind": f"fitted {config.detector} (holds features of its product)",
         **(_backbone(config.backbone.name, config.backbone.revision) if config.backbone else {}),
@@ -82,6 +83,8 @@ def _backbone(name: str, revision: str | None) -> dict[str, Any]:
 def _parameters(folder: Path) -> int:
     """How many numbers model.safetensors holds, from its header."""
     path = folder / WEIGHTS_NAME
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {WEIGHTS_NAME}")
     try:
         with safe_open(path, framework="pt") as file:
             return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118

@@ -23,9 +23,14 @@ def upsample(grid_BHW: Tensor, size: int, align_corners: bool = False) -> Tensor
 
 
 def gaussian_blur(maps_BSS: Tensor, sigma: float) -> Tensor:
-    """Gaussian smoothing in pixels, truncated at 4 sigma with reflected borders, as scipy.ndimage does: [B, S, S]."""
+    """Gaussian smoothing in pixels, truncated at 4 sigma with reflected borders, as scipy.ndimage does: [B, S, S].
+
+    Raises ValueError for a sigma larger than the map, or NaN.
+    """
     if sigma <= 0:
         return maps_BSS
+    if not sigma <= maps_BSS.shape[-1]:
+        raise ValueError(f"sigma {sigma} is wider than the map of {maps_BSS.shape[-1]} pixels")
     radius = int(4.0 * sigma + 0.5)
     offsets = torch.arange(-radius, radius + 1, dtype=maps_BSS.dtype, device=maps_BSS.device)
     kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)

@@ -12,8 +12,9 @@ from typing_extensions import Self, Unpack
 
 from adpretrain.backbones import Extract
 from adpretrain.hub import Published, publish
+from downstream.fitting_together import put_together
 from downstream.publishing import named_card, warn_of_features
-from downstream.saving import HubOptions, Loaded, load_detector
+from downstream.saving import HubOptions, Loaded, fixed_picture, load_detector, locate_model
 
 
 class _Saves(Protocol):
@@ -66,7 +67,12 @@ class Pretrained(Shared):
         **hub: Unpack[HubOptions],
     ) -> Self:
         """Load what `save_pretrained` wrote. Arguments and errors as in `downstream.saving.load_detector`."""
-        return cls._restored(load_detector(folder, *cls.saved_as, extract, device, weights, **hub))
+        folder = locate_model(folder, **hub).folder
+        loaded: Loaded[Any] = load_detector(folder, *cls.saved_as, extract, device, weights)
+        with put_together(folder):
+            detector = cls._restored(loaded)
+            detector.predict(fixed_picture(loaded.image_size, loaded.device))  # type: ignore[attr-defined]
+        return detector
 
     @classmethod
     def _restored(cls, loaded: Loaded[Any]) -> Self:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 import warnings
@@ -11,6 +10,7 @@ from pathlib import Path
 from adpretrain.artefact import CARD_NAME, CONFIG_NAME, read_config
 from adpretrain.card import PLACEHOLDER, card
 from adpretrain.hub import Published, publish
+from adpretrain.parsing import read_json
 from downstream.card import NOTICE
 
 
@@ -56,8 +56,5 @@ def push_folder(
 
 def is_detector(folder: Path) -> bool:
     """Whether a saved model is a fitted detector; else it is taken for an extractor. Raises ValueError for neither."""
-    try:
-        content = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {folder / CONFIG_NAME}: {error}") from error
+    content = read_json(folder / CONFIG_NAME)
     return isinstance(content, dict) and "detector" in content

@@ -131,7 +131,11 @@ class ReConPatch(Pretrained):
         detector = cls(loaded.extract, loaded.options)
         prefix = "representation."
         state = {name[len(prefix) :]: value for name, value in loaded.tensors.items() if name.startswith(prefix)}
-        detector.representation = Representation(state["f.weight"].shape[1], loaded.options.training)
+        training = loaded.options.training
+        found = [len(state.get(name, ())) for name in ("f.weight", "g.weight")]
+        if found != [training.dim, training.projection_dim or 0]:  # said before memory is taken for them
+            raise ValueError(f"options of {training.dim} and {training.projection_dim} channels, weights of {found}")
+        detector.representation = Representation(state["f.weight"].shape[1], training)
         detector.representation.to(state["f.weight"].device).load_state_dict(state)
         detector.losses = loaded.facts["losses"]
         detector._core.embedding.reducer = loaded.tensors.get("reducer")

@@ -121,8 +121,11 @@ class Refined(Composite):
         median, mad, pixel_median, pixel_mad = loaded.tensors.pop("units").tolist()
         refined._units = Units(ScoreUnit(median, mad), ScoreUnit(pixel_median, pixel_mad), loaded.config.image_size)
         refined.losses = loaded.config.facts["losses"]
-        network = build_network(options)
-        network.load_state_dict({name.removeprefix("network."): value for name, value in loaded.tensors.items()})
+        with torch.device("meta"):  # sizes of any config cost nothing before the file is seen to hold them
+            network = build_network(options)
+        network.load_state_dict(
+            {name.removeprefix("network."): value for name, value in loaded.tensors.items()}, assign=True
+        )
         refined._network = network.eval()
         return refined
 

@@ -29,9 +29,10 @@ from adpretrain.config import BackboneConfig
 from adpretrain.extractor import ADExtractor
 from adpretrain.hub import Located, locate
 from adpretrain.parsing import from_dict
-from adpretrain.preprocess import Preprocess
+from adpretrain.preprocess import LARGEST_SIDE, Preprocess
 from downstream.adapted import Adapted
 from downstream.card import detector_card
+from downstream.fitting_together import part, put_together
 
 FORMAT_VERSION = 1
 EXTRACTOR = "extractor"
@@ -96,6 +97,7 @@ class Loaded(Generic[C]):
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
     image_size: int
+    device: torch.device
 
 
 def save_detector(
@@ -196,14 +198,24 @@ def load_detector(
         raise ValueError(f"{folder} holds a {config.detector!r} detector, not {name!r}: load it with its own class")
     chosen = from_dict(options, config.options, f"options in {folder / 'config.json'}")
     device = device if device is not None else _device(extract, {})
-    expected = {key: torch.empty(shape, device="meta") for key, shape in config.tensors.items()}
-    tensors = {key: value.to(device) for key, value in read_weights(folder, expected).items()}
-    references = [tensors.pop(key) for key in _reference_keys(tensors)]
+    tensors = {key: value.to(device) for key, value in read_tensors(folder, config).items()}
+    with put_together(folder):
+        references = [tensors.pop(key) for key in _reference_keys(tensors)]
     extract = extract if extract is not None else _load_extract(folder, config, device, weights)
     if isinstance(extract, ADExtractor) and extract.references is None and references:
         extract.set_references(references)
-    _compare(probe(extract, config.image_size, _device(extract, tensors, device)), config.probe, folder)
-    return Loaded(chosen, extract, tensors, config.facts, config.image_size)
+    with put_together(folder):
+        where = _device(extract, tensors, device)
+        found = probe(extract, config.image_size, where)
+    _compare(found, config.probe, folder)
+    return Loaded(chosen, extract, tensors, config.facts, config.image_size, where)
+
+
+def read_tensors(folder: Path, config: DetectorConfig) -> dict[str, Tensor]:
+    """model.safetensors of a saved detector: the tensors that its config lists. ValueError if they are others."""
+    with put_together(folder):
+        expected = {key: torch.empty(shape, device="meta") for key, shape in config.tensors.items()}
+    return read_weights(folder, expected)
 
 
 def _reference_keys(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -227,7 +239,7 @@ def _load_extract(
         raise ValueError(f"{folder / 'config.json'}: dtype {config.dtype!r} is unknown; choose one of {DTYPES}")
     dtype = getattr(torch, config.dtype)
     if config.extract == "extractor":
-        return ADExtractor.from_pretrained(folder / EXTRACTOR, device, weights).to(dtype)
+        return ADExtractor.from_pretrained(part(folder, EXTRACTOR), device, weights).to(dtype)
     if config.extract == "given" or config.backbone is None:
         raise ValueError(f"{folder} was fitted on a function of its maker's: pass the same as extract=")
     backbone = saved_backbone(config.backbone, weights)
@@ -237,12 +249,19 @@ def _load_extract(
     return Adapted(backbone, config.images) if config.images is not None else backbone
 
 
+def fixed_picture(side: int, device: torch.device) -> Tensor:
+    """[1, 3, S, S] with values in 0..1. Raises ValueError for a side that no network takes."""
+    if not 0 < side <= LARGEST_SIDE:
+        raise ValueError(f"image_size {side}; expected 1 to {LARGEST_SIDE}")
+    ramp = torch.linspace(0, 6, side)
+    wave = torch.stack([(k * ramp[:, None]).sin() + ((4 - k) * ramp[None]).cos() for k in (1, 2, 3)])
+    return (0.5 + wave / 4)[None].to(device)
+
+
 @torch.no_grad()
 def probe(extract: Extract, image_size: int, device: torch.device) -> list[list[float]]:
-    """The features of a fixed picture, averaged over positions and groups of channels: up to `PARTS` per level."""
-    ramp = torch.linspace(0, 6, image_size)
-    wave = torch.stack([(k * ramp[:, None]).sin() + ((4 - k) * ramp[None]).cos() for k in (1, 2, 3)])
-    picture = (0.5 + wave / 4)[None].to(device)
+    """The features of the fixed picture, averaged over positions and groups of channels: up to `PARTS` per level."""
+    picture = fixed_picture(image_size, device)
     encode = extract.encode if isinstance(extract, ADExtractor) and extract.references is None else extract
     features = encode(picture)
     means = [level[0].double().mean((1, 2))[None] for level in features]

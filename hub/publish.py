@@ -11,7 +11,6 @@ extractor: their numbers, with the command that gives them, go into the card and
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 import sys
@@ -27,6 +26,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from adpretrain.artefact import CONFIG_NAME, WEIGHTS_NAME, ExtractorConfig, folder_digest, read_config
 from adpretrain.card import METRICS, Result, metadata, sections
 from adpretrain.hub import Published, publish, publish_space
+from adpretrain.parsing import read_json
 
 HUB = Path(__file__).resolve().parent
 EXAMPLES = 3  # heatmaps on the page, at most
@@ -83,7 +83,7 @@ def results_of(folder: Path, extractor: Path, repo_id: str) -> list[Result]:
     """The means of a table of recipes/evaluate.py. Raises ValueError unless it was made with this extractor alone."""
     path = folder / "table.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         configuration, rows = content["configuration"], content["summary"]
         made_with = [entry["sha256"] for entry in configuration["extractors"]]
         command = _command(configuration, repo_id)

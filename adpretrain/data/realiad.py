@@ -8,7 +8,6 @@ has no view C1 to C5 is left out, with a warning that names it.
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from typing import Any
 
 from adpretrain.data.samples import GOOD, LeftOut, Sample
 from adpretrain.data.tree import existing_folder, images_in, inside
+from adpretrain.parsing import read_json
 
 VIEWS = ("C1", "C2", "C3", "C4", "C5")
 _VIEW = re.compile(r"_(C[1-5])_[^_]*$")
@@ -97,12 +97,12 @@ def _from_json(root: Path, images: Path, category: str, protocol: str) -> list[S
         present = sorted(folder.name for folder in (root / "realiad_jsons").glob("*/"))
         raise ValueError(f"split file not found: {file}; protocols present: {', '.join(present) or 'none'}")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         normal, prefix = content["meta"]["normal_class"], content["meta"].get("prefix", "")
         folder = inside(images, prefix, f"the split of {category}")
         entries = [(split, entry) for split in ("train", "test") for entry in content[split]]
         return [_entry(folder, category, normal, split, entry) for split, entry in entries]
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is not a Real-IAD split file: {type(error).__name__} {error}") from error
 
 

@@ -44,7 +44,11 @@ def inside(root: Path, name: str, where: str) -> Path:
     elsewhere must not make us read other files.
     """
     path = root / name
-    if not path.resolve().is_relative_to(root.resolve()):
+    try:
+        within = path.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a zero byte, a name that is too long
+        raise ValueError(f"path {name[:200]!r} in {where} cannot be followed: {error}") from error
+    if not within:
         raise ValueError(f"path {name!r} in {where} leaves {root}")
     return path
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from adpretrain.artefact import CARD_NAME, CONFIG_NAME, PICTURE_SUFFIX, WEIGHTS_NAME
+from adpretrain.parsing import read_json
 
 PICTURE = r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.png"
 PART = re.compile(r"[a-z0-9][a-z0-9_-]*")  # a model within a model, e.g. the extractor of a detector
@@ -118,7 +118,7 @@ def _names(root: Path) -> list[str]:
 def _check_content(path: Path) -> None:
     wrong: str | Exception = ""
     try:
-        if path.name == CONFIG_NAME and not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
+        if path.name == CONFIG_NAME and not isinstance(read_json(path), dict):
             wrong = "not a JSON object"
         if path.name == WEIGHTS_NAME:
             with safe_open(path, framework="pt"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import warnings
@@ -17,6 +16,7 @@ from adpretrain.artefact import CONFIG_NAME, WEIGHTS_NAME
 from adpretrain.files import atomic_path
 from adpretrain.hub.contents import GIT_SHA1, PART, SHA256, has_digest
 from adpretrain.hub.trouble import explain, may_pass, persistently, root, troubles
+from adpretrain.parsing import read_json
 
 EMBEDDED = "embedded"
 EMBEDDED_FOLDER = Path(__file__).resolve().parents[1] / EMBEDDED
@@ -156,8 +156,8 @@ class _Cache:
         for name in files:
             self._fetch_file(commit, prefix + name)
         try:
-            config = json.loads((self.snapshot(commit) / prefix / CONFIG_NAME).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            config = read_json(self.snapshot(commit) / prefix / CONFIG_NAME)
+        except ValueError:
             return  # whoever reads the config says what is wrong with it
         for part in parts(config) if isinstance(config, dict) else ():
             if not PART.fullmatch(part):

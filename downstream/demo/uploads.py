@@ -14,7 +14,7 @@ from adpretrain.preprocess import Preprocess, as_rgb
 from downstream.inspection.photos import Photo, Unreadable, seen
 
 MEGA = 10**6
-FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")  # Pillow's names; none that runs another program
+FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")  # Pillow's names
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 KINDS = "BMP, JPEG, PNG, TIFF or WebP"
 NAME_LENGTH = 80

@@ -36,8 +36,8 @@ def score_images(
 ) -> tuple[list[Result], list[str]]:
     """Score `paths`, save a panel for each; the results in the order of `paths`, and warnings.
 
-    Panels go below the record's folder. Batches that the record holds are taken from it, the others are added to it. A photograph without a finite score
-    counts as unreadable.
+    Panels go below the record's folder. Batches that the record holds are taken from it, the others are added to it. A
+    photograph without a finite score counts as unreadable.
     """
     names, images = picture_names(root, paths), [stamp(root, path) for path in paths]
     scale = basis.scale or _scale_of_sample(basis, paths, images, record, batch_size)

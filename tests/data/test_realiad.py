@@ -148,7 +148,7 @@ def test_a_listing_cannot_leave_the_set(realiad: Path, path: str, key: str) -> N
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"meta": {"normal_class": "OK"}, "train": [{}], "test": []}'])
 def test_a_broken_listing_is_named(realiad: Path, text: str) -> None:
     (realiad / "realiad_jsons/realiad_jsons_sv/cap.json").write_text(text)
-    with pytest.raises(ValueError, match=r"cap\.json is not a Real-IAD split file"):
+    with pytest.raises(ValueError, match=r"cap\.json"):
         index_realiad(realiad, protocol="realiad_jsons_sv")
 
 
