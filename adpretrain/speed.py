@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -32,10 +32,17 @@ PEAKS = {
 }
 
 
-def peak_flops(name: str, half: bool) -> float | None:
-    """FLOP/s that a device of this name can do at most in half precision or float32; None if it is not in the table."""
+def peak_flops(device: torch.device, half: bool) -> float | None:
+    """FLOP/s that a device can do at most, in half precision or float32; None if it is not in the table."""
+    if not _is_gpu(device):
+        return None
+    name = torch.cuda.get_device_name(device)
     found = next((peaks for known, peaks in PEAKS.items() if known in name), None)
     return None if found is None else 1e12 * (found[0] if half else found[1])
+
+
+def _is_gpu(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_available()
 
 
 def count_flops(work: Callable[[], object]) -> int:
@@ -53,7 +60,7 @@ class Stopwatch:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.on_device = device.type == "cuda" and torch.cuda.is_available()
+        self.on_device = _is_gpu(device)
         self._marks: list[tuple[str, Any]] = [("other", self._now())]
 
     def _now(self) -> Any:
@@ -81,41 +88,49 @@ class Stopwatch:
 class Throughput:
     """Images per second, shares of the phases and MFU, since the last line and since the start.
 
-    ``peak``: FLOP/s of all devices together; None = unknown, and MFU is left out. ``watch`` is told the phases.
+    ``watch`` is told the phases; ``peak``: FLOP/s of this process's device, None = unknown, which leaves MFU out.
     """
 
-    def __init__(self, watch: Stopwatch, peak: float | None) -> None:
+    def __init__(self, watch: Stopwatch, peak: float | None = None) -> None:
         self.watch, self.peak = watch, peak
-        self.images = self.flops = 0.0
-        self.total: dict[str, float] = defaultdict(float)
-        self.total_images = self.total_flops = 0.0
+        self.per_image = self.per_step = 0
+        self.restart()
 
-    def add(self, images: int, flops: float) -> None:
-        """Count a step."""
-        self.images += images
-        self.flops += flops
+    def restart(self) -> None:
+        """Forget what was counted so far."""
+        self.watch.seconds()
+        self._part, self._whole = defaultdict[str, float](float), defaultdict[str, float](float)
+
+    def count(self, backbone: Callable[[], object], projector: Callable[[], object]) -> None:
+        """FLOPs of the backbone's forward of one image and of a step's forward and backward (twice the forward) of the
+        projector; both are run, if MFU is asked for."""
+        if self.peak is not None:
+            self.per_image, self.per_step = count_flops(backbone), 3 * count_flops(projector)
+
+    def add(self, images: int, encoded: int) -> None:
+        """A step of ``images`` images of all processes; ``encoded``: those that this process's backbone has seen."""
+        self._part["images"] += images
+        self._part["flops"] += encoded * self.per_image + self.per_step
 
     def line(self) -> dict[str, float]:
         """``images_per_s``, ``time_<phase>`` (shares of 1) and ``mfu`` of the steps since the last line."""
-        spent = self.watch.seconds()
-        for phase, seconds in spent.items():
-            self.total[phase] += seconds
-        self.total_images += self.images
-        self.total_flops += self.flops
-        line = self._line(spent, self.images, self.flops)
-        self.images = self.flops = 0.0
+        self._part.update({f"time_{phase}": seconds for phase, seconds in self.watch.seconds().items()})
+        for key, value in self._part.items():
+            self._whole[key] += value
+        line = self._rates(self._part)
+        self._part.clear()
         return line
 
-    def _line(self, spent: dict[str, float], images: float, flops: float) -> dict[str, float]:
-        elapsed = sum(spent.values())
-        line = {"images_per_s": images / elapsed}
-        line |= {f"time_{phase}": seconds / elapsed for phase, seconds in spent.items()}
-        return line if self.peak is None else {**line, "mfu": flops / elapsed / self.peak}
+    def _rates(self, sums: Mapping[str, float]) -> dict[str, float]:
+        phases = {key: value for key, value in sums.items() if key.startswith("time_")}
+        elapsed = sum(phases.values())
+        rates = {"images_per_s": sums["images"] / elapsed, **{key: value / elapsed for key, value in phases.items()}}
+        return rates if self.peak is None else {**rates, "mfu": sums["flops"] / elapsed / self.peak}
 
     def summary(self) -> str:
-        """One readable line about all the steps."""
-        line = self._line(self.total, self.total_images, self.total_flops)
-        shares = sorted(((value, key.removeprefix("time_")) for key, value in line.items() if "time_" in key))[::-1]
-        parts = ", ".join(f"{phase} {100 * share:.0f} %" for share, phase in shares)
-        mfu = f"; MFU {100 * line['mfu']:.0f} %" if "mfu" in line else ""
-        return f"{self.total_images:.0f} images, {line['images_per_s']:.3g} images/s; time in {parts}{mfu}"
+        """One readable sentence about all lines."""
+        rates = self._rates(self._whole)
+        shares = sorted((-value, key.removeprefix("time_")) for key, value in rates.items() if key.startswith("time_"))
+        parts = ", ".join(f"{phase} {-100 * share:.0f} %" for share, phase in shares)
+        mfu = f"{100 * rates['mfu']:.0f} %" if "mfu" in rates else "unknown (the device is not in the table of peaks)"
+        return f"{rates['images_per_s']:.3g} images/s; time: {parts}; MFU {mfu}"

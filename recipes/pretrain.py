@@ -10,7 +10,6 @@ config.yaml, metrics.jsonl, curves.png, checkpoints and, at the end, the extract
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Sequence
 
 import torch
@@ -22,7 +21,7 @@ from progress import progress_bar
 from rich.console import Console
 from run_setup import Run, make_batches, set_up
 
-from adpretrain.backbones import FeatureMaps, References
+from adpretrain.backbones import FeatureMaps
 from adpretrain.batches import LabelledBatch, ResidualBatch, label, thin
 from adpretrain.config import PretrainConfig
 from adpretrain.distributed import copy_from_first, sum_gradients
@@ -30,6 +29,7 @@ from adpretrain.objective import Losses, measure_centers
 from adpretrain.parsing import parse_command_line
 
 CENTER_STEPS = 8  # steps whose batches measure the centres
+PLOT_EVERY = 60.0  # seconds
 
 
 def prepare(run: Run, batch: ResidualBatch) -> LabelledBatch:
@@ -38,21 +38,32 @@ def prepare(run: Run, batch: ResidualBatch) -> LabelledBatch:
     return thin(labelled, batch.keys, run.config.tokens, run.config.seed) if run.config.tokens else labelled
 
 
-def project(run: Run, view: FeatureMaps, contexts: Sequence[tuple[int, References]]) -> FeatureMaps:
-    """One view's residuals through the projector; with cross attention, group by group, each with its context."""
-    if not contexts:
-        return run.model(view)
-    parts = zip(*(level.split([count for count, _ in contexts]) for level in view), strict=True)
-    projected = [run.model(list(part), context) for part, (_, context) in zip(parts, contexts, strict=True)]
-    return [torch.cat(level) for level in zip(*projected, strict=True)]
+def project(run: Run, batch: LabelledBatch) -> list[FeatureMaps]:
+    """All views' residuals through the projector, at once: keys and values do not depend on the images. With cross
+    attention view by view and group by group, each with its context."""
+    if not batch.contexts:
+        together = run.model([torch.cat(level) for level in zip(*batch.views, strict=True)])
+        return [list(view) for view in zip(*(level.chunk(len(batch.views)) for level in together), strict=True)]
+    sizes, views = [count for count, _ in batch.contexts], []
+    for view in batch.views:
+        parts = zip(*(level.split(sizes) for level in view), strict=True)
+        projected = [run.model(list(part), context) for part, (_, context) in zip(parts, batch.contexts, strict=True)]
+        views.append([torch.cat(level) for level in zip(*projected, strict=True)])
+    return views
 
 
 def training_step(run: Run, batch: LabelledBatch) -> Losses:
     """Forward, backward, update. Raises FloatingPointError naming the level if a loss is not finite."""
+    watch = run.speed.watch
+    watch("projector")
     with run.accelerator.autocast():
-        projected = [project(run, view, batch.contexts) for view in batch.views]
+        projected = project(run, batch)
+    for level in projected[-1]:  # what was made last is differentiated first: from here on it is the projector's turn
+        level.register_hook(lambda gradient: watch("projector"))
+    watch("loss")
     losses = run.objective(projected, batch)
     run.accelerator.backward(losses.share)
+    watch("other")
     sum_gradients(run.model.parameters(), dist.group.WORLD)
     if run.config.optim.clip:
         run.accelerator.clip_grad_norm_(run.model.parameters(), run.config.optim.clip)
@@ -62,23 +73,38 @@ def training_step(run: Run, batch: LabelledBatch) -> Losses:
     return losses
 
 
-def after_step(run: Run, step: int, losses: Losses, images_per_s: float, stopping: bool) -> None:
-    """Log, evaluate and save where the configuration asks for it; ``step`` counts finished steps."""
-    config, last = run.config, step == run.steps
-    if run.accelerator.is_main_process and (step % config.log_every == 0 or last):
-        line = {
-            "loss": float(losses.total),
-            "angle": float(losses.angle),
-            "norm": float(losses.norm),
-        }
-        line |= {"lr": run.scheduler.get_last_lr()[0], "images_per_s": round(images_per_s, 2)}
+def advance(run: Run, batch: ResidualBatch, first: bool) -> Losses:
+    """One step of the training, counted."""
+    run.speed.watch("loss")
+    labelled = prepare(run, batch)
+    if first:
+        side = run.extractor.preprocess.image_size
+        blank = torch.zeros(1, 3, side, side, device=run.accelerator.device)
+        with torch.no_grad(), run.accelerator.autocast():
+            run.speed.count(lambda: run.extractor.backbone(blank), lambda: project(run, labelled))
+    run.speed.add(run.global_batch, batch.encoded)
+    return training_step(run, labelled)
+
+
+def log(run: Run, step: int, losses: Losses) -> str:
+    """Write a line of metrics since the last one; its gist for the progress bar."""
+    speed = run.speed.line()
+    line = {"loss": float(losses.total), "angle": float(losses.angle), "norm": float(losses.norm)}
+    line |= {"lr": run.scheduler.get_last_lr()[0], **{key: float(f"{value:.4g}") for key, value in speed.items()}}
+    if run.accelerator.is_main_process:
         run.folder.log({"step": step, **line})
         run.accelerator.log(line, step=step)
+    return f"norm {line['norm']:.3f}  angle {line['angle']:.3f}  {line['images_per_s']:.3g} images/s"
+
+
+def after_step(run: Run, step: int, stopping: bool) -> None:
+    """Evaluate and save where the configuration asks for it; ``step`` counts finished steps."""
+    config, last = run.config, step == run.steps
     if run.held_out and (last or (config.eval.every and step % config.eval.every == 0)):
         report_held_out(run, step)
     if run.accelerator.is_main_process and (stopping or last or step % config.checkpoint_every == 0):
         run.folder.save_checkpoint(step, run.state())
-        run.folder.plot()
+        run.folder.plot(every=PLOT_EVERY)
 
 
 def begin(run: Run) -> int:
@@ -107,25 +133,28 @@ def train(run: Run) -> bool:
     run.model.train()
     interruption = Interruption()  # only from here on is there something to save
     source = iter(batches(run.schedule(done, run.steps)))
+    run.speed.restart()
     with progress_bar(run.console) as bar:
         task = bar.add_task("pretraining", total=run.steps, completed=done)
         for step in range(done + 1, run.steps + 1):
-            began = time.perf_counter()
             with run.accelerator.autocast():
                 batch = next(source)
             try:
-                losses = training_step(run, prepare(run, batch))
+                losses = advance(run, batch, first=step == done + 1)
             except FloatingPointError as error:
                 raise FloatingPointError(f"step {step}: {error}") from None
             stopping = interruption.agreed(run.accelerator.device)
-            rate = run.global_batch / (time.perf_counter() - began)
             with run.folder.writing():
-                after_step(run, step, losses, rate, stopping)
-            text = f"norm {float(losses.norm):.3f}  angle {float(losses.angle):.3f}  {rate:.0f} images/s"
-            bar.update(task, completed=step, description=text)
+                if step % run.config.log_every == 0 or step == run.steps:
+                    bar.update(task, description=log(run, step, losses))
+                run.speed.watch("evaluation")
+                after_step(run, step, stopping)
+            bar.update(task, completed=step)
             if stopping and step < run.steps:
                 run.console.print(f"stopped at step {step}; the same command resumes")
                 return False
+    if done < run.steps:
+        run.console.print(run.speed.summary())
     return True
 
 

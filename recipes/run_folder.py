@@ -12,6 +12,7 @@ import json
 import pickle
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ class RunFolder:
         self.console, self.main = console, main
         self.metrics_path = self.path / "metrics.jsonl"
         self.extractor_path = self.path / "extractor"
+        self.plotted = time.monotonic()
         written = self.path / "config.yaml"
         if main:
             for folder in (self.path, self.path / "checkpoints"):
@@ -132,8 +134,11 @@ class RunFolder:
                 break
         return lines
 
-    def plot(self) -> None:
-        """Loss and held-out curves: curves.png."""
+    def plot(self, every: float = 0.0) -> None:
+        """Loss and held-out curves: curves.png; nothing if that was done less than ``every`` seconds ago."""
+        if time.monotonic() - self.plotted < every:
+            return
+        self.plotted = time.monotonic()
         from matplotlib.figure import Figure
 
         metrics = self.read_metrics()

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from checked_samples import checked_samples
 from progress import progress_bar
 from rich.console import Console
+from run_data import CONDITIONING_IMAGES, find_samples, step_batches, training_set
 from run_folder import RunFolder
 
 from adpretrain.backbones import load_backbone
@@ -23,26 +20,12 @@ from adpretrain.conditioning import Conditioning
 from adpretrain.config import PretrainConfig
 from adpretrain.data import ImageDataset, Sample
 from adpretrain.data.pairs import PretrainingSet, StepBatches
+from adpretrain.data.streaming import StreamedBatches, StreamedSet
 from adpretrain.extractor import ADExtractor, build_projector
 from adpretrain.objective import Objective
 from adpretrain.projector import FeatureProjector
+from adpretrain.speed import Stopwatch, Throughput, peak_flops
 from downstream.evaluation.evaluate import FeatureSet, by_product, encode_samples
-
-CONDITIONING_IMAGES = 2  # normal images of every product that measure the feature statistics
-
-
-def split_samples(samples: Sequence[Sample], patterns: Sequence[str]) -> tuple[list[Sample], list[Sample]]:
-    """(training, held-out) samples; ``patterns`` are category names or patterns such as "p09*".
-
-    A benchmark's own validation split is left alone.
-    """
-    samples = [sample for sample in samples if sample.split != "validation"]
-    names = sorted({sample.category for sample in samples})
-    held = {name for pattern in patterns for name in fnmatch.filter(names, pattern)}
-    for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
-            raise ValueError(f"held-out category {pattern!r} matches none of: {', '.join(names)}")
-    return [s for s in samples if s.category not in held], [s for s in samples if s.category in held]
 
 
 def build_extractor(config: PretrainConfig, samples: list[Sample], device: torch.device) -> ADExtractor:
@@ -75,7 +58,7 @@ class Run:
     accelerator: Accelerator
     console: Console
     folder: RunFolder
-    data: PretrainingSet
+    data: PretrainingSet | StreamedSet
     extractor: ADExtractor
     objective: Objective
     model: FeatureProjector  # the extractor's projector
@@ -83,14 +66,14 @@ class Run:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     steps: int
     held_out: list[FeatureSet]
+    speed: Throughput
     baseline: dict[str, float] = field(default_factory=dict)  # the held-out metrics without the projector
     best: dict[str, Any] = field(default_factory=dict)  # step, score and weights of the best projector so far
 
-    def schedule(self, start: int, stop: int) -> StepBatches:
+    def schedule(self, start: int, stop: int) -> StepBatches | StreamedBatches:
         """This process's batches of the steps from ``start`` to ``stop``."""
-        size, seed = self.config.optim.batch_size, self.config.seed
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        return StepBatches(len(self.data), size, start, stop, seed, rank, processes)
+        return step_batches(self.data, self.config, start, stop, rank, processes)
 
     @property
     def global_batch(self) -> int:
@@ -131,14 +114,12 @@ class Run:
 
 def set_up(config: PretrainConfig, console: Console, accelerator: Accelerator) -> Run:
     """Index the data, build the networks, the optimiser and the run's folder."""
-    checked = checked_samples(config.data, Path(config.run), console, accelerator.is_main_process)
-    samples, held_out = split_samples(checked, config.data.held_out)
+    shards, samples, held_out = find_samples(config, console, accelerator.is_main_process)
     torch.manual_seed(config.seed)
     extractor = build_extractor(config, samples, accelerator.device)
-    seed = config.cache.seed if config.cache.draws else config.seed
-    data = PretrainingSet(samples, extractor.preprocess, config.shots, seed, config.augment)
+    data = training_set(config, shards, samples, extractor.preprocess)
     rank, processes = accelerator.process_index, accelerator.num_processes
-    per_epoch = StepBatches(len(data), config.optim.batch_size, 0, 0, config.seed, rank, processes).per_epoch
+    per_epoch = step_batches(data, config, 0, 0, rank, processes).per_epoch
     steps = config.optim.steps or per_epoch * config.optim.epochs
     folder = RunFolder(config, console, accelerator.is_main_process)  # after everything a mistake could stop
     model = extractor.projector
@@ -153,8 +134,22 @@ def set_up(config: PretrainConfig, console: Console, accelerator: Accelerator) -
     with progress_bar(console) as bar:
         groups = bar.track(list(products.values()), description="held-out products")
         sets = [encode_samples(group, extractor.backbone, accelerator.device) for group in groups]
+    half = config.optim.precision != "no"
+    speed = Throughput(Stopwatch(accelerator.device), peak_flops(accelerator.device, half))
     return Run(
-        config, accelerator, console, folder, data, extractor, objective, model, optimizer, scheduler, steps, sets
+        config,
+        accelerator,
+        console,
+        folder,
+        data,
+        extractor,
+        objective,
+        model,
+        optimizer,
+        scheduler,
+        steps,
+        sets,
+        speed,
     )
 
 
@@ -162,7 +157,7 @@ def make_batches(run: Run) -> CachedBatches | OnlineBatches:
     """Residuals of the batches: computed once before training, or step by step."""
     config, device = run.config, run.accelerator.device
     if not config.cache.draws:
-        return OnlineBatches(run.extractor, run.data, config.data.workers, device)
+        return OnlineBatches(run.extractor, run.data, config.data.workers, device, run.speed.watch)
     with progress_bar(run.console) as bar:
         stages = iter(("encoding images", "matching references"))
         return CachedBatches(
