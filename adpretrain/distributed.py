@@ -125,4 +125,5 @@ class _LogSumExp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         part_A, whole_A = ctx.saved_tensors
-        return _reduced(grads[0], dist.ReduceOp.SUM, ctx.group) * (part_A - whole_A).exp(), None
+        shift_A = whole_A.where(whole_A.isfinite(), 0.0)
+        return _reduced(grads[0], dist.ReduceOp.SUM, ctx.group) * (part_A - shift_A).exp(), None

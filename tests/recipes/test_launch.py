@@ -1,0 +1,85 @@
+"""A launch of fewer processes than were asked for is refused, with the way to start them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+from conftest import ROOT
+
+
+@pytest.fixture(autouse=True)
+def recipes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+
+
+def left_by_accelerate(monkeypatch: pytest.MonkeyPatch, *flags: str) -> dict[str, str]:
+    """The environment in which accelerate's launcher of one process starts it."""
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    options = launch_command_parser().parse_args([*flags, "--num_machines", "1", "recipes/pretrain.py"])
+    options, _, _ = _validate_launch_command(options)
+    return prepare_simple_launcher_cmd_env(options)[1]
+
+
+@pytest.mark.parametrize("flags", [["--cpu", "--num_processes", "2"], ["--num_processes", "3"]])
+def test_accelerate_that_started_one_of_several_is_noticed(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from launch import refuse_lost
+
+    with pytest.raises(ValueError, match=r"several processes were asked for.*--multi_gpu --num_processes N"):
+        refuse_lost(1, left_by_accelerate(monkeypatch, *flags))
+    refuse_lost(1, left_by_accelerate(monkeypatch, "--cpu", "--num_processes", "1"))
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"WORLD_SIZE": "4", "RANK": "0"}, "WORLD_SIZE=4 processes were asked for, but this one trains with 1"),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, "SLURM_NTASKS=2 processes"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE=2 processes"),
+        ({"WORLD_SIZE": "1", "SLURM_NNODES": "2", "GROUP_WORLD_SIZE": "1"}, "SLURM_NNODES=2 machines, but 1 train"),
+    ],
+)
+def test_lost_processes_are_named(environment: dict[str, str], words: str) -> None:
+    from launch import refuse_lost
+
+    with pytest.raises(ValueError, match=words):
+        refuse_lost(1, environment)
+
+
+@pytest.mark.parametrize(
+    ("processes", "environment"),
+    [
+        (1, {}),
+        (1, {"WORLD_SIZE": "1", "MASTER_ADDR": "10.0.0.1", "SLURM_NTASKS": "4"}),  # one on purpose
+        (8, {"WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "2", "SLURM_NTASKS": "2", "SLURM_NNODES": "2"}),
+        (2, {"OMPI_COMM_WORLD_SIZE": "2", "SLURM_NTASKS": "2"}),
+    ],
+)
+def test_complete_launches_are_not_refused(processes: int, environment: dict[str, str]) -> None:
+    from launch import refuse_lost
+
+    refuse_lost(processes, environment)
+
+
+def test_a_size_without_ranks_is_refused_before_everybody_waits_for_everybody() -> None:
+    from launch import refuse_rankless
+
+    with pytest.raises(ValueError, match="WORLD_SIZE=2 but no RANK"):
+        refuse_rankless({"WORLD_SIZE": "2"})
+    refuse_rankless({"WORLD_SIZE": "2", "RANK": "1"})
+    refuse_rankless({"WORLD_SIZE": "1"})
+
+
+@pytest.mark.slow
+def test_the_recipe_refuses_to_be_one_of_two(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command += ["recipes/pretrain.py", "--run", str(tmp_path / "run"), "--tracker", "false"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode != 0
+    assert "several processes were asked for" in " ".join(result.stderr.split())
+    assert not (tmp_path / "run").exists()
