@@ -97,8 +97,8 @@ class ReferencesConfig:
             others are drawn; their features are kept. 0 = all photographs, and no features are kept. In these epochs
             the residuals come from these photographs alone, so a small pool may be overfitted until the next one.
         refresh: epochs that a pool serves.
-        cache_mb: MiB of features that may be kept; the least recently used pools make room. It changes the time, not
-            the numbers.
+        cache_mb: MiB of features that each process may keep; the least recently used pools make room. It changes the
+            time, not the numbers; 0 = none are kept, which gives the same numbers up to rounding.
     """
 
     together: int = 1

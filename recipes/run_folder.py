@@ -35,6 +35,7 @@ FREE_KEYS = (
     "checkpoint_every",
     "data.workers",
     "data.root",
+    "references.cache_mb",
 )  # may change on resuming
 
 

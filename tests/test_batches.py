@@ -5,11 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import Dinov2Config, Dinov2Model
 
 from adpretrain.backbones import load_backbone
-from adpretrain.batches import CachedBatches, OnlineBatches, ResidualBatch, label, thin
+from adpretrain.backbones.dinov2 import DinoV2
+from adpretrain.batches import CachedBatches, OnlineBatches, ResidualBatch, encode_batch, label, thin
 from adpretrain.conditioning import Conditioning
-from adpretrain.data import index_realiad
+from adpretrain.config import ReferencesConfig
+from adpretrain.data import Sample, index_realiad
+from adpretrain.data.loading import Requests
 from adpretrain.data.pairs import PretrainingSet, StepBatches, token_labels
 from adpretrain.data.synthetic import make_synthetic
 from adpretrain.extractor import ADExtractor
@@ -57,6 +61,112 @@ def test_online_residuals_match_one_image_with_its_own_references(data: Pretrain
         alone = extractor(image, extractor.encode_references(references))
         for level, expected in zip(batch.views[0], alone, strict=True):
             torch.testing.assert_close(level[row], expected[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def products(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
+    """Five products of six normal photographs and two defects."""
+    root = make_synthetic(tmp_path_factory.mktemp("many"), 5, 6, 2, size=64, seed=2, workers=1, progress=False)
+    return index_realiad(root)
+
+
+def vit(side: int) -> ADExtractor:
+    """Random weights: fast, and attention spans the picture as in the real ones."""
+    torch.manual_seed(0)
+    geometry = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14)
+    return ADExtractor(DinoV2(Dinov2Model(geometry), "small", side, [1, 2]))
+
+
+@pytest.fixture(scope="module")
+def small_vit() -> ADExtractor:
+    return vit(56)
+
+
+def pooled(products: list[Sample], extractor: ADExtractor, augment: str = "none", **options: int) -> PretrainingSet:
+    references = ReferencesConfig(**{"pool": 4, **options})
+    return PretrainingSet(products, extractor.preprocess, [1, 3], 5, augment, references)
+
+
+def residuals(data: PretrainingSet, extractor: ADExtractor, start: int, room: int) -> list[ResidualBatch]:
+    """Steps of three images (three epochs in 39) with room for some pools of features."""
+    steps = StepBatches(len(data), 3, start, 39, seed=5)
+    batches, features, limit = [], {}, room * 4  # photographs
+    for request in Requests(steps, data.draws, room):
+        batches.append(encode_batch(extractor, data.load(request), features))
+        assert len(features) <= limit
+    return batches
+
+
+def equal(ours: list[ResidualBatch], theirs: list[ResidualBatch]) -> bool:
+    pairs = zip(ours, theirs, strict=True)
+    return all(
+        a.keys == b.keys and all(map(torch.equal, sum(a.views, []), sum(b.views, [])))  # noqa: RUF017
+        for a, b in pairs
+    )
+
+
+@pytest.mark.parametrize("refresh", [1, 2])
+def test_kept_features_never_change_a_bit(products: list[Sample], small_vit: ADExtractor, refresh: int) -> None:
+    """Room for all pools, for three of the five (the others go and come back), and resumed within an epoch."""
+    data = pooled(products, small_vit, refresh=refresh)
+    whole = residuals(data, small_vit, 0, room=5)
+    scarce = residuals(data, small_vit, 0, room=3)
+    assert equal(whole, scarce)
+    assert equal(whole[17:], residuals(data, small_vit, 17, room=5))
+    views = 3 * 39
+    pools = (sum(batch.encoded for batch in batches) - views for batches in (whole, scarce))
+    assert next(pools) == 5 * 4 * (3 if refresh == 1 else 2) < next(pools)  # each pool once while it serves
+
+
+def test_kept_features_give_the_residuals_of_encoding_every_time(
+    products: list[Sample], small_vit: ADExtractor
+) -> None:
+    kept, not_kept = (
+        list(OnlineBatches(small_vit, data, 0, CPU)(StepBatches(len(data), 8, 0, 10, seed=5)))
+        for data in (pooled(products, small_vit), pooled(products, small_vit, cache_mb=0))
+    )
+    assert [batch.keys for batch in kept] == [batch.keys for batch in not_kept]
+    for ours, theirs in zip(kept, not_kept, strict=True):
+        for level, other in zip(sum(ours.views, []), sum(theirs.views, []), strict=True):  # noqa: RUF017
+            torch.testing.assert_close(level, other, rtol=1e-5, atol=1e-6)
+    assert sum(batch.encoded for batch in kept) < sum(batch.encoded for batch in not_kept)
+
+
+def test_features_keep_to_their_limit(products: list[Sample]) -> None:
+    extractor = vit(280)  # 400 tokens of 2 x 32 channels: two pools in 1 MiB
+    data = pooled(products, extractor, cache_mb=1)
+    online = OnlineBatches(extractor, data, 0, CPU)
+    steps = StepBatches(len(data), 2, 0, 15, seed=5)
+    most, features = 0, {}
+    for request in Requests(steps, data.draws, online._room(data.draws.config)):
+        encode_batch(extractor, data.load(request), features)
+        held = {level.untyped_storage().data_ptr(): level.untyped_storage() for f in features.values() for level in f}
+        most = max(most, sum(storage.nbytes() for storage in held.values()))
+    assert 0.5 * 2**20 < most <= 2**20
+    with pytest.raises(ValueError, match=r"images of \d categories and views needs .*room for 2: raise it"):
+        list(online(StepBatches(len(data), 8, 0, 1, seed=5)))
+
+
+def test_workers_load_what_the_main_process_would(products: list[Sample], small_vit: ADExtractor) -> None:
+    data = pooled(products, small_vit, together=2, pool=5)
+    steps = StepBatches(len(data), 8, 0, 6, seed=5, blocks=data.draws.blocks)
+    alone, helped = (list(OnlineBatches(small_vit, data, workers, CPU)(steps)) for workers in (0, 2))
+    assert equal(alone, helped)
+
+
+def test_images_that_share_references_are_matched_with_their_own(
+    products: list[Sample], small_vit: ADExtractor
+) -> None:
+    data = pooled(products, small_vit, "epoch", together=3, pool=0)
+    (batch,) = OnlineBatches(small_vit, data, 0, CPU)(StepBatches(len(data), 9, 0, 1, 5, blocks=data.draws.blocks))
+    assert batch.encoded < 2 * 9 + sum(len(data.draw_references(index, epoch)) for epoch, index in batch.keys)
+    for row, (epoch, index) in enumerate(batch.keys):
+        pictures = torch.stack([data.pixels(other) for other in data.draw_references(index, epoch)])
+        banks = small_vit.encode_references(data.preprocess.normalise(pictures))
+        alone = small_vit(data.preprocess.normalise(data.views(index, epoch)), banks)
+        for view in range(2):
+            for level, expected in zip(batch.views[view], alone, strict=True):
+                torch.testing.assert_close(level[row], expected[view], rtol=1e-4, atol=1e-5)
 
 
 def test_the_cache_on_disk_is_reused_and_another_setting_makes_another(

@@ -92,6 +92,8 @@ def test_a_bad_file_is_named_with_the_way_out(tmp_path: Path, text: str, message
         ("--shots=[]", r"shots \[\] must list"),
         ("--shots=[0]", r"shots \[0\] must list"),
         ("--cache.draws=2", "set augment to 'once' or 'none'"),
+        ("--references.pool=8", r"references\.pool 8 is too small: K = 8 references of 1 images .* need 9 photographs"),
+        ("--references.together=0", "together and refresh start at 1, pool and cache_mb at 0"),
         ("--augment=none", r"set loss\.lambda_ to 0"),
         ("--tempo=3", "unknown flag --tempo"),
         ("--loss.temprature=0.2", r"unknown flag --loss\.temprature \(did you mean --loss\.temperature\?\)"),
@@ -101,6 +103,14 @@ def test_a_bad_file_is_named_with_the_way_out(tmp_path: Path, text: str, message
 def test_a_bad_value_is_named(flag: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_command_line(PretrainConfig, [flag])
+
+
+def test_kept_residuals_and_shared_references_exclude_each_other() -> None:
+    flags = ["--cache.draws=1", "--augment=once", "--references.together=2"]
+    with pytest.raises(ValueError, match=r"leave references\.together and \.pool out"):
+        parse_command_line(PretrainConfig, flags)
+    assert parse_command_line(PretrainConfig, flags[:2]).references.together == 1
+    assert parse_command_line(PretrainConfig, flags[1:]).references.together == 2
 
 
 def test_flags_reach_into_mappings_and_append_to_lists() -> None:

@@ -11,8 +11,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torchvision.transforms.v2 import functional as tv
 
-from adpretrain.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess, TwoViews, read_image, read_mask
+from adpretrain.preprocess import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Preprocess,
+    TwoViews,
+    gaussian_blur,
+    picture_size,
+    read_image,
+    read_mask,
+)
 
 
 def gradient(height: int = 24, width: int = 32) -> np.ndarray:
@@ -257,3 +267,38 @@ def test_views_have_the_released_probabilities_and_geometry() -> None:
     light = views.float().mean(1)
     inside, outside = light[:, 22:26, 6:10].mean((1, 2)), light[:, 4:12, 20:28].mean((1, 2))
     assert (inside > outside).all()
+
+
+@pytest.mark.parametrize("side", [32, 224])
+@pytest.mark.parametrize("sigma", [0.1, 0.9, 2.0])
+def test_blurring_is_torchvisions_to_one_level(side: int, sigma: float) -> None:
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, side, side), dtype=np.uint8))
+    size = 3 if side == 32 else 23
+    expected = tv.gaussian_blur(pixels, [size, size], [sigma, sigma])
+    difference = (gaussian_blur(pixels, size, sigma).int() - expected.int()).abs()
+    assert difference.max() <= 1  # rounding
+    assert (difference > 0).float().mean() < 1e-3
+
+
+def test_a_jpeg_is_decoded_as_small_as_is_enough(tmp_path: Path) -> None:
+    """1024 x 800 at 1/2 for 300 and at 1/4 for 200; within a few levels of the whole file, resized."""
+    path, photo = tmp_path / "photo.jpg", Image.fromarray(gradient(800, 1024))
+    photo.save(path, quality=95)
+    whole = read_image(path)
+    for side, size in ((200, (256, 200)), (201, (512, 400)), (401, (1024, 800)), (2000, (1024, 800))):
+        reduced = read_image(path, side)
+        assert reduced.size == size
+        preprocess = Preprocess(image_size=64, resize=64)
+        assert (preprocess(reduced) - preprocess(whole)).abs().max() * 255 <= 3
+    photo.save(tmp_path / "photo.png")
+    assert read_image(tmp_path / "photo.png", 200).size == (1024, 800)  # other formats have no smaller sizes
+
+
+@pytest.mark.parametrize("turn", [1, 3, 6, 8])
+def test_the_size_in_the_header_is_that_of_the_upright_picture(tmp_path: Path, turn: int) -> None:
+    exif = Image.Exif()
+    exif[274] = turn
+    Image.fromarray(gradient(40, 60)).save(tmp_path / "photo.jpg", exif=exif)
+    assert picture_size(tmp_path / "photo.jpg") == read_image(tmp_path / "photo.jpg").size
+    with pytest.raises(ValueError, match="image not found"):
+        picture_size(tmp_path / "absent.jpg")

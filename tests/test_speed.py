@@ -1,0 +1,75 @@
+"""Phases of a step, FLOPs, MFU."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from adpretrain.backbones import load_backbone
+from adpretrain.projector import FeatureProjector
+from adpretrain.speed import Stopwatch, Throughput, count_flops, peak_flops
+
+CPU = torch.device("cpu")
+
+
+def test_every_moment_belongs_to_the_phase_that_began_last() -> None:
+    watch = Stopwatch(CPU)
+    began = time.perf_counter()
+    for phase, wait in (("data", 0.02), ("backbone", 0.06), ("data", 0.03), ("loss", 0.01)):
+        watch(phase)
+        time.sleep(wait)
+    seconds = watch.seconds()
+    elapsed = time.perf_counter() - began
+    assert sum(seconds.values()) == pytest.approx(elapsed, rel=0.2)
+    for phase, wait in (("data", 0.05), ("backbone", 0.06), ("loss", 0.01)):
+        assert wait <= seconds[phase] <= wait + elapsed - 0.12  # sleep never wakes early
+    time.sleep(0.01)
+    assert watch.seconds()["loss"] >= 0.01  # the last phase goes on
+
+
+def test_rates_and_shares_of_a_line_and_of_all_lines() -> None:
+    speed = Throughput(Stopwatch(CPU), peak=1e6)
+    layer, images = torch.nn.Linear(10, 20), torch.zeros(5, 10)
+    speed.count(lambda: layer(images[:1]), lambda: layer(images))
+    speed.restart()
+    seconds = []
+    for wait, encoded in ((0.05, 30), (0.1, 60)):
+        began = time.perf_counter()
+        speed.watch("projector")
+        speed.add(images=8, encoded=encoded)
+        time.sleep(wait)
+        line = speed.line()
+        seconds.append(time.perf_counter() - began)
+        assert line["images_per_s"] == pytest.approx(8 / seconds[-1], rel=0.2)
+        flops = 2 * 10 * 20 * (encoded + 3 * 5)  # a multiply-add is two; the backward pass twice the forward
+        assert line["mfu"] == pytest.approx(flops / seconds[-1] / 1e6, rel=0.2)
+        assert sum(share for key, share in line.items() if key.startswith("time_")) == pytest.approx(1)
+    assert float(speed.summary().split()[0]) == pytest.approx(16 / sum(seconds), rel=0.2)
+    assert "time: projector" in speed.summary()
+    assert "MFU unknown" not in speed.summary()
+
+
+def test_flops_of_the_paper_s_networks() -> None:
+    """DINOv2-base at 224 px: 46 GFLOP an image; the projector 47 with keys and values for one image, of which 28 are
+    shared by a batch of 32 images and 2 views: 19. Counted without computing."""
+    with torch.device("meta"):
+        backbone, projector = load_backbone("dinov2-base", pretrained=False), FeatureProjector([768] * 4)
+        image = torch.empty(1, 3, 224, 224)
+        residuals = [torch.empty(64, 768, 16, 16) for _ in range(4)]
+    with torch.no_grad():
+        assert count_flops(lambda: backbone(image)) / 1e9 == pytest.approx(46.3, abs=0.1)
+        assert count_flops(lambda: projector([level[:1] for level in residuals])) / 1e9 == pytest.approx(47.5, abs=0.1)
+        forward = count_flops(lambda: projector(residuals))
+    assert forward / 64e9 == pytest.approx(19.0, abs=0.1)
+    both = count_flops(lambda: torch.stack([level.sum() for level in projector(residuals)]).sum().backward())
+    assert both / forward == pytest.approx(3, abs=0.1)  # the first layer's input needs no gradient
+
+
+def test_an_unknown_device_has_no_peak() -> None:
+    assert peak_flops(CPU, half=True) is None
+    speed = Throughput(Stopwatch(CPU))
+    speed.add(1, 1)
+    assert "mfu" not in speed.line()
+    assert "MFU unknown" in speed.summary()
