@@ -1,0 +1,239 @@
+"""Runs on several machines, which here are processes of this one: shards, accelerate's configurations, SLURM.
+
+`srun` and `scontrol` are stand-ins that start the tasks with SLURM's variables; rendezvous and training are real.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from conftest import ROOT, finish
+from processes import output, start, wait
+
+CONFIGS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
+LAUNCHER = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+SBATCH = ROOT / "recipes" / "slurm" / "pretrain.sbatch"
+FLAGS = ["--data.name", "shards", "--data.reservoir_mb", "8", "--data.workers", "0", "--cache.draws", "0"]
+FLAGS += ["--optim.batch_size", "2", "--backbone.image_size", "64", "--eval.every", "0"]
+SRUN = r"""#!/bin/bash
+# Two nodes with one task each, logs as asked for; the tasks' ids are noted, for a test to signal them as SLURM does.
+for option in "$@"; do
+  case $option in
+  --output=*) log=${option#--output=} ;;
+  bash) break ;;
+  esac
+  shift
+done
+log=${log//%x/adpretrain} log=${log//%j/$SLURM_JOB_ID}
+for task in 0 1; do
+  SLURM_PROCID=$task SLURM_NODEID=$task SLURM_LOCALID=0 "$@" >>"${log//%t/$task}" 2>&1 &
+  pids[task]=$!
+done
+echo "${pids[@]}" >"$TASKS"
+code=0
+for pid in "${pids[@]}"; do wait "$pid" || code=$?; done
+exit "$code"
+"""
+SCONTROL = """#!/bin/bash
+case "$1" in
+show) echo localhost; echo elsewhere ;;
+*) echo "$@" >>"$REQUEUED" ;;
+esac
+"""
+
+
+def pretrain(rank: int, argv: list[str]) -> int:
+    from pretrain import main
+
+    return main(argv)
+
+
+def write(rank: int, argv: list[str]) -> int:
+    from write_shards import main
+
+    return main(argv)
+
+
+@pytest.fixture(scope="session")
+def shards(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny set as six shards, one of its six products held out."""
+    folder = tmp_path_factory.mktemp("sharded")
+    argv = ["--data.root", str(tiny_set), "--data.held_out", '["p??0_*"]', "--shards", "6", "--references", "4"]
+    wait(start(1, folder / "log", write, [*argv, "--out", str(folder / "shards")]), folder / "log")
+    assert "50 images in 6 shards, 10 held out" in output(folder / "log")
+    return folder / "shards"
+
+
+@pytest.fixture
+def argv(arguments: Callable[..., list[str]], shards: Path) -> Callable[..., list[str]]:
+    """Pretraining's flags for the shards."""
+    return lambda run, *flags: [*arguments(run), *FLAGS, "--data.root", str(shards), *flags]
+
+
+def weights(run: Path) -> bytes:
+    return (run / "extractor" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_a_configuration_is_what_accelerate_takes_it_for(config: Path) -> None:
+    """Every key is known (accelerate's loader refuses others), and its name tells the size."""
+    loaded = load_config_from_file(str(config))
+    counts = {"one_gpu": (1, 1), "one_node": (1, 8), "several_nodes": (8, 64), "cpu_two_processes": (1, 2)}
+    assert (loaded.num_machines, loaded.num_processes) == counts[config.stem]
+    parsed = launch_command_parser().parse_args(["--config_file", str(config), "recipes/pretrain.py"])
+    validated, _, _ = _validate_launch_command(parsed)
+    assert validated.multi_gpu == (loaded.num_processes > 1)  # else it would start one process without a word
+    assert f"accelerate launch --config_file recipes/accelerate/{config.name}" in config.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_two_machines_find_each_other_by_the_configuration(tmp_path: Path) -> None:
+    """One launcher for each machine."""
+    script = tmp_path / "meet.py"
+    script.write_text(
+        "import torch.distributed as dist\n"
+        "dist.init_process_group('gloo')\n"
+        "ranks = [None, None]\n"
+        "dist.all_gather_object(ranks, dist.get_rank())\n"
+        "print('met', ranks, flush=True)\n"
+        "dist.destroy_process_group()\n"
+    )
+    flags = ["--num_machines", "2", "--num_processes", "2", "--main_process_ip", "127.0.0.1"]
+    flags += ["--main_process_port", str(10000 + os.getpid() % 20000)]
+    command = [*LAUNCHER, "recipes/accelerate/several_nodes.yaml", *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    machines = [
+        subprocess.Popen([*command, "--machine_rank", rank, str(script)], cwd=ROOT, env=environment, **pipes)
+        for rank in "01"
+    ]
+    assert [finish(machine).count("met [0, 1]") for machine in machines] == [1, 1]
+
+
+@pytest.mark.slow
+def test_a_stream_trained_by_two_processes_and_resumed_inside_an_epoch_is_bit_equal(
+    argv: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """Twelve steps an epoch; the last two of 16 are run again. Both losses, conditioning, new views every epoch."""
+    log, run = tmp_path / "log", tmp_path / "run"
+    command = argv(run, "--augment", "epoch", "--loss.lambda_", "1.0", "--optim.steps", "16", "--checkpoint_every", "7")
+    wait(start(2, log, pretrain, command), log)
+    whole = weights(run)
+    (run / "checkpoints" / "step_0000016.pt").unlink()
+    (run / "extractor" / "model.safetensors").unlink()
+    wait(start(2, log, pretrain, command), log)
+    assert "at step 14 of 16" in " ".join(output(log).split())
+    assert weights(run) == whole
+    config = (run / "extractor" / "config.json").read_text()
+    assert '"images": 50' in config
+    assert '"categories": 5' in config
+    assert '"processes": 2' in config
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--data.held_out", '["p001*"]'], "in the training shards of .*: write them again with --data.held_out"),
+        (["--data.held_out", '["screw"]'], "held-out category 'screw' matches none of"),
+        (["--shots", "[9]"], "K = 9 references need 10 normal images"),
+        (["--cache.draws", "1"], "a stream of shards comes by once"),
+        (["--data.root", "nowhere"], "nowhere holds no shards"),
+        (["--data.reservoir_mb", "0"], "data.reservoir_mb 0 cannot hold"),
+    ],
+)
+def test_mistakes_about_shards_are_named(
+    argv: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    flags: list[str],
+    words: str,
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "recipes")
+    assert pretrain(0, argv(tmp_path / "run", *flags)) == 2
+    said = " ".join(capfd.readouterr().err.split())
+    assert re.search(words, said)
+    assert "Traceback" not in said
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+    """Run the batch script as a job of two nodes with one task each, in a folder of its own."""
+    for name, content in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / "bin" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(content)
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "recipes").symlink_to(ROOT / "recipes")
+    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "node[0-1]", "SLURM_NTASKS": "2"}
+    job |= {"SLURM_NNODES": "2", "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHON": sys.executable}
+    job |= {"TASKS": str(tmp_path / "tasks"), "REQUEUED": str(tmp_path / "requeued")}
+
+    def submit(*arguments: str, **more: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            ["bash", str(SBATCH), *arguments],
+            cwd=tmp_path / "work",
+            env={**os.environ, **job, **more},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    return submit
+
+
+@pytest.mark.slow
+def test_a_preempted_job_saves_is_queued_again_and_ends_with_the_same_bits(
+    argv: Callable[..., list[str]], slurm: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    """SIGTERM to both tasks as SLURM sends it; the uninterrupted run was started by accelerate's launcher."""
+    flags = ["--optim.steps", "12", "--checkpoint_every", "10"]
+    command = [*LAUNCHER, "recipes/accelerate/cpu_two_processes.yaml", "recipes/pretrain.py"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    finish(subprocess.Popen([*command, *argv(tmp_path / "whole", *flags)], cwd=ROOT, env=environment, **pipes))
+
+    run = tmp_path / "cut"
+    given = argv(run, *flags)
+    place = given.index("--run")  # the script's first argument instead
+    job = [str(run), *given[:place], *given[place + 2 :]]
+    process = slurm(*job)
+    metrics = run / "metrics.jsonl"
+    while not (metrics.exists() and '"loss"' in metrics.read_text()):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    for pid in (tmp_path / "tasks").read_text().split():
+        os.kill(int(pid), signal.SIGTERM)
+    assert "queued again" in finish(process)
+    assert (tmp_path / "requeued").read_text() == f"requeue {os.getpid()}\n"
+    logs = {path.name: path.read_text() for path in (tmp_path / "work" / "logs").iterdir()}
+    assert sorted(logs) == [f"adpretrain-{os.getpid()}-rank{task}.log" for task in (0, 1)]
+    assert "stopped at step" in logs[f"adpretrain-{os.getpid()}-rank0.log"]
+    assert "finished" in finish(slurm(*job))
+    assert weights(run) == weights(tmp_path / "whole")
+
+
+def test_a_job_that_gets_nowhere_is_not_queued_again(
+    slurm: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    said = finish(slurm(str(tmp_path / "run"), "--config", "x", PYTHON="false"), expected=1)
+    assert "nothing was gained since the start: not queued again" in said
+    assert not (tmp_path / "requeued").exists()
+
+
+def test_the_batch_script_is_sound() -> None:
+    subprocess.run(["bash", "-n", str(SBATCH)], check=True)
+    directives = dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", SBATCH.read_text(encoding="utf-8"), re.MULTILINE))
+    assert directives["signal"] == "TERM@300"  # without "B:", which would signal the shell instead of the tasks
+    assert directives["ntasks-per-node"] == directives["gpus-per-node"]
+    assert {"requeue", "time", "cpus-per-task", "output"} <= set(directives)
