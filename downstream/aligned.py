@@ -24,10 +24,11 @@ from adpretrain.residual import tokens
 from downstream.bank import GrowingBank
 from downstream.detector import Prediction, check_images
 from downstream.featurenorm import FeatureNorm, FeatureNormOptions
-from downstream.memory import expected_images, memory_limit, readable
+from downstream.memory import expected_images, hold, memory_limit
 from downstream.saving import Loaded, save_detector
 
 NAME = "aligned-featurenorm"
+ADVICE = "fit fewer images, choose fewer levels or a smaller image_size of the backbone, or raise max_pool_bytes"
 
 
 @dataclass(frozen=True)
@@ -74,19 +75,13 @@ class AlignedFeatureNorm(FeatureNorm):
                 banks = [GrowingBank(expected, limit) for _ in features]
                 shapes = [level.shape[1:] for level in features]
             count += len(images)
-            self._check_size(features, max(count, expected or 0), limit)
+            needed = max(count, expected or 0) * sum(level[0].nbytes for level in features)
+            what = f"a pool of {max(count, expected or 0)} images"
+            hold(what, needed, limit, ADVICE, say=count == len(images))
             for bank, level in zip(banks, features, strict=True):
                 bank.add(level.flatten(1))
         self._set_pool([bank.take().unflatten(1, shape) for bank, shape in zip(banks, shapes, strict=True)])
         return self
-
-    def _check_size(self, features: FeatureMaps, images: int, limit: int) -> None:
-        needed = images * sum(level[0].nbytes for level in features)
-        if needed > limit:
-            raise ValueError(
-                f"the features of a pool of {images} images need {readable(needed)}, more than {readable(limit)}: fit "
-                "fewer images, choose fewer levels or a smaller image_size of the backbone, or raise max_pool_bytes"
-            )
 
     def _encode(self, images: Tensor) -> FeatureMaps:
         check_images(images)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from downstream.memory import memory_limit, readable
+from downstream.memory import hold, memory_limit
 
 BLOCK_BYTES = 64 << 20  # larger than what C libraries keep for themselves when it is freed
 ADVICE = (
@@ -24,12 +24,12 @@ ADVICE = (
 class GrowingBank:
     """Rows [n, D] are added batch by batch, then taken as one matrix.
 
-    ``expected``: at least the number of rows, if it is known. ``max_bytes``: null = half of the memory. ``copies``: how
-    many times the bank will be needed, counted against the limit.
+    ``expected``: at least the number of rows, if it is known. ``max_bytes``: null = half of the memory. ``beside``:
+    bytes that every row will need besides its own, for what is done with the bank next.
     """
 
-    def __init__(self, expected: int | None = None, max_bytes: int | None = None, copies: int = 1) -> None:
-        self.expected, self.max_bytes, self.copies = expected, max_bytes, copies
+    def __init__(self, expected: int | None = None, max_bytes: int | None = None, beside: int = 0) -> None:
+        self.expected, self.max_bytes, self.beside = expected, max_bytes, beside
         self.rows = 0
         self._blocks: list[Tensor] = []
         self._free = 0  # rows that still fit into the last block
@@ -37,7 +37,8 @@ class GrowingBank:
     def add(self, rows_ND: Tensor) -> None:
         """Take in rows. Raises ValueError, before memory is taken, if the bank becomes too large."""
         width = rows_ND.shape[1]
-        self._check(max(self.rows + len(rows_ND), self.expected or 0), rows_ND)
+        rows = max(self.rows + len(rows_ND), self.expected or 0)
+        self._hold(rows, rows_ND, say=self.expected is not None and not self.rows)
         done = 0
         while done < len(rows_ND):
             if not self._free:
@@ -52,20 +53,17 @@ class GrowingBank:
             done += taken
         self.rows += len(rows_ND)
 
-    def _check(self, rows: int, like_ND: Tensor) -> None:
-        needed = rows * like_ND.shape[1] * like_ND.element_size() * self.copies
-        limit = memory_limit(like_ND.device, self.max_bytes)
-        if needed > limit:
-            raise ValueError(
-                f"a memory bank of {rows} patches x {like_ND.shape[1]} channels needs {readable(needed)}, more than "
-                f"{readable(limit)}: {ADVICE}"
-            )
+    def _hold(self, rows: int, like_ND: Tensor, say: bool) -> None:
+        needed = rows * (like_ND.shape[1] * like_ND.element_size() + self.beside)
+        what = f"a memory bank of {rows} patches x {like_ND.shape[1]} channels"
+        hold(what, needed, memory_limit(like_ND.device, self.max_bytes), ADVICE, say)
 
     def take(self) -> Tensor:
         """All rows as one matrix [N, D]; the bank is empty afterwards. Raises ValueError if there are none."""
         if not self.rows:
             raise ValueError("an empty memory bank: no normal images were given")
         blocks, rows = self._blocks, self.rows
+        self._hold(rows, blocks[0], say=self.expected is None)
         self._blocks, self.rows, self._free = [], 0, 0
         if len(blocks) == 1:
             return blocks[0][:rows]

@@ -23,7 +23,7 @@ from downstream.detector import Prediction, check_images, check_side, extracted,
 from downstream.embedding import Embedding, EmbeddingConfig, chosen_levels
 from downstream.gaussians import Gaussians, Moments, size_bytes
 from downstream.maps import SIGMA, gaussian_blur, upsample
-from downstream.memory import expected_images, memory_limit, readable
+from downstream.memory import expected_images, hold, memory_limit
 from downstream.pretrained import Pretrained
 from downstream.saving import Loaded, save_detector
 
@@ -92,7 +92,7 @@ class PaDiM(Pretrained):
                 self._embeddings, moments = self._new_embeddings(count), [Moments(expected) for _ in range(count)]
             rows = self._embed(features)
             grids = [(int(level.shape[1]), int(level.shape[2])) for level in rows]
-            self._check_size(rows, max(moments[0].count + len(images), expected or 0))
+            self._hold(rows, max(moments[0].count + len(images), expected or 0), say=not moments[0].count)
             for level, moment in zip(rows, moments, strict=True):
                 moment.add(level.flatten(1, 2))
             side = int(images.shape[2])
@@ -125,16 +125,15 @@ class PaDiM(Pretrained):
         levels = chosen_levels(features, self.config.embedding.levels)
         return [embedding([level]) for embedding, level in zip(self._embeddings, levels, strict=True)]
 
-    def _check_size(self, rows: list[Tensor], images: int) -> None:
+    def _hold(self, rows: list[Tensor], images: int, say: bool) -> None:
         needed = sum(size_bytes(images, level[0, ..., 0].numel(), level.shape[3]) for level in rows)
-        limit = memory_limit(rows[0].device, self.config.max_bytes)
-        if needed > limit:
-            shapes = " and ".join(f"{level.shape[1]} x {level.shape[2]} positions x {level.shape[3]}" for level in rows)
-            raise ValueError(
-                f"the Gaussians of {images} images at {shapes} channels need {readable(needed)}, more than "
-                f"{readable(limit)}: set embedding.target_dim (memory grows with its square), a stride, coarser "
-                "embedding.levels, or a larger max_bytes"
-            )
+        shapes = " and ".join(f"{level.shape[1]} x {level.shape[2]} positions x {level.shape[3]}" for level in rows)
+        advice = (
+            "set embedding.target_dim (memory grows with its square), a stride, coarser embedding.levels, or a larger "
+            "max_bytes"
+        )
+        what = f"the set of Gaussians of {images} images at {shapes} channels"
+        hold(what, needed, memory_limit(rows[0].device, self.config.max_bytes), advice, say)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Write the fitted detector: MEANS AND VARIATION OF THE PRODUCT'S FEATURES (`downstream.saving`).

@@ -29,6 +29,7 @@ from downstream.saving import Loaded, save_detector
 
 NAME = "patchcore"
 SEARCHES = ("exact", "ivfpq")
+CHOOSING = 40  # bytes of bounds, norms and counts that the coreset keeps of a row
 WEIGHED = 4096  # patches weighed at a time
 
 
@@ -50,7 +51,8 @@ class PatchCoreConfig:
             and 10).
         search: "exact", or "ivfpq" for banks that are too large for it (faiss; approximate).
         sigma: of the smoothing, in pixels.
-        max_bank_bytes: largest size of the bank before subsampling; null = half of the memory.
+        max_bank_bytes: largest size of the bank before subsampling, what the choice keeps of its rows included; null =
+            half of the memory.
         seed: of the random choices.
     """
 
@@ -136,7 +138,7 @@ class PatchCore(Pretrained):
             count += len(maps_BHWD)
             if bank is None:
                 rows = None if batches is None else batches * len(kept_ND)
-                bank = GrowingBank(rows, config.max_bank_bytes, copies=2 if config.method == "none" else 1)
+                bank = GrowingBank(rows, config.max_bank_bytes, self._beside(kept_ND))
             bank.add(kept_ND)
         assert bank is not None
         bank_ND = bank.take()
@@ -147,6 +149,14 @@ class PatchCore(Pretrained):
             projection = None
         chosen = subsample(bank_ND, config.amount, config.method, 0, projection, config.seed, progress)
         return bank_ND[chosen]
+
+    def _beside(self, rows_ND: Tensor) -> int:
+        """Bytes that every row of the bank needs besides its own while the bank is subsampled, or searched as it is."""
+        width, size = rows_ND.shape[1], rows_ND.element_size()
+        if self.config.method != "greedy":
+            return width * size if self.config.method == "none" else CHOOSING
+        projected = self.config.projection_dim or width
+        return CHOOSING + (projected * size if projected < width else 0)
 
     def _kept(self, rows_BTD: Tensor, first: int) -> Tensor:
         """A random share of every image's patches, drawn from (seed, number of the image): [n, D]."""

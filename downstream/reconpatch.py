@@ -25,12 +25,14 @@ from adpretrain.backbones import Extract
 from downstream.coreset import Progress
 from downstream.detector import Prediction, check_images, check_side, extracted, normal_features, not_fitted
 from downstream.embedding import EmbeddingConfig
+from downstream.memory import hold, memory_limit
 from downstream.patchcore import PatchCore, PatchCoreConfig
 from downstream.pretrained import Pretrained
 from downstream.representation import NormalPatches, Representation, RepresentationConfig, train_representation
 from downstream.saving import Loaded, save_detector
 
 NAME = "reconpatch"
+MATRICES = 22  # of similarities between a step's patches, in its forward and backward pass (measured)
 
 
 def _memory() -> PatchCoreConfig:
@@ -68,7 +70,7 @@ ENSEMBLE_480 = ReConPatchConfig(
 class ReConPatch(Pretrained):
     """A representation of the product's patches, and a memory bank of its normal ones.
 
-    ``losses`` [epochs] of the last `fit`. Memory while it is fitted: the embeddings, up to ``cache_bytes``; twelve
+    ``losses`` [epochs] of the last `fit`. Memory while it is fitted: the embeddings, up to ``cache_bytes``; some 22
     matrices of patches_per_step x patches_per_step floats; then f's outputs of all patches, as `PatchCore`'s bank.
     """
 
@@ -96,6 +98,10 @@ class ReConPatch(Pretrained):
 
         repeatable = iter(normal_batches) is not normal_batches
         patches = NormalPatches(embeddings, self.config.cache_bytes, repeatable, progress)
+        similarities = MATRICES * 4 * self.config.training.patches_per_step**2
+        held = sum(maps.nbytes for maps in patches.kept or ()) + similarities
+        what = f"training on the patches of {patches.images} images"
+        hold(what, held, memory_limit(patches.device), "lower training.patches_per_step or cache_bytes")
         representation = Representation(patches.width, self.config.training).to(patches.device)
         self.losses = train_representation(representation, patches, self.config.training, progress)
         with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -12,6 +13,20 @@ def plain(text: object) -> str:
     encoding = sys.stdout.encoding or "utf-8"
     readable = os.fsencode(str(text)).decode("utf-8", errors="replace")
     return readable.encode(encoding, errors="replace").decode(encoding)
+
+
+def tell_memory() -> None:
+    """Show on stderr what the fitting of a detector will hold."""
+    logger = logging.getLogger("downstream.memory")
+    if not logger.handlers:
+        logger.addHandler(_Shown())
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+
+
+class _Shown(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"memory: {plain(record.getMessage())}", file=sys.stderr)
 
 
 class ProgressBars:

@@ -26,6 +26,7 @@ from adpretrain.data import DATASETS, Sample, index_dataset
 from downstream.evaluation.contenders import FEATURES, SETTINGS
 from downstream.evaluation.protocols import PROTOCOLS
 from downstream.table import DETECTORS
+from downstream.terminal import tell_memory
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -110,6 +111,7 @@ def chosen_samples(options: argparse.Namespace) -> list[Sample]:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     console = Console(stderr=True)
+    tell_memory()
     try:
         samples = chosen_samples(options)
         if options.detectors is None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 
 from downstream.commands.network import add_network, check_network, load_network
-from downstream.terminal import ProgressBars, plain
+from downstream.terminal import ProgressBars, plain, tell_memory
 
 EPILOG = """The folder written holds features of the product: share it only with those who may see the product.
 In Python: downstream.table.detector_from_pretrained(folder).predict(images).
@@ -45,6 +45,7 @@ def _fit(options: Namespace) -> int:
     from downstream.inspection.photos import find_images
 
     check_network(options)
+    tell_memory()
     normal, out = Path(options.normal), Path(options.out)
     device, settings = pick_device(options.device), parse_settings(options.set)
     find_images(normal, exclude=out)  # a wrong path is found before a network is loaded

@@ -81,7 +81,7 @@ def test_a_pool_that_outgrows_the_memory_is_refused_before_it_does(extractor: AD
     free = AlignedFeatureNorm(extractor, SHOTS, image_size=SIZE).fit([pool]).predict(pool[:2])
     torch.testing.assert_close(enough.fit(pool.split(4)).predict(pool[:2]).maps, free.maps, rtol=1e-4, atol=1e-5)
     small = AlignedFeatureNorm(extractor, SHOTS, image_size=SIZE, max_pool_bytes=5 * one)
-    with pytest.raises(ValueError, match=rf"a pool of {8 if known else 6} images need .*raise max_pool_bytes"):
+    with pytest.raises(ValueError, match=rf"a pool of {8 if known else 6} images needs .*raise max_pool_bytes"):
         small.fit(pool.split(2) if known else batches())
     assert known or read == [2, 2, 2]
 

@@ -38,7 +38,7 @@ def test_too_large_a_bank_is_refused_before_it_is_made() -> None:
     with pytest.raises(ValueError, match="bank of 60 patches"):  # known beforehand: at once
         GrowingBank(expected=60, max_bytes=1000).add(torch.zeros(1, 5))
     with pytest.raises(ValueError, match=r"needs 1.6 KiB"):
-        GrowingBank(max_bytes=1000, copies=2).add(torch.zeros(40, 5))
+        GrowingBank(max_bytes=1000, beside=20).add(torch.zeros(40, 5))
     # By default half of the memory: a petabyte is refused without being asked of the system.
     with pytest.raises(ValueError, match="raise max_bank_bytes"):
         GrowingBank(expected=1 << 40).add(torch.zeros(1, 256))

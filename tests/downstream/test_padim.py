@@ -85,7 +85,7 @@ def test_mistakes_are_named(backbone: Backbone) -> None:
         PaDiM(backbone, PaDiMConfig(EmbeddingConfig(target_dim=200, reduction="choose"))).fit([photographs(2, 0)])
     # 64 positions x 100 channels: 25,600 bytes an image.
     small = PaDiM(backbone, PaDiMConfig(max_bytes=100_000))
-    with pytest.raises(ValueError, match=r"Gaussians of 4 images at 8 x 8 positions x 100 channels need 100.0 KiB"):
+    with pytest.raises(ValueError, match=r"Gaussians of 4 images at 8 x 8 positions x 100 channels needs 100.0 KiB"):
         small.fit(iter(photographs(6, 0).split(1)))
     with pytest.raises(ValueError, match=r"Gaussians of 6 images .* set embedding.target_dim"):
         small.fit(photographs(6, 0).split(1))  # a list says how many come: refused at the first batch

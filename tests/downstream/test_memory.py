@@ -1,0 +1,101 @@
+"""What fitting says it will hold against the peak of a process that does it; how it refuses."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from downstream.cli import main
+
+CHILD = """
+import logging, resource, sys, torch, timm.optim
+from torch import Tensor
+from downstream.embedding import EmbeddingConfig
+from downstream.padim import PaDiM, PaDiMConfig
+from downstream.patchcore import PatchCore, PatchCoreConfig
+from downstream.reconpatch import ReConPatch, ReConPatchConfig
+from downstream.representation import RepresentationConfig
+from downstream.spade import SPADE
+
+class Batches:
+    def __len__(self): return {batches}
+    def __iter__(self):
+        for number in range({batches}):
+            yield torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(number))
+
+def extract(images: Tensor) -> list[Tensor]:
+    maps = torch.nn.functional.adaptive_avg_pool2d(images, {grid})
+    return [torch.cat([maps * (k + 1) for k in range({width})], 1)]
+
+logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
+detector = {detector}
+def peak(): return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+extract(torch.rand(4, 3, 64, 64))
+before = peak()
+detector.fit(Batches())
+print("measured", peak() - before)
+"""
+PLAIN = "EmbeddingConfig(patch=1)"
+FITS = {  # detector, batches of 4 images, grid, channels / 3
+    "patchcore": (f"PatchCore(extract, PatchCoreConfig({PLAIN}, amount=20, projection_dim=32))", 100, 32, 64),
+    "patchcore, all of it": (f"PatchCore(extract, PatchCoreConfig({PLAIN}, method='none'))", 60, 32, 64),
+    "spade": ("SPADE(extract)", 100, 32, 64),
+    "padim, few images": (f"PaDiM(extract, PaDiMConfig({PLAIN}))", 20, 32, 80),
+    "padim, many images": (f"PaDiM(extract, PaDiMConfig({PLAIN}))", 40, 24, 40),
+    "reconpatch": (
+        f"ReConPatch(extract, ReConPatchConfig(PatchCoreConfig({PLAIN}, amount=20), "
+        "RepresentationConfig(dim=16, projection_dim=None, epochs=1, patches_per_step=2500, images_per_step=3)))",
+        3,
+        32,
+        20,
+    ),
+}
+UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+FACTOR = 1.5  # between what is said and what is measured; what a batch and the allocator take besides is not said
+BESIDE = 60 << 20  # bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FITS)
+def test_what_is_said_is_what_is_taken(name: str) -> None:
+    detector, batches, grid, width = FITS[name]
+    code = CHILD.format(detector=detector, batches=batches, grid=grid, width=width)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=200)
+    said = [float(number) * UNITS[unit] for number, unit in re.findall(r"will hold about ([\d.]+) (\w+)", run.stdout)]
+    measured = int(re.findall(r"measured (\d+)", run.stdout)[0])
+    print(name, [round(value / 2**20) for value in said], round(measured / 2**20))
+    assert max(said) / FACTOR <= measured <= FACTOR * max(said) + BESIDE
+    assert measured > 80 << 20  # else the test weighs the allocator
+
+
+@pytest.mark.parametrize(
+    ("detector", "setting", "what", "remedy"),
+    [
+        ("patchcore", "max_bank_bytes", r"a memory bank of \d+ patches x \d+ channels", "keep a share"),
+        ("padim", "max_bytes", r"Gaussians of 6 images at", "embedding.target_dim"),
+        ("spade", "max_bank_bytes", r"a memory bank of \d+ patches", "fewer levels"),
+    ],
+)
+def test_fit_says_what_it_holds_or_refuses_before_it_does(
+    write_tiles: Callable[..., Path],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    detector: str,
+    setting: str,
+    what: str,
+    remedy: str,
+) -> None:
+    normal = write_tiles("normal", range(6))
+    command = ["fit", "--backbone=filterbank", "--image-size=64", f"--normal={normal}", f"--detector={detector}"]
+    command += [f"--out={tmp_path}/out", "--device=cpu"]
+    assert main([*command, "--set", f"{setting}=1000"]) == 2
+    said = capfd.readouterr().err
+    assert re.search(rf"error: .*{what}.* needs [\d.]+ \w+, more than 1000 bytes: .*{remedy}", said)
+    assert not (tmp_path / "out").exists()
+    assert main(command) == 0
+    assert re.search(rf"memory: .*{what}.* will hold about [\d.]+ \w+ of [\d.]+ GiB", capfd.readouterr().err)
