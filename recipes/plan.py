@@ -37,8 +37,8 @@ FLOAT = 4  # bytes
 
 @dataclass(frozen=True)
 class Counts:
-    """Of the configuration's networks: ``tokens``, ``entering`` (those that are projected) and ``widths`` of every level,
-    FLOPs of one image's forward, and ``saved``, the bytes that the projector keeps of a step for its backward pass."""
+    """Of the configuration's networks: ``tokens`` and ``widths`` of every level, of which ``entering`` are projected;
+    FLOPs of one image's forward; ``saved``: bytes that the projector keeps of a step for its backward pass."""
 
     backbone_bytes: int
     projector_parameters: int

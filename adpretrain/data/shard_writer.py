@@ -17,7 +17,7 @@ import numpy as np
 from PIL import ImageChops
 
 from adpretrain.data.samples import Sample
-from adpretrain.data.shards import COLUMNS, FORMAT, INDEX, Photograph, ShardIndex, group_name
+from adpretrain.data.shards import COLUMNS, FORMAT, INDEX, Photograph, ShardIndex, group_name, schema
 from adpretrain.files import atomic_folder
 from adpretrain.preprocess import read_mask
 
@@ -143,14 +143,11 @@ def _write(path: Path, rows: Iterable[Photograph]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    kinds: dict[str, Any] = dict.fromkeys(COLUMNS, pa.string())
-    kinds |= {"image": pa.binary(), "mask": pa.binary(), "of_defective_part": pa.bool_()}
-    schema = pa.schema(list(kinds.items()))
     options = {"compression": "none", "use_dictionary": False, "write_statistics": False, "write_page_checksum": True}
-    with pq.ParquetWriter(path, schema, **options) as writer:
+    with pq.ParquetWriter(path, schema(), **options) as writer:
         for group in _row_groups(rows):
             columns = {name: [getattr(row, name) for row in group] for name in COLUMNS}
-            writer.write_table(pa.table(columns, schema))
+            writer.write_table(pa.table(columns, schema()))
 
 
 def _row_groups(rows: Iterable[Photograph]) -> Iterator[list[Photograph]]:

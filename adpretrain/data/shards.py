@@ -68,6 +68,15 @@ class Photograph:
 COLUMNS = [field.name for field in dataclasses.fields(Photograph)]
 
 
+def schema() -> Any:
+    """Of the files; only mask and view may be null."""
+    import pyarrow as pa
+
+    kinds = dict.fromkeys(COLUMNS, pa.string()) | dict.fromkeys(("image", "mask"), pa.binary())
+    kinds["of_defective_part"] = pa.bool_()
+    return pa.schema([pa.field(name, kind, nullable=name in ("mask", "view")) for name, kind in kinds.items()])
+
+
 def group_name(category: str, view: str | None) -> str:
     return f"{category}/{view}" if view else category
 
@@ -107,7 +116,8 @@ class Shards:
             self.address = _pinned(root) if self.root.startswith(HUB) else str(Path(root).resolve())
             self.files, self.path = fsspec.core.url_to_fs(self.address)
             found = json.loads(self.files.cat_file(f"{self.path}/{INDEX}"))
-            present = {file["name"].removeprefix(f"{self.path}/"): file for file in self._listing()}
+            listing = self.files.ls(f"{self.path}/data", detail=True)
+            present = {file["name"].removeprefix(f"{self.path}/"): file["size"] for file in listing}
         except Exception as error:  # that of a file system, of a network, or of the JSON
             what = f"{INDEX} and data/ cannot be read ({type(error).__name__}: {error})"
             raise ValueError(f"{root} holds no shards: {what}; recipes/write_shards.py writes them") from error
@@ -117,16 +127,13 @@ class Shards:
         self.index = from_dict(ShardIndex, found, f"{root}/{INDEX}")
         self._check(present)
 
-    def _listing(self) -> list[dict[str, Any]]:
-        return self.files.ls(f"{self.path}/data", detail=True)
-
-    def _check(self, present: dict[str, dict[str, Any]]) -> None:
+    def _check(self, present: dict[str, int]) -> None:
         for name, expected in self.index.files.items():
             if not FILE.fullmatch(name):
                 raise ValueError(f"{self.root}/{INDEX} names {name!r}, which is no shard: write the shards again")
             if {"rows", "bytes"} - set(expected):
                 raise ValueError(f"{self.root}/{INDEX} has no rows or bytes of {name}: write the shards again")
-            size = present[name]["size"] if name in present else None
+            size = present.get(name)
             if size != expected["bytes"]:
                 state = "is missing" if size is None else f"has {size} bytes"
                 raise ValueError(f"{self.root}/{name} {state}, {expected['bytes']} were written: copy it again")
@@ -138,7 +145,7 @@ class Shards:
     def rows(self, names: Sequence[str], rank: int = 0, processes: int = 1) -> Iterator[Photograph]:
         """The rows of some files in this order, or this process's share of the files.
 
-        One row group is in memory at a time. Raises ValueError naming a file that is damaged or lacks a column.
+        One row group is in memory at a time. Raises ValueError naming a file that is damaged or has other columns.
         """
         import datasets
         from datasets.distributed import split_dataset_by_node
@@ -176,6 +183,8 @@ def _read(urls: Sequence[str]) -> Iterator[dict[str, Any]]:
         try:
             with fsspec.open(url) as file:
                 parquet = pq.ParquetFile(file, page_checksum_verification=True)
+                if not parquet.schema_arrow.remove_metadata().equals(schema()):
+                    raise ValueError(f"columns {parquet.schema_arrow.names}, not {COLUMNS}, or of other types")
                 for group in range(parquet.num_row_groups):
                     yield from parquet.read_row_group(group, COLUMNS).to_pylist()
         except Exception as error:  # that of a file system, of a network, or of Arrow

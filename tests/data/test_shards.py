@@ -189,12 +189,8 @@ def test_a_flipped_bit_does_not_reach_the_training(folder: Path) -> None:
         list(Shards(folder).rows([name]))
 
 
-def rewrite(folder: Path, name: str, **columns: list[object]) -> None:
-    """Other columns in a shard, as a stranger would make one: the index fits."""
-    table = pq.read_table(folder / name)
-    for column, values in columns.items():
-        place = table.schema.get_field_index(column)
-        table = table.set_column(place, column, pa.array(values, table.schema.field(column).type))
+def replace(folder: Path, name: str, table: pa.Table) -> None:
+    """Another file in a shard's place, as a stranger would make one: the index fits."""
     pq.write_table(table, folder / name)
     index = json.loads((folder / "index.json").read_text())
     index["files"][name]["bytes"] = (folder / name).stat().st_size
@@ -203,14 +199,25 @@ def rewrite(folder: Path, name: str, **columns: list[object]) -> None:
 
 def test_names_in_a_hostile_shard_are_never_paths(folder: Path, tmp_path: Path, caches: Path) -> None:
     name = "data/references-00000-of-00001.parquet"
-    rows = pq.read_metadata(folder / name).num_rows
+    table = pq.read_table(folder / name)
+    rows, last = table.num_rows, table.schema.get_field_index("key")
     names = ["../../escaped.png", str(tmp_path / "escaped.png"), "a\0b", "~/escaped"]
-    rewrite(folder, name, key=[names[i % 4] + (str(i) if i > 3 else "") for i in range(rows)])
+    keys = pa.array([names[i % 4] + (str(i) if i > 3 else "") for i in range(rows)])
+    replace(folder, name, table.set_column(last, table.schema.field("key"), keys))
     before = {path for path in tmp_path.rglob("*") if not path.is_relative_to(caches)}
     samples = Shards(folder).samples("references")
     assert len(samples) == rows
     assert all(s.image.is_relative_to(caches / "adpretrain") for s in samples)
     assert {path for path in tmp_path.rglob("*") if not path.is_relative_to(caches)} == before
+
+
+def test_other_columns_are_named(folder: Path) -> None:
+    name = "data/train-00001-of-00004.parquet"
+    table = pq.read_table(folder / name)
+    for other in (table.drop_columns("key"), table.set_column(0, "image", pa.array(["x"] * len(table)))):
+        replace(folder, name, other)
+        with pytest.raises(ValueError, match=rf"{name} cannot be read \(ValueError: columns \[.*or of other types"):
+            list(Shards(folder).rows([name]))
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,7 @@ import pytest
 from adpretrain.data.synthetic import make_synthetic
 
 ROOT = Path(__file__).resolve().parents[2]
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
-LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/one_gpu.yaml"]
 
 
 @pytest.fixture(scope="session")
