@@ -16,6 +16,7 @@ from run_folder import git_commit
 from run_setup import Run
 
 from adpretrain._version import __version__
+from adpretrain.data import Sample
 from adpretrain.references import random_references
 from downstream.evaluation.evaluate import score
 
@@ -56,6 +57,11 @@ def provenance(run: Run) -> dict[str, Any]:
     }
 
 
+def folder_name(sample: Sample) -> str:
+    """Of the product that a sample shows: its category and, if it has several, its camera view."""
+    return "@".join(quote(part, safe="") for part in (sample.category, sample.view) if part)
+
+
 def draw_examples(run: Run) -> None:
     """Heatmaps of a few held-out products, for whoever looks at the run or at its page on the Hub."""
     shots = max(2, run.config.eval.shots)  # two, at least, give a colour scale
@@ -64,11 +70,8 @@ def draw_examples(run: Run) -> None:
         references = [pool[index] for index in random_references(len(pool), shots)]
         queries = images.queries(references)
         prediction = score([run.extractor], images, references, queries)[0]
-        sample = images.samples[0]
-        product = "@".join(quote(part, safe="") for part in (sample.category, sample.view) if part)
-        save_panels(
-            run.folder.path / "heatmaps" / product, run.extractor, images, references, queries, prediction, kinds=1
-        )
+        folder = run.folder.path / "heatmaps" / folder_name(images.samples[0])
+        save_panels(folder, run.extractor, images, references, queries, prediction, kinds=1)
 
 
 def finish(run: Run) -> None:

@@ -44,24 +44,6 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(pretrain: Star
 
 
 @pytest.mark.slow
-def test_killed_without_warning_and_a_torn_checkpoint(pretrain: Start, tmp_path: Path) -> None:
-    flags = ("--optim.steps", "40", "--checkpoint_every", "5")
-    process = pretrain(tmp_path / "run", *flags)
-    folder = tmp_path / "run" / "checkpoints"
-    while len(list(folder.glob("step_*.pt"))) < 2:
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
-    process.kill()
-    process.communicate()
-    newest = max(folder.glob("step_*.pt"))
-    newest.write_bytes(newest.read_bytes()[:5000])
-    output = finish(pretrain(tmp_path / "run", *flags))
-    assert newest.name in output.replace("\n", "")
-    assert "unreadable" in output
-    assert lines(tmp_path / "run")[-1]["step"] == 40
-
-
-@pytest.mark.slow
 def test_run_folder_holds_what_the_readme_says_and_the_extractor_knows_its_origin(
     pretrain: Start, tmp_path: Path
 ) -> None:

@@ -1,0 +1,226 @@
+"""A run that is killed, finds its disk full or its checkpoint torn ends with the bytes of one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from processes import output, start, wait
+
+Arguments = Callable[..., list[str]]
+STEPS = 24
+BOUND = 60  # seconds in which a job that lost a process must be over
+
+
+def pretrain(rank: int, argv: list[str]) -> int:
+    from pretrain import main
+
+    return main(argv)
+
+
+@pytest.fixture(scope="session")
+def residuals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("residuals")
+
+
+@pytest.fixture
+def quick(arguments: Arguments, residuals: Path) -> Arguments:
+    """Flags of a run of a few milliseconds a step, with both losses and a checkpoint every other step."""
+
+    def build(run: Path, *flags: str) -> list[str]:
+        fixed = ["--augment", "once", "--loss.lambda_", "1.0", "--loss.center", "projected", "--tokens", "16"]
+        fixed += ["--conditioning", "false", "--backbone.image_size", "64", "--data.held_out", "[]"]
+        fixed += ["--cache.folder", str(residuals), "--optim.steps", str(STEPS), "--checkpoint_every", "2"]
+        return arguments(run, *fixed, "--projector.references", "512", "--log_every", "5", *flags)
+
+    return build
+
+
+def made(run: Path) -> tuple[bytes, dict[str, Any]]:
+    """The extractor's weights and configuration, whatever is committed to this checkout meanwhile."""
+    config = json.loads((run / "extractor" / "config.json").read_bytes())
+    del config["provenance"]["git_commit"]
+    return (run / "extractor" / "model.safetensors").read_bytes(), config
+
+
+def checkpoints(run: Path) -> list[Path]:
+    return sorted((run / "checkpoints").glob("step_*.pt"))
+
+
+def last(run: Path) -> int:
+    """The step of the newest checkpoint."""
+    return max([0, *(int(path.stem[5:]) for path in checkpoints(run))])
+
+
+def torn(run: Path) -> list[Path]:
+    """Files that were being written."""
+    return list((run / "checkpoints").glob(".step_*.tmp.pt"))
+
+
+def until(happened: Callable[[], object], alive: Callable[[], bool]) -> bool:
+    """Wait for it, nearly without a pause; False if the process ended before."""
+    while not happened():
+        if not alive():
+            return False
+        time.sleep(1e-4)
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "wanted"), [(1, 20), (2, 10)])
+def test_killed_again_and_again_ends_with_the_same_bytes(
+    quick: Arguments, tmp_path: Path, count: int, wanted: int
+) -> None:
+    """SIGKILL to all processes, one after the other, at a moment drawn at random or while it saves."""
+    log, rng = tmp_path / "log", random.Random(count)
+    size = ("--optim.batch_size", str(8 // count))
+    wait(start(count, log, pretrain, quick(tmp_path / "warm", *size, "--optim.steps", "2")), log)
+    began = time.perf_counter()
+    wait(start(count, log, pretrain, quick(tmp_path / "whole", *size)), log)
+    duration = time.perf_counter() - began
+    wait(start(count, log, pretrain, quick(tmp_path / "again", *size)), log)
+    assert made(tmp_path / "again") == made(tmp_path / "whole")  # the same seed, the same bytes
+
+    kills = resumed = in_a_save = told = finished = 0
+    while True:
+        run = tmp_path / f"killed{finished}"
+        processes = start(count, log, pretrain, quick(run, *size))
+        if kills == wanted:
+            wait(processes, log)
+        elif rng.random() < 0.5:
+            before = last(run) + 2 * rng.randrange(4)
+            until(lambda: last(run) >= before and torn(run), processes[0].is_alive)  # noqa: B023
+        else:
+            processes[0].join(rng.uniform(0, duration / 2))  # a resumed run is shorter
+        for process in rng.sample(processes, count):
+            process.kill()
+        codes = wait(processes, log, expected=None)
+        resumed += "resuming" in output(log)
+        told += "is unreadable" in " ".join(output(log).split())
+        if not any(codes):  # it was faster
+            assert made(run) == made(tmp_path / "whole")
+            finished += 1
+            if kills == wanted:
+                break
+            continue
+        assert -signal.SIGKILL in codes
+        kills += 1
+        in_a_save += bool(torn(run))
+        if kills % 7 == 0 and checkpoints(run):
+            newest = checkpoints(run)[-1]
+            newest.write_bytes(newest.read_bytes()[: rng.randrange(newest.stat().st_size)])
+    print(f"{count} processes: {kills} kills, {in_a_save} in a save, {resumed} resumed, {finished} runs finished")
+    assert resumed > wanted // 3
+    assert in_a_save
+    assert told
+    assert not torn(run)
+
+
+@pytest.fixture(params=["full", "limit"])
+def trouble(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path, Callable[[int], None], str]]:
+    """A folder, what makes writing to it impossible for a process, and what the system says then."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if request.param == "limit":  # of the size of files: for who may not mount
+        yield folder, lambda pid: resource.prlimit(pid, resource.RLIMIT_FSIZE, (4096, 4096)), "File too large"
+        return
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no right to mount a small disk here")
+
+    def fill(pid: int) -> None:
+        with (folder / "filler").open("wb", buffering=0) as file:
+            while True:
+                try:
+                    file.write(bytes(1 << 16))
+                except OSError:
+                    return
+
+    yield folder, fill, "No space left on device"
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_the_checkpoint_before_and_says_what_to_do(
+    quick: Arguments, tmp_path: Path, trouble: tuple[Path, Callable[[int], None], str]
+) -> None:
+    folder, strike, words = trouble
+    log, run = tmp_path / "log", folder / "run"
+    wait(start(1, log, pretrain, quick(tmp_path / "whole")), log)
+    (process,) = start(1, log, pretrain, quick(run))
+    assert until(lambda: len(checkpoints(run)) == 2, process.is_alive)
+    strike(process.pid or 0)
+    wait([process], log, expected=2)
+    said = " ".join(output(log).split())
+    newest = checkpoints(run)[-1]
+    assert words in said
+    assert f"the checkpoint {newest.name} is whole: make room" in said
+    assert "Traceback" not in said
+    assert not torn(run)
+    (folder / "filler").unlink(missing_ok=True)
+    wait(start(1, log, pretrain, quick(run)), log)
+    assert f"at step {int(newest.stem[5:])} of" in " ".join(output(log).split())
+    assert made(run) == made(tmp_path / "whole")
+
+
+FAILING = """
+import os, signal, sys
+sys.path.insert(0, "recipes")
+import pretrain
+
+def fail(*_):
+    raise RuntimeError("the network card of process 1 is on fire")
+
+if os.environ["RANK"] == "1":
+    signal.signal(signal.SIGALRM, fail)
+    signal.setitimer(signal.ITIMER_REAL, 3)
+sys.exit(pretrain.main())
+"""
+
+
+def launch(script: str | Path, argv: list[str]) -> subprocess.Popen[str]:
+    """`accelerate launch` of two processes."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    return subprocess.Popen(
+        [*command, str(script), *argv],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_launched_processes_end_together_and_resume(quick: Arguments, tmp_path: Path) -> None:
+    """One process raises, then one is killed: the job ends and says why, and its checkpoints are there to resume."""
+    run, script = tmp_path / "run", tmp_path / "failing.py"
+    script.write_text(FAILING)
+    argv = quick(run, "--optim.batch_size", "4", "--optim.steps", "2000", "--checkpoint_every", "20")
+
+    job = launch(script, argv)
+    said = job.communicate(timeout=BOUND)[0]
+    assert job.returncode not in (0, None)
+    assert "RuntimeError: the network card of process 1 is on fire" in said
+
+    job = launch("recipes/pretrain.py", argv)
+    seen = len(checkpoints(run)) and checkpoints(run)[-1]
+    assert until(lambda: checkpoints(run) and checkpoints(run)[-1] != seen, lambda: job.poll() is None)
+    workers = [int(child) for child in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()]
+    os.kill(workers[-1], signal.SIGKILL)
+    said = job.communicate(timeout=BOUND)[0]
+    assert job.returncode not in (0, None)
+    assert "Signal 9 (SIGKILL)" in said
+    assert checkpoints(run)
