@@ -140,4 +140,6 @@ class Ensemble(Composite):
         for median, mad, pixel_median, pixel_mad in loaded.tensors["units"].tolist():
             units = Units(ScoreUnit(median, mad), ScoreUnit(pixel_median, pixel_mad), loaded.config.image_size)
             ensemble._units.append(units)
+        if len(ensemble._units) != len(loaded.members):
+            raise ValueError(f"{len(loaded.members)} members and units of {len(ensemble._units)}")
         return ensemble

@@ -20,6 +20,10 @@ def put_together(folder: Path) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
+    except ValueError as error:
+        if str(folder) in str(error):
+            raise
+        raise ValueError(f"{folder}: {error}") from error
     except (LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, AssertionError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise ValueError(
