@@ -132,5 +132,7 @@ class Throughput:
         rates = self._rates(self._whole)
         shares = sorted((-value, key.removeprefix("time_")) for key, value in rates.items() if key.startswith("time_"))
         parts = ", ".join(f"{phase} {-100 * share:.0f} %" for share, phase in shares)
-        mfu = f"{100 * rates['mfu']:.0f} %" if "mfu" in rates else "unknown (the device is not in the table of peaks)"
-        return f"{rates['images_per_s']:.3g} images/s; time: {parts}; MFU {mfu}"
+        mfu = f"; MFU {100 * rates['mfu']:.0f} %" if "mfu" in rates else ""
+        if self.watch.on_device and not mfu:
+            mfu = "; MFU unknown (the device is not in the table of peaks)"
+        return f"{rates['images_per_s']:.3g} images/s; time: {parts}{mfu}"
