@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from memory_plan import check_memory
 from progress import progress_bar
 from rich.console import Console
 from run_data import CONDITIONING_IMAGES, find_samples, step_batches, training_set
@@ -119,6 +120,7 @@ def set_up(config: PretrainConfig, console: Console, accelerator: Accelerator) -
     extractor = build_extractor(config, samples, accelerator.device)
     data = training_set(config, shards, samples, extractor.preprocess)
     rank, processes = accelerator.process_index, accelerator.num_processes
+    check_memory(config, len(data), processes, accelerator.device, console)
     per_epoch = step_batches(data, config, 0, 0, rank, processes).per_epoch
     steps = config.optim.steps or per_epoch * config.optim.epochs
     folder = RunFolder(config, console, accelerator.is_main_process)  # after everything a mistake could stop

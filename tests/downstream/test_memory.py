@@ -43,9 +43,7 @@ print("measured", peak() - before)
 PLAIN = "EmbeddingConfig(patch=1)"
 FITS = {  # detector, batches of 4 images, grid, channels / 3
     "patchcore": (f"PatchCore(extract, PatchCoreConfig({PLAIN}, amount=20, projection_dim=32))", 100, 32, 64),
-    "patchcore, all of it": (f"PatchCore(extract, PatchCoreConfig({PLAIN}, method='none'))", 60, 32, 64),
     "spade": ("SPADE(extract)", 100, 32, 64),
-    "padim, few images": (f"PaDiM(extract, PaDiMConfig({PLAIN}))", 20, 32, 80),
     "padim, many images": (f"PaDiM(extract, PaDiMConfig({PLAIN}))", 40, 24, 40),
     "reconpatch": (
         f"ReConPatch(extract, ReConPatchConfig(PatchCoreConfig({PLAIN}, amount=20), "

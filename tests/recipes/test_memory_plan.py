@@ -1,0 +1,45 @@
+"""What pretraining says it will hold against the peak of the process that does it; how it refuses."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import finish
+
+UNITS = {"MiB": 1 << 20, "GiB": 1 << 30}
+FACTOR = 1.5  # between what is said and what is measured
+ONLINE = ["--cache.draws", "0", "--data.workers", "0", "--tokens", "0"]
+RUNS = {
+    "smallest": ["--optim.batch_size", "2"],
+    "two views": [*ONLINE, "--optim.batch_size", "16", "--augment", "epoch", "--loss.lambda_", "1"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_what_is_said_is_what_is_taken(
+    pretrain: Callable[..., subprocess.Popen[str]], tmp_path: Path, name: str
+) -> None:
+    process = pretrain(tmp_path / "run", *RUNS[name], "--optim.steps", "1", "--optim.epochs", "1")
+    assert process.stdout is not None
+    said = process.stdout.read()
+    _, status, used = os.wait4(process.pid, 0)
+    assert status == 0, said
+    number, unit = re.findall(r"will hold about ([\d.]+) (\w+)", said)[0]
+    print(name, number, unit, "measured", round(used.ru_maxrss / 2**10))
+    assert 1024 * used.ru_maxrss / FACTOR <= float(number) * UNITS[unit] <= FACTOR * 1024 * used.ru_maxrss
+
+
+def test_what_cannot_fit_is_refused_with_a_remedy(
+    pretrain: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    flags = [*ONLINE, "--optim.batch_size", "100000"]
+    said = " ".join(finish(pretrain(tmp_path / "run", *flags), expected=2).split())
+    assert re.search(r"pretraining \(.*step [\d.]+ GiB.*\) needs [\d.]+ GiB, more than [\d.]+ GiB: ", said)
+    assert "optim.batch_size, or tokens: N" in said
+    assert not (tmp_path / "run" / "config.yaml").exists()
