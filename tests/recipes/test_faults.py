@@ -95,12 +95,13 @@ def test_killed_again_and_again_ends_with_the_same_bytes(
     kills = resumed = in_a_save = told = finished = 0
     while True:
         run = tmp_path / f"killed{finished}"
+        stale = set(torn(run))  # left by the kill before, until the next run sweeps it away
         processes = start(count, log, pretrain, quick(run, *size))
         if kills == wanted:
             wait(processes, log)
         elif rng.random() < 0.5:
             before = last(run) + 2 * rng.randrange(4)
-            until(lambda: last(run) >= before and torn(run), processes[0].is_alive)  # noqa: B023
+            until(lambda: last(run) >= before and set(torn(run)) - stale, processes[0].is_alive)  # noqa: B023
         else:
             processes[0].join(rng.uniform(0, duration / 2))  # a resumed run is shorter
         for process in rng.sample(processes, count):
@@ -116,12 +117,12 @@ def test_killed_again_and_again_ends_with_the_same_bytes(
             continue
         assert -signal.SIGKILL in codes
         kills += 1
-        in_a_save += bool(torn(run))
-        if kills % 7 == 0 and checkpoints(run):
+        in_a_save += bool(set(torn(run)) - stale)
+        if kills >= wanted // 2 and not told and checkpoints(run):
             newest = checkpoints(run)[-1]
             newest.write_bytes(newest.read_bytes()[: rng.randrange(newest.stat().st_size)])
     print(f"{count} processes: {kills} kills, {in_a_save} in a save, {resumed} resumed, {finished} runs finished")
-    assert resumed > wanted // 3
+    assert resumed >= wanted // 3
     assert in_a_save
     assert told
     assert not torn(run)
