@@ -53,7 +53,7 @@ def _problems(
 ) -> list[list[str]]:
     """[image, reason] pairs: those of the run's stamp if it is about the same files, else those of a new check."""
     stamp, digest = run / STAMP, _digest(samples, root)
-    known = _read(stamp)
+    known = read_stamp(stamp)
     if known.get("files") == digest:
         return known["problems"]
     if known:
@@ -83,7 +83,8 @@ def _relative(file: Path, root: str) -> str:
     return os.path.relpath(file, root)
 
 
-def _read(stamp: Path) -> dict[str, Any]:
+def read_stamp(stamp: Path) -> dict[str, Any]:
+    """What a run has written down for when it is resumed."""
     try:
         return json.loads(stamp.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # none yet, or torn

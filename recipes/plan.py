@@ -100,10 +100,17 @@ def references_per_image(config: PretrainConfig) -> float:
     return sum(config.shots) / len(config.shots)
 
 
+def anomalous_tokens(counts: Counts, share: float) -> list[float]:
+    """Those of an image and view that enter, per level, as `adpretrain.batches.thin` chooses: all, up to half of what
+    enters, more if normal ones are too few. An upper limit: as if every image had the same ``share`` of all tokens."""
+    sizes = zip(counts.tokens, counts.entering, strict=True)
+    return [min(share * n, max(entering // 2, entering - (1 - share) * n)) for n, entering in sizes]
+
+
 def gathered_rows(config: PretrainConfig, counts: Counts, share: float, gpus: int) -> list[int]:
     """Anomalous tokens of both views, of all processes whose negatives are shared; per level."""
     sharing = gpus if config.loss.cross_process else 1
-    return [round(2 * config.optim.batch_size * tokens * share) * sharing for tokens in counts.entering]
+    return [round(2 * config.optim.batch_size * number) * sharing for number in anomalous_tokens(counts, share)]
 
 
 def gather_bytes(config: PretrainConfig, counts: Counts, share: float, gpus: int) -> int:
@@ -246,8 +253,7 @@ def host_lines(config: PretrainConfig, rate: float, side: int, assumed: Assumed)
 def report(config: PretrainConfig, options: argparse.Namespace) -> str:
     """The plan as Markdown."""
     counts = count(config)
-    names = [field.name for field in dataclasses.fields(Assumed)]
-    assumed = Assumed(**{name: getattr(options, name) for name in names})
+    assumed = Assumed(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Assumed)})
     first, batch = options.shares[0], config.optim.batch_size
     stored = memory(config, counts, first, assumed.gpus)
     rate = batch / sum(step_seconds(config, counts, first, assumed).values())
@@ -275,7 +281,7 @@ def report(config: PretrainConfig, options: argparse.Namespace) -> str:
             f"Assumed: {assumed.images} images of {assumed.image_kb:g} kB, {assumed.peak_tflops:g} TFLOP/s in half and "
             f"{assumed.peak_float_tflops:g} in single precision, {100 * assumed.mfu:g} % of it reached, "
             f"{assumed.node_gbit:g} Gbit/s a node, nothing overlaps, nothing is lost within a node, no reference "
-            "serves two images of a step.",
+            "serves two images of a step, all images have that share of anomalous tokens.",
         ]
     )
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from checked_samples import checked_samples
+from accelerate.utils import broadcast_object_list
+from checked_samples import checked_samples, read_stamp
 from rich.console import Console
 
 from adpretrain.config import PretrainConfig
 from adpretrain.data import Sample
+from adpretrain.data.detect import HUB
 from adpretrain.data.pairs import PretrainingSet, StepBatches
-from adpretrain.data.shards import Shards
+from adpretrain.data.shards import Shards, pinned
 from adpretrain.data.streaming import StreamedBatches, StreamedSet
+from adpretrain.files import atomic_path
 from adpretrain.preprocess import Preprocess
 
 SHARDS = "shards"  # the data.name that streams
+COMMITS = "data_commits.json"  # in the run's folder: data.root -> the same at the commit of the run's start
 CONDITIONING_IMAGES = 2  # normal images of every product that measure the feature statistics
 
 
@@ -54,12 +59,38 @@ def samples_of_shards(shards: Shards, patterns: Sequence[str], main: bool) -> tu
     return shards.samples("references", CONDITIONING_IMAGES), held_out
 
 
+def root_of_run(config: PretrainConfig, main: bool) -> str:
+    """data.root; one of the Hub at the commit that it was at when the run started, for all processes and however often
+    the run is resumed. Raises ValueError if it cannot be reached."""
+    root, stamp = config.data.root, Path(config.run) / COMMITS
+    if not root.startswith(HUB):
+        return root
+    (found,) = broadcast_object_list([_commit(root, stamp) if main else None])
+    if isinstance(found, ValueError):
+        raise found
+    return found
+
+
+def _commit(root: str, stamp: Path) -> str | ValueError:
+    """The root at its commit, or why it has none: an error raised here would leave the other processes waiting."""
+    begun = stamp.with_name("config.yaml").exists()  # what stopped an earlier start may have been mended since
+    known = read_stamp(stamp) if begun else {}
+    try:
+        if root not in known:
+            known[root] = pinned(root)
+            with atomic_path(stamp) as temporary:
+                temporary.write_text(json.dumps(known), encoding="utf-8")
+    except ValueError as error:
+        return ValueError(str(error))  # without its cause, which cannot be sent
+    return known[root]
+
+
 def find_samples(
     config: PretrainConfig, console: Console, main: bool
 ) -> tuple[Shards | None, list[Sample], list[Sample]]:
     """(shards if the set is streamed, samples, held-out samples)."""
     if config.data.name == SHARDS:
-        shards = Shards(config.data.root)
+        shards = Shards(root_of_run(config, main))
         return shards, *samples_of_shards(shards, config.data.held_out, main)
     checked = checked_samples(config.data, Path(config.run), console, main)
     return None, *split_samples(checked, config.data.held_out)

@@ -121,6 +121,8 @@ def _load(path: str, name: str, revision: str | None) -> Any:
     from pyarrow.dataset import ParquetFragmentScanOptions
 
     builder = datasets.load_dataset_builder(path, name, revision=revision)
+    if "references" in (builder.config.data_files or ()):  # a split of `adpretrain.data.shards` only
+        raise ValueError("these are shards for pretraining, which data.name shards streams")
     if hasattr(builder.config, "fragment_scan_options"):
         builder.config.fragment_scan_options = ParquetFragmentScanOptions(use_buffered_stream=True, pre_buffer=False)
         builder.config.batch_size = 16

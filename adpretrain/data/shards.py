@@ -112,15 +112,16 @@ class Shards:
         import fsspec
 
         self.root = str(root)
+        self.address = pinned(root).replace(HUB, f"{HUB}/datasets", 1) if _on_hub(root) else str(Path(root).resolve())
         try:
-            self.address = _pinned(root) if self.root.startswith(HUB) else str(Path(root).resolve())
             self.files, self.path = fsspec.core.url_to_fs(self.address)
             found = json.loads(self.files.cat_file(f"{self.path}/{INDEX}"))
             listing = self.files.ls(f"{self.path}/data", detail=True)
             present = {file["name"].removeprefix(f"{self.path}/"): file["size"] for file in listing}
         except Exception as error:  # that of a file system, of a network, or of the JSON
-            what = f"{INDEX} and data/ cannot be read ({type(error).__name__}: {error})"
-            raise ValueError(f"{root} holds no shards: {what}; recipes/write_shards.py writes them") from error
+            reason = _reason(f"{self.address}/{INDEX} and data/", error)
+            what = f"{root} holds no shards: {INDEX} and data/ cannot be read ({reason})"
+            raise ValueError(f"{what}; recipes/write_shards.py writes them") from error
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             version = found.get("format") if isinstance(found, dict) else None
             raise ValueError(f"{root}/{INDEX} is of format {version!r}, not {FORMAT}: write the shards again")
@@ -188,12 +189,38 @@ def _read(urls: Sequence[str]) -> Iterator[dict[str, Any]]:
                 for group in range(parquet.num_row_groups):
                     yield from parquet.read_row_group(group, COLUMNS).to_pylist()
         except Exception as error:  # that of a file system, of a network, or of Arrow
-            raise ValueError(f"{url} cannot be read ({type(error).__name__}: {error}): copy it again") from error
+            raise ValueError(f"{url} cannot be read ({_reason(url, error)}): copy it again") from error
 
 
-def _pinned(root: str | Path) -> str:
-    """The file system's name of a Hub repository, at the commit that it is at now: it may change while we read."""
-    from huggingface_hub import HfApi
+def pinned(root: str | Path) -> str:
+    """``root`` of the Hub at the commit that it is at now: it may change while we read.
+
+    Raises ValueError if it cannot be reached.
+    """
+    from huggingface_hub import HfApi, constants
+
+    from adpretrain.hub.trouble import explain, persistently, troubles
 
     name, revision = address(root)
-    return f"hf://datasets/{name}@{HfApi().dataset_info(name, revision=revision).sha}"
+    if constants.HF_HUB_OFFLINE:
+        fix = f"unset it, or fetch the set with `hf download --repo-type dataset {name}` and give the folder"
+        raise ValueError(f"{root} is streamed, which HF_HUB_OFFLINE forbids: {fix}")
+    try:
+        commit = persistently(lambda: HfApi().dataset_info(name, revision=revision).sha)
+    except troubles() as error:
+        raise explain(error, f"datasets/{name}", f"stream {revision!r} of" if revision else "stream") from error
+    return f"{HUB}/{name}@{commit}"
+
+
+def _on_hub(root: str | Path) -> bool:
+    return str(root).startswith(HUB)
+
+
+def _reason(url: str, error: Exception) -> str:
+    """What an error says, in one line. Raises ValueError if not the file but the Hub is to blame."""
+    from adpretrain.hub.trouble import explain, on_the_way
+
+    if on_the_way(error):
+        repository, _, file = url.removeprefix(f"{HUB}/").partition("@")
+        raise explain(error, repository, f"read {file.partition('/')[2]} of") from error
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

@@ -24,6 +24,13 @@ def troubles() -> tuple[type[Exception], ...]:
     return OSError, RuntimeError, json.JSONDecodeError, EntryNotFoundError, *transport
 
 
+def on_the_way(error: BaseException) -> bool:
+    """Whether the Hub or the connection failed, not a file of this machine or what is in it."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return isinstance(root(error), tuple(base for base in HfHubHTTPError.__bases__ if base is not OSError))
+
+
 def root(error: BaseException) -> BaseException:
     """What was behind an error that the client has wrapped."""
     while isinstance(error, (RuntimeError, ValueError, FileNotFoundError)) and error.__cause__ is not None:
@@ -94,6 +101,7 @@ def _reason(error: BaseException, repo_id: str) -> str:
         LocalTokenNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
 
     code, page, namespace = status(error), f"{constants.ENDPOINT}/{repo_id}", repo_id.partition("/")[0]
@@ -109,6 +117,8 @@ def _reason(error: BaseException, repo_id: str) -> str:
             f"it is neither a folder here nor a repository that can be reached at {constants.ENDPOINT}. Check the "
             "spelling; if it is private, log in with `hf auth login` or set HF_TOKEN"
         )
+    if isinstance(error, RevisionNotFoundError):
+        return f"it has no such revision. {page} lists its branches, tags and commits"
     if code == 401:
         return f"the token is wrong or has expired. Make a new one at {tokens}; HF_TOKEN goes before `hf auth login`"
     if code == 403:

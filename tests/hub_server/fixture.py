@@ -31,21 +31,26 @@ def environment(hub: Hub, home: Path, token: str | None = TOKEN) -> dict[str, st
     return {**inherited, **given}
 
 
+def settings(hub: Hub, home: Path) -> dict[str, object]:
+    """The same for a process that has imported the client already: its constants."""
+    return {
+        "ENDPOINT": hub.endpoint,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HOME": str(home),
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_TOKEN_PATH": str(home / "token"),
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_OFFLINE": False,
+    }
+
+
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """Ada, of the organisation "factory", is logged in. The client read its settings when it was imported."""
     server = Hub()
     server.start()
     home = tmp_path / "hf"
-    for name, value in {
-        "ENDPOINT": server.endpoint,
-        "HUGGINGFACE_CO_URL_TEMPLATE": server.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
-        "HF_HOME": str(home),
-        "HF_HUB_CACHE": str(home / "hub"),
-        "HF_TOKEN_PATH": str(home / "token"),
-        "HF_HUB_DISABLE_XET": True,
-        "HF_HUB_OFFLINE": False,
-    }.items():
+    for name, value in settings(server, home).items():
         monkeypatch.setattr(constants, name, value)
     for name, value in environment(server, home).items():
         monkeypatch.setenv(name, value)

@@ -94,8 +94,8 @@ class Handler(BaseHTTPRequestHandler):
             match = re.fullmatch(pattern, split.path)
             if method == self.command and match:
                 try:
-                    values = {key: unquote(value) for key, value in match.groupdict().items()}
-                    kind = values.pop("kind", None)
+                    values = {key: unquote(value or "") for key, value in match.groupdict().items()}
+                    kind = values.pop("kind", None) or values.pop("prefix", "") or "models"
                     if "repo" in values:
                         values["repo"] = self.visible(values["repo"], name, kind)  # type: ignore[assignment]
                     return getattr(self, f"on_{name}")(**values)  # type: ignore[no-any-return]
@@ -116,14 +116,14 @@ class Handler(BaseHTTPRequestHandler):
         user = self.user()
         return user is not None and user.may_write and namespace in (user.name, *user.organisations)
 
-    def visible(self, name: str, route: str, kind: str | None) -> Repository:
+    def visible(self, name: str, route: str, kind: str) -> Repository:
         """The repository, if whoever asks may have it. A private one looks to others as if it were not there."""
         repository = self.hub.repositories.get(name)
         if route in SIGNED and repository is not None:
             return repository
         user = self.user()
         member = user is not None and name.partition("/")[0] in (user.name, *user.organisations)
-        if repository is None or (repository.private and not member) or kind not in (None, f"{repository.kind}s"):
+        if repository is None or (repository.private and not member) or kind != f"{repository.kind}s":
             raise Answer(404 if user else 401, "Repository not found", "RepoNotFound")
         if repository.gated and not member and route == "resolve":
             raise Answer(403 if user else 401, "Access to this model is restricted", "GatedRepo")
@@ -176,8 +176,13 @@ class Handler(BaseHTTPRequestHandler):
     def on_refs(self, repo: Repository) -> None:
         self.answer(200, repo.refs())
 
-    def on_tree(self, repo: Repository, revision: str) -> None:
-        self.answer(200, repo.tree(self.commit_of(repo, revision)))
+    def on_tree(self, repo: Repository, revision: str, folder: str) -> None:
+        entries = repo.tree(self.commit_of(repo, revision))
+        if folder and all(entry["path"] != folder for entry in entries if entry["type"] == "directory"):
+            raise Answer(404, f"{folder} does not exist on {revision}", "EntryNotFound")
+        if "recursive=true" not in urlsplit(self.path).query.lower():
+            entries = [entry for entry in entries if entry["path"].rpartition("/")[0] == folder]
+        self.answer(200, [entry for entry in entries if entry["path"].startswith(f"{folder}/" if folder else "")])
 
     def on_preupload(self, repo: Repository, revision: str) -> None:
         now = repo.commits[self.commit_of(repo, revision)].files
@@ -271,9 +276,9 @@ class Handler(BaseHTTPRequestHandler):
         self.send_content(repo.lfs[oid], {"ETag": f'"{oid}"'})
 
     def send_content(self, content: bytes, headers: dict[str, str]) -> None:
-        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if wanted:
-            start = int(wanted[1])
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-            return self.answer(206, content[start:], headers)
+            part = content[int(wanted[1]) : int(wanted[2] or len(content)) + 1]
+            headers["Content-Range"] = f"bytes {wanted[1]}-{int(wanted[1]) + len(part) - 1}/{len(content)}"
+            return self.answer(206, part, headers)
         return self.answer(200, content, headers, length=len(content))

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-LARGE = (".safetensors", ".png", ".bin")  # what the Hub keeps as LFS
+LARGE = (".safetensors", ".png", ".bin", ".parquet")  # what the Hub keeps as LFS
 
 
 def git_sha1(kind: str, content: bytes) -> str:

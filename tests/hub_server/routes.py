@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-KIND = r"(?P<kind>models|spaces)"
+KIND = r"(?P<kind>models|datasets|spaces)"
+PREFIX = r"(?:(?P<prefix>datasets|spaces)/)?"  # a model has none
 NAME = r"(?P<repo>[^/]+/[^/]+)"
 ROUTES = [
     ("GET", r"/api/whoami-v2", "whoami"),
@@ -11,9 +12,9 @@ ROUTES = [
     ("GET", rf"/api/{KIND}/{NAME}", "info"),
     ("GET", rf"/api/{KIND}/{NAME}/revision/(?P<revision>[^/]+)", "info"),
     ("GET", rf"/api/{KIND}/{NAME}/refs", "refs"),
-    ("GET", rf"/api/{KIND}/{NAME}/tree/(?P<revision>[^/]+)", "tree"),
+    ("GET", rf"/api/{KIND}/{NAME}/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?", "tree"),
     ("POST", rf"/api/{KIND}/{NAME}/preupload/(?P<revision>[^/]+)", "preupload"),
-    ("POST", rf"/(?:spaces/)?{NAME}\.git/info/lfs/objects/batch", "batch"),
+    ("POST", rf"/{PREFIX}{NAME}\.git/info/lfs/objects/batch", "batch"),
     ("PUT", rf"/lfs/{NAME}/(?P<oid>[0-9a-f]+)", "upload"),
     ("POST", rf"/lfs/{NAME}/(?P<oid>[0-9a-f]+)/verify", "verify"),
     ("GET", rf"/lfs/{NAME}/(?P<oid>[0-9a-f]+)", "large"),
@@ -21,8 +22,8 @@ ROUTES = [
     ("POST", rf"/api/{KIND}/{NAME}/tag/(?P<revision>[^/]+)", "tag"),
     ("POST", rf"/api/{KIND}/{NAME}/branch/(?P<revision>[^/]+)", "branch"),
     ("PUT", rf"/api/{KIND}/{NAME}/settings", "settings"),
-    ("HEAD", rf"/{NAME}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
-    ("GET", rf"/{NAME}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
+    ("HEAD", rf"/{PREFIX}{NAME}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
+    ("GET", rf"/{PREFIX}{NAME}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
 ]
 WRITING = ("preupload", "batch", "commit", "tag", "branch", "settings")
 SIGNED = ("upload", "verify", "large")  # their addresses are secret, so they ask for no token

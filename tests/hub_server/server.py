@@ -1,4 +1,4 @@
-"""The Hub's HTTP interface, as far as publishing and loading a model use it."""
+"""The Hub's HTTP interface, as far as publishing and loading a model and streaming a data set use it."""
 
 from __future__ import annotations
 

@@ -18,6 +18,9 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from conftest import ROOT, finish
+from hub_server import Hub
+from hub_server.fixture import environment, settings
+from huggingface_hub import constants
 from processes import output, start, wait
 
 CONFIGS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
@@ -56,6 +59,13 @@ def pretrain(rank: int, argv: list[str]) -> int:
     from pretrain import main
 
     return main(argv)
+
+
+def pretrain_on_hub(rank: int, known: dict[str, object], given: dict[str, str], argv: list[str]) -> int:
+    """The process was forked from one that had the client imported."""
+    vars(constants).update(known)
+    os.environ.update({name: value for name, value in given.items() if name.startswith("HF_")})
+    return pretrain(rank, argv)
 
 
 def write(rank: int, argv: list[str]) -> int:
@@ -138,6 +148,32 @@ def test_a_stream_trained_by_two_processes_and_resumed_inside_an_epoch_is_bit_eq
     assert '"images": 50' in config
     assert '"categories": 5' in config
     assert '"processes": 2' in config
+
+
+@pytest.mark.slow
+def test_training_from_the_hub_is_training_from_the_folder_even_if_resumed_after_a_push(
+    argv: Callable[..., list[str]], shards: Path, hub: Hub, tmp_path: Path
+) -> None:
+    """Two processes; the repository is spoiled before the run goes on. A wrong name is told by each in a line."""
+    files = {path.relative_to(shards).as_posix(): path.read_bytes() for path in shards.rglob("*") if path.is_file()}
+    repository = hub.add("factory/parts", kind="dataset", private=True)
+    repository.write(files)
+    log, run = tmp_path / "log", tmp_path / "hub"
+    steps = ["--optim.steps", "4", "--checkpoint_every", "3", "--data.held_out", '["p??0_*"]']
+    there = settings(hub, tmp_path / "hf"), environment(hub, tmp_path / "hf")
+    command = argv(run, *steps, "--data.root", "hf://factory/parts")
+    wait(start(2, log, pretrain_on_hub, *there, command), log)
+    (run / "checkpoints" / "step_0000004.pt").unlink()
+    (run / "extractor" / "model.safetensors").unlink()
+    repository.write(dict.fromkeys(files, b"{}"))
+    wait(start(2, log, pretrain_on_hub, *there, command), log)
+    assert "at step 3 of 4" in " ".join(output(log).split())
+    wait(start(2, log, pretrain, argv(tmp_path / "folder", *steps)), log)
+    assert weights(run) == weights(tmp_path / "folder")
+    wait(start(2, log, pretrain_on_hub, *there, [*command, "--data.root", "hf://factory/bolts"]), log, expected=2)
+    for rank in range(2):
+        assert "cannot stream datasets/factory/bolts: it is neither" in output(log, rank)
+        assert "Traceback" not in output(log, rank)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from conftest import ROOT
 from processes import together
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from adpretrain.batches import LabelledBatch, thin
 from adpretrain.config import BackboneConfig, LossConfig, OptimConfig, PretrainConfig, ProjectorConfig
 from adpretrain.extractor import build_projector
 from adpretrain.losses import angle_loss
@@ -116,6 +117,23 @@ def test_flops_of_the_angle_loss_are_counted() -> None:
     assert plan.loss_flops(SMALL, counts, share, gpus=1) == products.flops
 
 
+@pytest.mark.parametrize("marked", [0, 13, 31, 32, 33, 128, 230, 256])
+@pytest.mark.parametrize("kept", [9, 64, 256])
+def test_anomalous_tokens_are_those_that_thinning_keeps(marked: int, kept: int) -> None:
+    """Of 256 tokens ``marked`` are anomalous; a level of 16 stays whole where more than that are kept."""
+    import plan
+
+    sizes = [256, 16]
+    labels = [(torch.arange(size) < marked * size // 256).view(1, 1, size) for size in sizes]
+    views = [[torch.zeros(1, 2, 1, size) for size in sizes]]
+    found = thin(LabelledBatch(views, labels, labels, []), [(0, 0)], kept, seed=1).labels
+    for size, level in zip(sizes, found, strict=True):
+        counts = plan.Counts(0, 0, [size], [min(size, kept)], [2], 0, 0, 0)
+        share = marked * size // 256 / size
+        assert plan.anomalous_tokens(counts, share) == [pytest.approx(int(level.sum()), abs=1e-9)]
+        assert plan.gathered_rows(SMALL, counts, share, 4) == [2 * 3 * 4 * int(level.sum())]
+
+
 def counted_messages(rank: int) -> list[tuple[str, int]]:
     """Kinds and bytes of all messages of a step's angle losses, as torch.distributed is asked for them."""
     torch.manual_seed(rank)
@@ -164,6 +182,6 @@ def test_the_command_prints_a_plan(capsys: pytest.CaptureFixture[str], tmp_path:
     assert "16 GPUs on 2 nodes, 64 images a GPU and step" in said
     assert "(64 enter)" in said  # of 784 tokens: `tokens` of the configuration
     assert "a checkpoint, written by the first process" in said
-    assert said.rstrip().endswith("serves two images of a step.")
+    assert said.rstrip().endswith("all images have that share of anomalous tokens.")
     assert plan.main(["--config", str(tmp_path / "none.yaml")]) == 2
     assert "cannot read configuration" in capsys.readouterr().err
