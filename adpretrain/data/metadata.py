@@ -19,7 +19,8 @@ from adpretrain.data.tree import inside
 
 def metadata_files(root: Path) -> list[Path]:
     """The metadata files in ``root`` and its subfolders, sorted."""
-    return sorted(file for name in ("metadata.csv", "metadata.jsonl") for file in root.rglob(name))
+    found = (file for name in ("metadata.csv", "metadata.jsonl") for file in root.rglob(name))
+    return sorted(file for file in found if file.is_file())
 
 
 def index_metadata(root: Path, file: Path, columns: Mapping[str, str]) -> Iterator[tuple[Sample, str]]:
@@ -51,13 +52,20 @@ def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         with file.open(newline="", encoding="utf-8-sig") as lines:
             if file.suffix == ".csv":
-                yield from enumerate(csv.DictReader(lines, restval=""), start=2)
+                yield from enumerate(csv.DictReader(lines, restkey="", restval=""), start=2)
             else:
                 for number, line in enumerate(lines, start=1):
                     if line.strip():
-                        yield number, dict(json.loads(line))
-    except (csv.Error, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
+                        yield number, _object(line, number)
+    except (csv.Error, ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not a readable metadata file: {error}") from error
+
+
+def _object(line: str, number: int) -> dict[str, Any]:
+    content = json.loads(line)
+    if not isinstance(content, dict):
+        raise ValueError(f"line {number} is no JSON object")
+    return content
 
 
 def _split(image: Path) -> str:
