@@ -14,7 +14,7 @@ from importlib.metadata import version
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_loader
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, get_loader, set_loader
 
 from downstream.commands import COMMANDS, Run
 from downstream.terminal import plain
@@ -27,7 +27,9 @@ class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
 
 
 def _load_yaml(text: str) -> Any:
-    from adpretrain.parsing import load_yaml  # imports torch, which --help does without
+    if not set(text) & set("[{&*:\n"):  # a plain word needs no check, and --help no torch, which the check imports
+        return get_loader("yaml")(text)
+    from adpretrain.parsing import load_yaml
 
     return load_yaml(text)
 
