@@ -5,12 +5,14 @@ Each runs ``target(rank, *arguments)``; they find each other as launched ones do
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import pickle
 import socket
 import sys
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,16 @@ ROOT = Path(__file__).parents[1]
 WAIT = 120  # seconds
 
 
+@functools.cache
 def context() -> multiprocessing.context.BaseContext:
+    # Another test's server has not imported the recipe, and each child would.
+    forkserver._forkserver._stop()
     paths = [str(ROOT), str(ROOT / "recipes"), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)  # read when the first process starts
-    forkserver = multiprocessing.get_context("forkserver")
-    forkserver.set_forkserver_preload(["pretrain", "matplotlib.figure"])
-    return forkserver
+    chosen = multiprocessing.get_context("forkserver")
+    chosen.set_forkserver_preload(["pretrain", "matplotlib.figure"])
+    forkserver.ensure_running()
+    return chosen
 
 
 def start(count: int, log: Path, target: Callable[..., Any], *arguments: Any) -> list[BaseProcess]:

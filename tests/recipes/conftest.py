@@ -9,11 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from running import LAUNCH, ROOT
 
 from adpretrain.data.synthetic import make_synthetic
-
-ROOT = Path(__file__).resolve().parents[2]
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/one_gpu.yaml"]
 
 
 @pytest.fixture(scope="session")
@@ -50,10 +48,3 @@ def pretrain(arguments: Callable[..., list[str]]) -> Callable[..., subprocess.Po
         )
 
     return start
-
-
-def finish(process: subprocess.Popen[str], expected: int = 0) -> str:
-    """Wait; fail with the process's own words if it did not end as expected."""
-    output = process.communicate(timeout=300)[0]
-    assert process.returncode == expected, output
-    return output

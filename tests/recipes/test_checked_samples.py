@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from PIL import Image
 from rich.console import Console
+from running import ROOT
 
 from adpretrain.config import DataConfig
 from adpretrain.data import index_dataset

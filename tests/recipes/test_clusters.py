@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from conftest import ROOT, finish
 from hub_server import Hub
 from hub_server.fixture import environment, settings
 from huggingface_hub import constants
 from processes import output, start, wait
+from running import ROOT, finish
 
 CONFIGS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
 LAUNCHER = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]

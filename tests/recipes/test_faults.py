@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
 from processes import output, start, wait
+from running import ROOT
 
 Arguments = Callable[..., list[str]]
 STEPS = 24

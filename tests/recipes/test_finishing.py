@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from running import ROOT
 
 from adpretrain.data import Sample
 

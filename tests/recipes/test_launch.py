@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
-from conftest import ROOT
+from running import ROOT
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import finish
+from running import finish
 
 UNITS = {"MiB": 1 << 20, "GiB": 1 << 30}
 FACTOR = 1.5  # between what is said and what is measured

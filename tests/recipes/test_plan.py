@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT
 from processes import together
+from running import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adpretrain.batches import LabelledBatch, thin

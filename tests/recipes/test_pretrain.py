@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, finish
+from running import ROOT, finish
 
 from adpretrain import ADExtractor
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
-from conftest import ROOT
 from devices import Device
+from running import ROOT
 from safetensors.torch import load_file
 
 from adpretrain.data.synthetic import make_synthetic

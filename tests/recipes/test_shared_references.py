@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import finish
+from running import finish
 
 FLAGS = ["--augment", "epoch", "--cache.draws", "0", "--loss.lambda_", "1.0", "--conditioning", "false"]
 FLAGS += ["--backbone.image_size", "64", "--eval.keep", "last", "--data.held_out", "[]", "--data.workers", "1"]
