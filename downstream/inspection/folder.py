@@ -96,13 +96,7 @@ def score_folder(
     OSError if `out` cannot be written.
     """
     paths = find_images(images, exclude=out)
-    out.mkdir(parents=True, exist_ok=True)
-    with atomic_path(out / "scores.csv.check") as probe:  # before any work: can files be made and renamed here?
-        probe.touch()
-    (out / "scores.csv.check").unlink()
-    sweep(out)
-    sweep(out / HEATMAPS)
-
+    _make_writable(out)
     started = time.perf_counter()
     where = pick_device(device)
     folder = locate(extractor, revision).folder
@@ -135,6 +129,16 @@ def score_folder(
     write_summary(out / "summary.json", summary)
     record.finish()
     return Inspection(results, summary, out)
+
+
+def _make_writable(out: Path) -> None:
+    """Before any work: can files be made and renamed here? What a kill left half-written is removed."""
+    out.mkdir(parents=True, exist_ok=True)
+    with atomic_path(out / "scores.csv.check") as probe:
+        probe.touch()
+    (out / "scores.csv.check").unlink()
+    sweep(out)
+    sweep(out / HEATMAPS)
 
 
 def _summary(
