@@ -14,12 +14,22 @@ import numpy as np
 from adpretrain.config import ReferencesConfig
 from adpretrain.data.samples import Sample
 
-_SHUFFLE, _REFERENCES, _VIEWS = range(3)  # streams of random numbers
-_BLOCKS, _POOL = 6, 7  # 3 to 5 are those of `adpretrain.data.streaming`
+# Streams of random numbers that pretraining draws from; the last part of a generator's key.
+SHUFFLE, REFERENCES, VIEWS, SHARDS, ROWS, HEAD, BLOCKS, POOL = range(8)
 
 
-def _rng(*key: int) -> np.random.Generator:
+def generator(*key: int) -> np.random.Generator:
+    """The random numbers of a key such as (seed, epoch, index, stream)."""
     return np.random.default_rng(np.random.SeedSequence(key))
+
+
+def refuse_short(short: Sequence[str], shots: Sequence[int], needed: int) -> None:
+    """Raise ValueError that names the groups with fewer normal images than the largest K needs, if there are any."""
+    if short:
+        raise ValueError(
+            f"K = {max(shots)} references need {needed} normal images in every category and view; too few in "
+            f"{', '.join(short[:5])}{' ...' if len(short) > 5 else ''}: lower shots {list(shots)} or add images"
+        )
 
 
 class ReferenceDraws:
@@ -45,11 +55,7 @@ class ReferenceDraws:
         largest, together = max(self.shots), self.config.together
         needed = largest + together  # the images of a block are no references of theirs
         short = [name for name, normals in zip(names, self.normals, strict=True) if len(normals) < needed]
-        if short:
-            raise ValueError(
-                f"K = {largest} references need {needed} normal images in every category and view; too few in "
-                f"{', '.join(short[:5])}{' ...' if len(short) > 5 else ''}: lower shots {self.shots} or add images"
-            )
+        refuse_short(short, self.shots, needed)
 
     def blocks(self, epoch: int) -> list[list[int]]:
         """Every image once; those of a block share their references in this epoch and come one after the other."""
@@ -61,7 +67,7 @@ class ReferenceDraws:
         if self._blocks is None or self._blocks[0] != epoch:
             blocks, size = [], self.config.together
             for number, group in enumerate(self.members):
-                mixed = _rng(self.seed, epoch, number, _BLOCKS).permutation(group).tolist()
+                mixed = generator(self.seed, epoch, number, BLOCKS).permutation(group).tolist()
                 blocks += [mixed[start : start + size] for start in range(0, len(mixed), size)]
             self._blocks = (epoch, blocks, {index: block for block in blocks for index in block})
         return self._blocks[1:]
@@ -71,12 +77,12 @@ class ReferenceDraws:
         normals, size = self.normals[group], self.config.pool
         if not 0 < size < len(normals):
             return normals
-        rng = _rng(self.seed, epoch // self.config.refresh, group, _POOL)
+        rng = generator(self.seed, epoch // self.config.refresh, group, POOL)
         return rng.choice(normals, size, replace=False).tolist()
 
     def draw(self, index: int, epoch: int) -> list[int]:
         """The K distinct references of one image in one epoch, never the image itself; K is drawn from ``shots``."""
         block = [index] if self.config.together == 1 else self._shared(epoch)[1][index]
-        rng = _rng(self.seed, epoch, block[0], _REFERENCES)
+        rng = generator(self.seed, epoch, block[0], REFERENCES)
         pool = [other for other in self.pool(self.group_of[index], epoch) if other not in block]
         return [pool[i] for i in rng.choice(len(pool), size=int(rng.choice(self.shots)), replace=False)]

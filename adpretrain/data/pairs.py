@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from adpretrain.config import ReferencesConfig
-from adpretrain.data.draws import _SHUFFLE, _VIEWS, ReferenceDraws, _rng
+from adpretrain.data.draws import SHUFFLE, VIEWS, ReferenceDraws, generator
 from adpretrain.data.loading import ImageBatch, Item, Request, assemble
 from adpretrain.data.samples import Sample, load_mask
 from adpretrain.preprocess import Preprocess, TwoViews, picture_size, read_image
@@ -27,7 +27,7 @@ def draw_views(image: Image.Image, two_views: TwoViews, augment: str, seed: int,
     if augment == "none":
         return two_views.preprocess.pixels(image)[None]
     moment = epoch if augment == "epoch" else 0
-    return two_views(image, int(_rng(seed, moment, index, _VIEWS).integers(2**62)))
+    return two_views(image, int(generator(seed, moment, index, VIEWS).integers(2**62)))
 
 
 class PretrainingSet:
@@ -141,7 +141,7 @@ class StepBatches:
 
     def _order(self, epoch: int) -> list[int]:
         blocks = self.blocks(epoch) if self.blocks is not None else [[index] for index in range(self.images)]
-        mixed = _rng(self.seed, epoch, _SHUFFLE).permutation(len(blocks))
+        mixed = generator(self.seed, epoch, SHUFFLE).permutation(len(blocks))
         return [index for number in mixed for index in blocks[number]]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,30 +75,11 @@ class ImageDataset(Dataset[dict[str, Any]]):
     An item is a dict: ``image`` float [3, S, S], ``mask`` bool [S, S] (all False for a normal image), ``label``
     (1 = anomalous), ``category``, ``defect``, ``view`` ("" if none), ``path`` and ``index``.
 
-    ``on_error="raise"`` (default): a missing or corrupted file raises ValueError naming it, when it is read.
-    ``on_error="skip"``: the files are checked up front, the bad ones are left out, listed once in a warning and
-    kept in ``.skipped`` as (path, reason) pairs.
+    A missing or corrupted file raises ValueError naming it, when it is read; `adpretrain.data.checking` finds all.
     """
 
-    def __init__(self, samples: Sequence[Sample], preprocess: Preprocess, on_error: str = "raise") -> None:
-        if on_error not in ("raise", "skip"):
-            raise ValueError(f"on_error {on_error!r} is unknown; choose 'raise' or 'skip'")
-        self.preprocess = preprocess
-        self.samples = list(samples)
-        self.skipped: list[tuple[Path, str]] = []
-        if on_error == "skip":
-            self.samples = [sample for sample in self.samples if self._readable(sample)]
-            if self.skipped:
-                listing = "\n".join(f"  {reason}" for _, reason in self.skipped)
-                warnings.warn(f"{len(self.skipped)} unreadable samples are skipped:\n{listing}", stacklevel=2)
-
-    def _readable(self, sample: Sample) -> bool:
-        try:
-            load_mask(sample, read_image(sample.image).size, self.preprocess)
-        except ValueError as error:
-            self.skipped.append((sample.image, str(error)))
-            return False
-        return True
+    def __init__(self, samples: Sequence[Sample], preprocess: Preprocess) -> None:
+        self.samples, self.preprocess = list(samples), preprocess
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -26,14 +26,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from adpretrain.data.draws import _REFERENCES, _rng
+from adpretrain.data.draws import HEAD, REFERENCES, ROWS, SHARDS, generator, refuse_short
 from adpretrain.data.loading import ImageBatch, Item, Request, assemble
 from adpretrain.data.pairs import draw_views
 from adpretrain.data.shards import Photograph, Shards
 from adpretrain.preprocess import Preprocess, TwoViews, picture_size, read_image, read_mask
 
 T = TypeVar("T")
-_SHARDS, _ROWS, _HEAD = range(3, 6)  # streams of random numbers, beside those of `adpretrain.data.draws`
 BUFFER = 4  # one part in so many of the reservoir's bytes shuffles the stream
 
 
@@ -70,11 +69,7 @@ class StreamedSet:
         self.two_views = TwoViews(preprocess)
         self.draws = None  # references come and go with the stream: their features are not kept
         index, needed = shards.index, max(shots) + 1  # the image itself is never its own reference
-        if short := sorted(group for group, count in index.normals.items() if count < needed):
-            raise ValueError(
-                f"K = {max(shots)} references need {needed} normal images in every category and view; too few in "
-                f"{', '.join(short[:5])}{' ...' if len(short) > 5 else ''}: lower shots {self.shots} or add images"
-            )
+        refuse_short(sorted(group for group, count in index.normals.items() if count < needed), shots, needed)
         if index.references < needed:
             raise ValueError(
                 f"K = {max(shots)} references need {needed} photographs of every category and view set aside; "
@@ -189,7 +184,7 @@ class StreamedBatches:
         """As many photographs of every group as the largest K needs, others on every process."""
         index, needed, chosen = self.data.shards.index, max(self.data.shots) + 1, {}
         for number, (group, count) in enumerate(sorted(index.normals.items())):
-            order = _rng(self.data.seed, self.rank, number, _HEAD).permutation(min(count, index.references))
+            order = generator(self.data.seed, self.rank, number, HEAD).permutation(min(count, index.references))
             chosen[group] = set(order[:needed].tolist())
         seen: dict[str, int] = defaultdict(int)
         for row in map(self._checked, self.data.shards.rows(self.data.shards.names("references"))):
@@ -204,16 +199,16 @@ class StreamedBatches:
             batch = []
             for row in islice(rows, self.batch_size):
                 if position >= done:
-                    rng = _rng(seed, epoch, row.index, _REFERENCES)
+                    rng = generator(seed, epoch, row.index, REFERENCES)
                     batch.append(Draw(epoch, row, reservoir.draw(row, shots, rng)))
                 reservoir.add(row)
             if position >= done:
                 yield batch
 
     def _rows(self, epoch: int) -> Iterator[Photograph]:
-        order = _rng(self.data.seed, epoch, _SHARDS).permutation(len(self.names))
+        order = generator(self.data.seed, epoch, SHARDS).permutation(len(self.names))
         rows = self.data.shards.rows([self.names[i] for i in order], self.rank, self.processes)
-        rng = _rng(self.data.seed, epoch, self.rank, _ROWS)
+        rng = generator(self.data.seed, epoch, self.rank, ROWS)
         return mix(map(self._checked, rows), self.data.buffer, rng)
 
     def _checked(self, row: Photograph) -> Photograph:

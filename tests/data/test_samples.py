@@ -77,22 +77,9 @@ def test_items_collate(mixed: list[Sample]) -> None:
         (5, r"mask .*other\.png is 24x32 but its image .*bad3\.png is 32x24 pixels"),
     ],
 )
-def test_a_bad_file_raises_by_default_when_it_is_read(mixed: list[Sample], index: int, message: str) -> None:
+def test_a_bad_file_raises_when_it_is_read(mixed: list[Sample], index: int, message: str) -> None:
     data = ImageDataset(mixed, PREPROCESS)
     assert len(data) == 6
     assert data[0]["index"] == 0
     with pytest.raises(ValueError, match=message):
         data[index]
-
-
-def test_skipping_leaves_out_and_reports_every_bad_file_once(mixed: list[Sample]) -> None:
-    with pytest.warns(UserWarning, match=r"(?s)4 unreadable samples are skipped.*cut.*gone.*gone_mask.*other"):
-        data = ImageDataset(mixed, PREPROCESS, on_error="skip")
-    assert data.samples == [mixed[0], mixed[3]]
-    assert [path for path, _ in data.skipped] == [mixed[i].image for i in (1, 2, 4, 5)]
-    assert [data[i]["defect"] for i in range(2)] == ["good", "scratch"]
-
-
-def test_an_unknown_policy_is_refused() -> None:
-    with pytest.raises(ValueError, match="'ignore' is unknown; choose 'raise' or 'skip'"):
-        ImageDataset([], PREPROCESS, on_error="ignore")
