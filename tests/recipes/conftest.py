@@ -32,6 +32,22 @@ def arguments(tiny_set: Path) -> Callable[..., list[str]]:
 
 
 @pytest.fixture
+def refusal(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
+    """What the recipe, run in this process, says of a mistake in its flags, on one line."""
+    monkeypatch.syspath_prepend(ROOT / "recipes")
+
+    def run(argv: list[str]) -> str:
+        import pretrain as recipe
+
+        assert recipe.main(argv) == 2
+        said = " ".join(capfd.readouterr().err.split())
+        assert "Traceback" not in said
+        return said
+
+    return run
+
+
+@pytest.fixture
 def pretrain(arguments: Callable[..., list[str]]) -> Callable[..., subprocess.Popen[str]]:
     """Start recipes/pretrain.py on the tiny set with further flags, in a process group of its own."""
 

@@ -128,13 +128,17 @@ def test_killed_again_and_again_ends_with_the_same_bytes(
     assert not torn(run)
 
 
-@pytest.fixture(params=["full", "limit"])
-def trouble(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path, Callable[[int], None], str]]:
-    """A folder, what makes writing to it impossible for a process, and what the system says then."""
+Trouble = tuple[Path, Callable[[int], object], Callable[[], object], str]
+
+
+@pytest.fixture(params=["full", "limit", "read-only"])
+def trouble(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Trouble]:
+    """A folder, what makes writing to it impossible for a process, what mends it, and what the system says."""
     folder = tmp_path / "disk"
     folder.mkdir()
     if request.param == "limit":  # of the size of files: for who may not mount
-        yield folder, lambda pid: resource.prlimit(pid, resource.RLIMIT_FSIZE, (4096, 4096)), "File too large"
+        limit = (4096, 4096)
+        yield folder, lambda pid: resource.prlimit(pid, resource.RLIMIT_FSIZE, limit), lambda: None, "File too large"
         return
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(folder)], capture_output=True)
     if mounted.returncode:
@@ -148,15 +152,23 @@ def trouble(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Pa
                 except OSError:
                     return
 
-    yield folder, fill, "No space left on device"
+    def remount(how: str) -> None:
+        command = ["mount", "-o", f"remount,{how}", str(folder)]
+        # Refused while a file is open for writing.
+        assert until(lambda: subprocess.run(command, capture_output=True).returncode == 0, lambda: True)
+
+    if request.param == "full":
+        yield folder, fill, (folder / "filler").unlink, "No space left on device"
+    else:
+        yield folder, lambda pid: remount("ro"), lambda: remount("rw"), "Read-only file system"
     subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.mark.slow
-def test_a_full_disk_leaves_the_checkpoint_before_and_says_what_to_do(
-    quick: Arguments, tmp_path: Path, trouble: tuple[Path, Callable[[int], None], str]
+def test_what_cannot_be_written_leaves_the_checkpoint_before_and_says_what_to_do(
+    quick: Arguments, tmp_path: Path, trouble: Trouble
 ) -> None:
-    folder, strike, words = trouble
+    folder, strike, mend, words = trouble
     log, run = tmp_path / "log", folder / "run"
     wait(start(1, log, pretrain, quick(tmp_path / "whole")), log)
     (process,) = start(1, log, pretrain, quick(run))
@@ -168,10 +180,10 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_what_to_do(
     assert words in said
     assert f"the checkpoint {newest.name} is whole: make room" in said
     assert "Traceback" not in said
-    assert not torn(run)
-    (folder / "filler").unlink(missing_ok=True)
+    mend()
     wait(start(1, log, pretrain, quick(run)), log)
     assert f"at step {int(newest.stem[5:])} of" in " ".join(output(log).split())
+    assert not torn(run)
     assert made(run) == made(tmp_path / "whole")
 
 
