@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-# Dense TFLOP/s by the makers' data sheets: bf16/fp16, and float32 as torch runs it by default (no TF32). The first name
-# that a device's name contains counts.
+# Dense TFLOP/s as the makers state them, not measured: bf16/fp16, and float32 as torch runs it by default (no TF32).
+# The first name that a device's name contains counts.
 PEAKS = {
     "H200": (989, 67),
     "H100 PCIe": (756, 51),
