@@ -146,7 +146,8 @@ class CachedBatches:
 
     Epoch e uses draw e mod D. The views of an image stay the same (augment "once" or "none"), so a step costs only
     the projector: the way to pretrain a small projector on a CPU. ``folder`` keeps the cache on disk for the next run
-    with the same images and settings. ``threads`` images are prepared at a time.
+    with the same images and settings. ``threads`` images are prepared at a time. Of several processes, each computes
+    and holds all of it.
     """
 
     def __init__(

@@ -215,6 +215,8 @@ class PretrainConfig:
         log_every: steps between lines of metrics.jsonl.
         tracker: also log to TensorBoard.
         seed: of everything random.
+        deterministic: let torch use only algorithms that give the same bits every time, which GPUs need (it is slower
+            there) and CPUs do not.
     """
 
     run: str = "runs/pretrain"
@@ -235,6 +237,7 @@ class PretrainConfig:
     log_every: int = 10
     tracker: bool = True
     seed: int = 42
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         if not self.shots or min(self.shots) < 1:

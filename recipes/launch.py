@@ -33,6 +33,9 @@ FIX = (
 def start(config: PretrainConfig) -> Accelerator:
     """Join the processes of this run. Raises ValueError if fewer were started than were asked for."""
     refuse_rankless(os.environ)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts; torch insists on it
+        torch.use_deterministic_algorithms(True)
     several = any(int(os.environ.get(name, 1)) > 1 for name in COUNTS if name != "SLURM_NTASKS")
     options: dict[str, Any] = {"log_with": "tensorboard", "project_dir": config.run} if config.tracker else {}
     accelerator = Accelerator(

@@ -6,9 +6,12 @@ reference features, the loader's processes, and the comparison with what there i
 
 from __future__ import annotations
 
+import os
+
 import torch
 from plan import Counts, count, memory
 from rich.console import Console
+from run_data import SHARDS
 
 from adpretrain.config import PretrainConfig
 from downstream.memory import hold, readable, total_memory
@@ -26,6 +29,7 @@ REMEDIES = {
     "residual cache": "fewer cache.draws (0: none, residuals are computed step by step)",
     "kept references": "a smaller references.cache_mb",
     "loader": "fewer data.workers, or a smaller optim.batch_size",
+    "reservoir": "a smaller data.reservoir_mb",
 }
 
 
@@ -50,7 +54,8 @@ def on_device(config: PretrainConfig, counts: Counts, processes: int) -> dict[st
 
 
 def on_host(config: PretrainConfig, counts: Counts, images: int) -> dict[str, float]:
-    """Bytes beside the device: the residual cache of ``images`` photographs while it is made, and the loader."""
+    """Bytes of a process beside the device: the residual cache of ``images`` photographs while it is made, the stream's
+    reservoir, and the loader."""
     values = sum(tokens * width for tokens, width in zip(counts.tokens, counts.widths, strict=True))
     views, draws = (1 if config.augment == "none" else 2), config.cache.draws
     pictures = views + max(config.shots)
@@ -60,6 +65,7 @@ def on_host(config: PretrainConfig, counts: Counts, images: int) -> dict[str, fl
         # Half precision, twice while it is put together, beside the plain features it is made of.
         "residual cache": images * values * (4 + 2 * 2 * draws * views) if draws else 0,
         "loader": workers * (WORKER + QUEUED * batch),
+        "reservoir": config.data.reservoir_mb << 20 if config.data.name == SHARDS else 0,
         "process": PROCESS,
     }
 
@@ -70,17 +76,20 @@ def check_memory(config: PretrainConfig, images: int, processes: int, device: to
     device_parts, host_parts = on_device(config, counts, processes), on_host(config, counts, images)
     if device.type == "cuda":
         _check(device_parts, "the GPU", total_memory(device), console)
-        _check(host_parts, "the machine", total_memory(torch.device("cpu")), console)
     else:
-        _check({**device_parts, **host_parts}, "the machine", total_memory(torch.device("cpu")), console)
+        host_parts |= device_parts
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine, by its launcher
+    together = {name: here * part for name, part in host_parts.items()}
+    _check(together, "the machine", total_memory(torch.device("cpu")), console, here)
 
 
-def _check(parts: dict[str, float], where: str, limit: int, console: Console) -> None:
+def _check(parts: dict[str, float], where: str, limit: int, console: Console, processes: int = 1) -> None:
     total = round(sum(parts.values()))
     largest = sorted((name for name in parts if parts[name]), key=lambda name: -parts[name])[:3]
     listing = ", ".join(f"{name} {readable(round(parts[name]))}" for name in largest)
     advice = "; or ".join(REMEDIES[name] for name in largest if name in REMEDIES)
-    what = f"pretraining ({listing})"
+    advice += "; or fewer processes on this machine" if processes > 1 else ""
+    what = f"pretraining ({f'{processes} processes: ' if processes > 1 else ''}{listing})"
     hold(what, total, limit, advice, say=False)
     line = f"memory: {what} will hold about {readable(total)} of {where}'s {readable(limit)}"
     console.print(line, highlight=False, soft_wrap=True)

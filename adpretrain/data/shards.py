@@ -24,7 +24,7 @@ from typing import Any
 from adpretrain.data.detect import HUB
 from adpretrain.data.huggingface import address, stored_files
 from adpretrain.data.samples import GOOD, Sample
-from adpretrain.parsing import from_dict
+from adpretrain.parsing import LARGEST, from_dict
 
 INDEX = "index.json"
 FORMAT = 1
@@ -115,6 +115,8 @@ class Shards:
         self.address = pinned(root).replace(HUB, f"{HUB}/datasets", 1) if _on_hub(root) else str(Path(root).resolve())
         try:
             self.files, self.path = fsspec.core.url_to_fs(self.address)
+            if (size := self.files.size(f"{self.path}/{INDEX}")) > LARGEST:
+                raise ValueError(f"{INDEX} has {size} bytes, more than {LARGEST}")
             found = json.loads(self.files.cat_file(f"{self.path}/{INDEX}"))
             listing = self.files.ls(f"{self.path}/data", detail=True)
             present = {file["name"].removeprefix(f"{self.path}/"): file["size"] for file in listing}

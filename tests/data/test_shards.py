@@ -237,6 +237,13 @@ def test_a_foreign_index_is_refused(folder: Path, change: dict[str, object], wor
         Shards(folder)
 
 
+def test_an_index_of_absurd_size_is_not_read(folder: Path) -> None:
+    with (folder / "index.json").open("ab") as file:
+        file.truncate(65 << 20)  # a hole: no disk is needed
+    with pytest.raises(ValueError, match=f"index.json has {65 << 20} bytes, more than {64 << 20}"):
+        Shards(folder)
+
+
 def test_writing_and_reading_hold_row_groups_not_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """60 files of 200 kB in one shard of 12 MB, in row groups of 1 MB."""
     monkeypatch.setattr(writer, "ROW_GROUP_BYTES", 1 << 20)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import subprocess
@@ -9,7 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from running import finish
+import torch
+from rich.console import Console
+from running import ROOT, finish
+
+from adpretrain.config import DataConfig, OptimConfig, PretrainConfig
 
 UNITS = {"MiB": 1 << 20, "GiB": 1 << 30}
 FACTOR = 1.5  # between what is said and what is measured
@@ -43,3 +48,25 @@ def test_what_cannot_fit_is_refused_with_a_remedy(
     assert re.search(r"pretraining \(.*step [\d.]+ GiB.*\) needs [\d.]+ GiB, more than [\d.]+ GiB: ", said)
     assert "optim.batch_size, or tokens: N" in said
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_all_processes_of_a_machine_and_their_reservoirs_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    from memory_plan import check_memory, on_host
+    from plan import count
+
+    config = PretrainConfig(data=DataConfig("shards", reservoir_mb=3000), optim=OptimConfig(batch_size=1))
+    assert on_host(config, count(config), 10)["reservoir"] == 3000 << 20
+    said = Console(file=io.StringIO(), width=200)
+    cpu = torch.device("cpu")
+    held = []
+    for processes in (1, 2):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        check_memory(config, 10, processes, cpu, said)
+        held.append(float(re.findall(r"about ([\d.]+) GiB", said.file.getvalue())[-1]))
+    assert held[1] == pytest.approx(2 * held[0], rel=0.02)  # what is printed is rounded
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
+    with pytest.raises(ValueError, match=r"\(1000 processes: .*data.reservoir_mb.*fewer processes on this machine"):
+        check_memory(config, 10, 1, cpu, said)

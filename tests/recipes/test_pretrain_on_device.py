@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from unittest import mock
 
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from adpretrain.data.synthetic import make_synthetic
 
 
-def run(folder: Path, data: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+def run(folder: Path, data: Path, *more: str) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     """Two steps; the lines it logged and the extractor's tensors."""
     import pretrain
 
@@ -27,7 +28,7 @@ def run(folder: Path, data: Path) -> tuple[list[dict[str, float]], dict[str, tor
     flags += ["--cache.folder", "", "--shots", "[1]", "--optim.batch_size", "4", "--projector.references", "8"]
     flags += ["--tracker", "false", "--log_every", "1", "--optim.steps", "2", "--backbone.image_size", "64"]
     flags += ["--eval.keep", "last", "--eval.shots", "1", "--tokens", "16", "--cache.threads", "1"]
-    assert pretrain.main(flags) == 0
+    assert pretrain.main([*flags, *more]) == 0
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return lines, load_file(next(folder.rglob("model.safetensors")))
 
@@ -49,3 +50,22 @@ def test_pretraining_ends_with_the_cpu_s_weights(
     if device.pretended:
         for name, value in weights.items():
             torch.testing.assert_close(found[name], value, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_deterministic_runs_agree_to_the_last_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU where there is one; of the pretended device torch's own deterministic forms know nothing."""
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    data = make_synthetic(tmp_path / "set", 3, 4, 2, size=64, seed=3, workers=1, progress=False)
+    place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with mock.patch.object(PartialState, "default_device", place):
+        try:
+            _, first = run(tmp_path / "first", data, "--deterministic", "true")
+            asked = torch.are_deterministic_algorithms_enabled(), os.environ["CUBLAS_WORKSPACE_CONFIG"]
+            _, second = run(tmp_path / "second", data, "--deterministic", "true")
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert asked == (True, ":4096:8")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
