@@ -115,7 +115,7 @@ def begin(run: Run) -> int:
         done = checkpoint["step"]
         run.console.print(f"resuming {run.folder.path} at step {done} of {run.steps}")
     if run.accelerator.is_main_process:
-        run.folder.drop_metrics_after(done)
+        run.folder.drop_metrics_after(-1 if checkpoint is None else done)  # without one, step 0 is scored again
     return done
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import pickle
 import shutil
 import subprocess
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ from adpretrain.files import atomic_path, sweep
 from adpretrain.parsing import check_keys, to_yaml
 
 KEEP = 2  # checkpoints
-UNREADABLE = (OSError, RuntimeError, EOFError, pickle.UnpicklingError)  # what torch.load says of a torn file
 FREE_KEYS = (
     "run",
     "tracker",
@@ -74,16 +73,18 @@ class RunFolder:
             return state
         path = self._checkpoint(chosen)
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except UNREADABLE as error:
+            return _read(path)
+        except OSError as error:
             raise OSError(f"{path} was read by the first process but not here; all need it ({error})") from error
 
     def _newest_readable(self) -> dict[str, Any] | None:
         for path in self.checkpoints():
             try:
-                return torch.load(path, map_location="cpu", weights_only=True)
-            except UNREADABLE as error:
+                return _read(path)
+            except OSError as error:
                 self.console.print(f"[yellow]checkpoint {path} is unreadable ({error}); trying the one before it")
+        if self.checkpoints():
+            self.console.print("[yellow]no checkpoint is readable: training starts again at step 0")
         return None
 
     def _checkpoint(self, step: int) -> Path:
@@ -95,7 +96,8 @@ class RunFolder:
         torch.save({"step": step, **state}, content)
         with atomic_path(self._checkpoint(step)) as temporary:
             temporary.write_bytes(content.getbuffer())
-        for old in self.checkpoints()[KEEP:]:
+        before = [path for path in self.checkpoints() if path < self._checkpoint(step)]  # those after it are unreadable
+        for old in before[KEEP - 1 :]:
             old.unlink()
 
     @contextlib.contextmanager
@@ -168,6 +170,18 @@ class RunFolder:
                 axes.legend(frameon=False, fontsize=8)
         with atomic_path(self.path / "curves.png") as temporary:
             figure.savefig(temporary, dpi=130)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A checkpoint, its checksums compared: torch.load takes a hole in the middle, as a lost machine leaves it, for
+    weights of zero. Raises OSError if it is torn."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise OSError(f"{damaged} in it is damaged")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zipfile and torch.load have many words for a torn file
+        raise OSError(str(error)) from error
 
 
 def _refuse_other(written: Path, config: PretrainConfig) -> None:
