@@ -5,6 +5,7 @@ Shapes: B images, V views, S side in pixels, P photographs of a unit.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, groupby
@@ -157,10 +158,18 @@ def load_ahead(
         sampler=requests,
         num_workers=workers,
         pin_memory=device.type == "cuda",
+        worker_init_fn=_work_on,
     )
     if device.type == "cuda" and torch.cuda.is_available():
         return _copied_ahead(loader, device)
     return (batch.to(device) for batch in loader)
+
+
+def _work_on(worker: int) -> None:
+    """A request to stop, which a terminal, SLURM or a launcher sends to all processes, is for the one that trains: it
+    finishes its step, and its workers end with it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _copied_ahead(batches: Iterable[ImageBatch], device: torch.device) -> Iterator[ImageBatch]:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -227,8 +228,9 @@ def slurm(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
 def test_a_preempted_job_saves_is_queued_again_and_ends_with_the_same_bits(
     argv: Callable[..., list[str]], slurm: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
-    """SIGTERM to both tasks as SLURM sends it; the uninterrupted run was started by accelerate's launcher."""
-    flags = ["--optim.steps", "12", "--checkpoint_every", "10"]
+    """SIGTERM to both tasks and their loader workers, as SLURM sends it; the uninterrupted run was started by
+    accelerate's launcher."""
+    flags = ["--optim.steps", "12", "--checkpoint_every", "10", "--data.workers", "1"]
     command = [*LAUNCHER, "recipes/accelerate/cpu_two_processes.yaml", "recipes/pretrain.py"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -243,7 +245,10 @@ def test_a_preempted_job_saves_is_queued_again_and_ends_with_the_same_bits(
     while not (metrics.exists() and '"loss"' in metrics.read_text()):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
-    for pid in (tmp_path / "tasks").read_text().split():
+    tasks = (tmp_path / "tasks").read_text().split()
+    workers = [Path(f"/proc/{pid}/task/{pid}/children").read_text().split() for pid in tasks]
+    assert all(workers)
+    for pid in chain(*workers, tasks):
         os.kill(int(pid), signal.SIGTERM)
     assert "queued again" in finish(process)
     assert (tmp_path / "requeued").read_text() == f"requeue {os.getpid()}\n"
