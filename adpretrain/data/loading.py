@@ -5,7 +5,9 @@ Shapes: B images, V views, S side in pixels, P photographs of a unit.
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, groupby
@@ -167,9 +169,18 @@ def load_ahead(
 
 def _work_on(worker: int) -> None:
     """A request to stop, which a terminal, SLURM or a launcher sends to all processes, is for the one that trains: it
-    finishes its step, and its workers end with it."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    finishes its step, and its workers end when it tells them to."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_told, daemon=True).start()
+
+
+def _end_when_told() -> None:
+    # Python ends its daemonic children like this after an error, and waits for them.
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def _copied_ahead(batches: Iterable[ImageBatch], device: torch.device) -> Iterator[ImageBatch]:
