@@ -7,16 +7,20 @@ something.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import traceback
+import warnings
 from argparse import RawDescriptionHelpFormatter
+from collections.abc import Iterator
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, get_loader, set_loader
 
 from downstream.commands import COMMANDS, Run
+from downstream.commands.usage import usage_error
 from downstream.terminal import plain
 
 EXIT_USAGE, EXIT_BUG, EXIT_INTERRUPTED = 2, 70, 130
@@ -24,6 +28,20 @@ EXIT_USAGE, EXIT_BUG, EXIT_INTERRUPTED = 2, 70, 130
 
 class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
     """jsonargparse's, with the table of exit codes kept as it is written."""
+
+
+class _Parser(ArgumentParser):
+    """jsonargparse's, whose errors are one line, too."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        asked = getattr(ex, "subcommand_parser", None) or self
+        for action in self._actions:  # what a command needs is missed by the main parser: "... required: score.normal"
+            if isinstance(action.choices, dict):
+                asked = action.choices.get(message.rpartition(": ")[2].partition(".")[0], asked)
+        options = [name for action in asked._actions for name in action.option_strings if name.startswith("--")]
+        command = asked.prog.replace(" [options]", "")
+        print(f"{command}: error: {plain(usage_error(message, options))}; see {command} --help", file=sys.stderr)
+        self.exit(EXIT_USAGE)
 
 
 def _load_yaml(text: str) -> Any:
@@ -34,11 +52,22 @@ def _load_yaml(text: str) -> Any:
     return load_yaml(text)
 
 
+@contextlib.contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    """Warnings without the place in our source that gave them."""
+    usual = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"adpretrain: warning: {plain(message)}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code (2 for a user's mistake)."""
     set_loader("checked", _load_yaml, exceptions=(yaml.YAMLError,))
     # Subparsers take over the formatter and the mode of their parent.
-    parser = ArgumentParser(
+    parser = _Parser(
         prog="adpretrain",
         description="Pretrained features for industrial anomaly detection.",
         formatter_class=_HelpFormatter,
@@ -49,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     runs: dict[str, Run] = {}
     for name, command in COMMANDS.items():
         summary = (command.__doc__ or "").strip()
-        subparser = ArgumentParser(description=summary)
+        subparser = _Parser(description=summary)
         runs[name] = command(subparser)
         subcommands.add_subcommand(name, subparser, help=summary)
     try:
@@ -57,7 +86,8 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as stop:  # --help, --version or a usage error, already printed
         return stop.code if isinstance(stop.code, int) else EXIT_USAGE
     try:
-        return runs[arguments.subcommand](arguments[arguments.subcommand])
+        with _one_line_warnings():
+            return runs[arguments.subcommand](arguments[arguments.subcommand])
     except (ValueError, OSError) as error:
         print(f"adpretrain: error: {plain(error)}", file=sys.stderr)
         return EXIT_USAGE

@@ -40,8 +40,6 @@ def push_folder(
     ``private``: None = a detector is, an extractor is not. Raises ValueError, with the fix, if the folder is neither,
     and as `publish` does.
     """
-    if not (folder / CONFIG_NAME).is_file():
-        raise ValueError(f"{folder} has no {CONFIG_NAME}: expected a folder written by save_pretrained")
     detector = is_detector(folder)
     private = detector if private is None else private
     if detector:
@@ -49,12 +47,17 @@ def push_folder(
     with tempfile.TemporaryDirectory() as scratch:
         staged = Path(shutil.copytree(folder, Path(scratch) / folder.resolve().name, symlinks=True))
         if not detector and not (staged / CARD_NAME).is_file():
-            (staged / CARD_NAME).write_text(card(read_config(staged)), encoding="utf-8")
+            (staged / CARD_NAME).write_text(card(read_config(folder)), encoding="utf-8")
         named_card(staged, repo_id)
-        return publish(staged, repo_id, private=private, tag=tag, message=message, dry_run=dry_run)
+        try:
+            return publish(staged, repo_id, private=private, tag=tag, message=message, dry_run=dry_run)
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(staged), str(folder))) from error
 
 
 def is_detector(folder: Path) -> bool:
     """Whether a saved model is a fitted detector; else it is taken for an extractor. Raises ValueError for neither."""
+    if not (folder / CONFIG_NAME).is_file():
+        raise ValueError(f"{folder} has no {CONFIG_NAME}: expected a folder written by save_pretrained")
     content = read_json(folder / CONFIG_NAME)
     return isinstance(content, dict) and "detector" in content

@@ -19,7 +19,7 @@ from adpretrain.files import atomic_path, sweep
 from adpretrain.hub import locate
 from downstream.inspection.basis import DEFAULTS, Basis, Options, Progress, prepare, silent
 from downstream.inspection.photos import HEATMAPS, find_images, printable
-from downstream.inspection.record import Record, settings_of
+from downstream.inspection.record import PART, Record, settings_of
 from downstream.inspection.report import Fact, rate_fact, write_report
 from downstream.inspection.results import (
     ANOMALOUS,
@@ -36,6 +36,7 @@ from downstream.inspection.scoring import score_images
 
 # One meaning per code, the most urgent one that is true; --help repeats them.
 EXIT_FINE, EXIT_ANOMALY, EXIT_USAGE, EXIT_INCOMPLETE = 0, 1, 2, 3
+SUMMARY = "summary.json"
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,8 @@ def score_folder(
     record = Record(out, settings, resume)
     basis = prepare(model, where, normal, calibration, options, exclude=out, progress=progress)
     if not record.goes_on:
-        remove_earlier_heatmaps(out)
-    (out / "summary.json").unlink(missing_ok=True)
+        remove_earlier_heatmaps(out, (SUMMARY, PART))
+    (out / SUMMARY).unlink(missing_ok=True)
     with record:
         results, more_warnings = score_images(basis, images, paths, record, options.batch_size, progress)
     warnings = [*basis.warnings, *more_warnings]
@@ -126,13 +127,15 @@ def score_folder(
         normal_scores=basis.calibration.scores if basis.calibration else (),
         footer=f"{made} All numbers are in scores.csv.",
     )
-    write_summary(out / "summary.json", summary)
+    write_summary(out / SUMMARY, summary)
     record.finish()
     return Inspection(results, summary, out)
 
 
 def _make_writable(out: Path) -> None:
     """Before any work: can files be made and renamed here? What a kill left half-written is removed."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{printable(out)} is a file: --out names a folder")
     out.mkdir(parents=True, exist_ok=True)
     with atomic_path(out / "scores.csv.check") as probe:
         probe.touch()

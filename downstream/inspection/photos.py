@@ -56,6 +56,8 @@ def find_images(folder: Path, exclude: Path | None = None) -> list[Path]:
         and not (barred and path.resolve().is_relative_to(barred))
     )
     if not found:
+        if barred and folder.resolve().is_relative_to(barred):
+            raise ValueError(f"{printable(folder)} lies in the output folder {printable(exclude)}: give another --out")
         raise ValueError(f"no images in {printable(folder)}; known kinds are {', '.join(IMAGE_SUFFIXES)}")
     return found
 

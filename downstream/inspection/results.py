@@ -4,9 +4,11 @@ them.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,15 +70,13 @@ def as_dict(result: Result) -> dict[str, Any]:
     return {**dataclasses.asdict(result), "path": printable(result.path), "reason": printable(result.reason)}
 
 
-def remove_earlier_heatmaps(out: Path) -> None:
-    """Delete the heatmaps that an earlier run's summary.json lists, so that none outlives its image.
+def remove_earlier_heatmaps(out: Path, lists: Sequence[str]) -> None:
+    """Delete the heatmaps that an earlier run's files ``lists`` name, so that none outlives its image.
 
-    Nothing that this toolkit did not write is touched; a summary that cannot be read changes nothing.
+    Nothing that this toolkit did not write is touched; a list that cannot be read changes nothing.
     """
-    try:
-        listed = [entry["heatmap"] for entry in json.loads((out / "summary.json").read_text("utf-8"))["images"]]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return
-    for name in listed:
-        if isinstance(name, str) and name == f"{HEATMAPS}/{Path(name).name}":
-            (out / name).unlink(missing_ok=True)
+    for name in lists:
+        with contextlib.suppress(OSError):
+            listed = re.findall(rf'"heatmap": "({HEATMAPS}/[A-Za-z0-9._-]+\.png)"', (out / name).read_text("latin-1"))
+            for heatmap in listed:
+                (out / heatmap).unlink(missing_ok=True)

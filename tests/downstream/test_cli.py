@@ -253,7 +253,10 @@ def test_two_runs_give_the_same_bytes(scene: tuple[Path, Path, Path, Path], tmp_
         (lambda e, n, i, o: (e, n / "none", i, o), "no such folder"),
         (lambda e, n, i, o: (e, n, i / "none", o), "no such folder"),
         (lambda e, n, i, o: (e, n, e, o), "no images in"),
-        (lambda e, n, i, o: (e, n, i, n / "tile_0.png"), "tile_0.png"),
+        (lambda e, n, i, o: (e, n, i, n / "tile_0.png"), "tile_0.png is a file: --out names a folder"),
+        (lambda e, n, i, o: (e, n, i, i), "lies in the output folder"),
+        (lambda e, n, i, o: (e, n, i, i.parent), "lies in the output folder"),
+        (lambda e, n, i, o: (e, n, i, n), "lies in the output folder"),
         (lambda e, n, i, o: (e, n, i, Path("/dev/null/out")), "/dev/null"),
     ],
 )
@@ -275,10 +278,13 @@ def test_wrong_folders_exit_2_with_one_line(
     [
         (["--false-alarm-rate", "5"], "expected a share between 0 and 1"),
         (["--batch-size", "0"], "expected at least 1"),
-        (["--threshold", "nan"], "nan"),
+        (["--threshold", "nan"], "--threshold nan: expected a number; see adpretrain score --help"),
+        (["--shots", "3.5"], "--shots 3.5: expected a whole number"),
+        (["--references", "nearest"], "--references nearest: expected one of even, random, kmeans, aligned"),
         (["--device", "abacus"], "cannot be used here"),
         (["--calibration", "/none"], "no such folder"),
-        (["--fales-alarm-rate", "0.1"], "--fales-alarm-rate"),
+        (["--fales-alarm-rate", "0.1"], "unknown option --fales-alarm-rate (did you mean --false-alarm-rate?); known"),
+        (["--resume=yes"], "--resume"),
     ],
 )
 def test_wrong_options_exit_2(
@@ -291,7 +297,39 @@ def test_wrong_options_exit_2(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert message in captured.err
-    assert "Traceback" not in captured.err
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["score", "--images", "a"], "adpretrain score: error: needed: --normal, --out; see adpretrain score --help\n"),
+        (["push"], "adpretrain push: error: needed: FOLDER, --repo-id; see adpretrain push --help\n"),
+        (["scor"], "adpretrain: error: argument command: invalid choice: 'scor'"),
+        (["score", "--config", "none.yaml"], "File does not exist: "),
+        (["score", "--config", "shotz.yaml"], "unknown option --shotz (did you mean --shots?); known are --help"),
+        (["score", "--config", "torn.yaml"], "while parsing a flow sequence"),
+        (["fit", "--levels", "7"], "adpretrain fit: error: --levels 7: expected a list, such as [1,2]; see"),
+        (
+            ["push", "a", "--repo-id", "b/c", "--visibility", "all"],
+            "--visibility all: expected one of private, public;",
+        ),
+    ],
+)
+def test_a_wrong_command_line_is_one_sentence(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("shotz.yaml").write_text("normal: a\nimages: b\nout: c\nshotz: 3\n")
+    Path("torn.yaml").write_text("normal: [a\n")
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
 
 
 def test_a_truncated_reference_is_an_error_that_names_it(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -126,7 +127,23 @@ def test_the_commands_push_and_info(
     assert "filterbank" in out
 
 
-def test_mistakes_are_a_line(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_warning_is_a_line_without_our_source(
+    hub: Hub, patchcore: PatchCore, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shown(*warning: Any) -> None:  # as Python does it where pytest does not record
+        sys.stderr.write(warnings.formatwarning(*warning[:4]))
+
+    monkeypatch.setattr(warnings, "showwarning", shown)
+    patchcore.save_pretrained(tmp_path / "fitted")
+    assert run("push", str(tmp_path / "fitted"), "--repo-id", "factory/line", "--dry-run") == 0
+    error = capsys.readouterr().err
+    assert error.startswith("adpretrain: warning: A fitted detector holds features")
+    assert error.count("\n") == 1
+
+
+def test_mistakes_are_a_line(
+    hub: Hub, extractor: ADExtractor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for arguments, message in (
         (
             ["push", str(tmp_path), "--repo-id", "a/b"],
@@ -140,6 +157,11 @@ def test_mistakes_are_a_line(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFix
         assert error.startswith("adpretrain: error: ")
         assert message in error
         assert "Traceback" not in error
+    extractor.save_pretrained(tmp_path / "lost")
+    for name in ("model.safetensors", "README.md"):  # without a card, one is made of the configuration
+        (tmp_path / "lost" / name).unlink()
+        assert run("push", str(tmp_path / "lost"), "--repo-id", "a/b") == 2
+        assert f"{tmp_path / 'lost'} has no model.safetensors" in capsys.readouterr().err  # not its copy's path
     (tmp_path / "config.json").write_text("[1")
     assert run("push", str(tmp_path), "--repo-id", "a/b") == 2
     assert "cannot read" in capsys.readouterr().err

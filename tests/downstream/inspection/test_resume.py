@@ -98,6 +98,16 @@ def test_without_resume_a_run_starts_anew(scene: Scene, tmp_path: Path) -> None:
     assert all(path.stat().st_mtime_ns > time for path, time in before.items())
 
 
+def test_a_run_after_an_interrupted_one_leaves_none_of_its_heatmaps(scene: Scene, tmp_path: Path) -> None:
+    """Those of other images would stay for ever, in the colours of another run."""
+    interrupt(scene, tmp_path / "out", 6, Options(batch_size=3))
+    for image in sorted(scene[2].iterdir())[:3]:
+        image.unlink()
+    score(scene, tmp_path / "out")
+    score(scene, tmp_path / "whole")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
 def test_what_changed_since_is_scored_again(scene: Scene, tmp_path: Path, write_tiles: Write) -> None:
     out, images = tmp_path / "out", scene[2]
     interrupt(scene, out, 9, Options(batch_size=3))
