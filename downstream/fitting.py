@@ -6,6 +6,7 @@ Shapes: b images of a batch, S side in pixels.
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from adpretrain.artefact import CONFIG_NAME
 from adpretrain.backbones import Backbone
 from adpretrain.extractor import ADExtractor
 from adpretrain.parsing import from_dict
@@ -120,6 +122,7 @@ def fit_folder(
     Raises ValueError for unreadable photographs, too few of them, or wrong settings.
     """
     device = device or torch.device("cpu")
+    _refuse_others(out)
     detector = build_detector(name, model, settings)
     paths = find_images(normal, exclude=out)
     references: list[str] = []
@@ -135,3 +138,12 @@ def fit_folder(
     if name != "featurenorm":
         detector.fit(NormalBatches(rest, model.preprocess, batch_size, device, progress))
     return Fitted(detector.save_pretrained(out), len(rest) if name != "featurenorm" else 0, len(references))
+
+
+def _refuse_others(out: Path) -> None:
+    """What saving would refuse, before the fitting takes hours: a place that is taken or cannot be written."""
+    if out.exists() and not (out / CONFIG_NAME).is_file() and (out.is_file() or any(out.iterdir())):
+        raise ValueError(f"{printable(out)} is no earlier detector's folder: name a new one, nothing there is replaced")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent):
+        pass

@@ -72,7 +72,8 @@ def _export(options: Namespace) -> int:
     print(f"{plain(done.path)}: {done.size / 2**20:.1f} MiB, {len(basis.aspects)} references, threshold {threshold}")
     found = done.agreement
     same = found.images - found.ties
-    print(f"largest difference between ONNX Runtime and torch: {found.difference:.1e} on {same} images")
+    views = "the photographs, mirrored ones and single ones"
+    print(f"largest difference between ONNX Runtime and torch: {found.difference:.1e} on {same} images ({views})")
     if found.ties:
         print(
             f"note: {found.ties} more images hold a token that is equally near to two references, and differ by up to "
@@ -80,20 +81,22 @@ def _export(options: Namespace) -> int:
         )
     for warning in basis.warnings:
         print(f"note: {plain(warning)}")
-    print(f"note: the file contains features of the photographs in {plain(options.normal)}\nTo run it:\n")
+    print(f"note: the file contains features of the photographs in {plain(options.normal)}")
+    print("To run it on photographs without transparency, 8 bits a channel:\n")
     print(snippet(done.path, basis.preprocess))
     return 0
 
 
 def snippet(path: Path, preprocess: Preprocess) -> str:
-    """Five lines of Python that score photo.png with the exported file, without torch or adpretrain."""
+    """Six lines of Python that score photo.png with the exported file, without torch or adpretrain."""
     resize, edge = preprocess.resize, round((preprocess.resize - preprocess.image_size) / 2)
     end = edge + preprocess.image_size
     crop = f".crop(({edge}, {edge}, {end}, {end}))" if preprocess.image_size != resize else ""
     kind = preprocess.interpolation.upper()
     return f"""\
-import json, numpy as np, onnxruntime; from PIL import Image
+import json, numpy as np, onnxruntime; from PIL import Image, ImageOps
 session = onnxruntime.InferenceSession({plain(path)!r}); told = session.get_modelmeta().custom_metadata_map
-photo = Image.open("photo.png").convert("RGB").resize(({resize}, {resize}), Image.Resampling.{kind}){crop}
+photo = ImageOps.exif_transpose(Image.open("photo.png")).convert("RGB")
+photo = photo.resize(({resize}, {resize}), Image.Resampling.{kind}){crop}
 p = json.loads(told["preprocess"]); pixels = ((np.asarray(photo) / 255 - p["mean"]) / p["std"]).astype("float32")
 scores, maps = session.run(None, {{"images": pixels.transpose(2, 0, 1)[None]}}); print(scores, told.get("threshold"))"""

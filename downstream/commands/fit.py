@@ -54,6 +54,7 @@ def _fit(options: Namespace) -> int:
         done = fit_folder(
             options.detector, model, normal, out, settings, options.shots, options.batch_size, device, progress
         )
-    references = f", {done.references} references" if done.references else ""
-    print(f"{options.detector} fitted on {done.images} images{references}: {plain(done.folder)}")
+    references = f"{done.references} references" if done.references else ""
+    fitted = ", ".join(filter(None, [f"{done.images} images" if done.images else "", references]))
+    print(f"{options.detector} fitted on {fitted or 'nothing (it needs none)'}: {plain(done.folder)}")
     return 0

@@ -207,6 +207,8 @@ def export_folder(
     check_possible(opset)
     if out.is_dir():
         raise ValueError(f"{out} is a folder; name the file to write, e.g. {out / 'model.onnx'}")
+    if out.suffix != ".onnx":  # so that no photograph is ever replaced
+        raise ValueError(f"{out} does not end in .onnx; name the file to write, e.g. {out.with_suffix('.onnx')}")
     paths = find_images(check or normal)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=out.parent):  # before any work: can files be made there?
@@ -228,6 +230,6 @@ def _read(paths: Sequence[Path], basis: Basis, batch_size: int) -> Iterator[Tens
         pixels = []
         for photo in batch:
             if isinstance(photo, Unreadable):
-                raise ValueError(f"cannot verify on {photo.path}: {photo.reason}")
+                raise ValueError(f"the file cannot be verified on these photographs: {photo.reason}")
             pixels.append(photo.pixels)
         yield torch.stack(pixels)

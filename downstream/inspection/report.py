@@ -245,6 +245,7 @@ def _key(scores: dict[str, list[float]], calibrated: bool) -> str:
     ]
     if calibrated:
         items.append('<i class="line" style="background:var(--accent)"></i>normal photographs, calibration')
+        items.append("p: share of the normal photographs, and the image itself, that score at least as high")
     items.append('<span class="ramp"></span>heatmap: typical normal, the limit (middle, outlined), beyond')
     return f'<ul class="key">{"".join(f"<li>{item}</li>" for item in items)}</ul>'
 

@@ -58,6 +58,7 @@ def test_an_extractor_takes_its_references_first(
     torch.testing.assert_close(found.maps, expected.maps, rtol=1e-5, atol=1e-5)
 
     assert main(["fit", "--detector", "featurenorm", *arguments, "--out", str(tmp_path / "norm")]) == 0
+    assert "featurenorm fitted on 3 references: " in capsys.readouterr().out
     norm = detector_from_pretrained(tmp_path / "norm").predict(pixels(good))
     by_hand = FeatureNorm(ADExtractor.from_pretrained(extractor_dir), image_size=64).fit([photos[::2]])
     torch.testing.assert_close(norm.maps, by_hand.predict(pixels(good)).maps)
@@ -83,6 +84,18 @@ def test_mistakes_are_one_line(
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.txt").write_text("years of work")
+    for place, message in (
+        ("thesis", "thesis is no earlier detector's folder"),
+        ("thesis/thesis.txt", "thesis.txt is no earlier detector's folder"),
+        ("/dev/null/out", "/dev/null"),
+    ):
+        arguments = ["--normal", normal, "--out", str(tmp_path / place), "--device", "cpu"]
+        assert main(["fit", *arguments, *raw]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1  # nothing was fitted: the memory it takes is told in a line of its own
     (tmp_path / "normal" / "broken.png").write_bytes(b"no image")
     assert main(["fit", "--normal", normal, "--out", out, "--device", "cpu", *raw]) == 2
     assert "every score depends on the normal photographs, and one is bad" in capsys.readouterr().err

@@ -18,7 +18,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from adpretrain import __version__
@@ -191,11 +191,11 @@ def test_the_command_and_its_snippet(
     assert main(["export", *map(str, arguments), "--false-alarm-rate", "0.2", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert "MiB, 4 references, threshold" in out
-    assert "largest difference between ONNX Runtime and torch: " in out
+    assert "on 9 images (the photographs, mirrored ones and single ones)" in out
     assert "the file contains features of the photographs in" in out
 
     code = out[out.index("import json") :].strip()
-    assert len(code.splitlines()) == 5
+    assert len(code.splitlines()) == 6
     monkeypatch.chdir(tmp_path)
     shutil.copy(bad / "tile_20.png", tmp_path / "photo.png")
     scope: dict[str, Any] = {}
@@ -217,12 +217,14 @@ def test_the_snippet_prepares_a_photograph_as_we_do(
 ) -> None:
     preprocess = Preprocess(image_size, resize, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4), interpolation)
     pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # the camera lay on its side
+    Image.fromarray(pixels).save(tmp_path / "photo.png", exif=exif)
     monkeypatch.chdir(tmp_path)
     lines = snippet(Path("model.onnx"), preprocess).splitlines()
-    scope: dict[str, Any] = {"json": json, "np": np, "Image": Image}
+    scope: dict[str, Any] = {"json": json, "np": np, "Image": Image, "ImageOps": ImageOps}
     scope["told"] = {"preprocess": json.dumps(preprocess.to_dict())}
-    exec("\n".join(lines[2:4]), scope)
+    exec("\n".join(lines[2:5]), scope)
     ours = preprocess(read_image(tmp_path / "photo.png"))
     np.testing.assert_allclose(scope["pixels"].transpose(2, 0, 1), ours, rtol=0, atol=1e-6)
 
@@ -347,6 +349,7 @@ def test_wrong_folders_exit_2_before_any_work(
     base = ["export", "--extractor", str(extractor_dir), "--normal", str(normal), "--device", "cpu", "--out"]
     for more, message in (
         ([str(normal)], "is a folder; name the file to write"),
+        ([str(normal / "tile_0.png")], "does not end in .onnx; name the file to write"),
         ([str(tmp_path / "m.onnx"), "--check", str(tmp_path / "none")], "no such folder"),
         ([str(tmp_path / "m.onnx"), "--opset", "9"], "opset 9 is not supported"),
         (["/dev/null/m.onnx"], "/dev/null"),

@@ -73,6 +73,7 @@ def test_names_and_texts_are_escaped(tmp_path: Path) -> None:
     assert [tag for tag, _ in elements.tags].count("script") == 1
     assert not any(tag == "u" for tag, _ in elements.tags)
     assert "few &lt;i&gt;photos&lt;/i&gt;" in page
+    assert "p: share of the normal photographs, and the image itself" in page  # what the cards' p is
     assert "cannot read &lt;b&gt;a/cut.png" in page
 
 
