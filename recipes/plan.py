@@ -63,6 +63,9 @@ def count(config: PretrainConfig) -> Counts:
     tokens = [level.shape[2] * level.shape[3] for level in maps]
     entering = [min(number, config.tokens or number) for number in tokens]
     shapes = [(images, level.shape[1], 1, number) for level, number in zip(maps, entering, strict=True)]
+    among = round(references_per_image(config))  # whose residuals cross attention takes
+    contexts = [(images, among * number, level.shape[1]) for level, number in zip(maps, tokens, strict=True)]
+    inputs = [[maps[0].new_zeros(*shape) for shape in levels] for levels in (shapes, contexts)]
     return Counts(
         backbone_bytes=sum(parameter.nbytes for parameter in backbone.parameters()),
         projector_parameters=sum(parameter.numel() for parameter in projector.parameters()),
@@ -70,13 +73,14 @@ def count(config: PretrainConfig) -> Counts:
         entering=entering,
         widths=backbone.channels,
         backbone_flops=count_flops(lambda: backbone(image)),
-        projector_flops=count_flops(lambda: projector([maps[0].new_zeros(*shape) for shape in shapes])) // images,
-        saved=saved_bytes(config, shapes),
+        projector_flops=count_flops(lambda: projector(*inputs)) // images,
+        saved=saved_bytes(config, shapes, contexts),
     )
 
 
-def saved_bytes(config: PretrainConfig, shapes: Sequence[Sequence[int]]) -> int:
-    """Bytes of all tensors that autograd keeps of the projector's forward pass, the parameters left out.
+def saved_bytes(config: PretrainConfig, shapes: Sequence[Sequence[int]], contexts: Sequence[Sequence[int]]) -> int:
+    """Bytes of all tensors that autograd keeps of the projector's forward pass on maps of these ``shapes``, with cross
+    attention to ``contexts``, the parameters left out.
 
     On fake tensors of the CPU, whose attention keeps what a GPU's keeps; the meta device's keeps all weights.
     """
@@ -91,7 +95,7 @@ def saved_bytes(config: PretrainConfig, shapes: Sequence[Sequence[int]]) -> int:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            projector([torch.zeros(*shape) for shape in shapes])
+            projector(*([torch.zeros(*shape) for shape in levels] for levels in (shapes, contexts)))
         return sum(storage.nbytes() for storage in kept.values() if storage is not None)
 
 
@@ -226,10 +230,10 @@ def steps_table(config: PretrainConfig, counts: Counts, shares: Sequence[float],
     for share in shares:
         parts = step_seconds(config, counts, share, assumed)
         rate = assumed.gpus * config.optim.batch_size / sum(parts.values())
+        hours = config.optim.epochs * assumed.images / rate / 3600
         cells = [f"{100 * share:g} %", f"{gather_bytes(config, counts, share, assumed.gpus) / 1e6:.0f}"]
         cells += [f"{1e3 * value:.1f}" for value in parts.values()]
-        cells += [f"{1e3 * sum(parts.values()):.0f}", f"{rate:.0f}"]
-        cells += [f"{config.optim.epochs * assumed.images / rate / 3600:.2f}"]
+        cells += [f"{1e3 * sum(parts.values()):.0f}", f"{rate:.0f}", f"{hours:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

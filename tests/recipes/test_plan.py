@@ -51,12 +51,30 @@ def test_counts_of_dinov2_base_are_those_of_its_geometry() -> None:
     assert plan.checkpoint_bytes(counts) == 3 * 4 * 4 * level
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_bytes_kept_for_the_backward_are_those_of_real_tensors(precision: Any) -> None:
+def test_cross_attention_is_counted_with_its_context() -> None:
+    """A projector that the references' residuals must be given; by hand, K being 4.33 on average."""
     import plan
 
-    config = dataclasses.replace(SMALL, optim=OptimConfig(precision=precision))
-    shapes = [(3, 32, 4, 4), (3, 48, 4, 4)]
+    config = dataclasses.replace(SMALL, projector=ProjectorConfig("cross_attention", heads=4))
+    counts = plan.count(config)
+    expected = 0
+    for tokens, width in zip(counts.tokens, counts.widths, strict=True):
+        inner = -(-width // 4) * 4
+        expected += 2 * tokens * 2 * width * inner  # q, out
+        expected += 2 * 4 * tokens * width * 2 * inner  # k, v
+        expected += 2 * 2 * tokens * 4 * tokens * inner  # attention
+        expected += 2 * tokens * 2 * width * 4 * width  # MLP
+    assert counts.projector_flops == expected
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("architecture", ["learnable_kv", "self_cross_attention"])
+def test_bytes_kept_for_the_backward_are_those_of_real_tensors(precision: Any, architecture: Any) -> None:
+    import plan
+
+    shape = dataclasses.replace(SMALL.projector, architecture=architecture)
+    config = dataclasses.replace(SMALL, optim=OptimConfig(precision=precision), projector=shape)
+    shapes, contexts = [(3, 32, 4, 4), (3, 48, 4, 4)], [(3, 32, 32), (3, 32, 48)]
     projector = build_projector(config.projector, [32, 48])
     own = {parameter.untyped_storage().data_ptr() for parameter in projector.parameters()}
     kept: dict[int, torch.Tensor] = {}
@@ -69,9 +87,9 @@ def test_bytes_kept_for_the_backward_are_those_of_real_tensors(precision: Any) -
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
     ):
-        projector([torch.randn(*shape) for shape in shapes])
+        projector(*([torch.randn(*shape) for shape in levels] for levels in (shapes, contexts)))
     expected = sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own)
-    assert plan.saved_bytes(config, shapes) == expected
+    assert plan.saved_bytes(config, shapes, contexts) == expected
 
 
 def test_a_checkpoint_has_the_bytes_that_were_planned(tmp_path: Path) -> None:
