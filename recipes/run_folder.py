@@ -7,6 +7,7 @@ The first process writes; all read.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import shutil
@@ -18,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
 from adpretrain.config import PretrainConfig
 from adpretrain.files import atomic_path, sweep
-from adpretrain.parsing import check_keys, to_yaml
+from adpretrain.parsing import from_dict, read_yaml, to_yaml
 
 KEEP = 2  # checkpoints
 FREE_KEYS = (
@@ -185,12 +185,11 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _refuse_other(written: Path, config: PretrainConfig) -> None:
-    before = yaml.safe_load(written.read_text(encoding="utf-8"))
-    check_keys(PretrainConfig, before, str(written))
-    old, new = _flat(before), _flat(yaml.safe_load(to_yaml(config)))
-    changed = [key for key in new if key not in FREE_KEYS and old.get(key) != new[key]]
+    before = from_dict(PretrainConfig, read_yaml(str(written)), str(written))  # a key that is newer has its default
+    old, new = _flat(dataclasses.asdict(before)), _flat(dataclasses.asdict(config))
+    changed = [key for key in new if key not in FREE_KEYS and old[key] != new[key]]
     if changed:
-        listing = "; ".join(f"{key} was {old.get(key)!r}, now {new[key]!r}" for key in changed)
+        listing = "; ".join(f"{key} was {old[key]!r}, now {new[key]!r}" for key in changed)
         raise ValueError(f"{written.parent} holds a run with another configuration ({listing}): choose another --run")
 
 

@@ -93,3 +93,11 @@ def test_a_run_stopped_before_its_first_checkpoint_scores_the_untrained_projecto
         os.unlink(run / "checkpoints" / "step_0000001.pt")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], "loss" in line) for line in lines] == [(0, False), (1, True), (1, False)]
+
+
+def test_a_run_begun_before_a_key_existed_goes_on_with_its_default(folder: Any, tmp_path: Path) -> None:
+    written = tmp_path / "config.yaml"
+    written.write_text(written.read_text().replace("deterministic: false\n", ""))
+    type(folder)(PretrainConfig(run=str(tmp_path)), Console(), main=True)
+    with pytest.raises(ValueError, match=r"deterministic was False, now True.*choose another --run"):
+        type(folder)(PretrainConfig(run=str(tmp_path), deterministic=True), Console(), main=True)
