@@ -6,6 +6,7 @@ could do in that time. Matching and losses do not count as useful.
 
 from __future__ import annotations
 
+import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 # Dense TFLOP/s as the makers state them, not measured: bf16/fp16, and float32 as torch runs it by default (no TF32).
-# The first name that a device's name contains counts.
+# The first name that a device's name contains as a word counts: an L40 is no L4, an A10G no A10.
 PEAKS = {
     "H200": (989, 67),
     "H100 PCIe": (756, 51),
@@ -36,8 +37,12 @@ def peak_flops(device: torch.device, half: bool) -> float | None:
     """FLOP/s that a device can do at most, in half precision or float32; None if it is not in the table."""
     if not _is_gpu(device):
         return None
-    name = torch.cuda.get_device_name(device)
-    found = next((peaks for known, peaks in PEAKS.items() if known in name), None)
+    return peak_of(torch.cuda.get_device_name(device), half)
+
+
+def peak_of(name: str, half: bool) -> float | None:
+    """`peak_flops` of a device's name, such as "NVIDIA A100-SXM4-80GB"."""
+    found = next((peaks for known, peaks in PEAKS.items() if re.search(rf"\b{known}\b", name)), None)
     return None if found is None else 1e12 * (found[0] if half else found[1])
 
 

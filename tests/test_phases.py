@@ -9,7 +9,7 @@ import torch
 
 from adpretrain.backbones import load_backbone
 from adpretrain.projector import FeatureProjector
-from adpretrain.speed import Stopwatch, Throughput, count_flops, peak_flops
+from adpretrain.speed import Stopwatch, Throughput, count_flops, peak_flops, peak_of
 
 CPU = torch.device("cpu")
 
@@ -73,3 +73,22 @@ def test_an_unknown_device_has_no_peak() -> None:
     speed.add(1, 1)
     assert "mfu" not in speed.line()
     assert "MFU" not in speed.summary()  # of a CPU nobody asks
+
+
+@pytest.mark.parametrize(
+    ("name", "half", "single"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989, 67),
+        ("NVIDIA H100 PCIe", 756, 51),
+        ("NVIDIA A100-SXM4-80GB", 312, 19.5),
+        ("NVIDIA L4", 121, 30.3),
+        ("Tesla V100-SXM2-16GB", 125, 15.7),
+        ("NVIDIA L40", None, None),
+        ("NVIDIA A10G", None, None),
+        ("NVIDIA T400 4GB", None, None),
+    ],
+)
+def test_a_device_is_not_taken_for_one_of_a_similar_name(name: str, half: float | None, single: float | None) -> None:
+    """Names as the driver gives them; TFLOP/s of the data sheets."""
+    for expected, found in ((half, peak_of(name, True)), (single, peak_of(name, False))):
+        assert found == (expected and pytest.approx(1e12 * expected))
