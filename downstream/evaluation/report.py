@@ -49,13 +49,12 @@ def write_comparison(
     """
     last = records[-1]["setting"]
     shown = [r for r in records if r["setting"] == last and r["draw"] == 0 and r["extractor"] == 0]
-    notes = list(dict.fromkeys(f"{r['product']}: {note}" for r in records for note in r["notes"]))
     values = {
         "title": _text(title),
         "style": _style(),
         "where": _text(where),
         "facts": "".join(tile(fact) for fact in facts),
-        "warnings": warning_list(notes[:8] + ([f"and {len(notes) - 8} more notes"] if len(notes) > 8 else [])),
+        "warnings": warning_list(_notes(records)),
         "summary": _summary(records),
         "curves": _plot(plots.curves(shown), f"{last}: every curve is the mean of the products' curves."),
         "embeddings": _embeddings(embeddings),
@@ -68,6 +67,19 @@ def write_comparison(
     with atomic_path(folder / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
     return folder / "report.html"
+
+
+def _notes(records: Sequence[dict[str, Any]]) -> list[str]:
+    """Each note once, with the products that have it: with eighty products, one must not hide the others."""
+    products: dict[str, dict[str, None]] = {}
+    for record in records:
+        for note in record["notes"]:
+            products.setdefault(note, {})[record["product"]] = None
+    lines = []
+    for note, names in products.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        lines.append(f"{', '.join(list(names)[:3])}{more}: {note}")
+    return lines[:8] + ([f"and {len(lines) - 8} more notes, in table.csv"] if len(lines) > 8 else [])
 
 
 def _text(text: object) -> str:

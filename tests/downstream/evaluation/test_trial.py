@@ -253,6 +253,7 @@ def test_the_report_is_self_contained_and_escapes_names(
     assert "script" not in parsed.tags
     assert "b" not in parsed.tags
     assert "<b>tile</b>" in parsed.text
+    assert "d' is no share: by how many standard deviations" in parsed.text
     # Curves, histograms, and four pictures: photograph, defect and two heatmaps.
     assert len(parsed.sources) == 6
     assert all(source.startswith(("data:image/png;base64,", "data:image/jpeg;base64,")) for source in parsed.sources)
@@ -260,6 +261,22 @@ def test_the_report_is_self_contained_and_escapes_names(
     assert not re.search(r"https?://|\{\{", page)
     assert f"{100 * records[1]['metrics']['aupro']:.1f}" in parsed.text
     assert len(records[0]["pro"]) == len(CURVE)
+
+
+def test_the_report_says_a_note_of_many_products_once(
+    samples: list[Sample], networks: Networks, tmp_path: Path
+) -> None:
+    (found,) = trials(product(samples), ProtocolOptions())
+    (record,) = run_trial(found, Contender("featurenorm", "raw"), networks, Settings(pictures=0))
+    del record["shown"]
+    record |= {"pictures": [], "order": [0] * 5, "notes": ["no test split"]}
+    records = [{**record, "product": f"p{number}"} for number in range(9)]
+    records[8] = {**records[8], "notes": ["no test split", "no masks"]}
+    path = write_comparison(tmp_path, records, "T", "/data", [Fact("Protocol", "full")])
+    page = path.read_text(encoding="utf-8")
+    assert page.count("no test split") == 1
+    assert "p0, p1, p2 and 6 more: no test split" in page
+    assert "p8: no masks" in page
 
 
 def test_without_a_mask_there_are_image_metrics_and_no_pixel_metrics(
