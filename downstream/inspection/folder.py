@@ -17,6 +17,7 @@ from adpretrain import __version__
 from adpretrain.extractor import ADExtractor
 from adpretrain.files import atomic_path, sweep
 from adpretrain.hub import locate
+from downstream.calibration import percent
 from downstream.inspection.basis import DEFAULTS, Basis, Options, Progress, prepare, silent
 from downstream.inspection.photos import HEATMAPS, find_images, printable
 from downstream.inspection.record import PART, Record, settings_of
@@ -180,6 +181,8 @@ def _facts(extractor: str | os.PathLike[str], basis: Basis, options: Options, re
     calibration = basis.calibration if options.threshold is None else None
     threshold = "none" if basis.threshold is None else f"{basis.threshold:.4g}"
     origin = "given by the user" if options.threshold is not None else "from normal photographs only"
+    # Why a heatmap can be outlined where the verdict is normal.
+    origin += f"; a score is the mean of the heatmap's highest {percent(basis.detector.top)}"
     calibrated = len(basis.calibration.scores) if basis.calibration else 0
     return [
         Fact(
