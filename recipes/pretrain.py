@@ -160,7 +160,7 @@ def train(run: Run) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 = finished or stopped on request (resumable), 1 = the training failed, 2 = a mistake in what was asked, 130 =
-    stopped before training began."""
+    stopped at once, before training began or at a second Ctrl-C."""
     console = Console(stderr=True)
     try:
         config = parse_command_line(PretrainConfig, argv, __doc__)
@@ -176,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(console, "error", error)
         return 2
     except KeyboardInterrupt:
-        console.print("stopped before the training began; the same command starts again")
+        console.print("stopped at once; the same command goes on from the newest checkpoint, if there is one")
         return 130
     except FloatingPointError as error:
         complain(console, "training failed", error)
