@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
@@ -40,6 +40,9 @@ def _opened(path: str | os.PathLike[str] | IO[bytes]) -> Iterator[Image.Image]:
             yield stack.enter_context(Image.open(file, formats=FORMATS))
     except FileNotFoundError:
         raise ValueError(f"image not found: {path}") from None
+    except UnidentifiedImageError as error:
+        kinds = ", ".join(FORMATS)
+        raise ValueError(f"cannot read image {path}: its content is no picture of a known kind ({kinds})") from error
     except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, struct.error, bomb errors ...
         raise ValueError(f"cannot read image {path}: {error or type(error).__name__}") from error
 

@@ -16,7 +16,11 @@ from adpretrain.preprocess import Preprocess, read_image, read_mask
 
 GOOD = "good"
 SHOWN = 5  # files that an error message names
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (
+    *(".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
+    *(".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
+)
+FOREIGN_SUFFIXES = (".avif", ".heic", ".heif")  # of photographs too: found, and called unreadable, not passed over
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class MissingMasks(ValueError):
 
 def is_image(path: Path) -> bool:
     """Whether the name looks like a photograph (suffix known, not hidden)."""
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+    return path.suffix.lower() in (*IMAGE_SUFFIXES, *FOREIGN_SUFFIXES) and not path.name.startswith(".")
 
 
 class ImageDataset(Dataset[dict[str, Any]]):

@@ -25,7 +25,7 @@ EXIT_CODES = """exit codes, the most urgent one that is true:
   0  every image was read and none is anomalous
   2  wrong usage or input: nothing was scored
 Unreadable images never stop the run: they are listed in scores.csv (verdict "unreadable") and, with the
-reason, in summary.json and report.html."""
+reason, in summary.json and report.html. So are blank ones, as of a covered lens."""
 
 
 def score(parser: ArgumentParser) -> Callable[[Namespace], int]:

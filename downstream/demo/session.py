@@ -24,7 +24,7 @@ from adpretrain.extractor import ADExtractor
 from downstream.calibration import Calibration, calibrate
 from downstream.demo.uploads import LIMITS, Limits, Upload, check_counts, read_upload
 from downstream.inspection.basis import Basis, Options, Progress, predict_photos, prepare_photos, silent
-from downstream.inspection.photos import Photo, Unreadable
+from downstream.inspection.photos import Photo, Unreadable, without_blank
 from downstream.inspection.results import UNREADABLE, Result, write_scores
 from downstream.inspection.scoring import is_odd, judge, shape_warning, typical_scale
 from downstream.visualise import ColourScale, overlay
@@ -125,6 +125,7 @@ def _read_references(good: Sequence[Upload], extractor: ADExtractor, limits: Lim
 
 
 def _score_batch(basis: Basis, read: Sequence[Photo | Unreadable]) -> list[Shot]:
+    read = without_blank(read, basis.contrast)
     photos = [item for item in read if isinstance(item, Photo)]
     scores_B, maps_BSS = predict_photos(basis.detector, photos, basis.device)
     predicted = iter(zip(scores_B, maps_BSS, strict=True))

@@ -9,6 +9,7 @@ Shape legend: K references, B images of a batch, S = the network's input side.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from downstream.inspection.photos import (
     find_images,
     printable,
     read_batches,
+    without_blank,
 )
 from downstream.visualise import ColourScale
 
@@ -79,6 +81,7 @@ class Basis:
     threshold: float | None
     scale: ColourScale | None  # None with one reference only: a sample of the images must fix it
     aspects: tuple[float, ...]  # width / height of the references
+    contrast: float  # of the references, the median
     description: str  # of the extractor, for people
     promise: tuple[str, ...]  # what there is to say about the threshold
     notes: tuple[str, ...]  # and about the photographs
@@ -140,7 +143,8 @@ def prepare_photos(
     progress("fitting the references", pool, pool)
 
     warnings = [*_twins(references), *notes]
-    extra_scores, extra_maps, lost = _score_normals(detector, further, preprocess, device, options, progress)
+    contrast = statistics.median(photo.contrast for photo in references)
+    extra_scores, extra_maps, lost = _score_normals(detector, further, preprocess, device, contrast, options, progress)
     if lost:
         warnings.append(f"{len(lost)} calibration photograph(s) left out as unreadable, the first: {lost[0].reason}")
 
@@ -159,6 +163,7 @@ def prepare_photos(
         threshold=threshold,
         scale=ColourScale.from_normal_maps(np.concatenate(normal_maps), threshold) if normal_maps else None,
         aspects=tuple(photo.aspect for photo in references),
+        contrast=contrast,
         description=_describe(extractor, detector, options),
         promise=promise(calibration, options),
         notes=tuple(warnings),
@@ -192,12 +197,14 @@ def _score_normals(
     paths: Sequence[Path],
     preprocess: Preprocess,
     device: torch.device,
+    contrast: float,
     options: Options,
     progress: Progress,
 ) -> tuple[NDArray[np.float64], list[NDArray[np.float64]], list[Unreadable]]:
     """Scores of normal photographs that are not references, their first maps, and the unreadable files."""
     scores, maps, lost = [np.empty(0)], list[NDArray[np.float64]](), list[Unreadable]()
-    for number, batch in enumerate(read_batches(paths, preprocess, options.batch_size)):
+    for number, read in enumerate(read_batches(paths, preprocess, options.batch_size)):
+        batch = without_blank(read, contrast)
         lost += [item for item in batch if isinstance(item, Unreadable)]
         scores_B, maps_BSS = predict_photos(detector, [item for item in batch if isinstance(item, Photo)], device)
         scores.append(scores_B)

@@ -19,6 +19,7 @@ from adpretrain.preprocess import Preprocess, read_image
 from downstream.visualise import shown_region
 
 HEATMAPS = "heatmaps"  # below the output folder
+BLANK = 0.1  # of the references' contrast; photographs of products have a third at least
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ class Photo:
     pixels: Tensor
     shown: Image.Image
     aspect: float  # width / height of the file
+
+    @property
+    def contrast(self) -> float:
+        """Standard deviation of the network's input, mean of its channels."""
+        return float(self.pixels.std(dim=(1, 2)).mean())
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,20 @@ def _read(path: Path, preprocess: Preprocess) -> Photo | Unreadable:
         return seen(path, read_image(path), preprocess)
     except (ValueError, OSError) as error:
         return Unreadable(path, printable(error))
+
+
+def without_blank(read: Sequence[Photo | Unreadable], usual: float) -> list[Photo | Unreadable]:
+    """Photographs with hardly any of the ``usual`` contrast become unreadable.
+
+    A covered lens and a failed exposure are as calm as the calm parts of a product, which is normal to the features.
+    """
+    reason = "it is blank (its contrast is {:.1%} of the references'): a covered lens or a failed exposure?"
+    return [
+        Unreadable(item.path, reason.format(item.contrast / usual))
+        if isinstance(item, Photo) and item.contrast < BLANK * usual
+        else item
+        for item in read
+    ]
 
 
 def seen(path: Path, photo: Image.Image, preprocess: Preprocess) -> Photo:

@@ -18,7 +18,15 @@ from numpy.typing import NDArray
 
 from downstream.calibration import Calibration
 from downstream.inspection.basis import SCALE_SAMPLE, Basis, Progress, predict_photos, silent
-from downstream.inspection.photos import Photo, Unreadable, picture_names, printable, read_batches, relative_name
+from downstream.inspection.photos import (
+    Photo,
+    Unreadable,
+    picture_names,
+    printable,
+    read_batches,
+    relative_name,
+    without_blank,
+)
 from downstream.inspection.record import Batch, Record, Stamp, stamp
 from downstream.inspection.results import ANOMALOUS, NORMAL, UNDECIDED, UNREADABLE, Result
 from downstream.visualise import ColourScale, panel, save_png
@@ -37,7 +45,7 @@ def score_images(
     """Score `paths`, save a panel for each; the results in the order of `paths`, and warnings.
 
     Panels go below the record's folder. Batches that the record holds are taken from it, the others are added to it. A
-    photograph without a finite score counts as unreadable.
+    photograph that is blank or has no finite score counts as unreadable.
     """
     names, images = picture_names(root, paths), [stamp(root, path) for path in paths]
     scale = basis.scale or _scale_of_sample(basis, paths, images, record, batch_size)
@@ -66,6 +74,7 @@ def _score_batch(
     scale: ColourScale,
 ) -> Batch:
     """Score and draw a batch; `names`: of the heatmaps, relative to `out`."""
+    read = without_blank(read, basis.contrast)
     photos = [item for item in read if isinstance(item, Photo)]
     predicted = iter(zip(*predict_photos(basis.detector, photos, basis.device), strict=True))
     results, odd_shapes = list[Result](), 0

@@ -1,4 +1,4 @@
-"""Samples as tensors: masks, missing and corrupted files, the two error policies."""
+"""Samples as tensors: masks, missing and corrupted files."""
 
 from pathlib import Path
 

@@ -228,7 +228,7 @@ def test_postscript_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("PATH", f"{bin_}:{os.environ['PATH']}")
     path = tmp_path / "photo.png"
     path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n")
-    assert "cannot identify" in sentence_or_picture(path)
+    assert "no picture of a known kind" in sentence_or_picture(path)
     assert not (tmp_path / "ran").exists()
     assert "EPS" not in FORMATS
 
@@ -294,3 +294,19 @@ def test_a_network_has_a_largest_side() -> None:
     for mean, std in (((float("nan"), 0, 0), (1, 1, 1)), ((0, 0, 0), (1, 0, 1)), ((0, 0, 0), (1, float("inf"), 1))):
         with pytest.raises(ValueError, match="must be finite, std"):
             Preprocess(mean=mean, std=std)
+
+
+def test_no_photograph_is_passed_over_because_of_its_name(tmp_path: Path) -> None:
+    """Every kind that is read has its suffixes; of what a telephone writes it is said that it cannot be read."""
+    kinds = {".jfif": "JPEG", ".jpe": "JPEG", ".JP2": "JPEG2000", ".gif": "GIF", ".ppm": "PPM", ".pgm": "PPM"}
+    for suffix, kind in kinds.items():
+        Image.new("L" if suffix == ".pgm" else "RGB", (8, 8)).save(tmp_path / f"photo{suffix}", kind)
+    for suffix in (".heic", ".HEIF", ".avif"):
+        (tmp_path / f"phone{suffix}").write_bytes(b"\0\0\0\x18ftypheic" + bytes(64))
+    (tmp_path / "notes.txt").write_text("no photograph")
+    (found,) = read_batches(find_images(tmp_path), Preprocess(image_size=8), 16)
+    read = {item.path.name for item in found if isinstance(item, Photo)}
+    lost = {item.path.name: item.reason for item in found if isinstance(item, Unreadable)}
+    assert read == {f"photo{suffix}" for suffix in kinds}
+    assert lost.keys() == {"phone.heic", "phone.HEIF", "phone.avif"}
+    assert all("no picture of a known kind (BMP, GIF, JPEG" in reason for reason in lost.values())
