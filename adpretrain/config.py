@@ -6,7 +6,19 @@ Every field is a key of the YAML files in recipes/configs and a flag of the reci
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Literal
+
+# The smallest value of each number below.
+LEAST = {
+    **dict.fromkeys(["backbone.image_size", "projector.references", "projector.heads", "projector.layers"], 1),
+    **dict.fromkeys(["optim.batch_size", "optim.epochs", "eval.shots", "cache.threads"], 1),
+    **dict.fromkeys(["references.together", "references.refresh", "checkpoint_every", "log_every"], 1),
+    **dict.fromkeys(["data.workers", "data.reservoir_mb", "references.pool", "references.cache_mb"], 0),
+    **dict.fromkeys(["loss.lambda_", "loss.radius", "loss.margin", "loss.token_pixels", "projector.mlp_ratio"], 0),
+    **dict.fromkeys(["optim.lr", "optim.weight_decay", "optim.steps", "optim.clip", "eval.every"], 0),
+    **dict.fromkeys(["cache.draws", "cache.seed", "tokens", "seed"], 0),
+}
 
 
 @dataclass(frozen=True)
@@ -172,7 +184,8 @@ class EvalConfig:
         every: steps between evaluations; 0 = only at the end.
         shots: references per category.
         keep: the projector that is published: the "last" one, or the "best" one on the held-out categories (mean of
-            image AUROC and AUPRO), the untrained one included. A benchmark's test set never chooses.
+            image AUROC and AUPRO), the untrained one included; without such categories the last. A benchmark's test
+            set never chooses.
     """
 
     every: int = 0
@@ -242,9 +255,17 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if not self.shots or min(self.shots) < 1:
             raise ValueError(f"shots {self.shots} must list numbers of at least 1")
+        for key, least in LEAST.items():
+            value = attrgetter(key)(self)
+            if value < least:
+                raise ValueError(f"{key} {value} must be a number of at least {least}")
+        if self.loss.temperature <= 0:
+            raise ValueError(f"loss.temperature {self.loss.temperature} must be positive")
+        if not all(0 < share <= 1 for share in self.optim.milestones):
+            raise ValueError(
+                f"optim.milestones {self.optim.milestones} must be shares of the training, above 0 and to 1"
+            )
         needed, shared = max(self.shots) + self.references.together, self.references
-        if min(shared.together, shared.refresh) < 1 or min(shared.pool, shared.cache_mb) < 0:
-            raise ValueError(f"references {shared}: together and refresh start at 1, pool and cache_mb at 0")
         if 0 < shared.pool < needed:
             raise ValueError(
                 f"references.pool {shared.pool} is too small: K = {max(self.shots)} references of "

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from adpretrain.config import PretrainConfig, ProjectorConfig
+from adpretrain.config import LEAST, PretrainConfig, ProjectorConfig
 from adpretrain.parsing import from_dict, parse_command_line, read_yaml, to_yaml
 
 CONFIGS = sorted((Path(__file__).parents[1] / "recipes" / "configs").glob("*.yaml"))
@@ -93,7 +93,12 @@ def test_a_bad_file_is_named_with_the_way_out(tmp_path: Path, text: str, message
         ("--shots=[0]", r"shots \[0\] must list"),
         ("--cache.draws=2", "set augment to 'once' or 'none'"),
         ("--references.pool=8", r"references\.pool 8 is too small: K = 8 references of 1 images .* need 9 photographs"),
-        ("--references.together=0", "together and refresh start at 1, pool and cache_mb at 0"),
+        *(
+            (f"--{key}={least - 1}", f"{key} -?[0-9.]+ must be a number of at least {least}")
+            for key, least in LEAST.items()
+        ),
+        ("--loss.temperature=0", "loss.temperature 0.0 must be positive"),
+        ("--optim.milestones=[2.0]", r"optim.milestones \[2.0\] must be shares"),
         ("--augment=none", r"set loss\.lambda_ to 0"),
         ("--tempo=3", "unknown flag --tempo"),
         ("--loss.temprature=0.2", r"unknown flag --loss\.temprature \(did you mean --loss\.temperature\?\)"),
