@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -121,3 +123,12 @@ def count_categories(data: PretrainingSet | StreamedSet) -> int:
     """How many the steps come from."""
     streamed = isinstance(data, StreamedSet)
     return len(data.shards.index.categories if streamed else {sample.category for sample in data.samples})
+
+
+def digest_of(data: PretrainingSet | StreamedSet) -> str:
+    """The same for the same images in the same order, wherever they lie: what a step's batch is drawn from."""
+    if isinstance(data, StreamedSet):
+        facts: object = dataclasses.asdict(data.shards.index)
+    else:
+        facts = [(s.category, s.defect, s.view, s.split, s.image.name) for s in data.samples]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from memory_plan import check_memory
 from progress import progress_bar
 from rich.console import Console
-from run_data import CONDITIONING_IMAGES, find_samples, step_batches, training_set
+from run_data import CONDITIONING_IMAGES, digest_of, find_samples, step_batches, training_set
 from run_folder import RunFolder
 
 from adpretrain.backbones import load_backbone
@@ -90,6 +90,7 @@ class Run:
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else {}
         return {
             "global_batch": self.global_batch,
+            "data": digest_of(self.data),
             "extractor": self.trained_state(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
@@ -98,12 +99,25 @@ class Run:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from what `state` gave. Raises ValueError if it was trained by another number of processes."""
-        size = self.config.optim.batch_size
+        """Continue from what `state` gave. Raises ValueError if it was trained by another number of processes, on other
+        images, or by a version that keeps something else."""
+        size, own = self.config.optim.batch_size, self.state()
+        ours, theirs = own["extractor"], state.get("extractor", {})
+        shapes = {name: [getattr(found.get(name), "shape", None) for found in (ours, theirs)] for name in ours | theirs}
+        if other := [*own.keys() - state.keys(), *(name for name, (one, two) in shapes.items() if one != two)]:
+            raise ValueError(
+                f"the checkpoints of {self.folder.path} were written by another version (not alike in both: "
+                f"{', '.join(sorted(other)[:5])}): resume with that one, or choose another --run"
+            )
         if state["global_batch"] != self.global_batch:
             raise ValueError(
                 f"{self.folder.path} was trained by {state['global_batch'] // size} processes with {size} images each; "
                 f"{self.accelerator.num_processes} would see others in each step: start as many as before"
+            )
+        if state["data"] != own["data"]:
+            raise ValueError(
+                f"{self.folder.path} was trained on other images than those of {self.config.data.root}, which would be "
+                "mixed with them: give those again (data.root, data.on_error), or choose another --run"
             )
         self.extractor.load_state_dict(state["extractor"], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,33 @@ def test_what_is_saved_after_falling_back_stays(folder: Any, capsys: pytest.Capt
     for step in (1, 2, 3):
         folder.save_checkpoint(step, STATE)
         assert folder.load_checkpoint()["step"] == step
+
+
+@pytest.mark.slow
+def test_other_images_and_checkpoints_of_other_versions_are_not_mixed_in(
+    arguments: Callable[..., list[str]], tiny_set: Path, tmp_path: Path, refusal: Callable[[list[str]], str]
+) -> None:
+    from pretrain import main
+
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    argv = arguments(run, "--optim.steps", "1", "--backbone.image_size", "64", "--conditioning", "false")
+    argv += ["--cache.folder", str(tmp_path), "--data.held_out", "[]"]
+    assert main(argv) == 0
+    shutil.copytree(tiny_set, moved)
+    argv += ["--data.root", str(moved)]
+    assert main(argv) == 0  # the same images elsewhere
+    spare = sorted(moved.rglob("p001*_OK_*.jpg"))[0]
+    spare.unlink()
+    assert f"was trained on other images than those of {moved}" in refusal(argv)
+    shutil.copy2(tiny_set / spare.relative_to(moved), spare)
+    (newest,) = (run / "checkpoints").iterdir()
+    whole = torch.load(newest)
+    name = next(iter(whole["extractor"]))
+    odd = ({f"old_{name}": 0, **whole["extractor"]}, {**whole["extractor"], name: torch.zeros(7, 7)})
+    for change in ({"data": None}, *({"extractor": weights} for weights in odd)):
+        changed = {key: value for key, value in {**whole, **change}.items() if value is not None}
+        torch.save(changed, newest)
+        assert "were written by another version" in refusal(argv)
 
 
 @pytest.mark.slow
