@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import re
 import sys
 import typing
 from collections import Counter
@@ -101,12 +102,30 @@ def _parser(cls: type, description: str | None = None) -> jsonargparse.ArgumentP
 
 def from_dict(cls: type[T], mapping: Mapping[str, Any], where: str = "configuration") -> T:
     """A dataclass from nested mappings, with types checked. Raises ValueError naming the key that is wrong."""
-    check_keys(cls, mapping, where)
     parser = _parser(cls)
+    return _instantiate(cls, parser, _checked(cls, parser, mapping, where))
+
+
+def _checked(
+    cls: type, parser: jsonargparse.ArgumentParser, mapping: Mapping[str, Any], where: str
+) -> jsonargparse.Namespace:
+    """A mapping with its keys and types checked. Raises ValueError naming the key that is wrong."""
+    check_keys(cls, mapping, where)
     try:
-        return _instantiate(cls, parser, parser.parse_object(dict(mapping)))
+        return parser.parse_object(dict(mapping))
     except (jsonargparse.ArgumentError, RecursionError) as error:
-        raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{where}: {_in_words(error)}") from error
+
+
+def _in_words(error: Exception, dashes: str = "") -> str:
+    """A parser's message on one line; of a value of a wrong type: its key, the value, the types as --help has them."""
+    line = " ".join(str(error).split())
+    found = re.fullmatch(r'Parser key "([\w.]+)": .*(?:Got|Given) value: (.*)', line)
+    if not found:
+        return line
+    kinds = re.findall(r"Expected an? (?:typing\.(Literal\[.*?\])|<class '(\w+)'>)", line)
+    words = [literal.replace("Literal", "one of ") or name.replace("NoneType", "null") for literal, name in kinds]
+    return f"{dashes}{found[1]} {found[2]}: expected {' or '.join(dict.fromkeys(words))}"
 
 
 def _instantiate(cls: type[T], parser: jsonargparse.ArgumentParser, parsed: jsonargparse.Namespace) -> T:
@@ -157,16 +176,16 @@ def parse_command_line(cls: type[T], argv: Sequence[str] | None = None, descript
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     _check_flags(cls, arguments)
+    parser = _parser(cls, description)
     for position, argument in enumerate(arguments):
         name, _, value = argument.partition("=")
         if name == "--config":
             path = value or (arguments[position + 1] if position + 1 < len(arguments) else "")
-            check_keys(cls, read_yaml(path), path)
-    parser = _parser(cls, description)
+            _checked(cls, parser, read_yaml(path), path)
     try:
         return _instantiate(cls, parser, parser.parse_args(arguments))
     except jsonargparse.ArgumentError as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(_in_words(error, "--")) from error
 
 
 def _check_flags(cls: type, arguments: Sequence[str]) -> None:
