@@ -14,6 +14,8 @@ import sys
 import time
 from pathlib import Path
 
+from flags import Help
+
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "recipes" / "configs" / "demo.yaml"
 PROGRAMS = Path(sys.executable).parent
@@ -31,7 +33,7 @@ def run(*command: str | Path, allowed: tuple[int, ...] = (0,)) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of everything the demo makes")
     parser.add_argument("--data", type=Path, help="real photographs to score too, in any layout the toolkit reads")
     parser.add_argument("--products", type=int, default=0, help="fewer synthetic products, for a quick look")

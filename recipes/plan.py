@@ -11,15 +11,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import io
-import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+import timeit
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
 import torch
+from flags import Help
 from PIL import Image
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -33,6 +35,7 @@ from adpretrain.speed import count_flops
 
 ADAM = 2  # moments per parameter
 FLOAT = 4  # bytes
+REPEATS = 15  # of a measurement, whose median counts
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,9 @@ class Counts:
 
 def count(config: PretrainConfig) -> Counts:
     """Build the networks without memory, and count."""
-    options = {**dataclasses.asdict(config.backbone), "weights": None}
     where = "cpu" if config.backbone.name == "filterbank" else "meta"  # its filters are computed, and small
     with torch.device(where):
-        backbone = load_backbone(**options, pretrained=False)
+        backbone = load_backbone(**(dataclasses.asdict(config.backbone) | {"weights": None}), pretrained=False)
     image = torch.zeros(1, 3, config.backbone.image_size, config.backbone.image_size, device=where)
     maps, images = [level.to("meta") for level in backbone(image)], 2 * config.optim.batch_size
     with torch.device("meta"):
@@ -63,7 +65,7 @@ def count(config: PretrainConfig) -> Counts:
     tokens = [level.shape[2] * level.shape[3] for level in maps]
     entering = [min(number, config.tokens or number) for number in tokens]
     shapes = [(images, level.shape[1], 1, number) for level, number in zip(maps, entering, strict=True)]
-    among = round(references_per_image(config))  # whose residuals cross attention takes
+    among = round(mean(config.shots))  # whose residuals cross attention takes
     contexts = [(images, among * number, level.shape[1]) for level, number in zip(maps, tokens, strict=True)]
     inputs = [[maps[0].new_zeros(*shape) for shape in levels] for levels in (shapes, contexts)]
     return Counts(
@@ -97,11 +99,6 @@ def saved_bytes(config: PretrainConfig, shapes: Sequence[Sequence[int]], context
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             projector(*([torch.zeros(*shape) for shape in levels] for levels in (shapes, contexts)))
         return sum(storage.nbytes() for storage in kept.values() if storage is not None)
-
-
-def references_per_image(config: PretrainConfig) -> float:
-    """Mean K."""
-    return sum(config.shots) / len(config.shots)
 
 
 def anomalous_tokens(counts: Counts, share: float) -> list[float]:
@@ -146,40 +143,36 @@ def photograph(side: int) -> bytes:
     return buffer.getvalue()
 
 
-def cpu_seconds(work: Callable[[int], object], repeats: int = 15) -> float:
-    """Median CPU time of a call, in this process's main thread and its helpers."""
-    times = []
-    for number in range(repeats):
-        began = time.process_time()
-        work(number)
-        times.append(time.process_time() - began)
-    return statistics.median(times)
-
-
 @dataclass(frozen=True)
 class Assumed:
-    """What no machine here can say."""
+    """What no machine here can say, the command's flags. Raises ValueError for a number that is not more than 0."""
 
     gpus: int
-    per_node: int
+    gpus_per_node: int
     peak_tflops: float
     peak_float_tflops: float
     mfu: float
     node_gbit: float
     images: int
     image_kb: float
+    image_side: int
+    shares: Sequence[float]
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not np.min(value) > 0:
+                raise ValueError(f"--{name.replace('_', '-')} {value} must be more than 0")
 
 
 def step_seconds(config: PretrainConfig, counts: Counts, share: float, assumed: Assumed) -> dict[str, float]:
     """Where a step's time goes, nothing overlapping."""
-    images, nodes = config.optim.batch_size, assumed.gpus / assumed.per_node
-    half = config.optim.precision != "no"
+    images, nodes = config.optim.batch_size, assumed.gpus / assumed.gpus_per_node
     full = assumed.peak_float_tflops * 1e12 * assumed.mfu
-    peak = assumed.peak_tflops * 1e12 * assumed.mfu if half else full
+    peak = full if config.optim.precision == "no" else assumed.peak_tflops * 1e12 * assumed.mfu
     # A ring's sum passes 2 (n - 1) / n of the bytes over every node's link, a gather half of that.
     seconds_per_byte = 2 * (nodes - 1) / nodes / (assumed.node_gbit * 1e9 / 8) if nodes > 1 else 0.0
     return {
-        "backbone": images * (2 + references_per_image(config)) * counts.backbone_flops / peak,
+        "backbone": images * (2 + mean(config.shots)) * counts.backbone_flops / peak,
         "projector": 3 * 2 * images * counts.projector_flops / peak,
         "angle loss": loss_flops(config, counts, share, assumed.gpus) / full,
         "gradients": FLOAT * counts.projector_parameters * seconds_per_byte,
@@ -194,7 +187,7 @@ def memory(config: PretrainConfig, counts: Counts, share: float, gpus: int) -> d
     return {
         "backbone's weights, frozen": counts.backbone_bytes,
         "projector: weights, gradients (and their message), Adam": FLOAT * parameters * (3 + ADAM),
-        "reference features": images * references_per_image(config) * features,
+        "reference features": images * mean(config.shots) * features,
         "features and residuals of both views": 2 * 2 * images * features,
         "kept for the projector's backward": counts.saved,
         "gathered rows and their gradients": 2 * gather_bytes(config, counts, share, gpus),
@@ -207,10 +200,10 @@ def checkpoint_bytes(counts: Counts) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--config", required=True, help="a pretraining configuration, recipes/configs/*.yaml")
-    parser.add_argument("--gpus", type=int, default=64)
-    parser.add_argument("--gpus-per-node", dest="per_node", type=int, default=8)
+    parser.add_argument("--gpus", type=int, default=64, help="that are trained on")
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="of a machine")
     parser.add_argument("--images", type=int, default=151_050, help="of the set (Real-IAD)")
     parser.add_argument("--image-kb", type=float, default=300, help="assumed mean size of a file")
     parser.add_argument("--image-side", type=int, default=1024, help="of the photograph whose decoding is measured")
@@ -222,13 +215,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def steps_table(config: PretrainConfig, counts: Counts, shares: Sequence[float], assumed: Assumed) -> list[str]:
+def steps_table(config: PretrainConfig, counts: Counts, assumed: Assumed) -> list[str]:
     """A row for every share of anomalous tokens."""
-    names = list(step_seconds(config, counts, shares[0], assumed))
-    head = ["anomalous tokens", "gathered, MB", *(f"{name}, ms" for name in names), "step, ms", "images/s", "hours"]
+    steps = [step_seconds(config, counts, share, assumed) for share in assumed.shares]
+    head = ["anomalous tokens", "gathered, MB", *(f"{name}, ms" for name in steps[0]), "step, ms", "images/s", "hours"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for share in shares:
-        parts = step_seconds(config, counts, share, assumed)
+    for share, parts in zip(assumed.shares, steps, strict=True):
         rate = assumed.gpus * config.optim.batch_size / sum(parts.values())
         hours = config.optim.epochs * assumed.images / rate / 3600
         cells = [f"{100 * share:g} %", f"{gather_bytes(config, counts, share, assumed.gpus) / 1e6:.0f}"]
@@ -238,34 +230,37 @@ def steps_table(config: PretrainConfig, counts: Counts, shares: Sequence[float],
     return lines
 
 
-def host_lines(config: PretrainConfig, rate: float, side: int, assumed: Assumed) -> list[str]:
-    """What the processors, disks and network of a node must give for ``rate`` images/s a GPU; ``side``: of a file."""
-    preprocess, content = Preprocess(config.backbone.image_size, config.backbone.image_size), photograph(side)
+def host_lines(config: PretrainConfig, rate: float, assumed: Assumed) -> list[str]:
+    """What the processors, disks and network of a node must give for ``rate`` images/s a GPU."""
+    preprocess = Preprocess(config.backbone.image_size, config.backbone.image_size)
+    content = photograph(assumed.image_side)
     reduced, two_views = preprocess.resize if config.data.reduced else None, TwoViews(preprocess)
-    read = cpu_seconds(lambda _: preprocess.pixels(read_image(io.BytesIO(content), reduced)))
-    both = cpu_seconds(lambda number: two_views(read_image(io.BytesIO(content), reduced), number))
-    references, stream = references_per_image(config), rate * assumed.per_node * assumed.image_kb / 1e3
-    cores = rate * (both + references * read)
+    draws = iter(range(REPEATS))
+    works = (
+        lambda: preprocess.pixels(read_image(io.BytesIO(content), reduced)),
+        lambda: two_views(read_image(io.BytesIO(content), reduced), next(draws)),
+    )
+    read, both = (median(timeit.repeat(work, timer=time.process_time, number=1, repeat=REPEATS)) for work in works)
+    references, stream = mean(config.shots), rate * assumed.gpus_per_node * assumed.image_kb / 1e3
     return [
         f"Reading: {stream:.0f} MB/s a node from shards, each image once ({stream * (1 + references):.0f} MB/s from "
         f"single files, references too); {assumed.images * assumed.image_kb / 1e6:.0f} GB an epoch for all nodes.",
-        f"Decoding (measured here: {side} px, {len(content) / 1e3:.0f} kB): {1e3 * read:.1f} ms a reference, "
-        f"{1e3 * both:.1f} ms an image with two views, so {cores:.1f} cores a GPU.",
+        f"Decoding (here: {assumed.image_side} px, {len(content) / 1e3:.0f} kB): {1e3 * read:.1f} ms a reference, "
+        f"{1e3 * both:.1f} ms an image with two views, so {rate * (both + references * read):.1f} cores a GPU.",
     ]
 
 
-def report(config: PretrainConfig, options: argparse.Namespace) -> str:
+def report(config: PretrainConfig, assumed: Assumed) -> str:
     """The plan as Markdown."""
     counts = count(config)
-    assumed = Assumed(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Assumed)})
-    first, batch = options.shares[0], config.optim.batch_size
+    first, batch = assumed.shares[0], config.optim.batch_size
     stored = memory(config, counts, first, assumed.gpus)
     rate = batch / sum(step_seconds(config, counts, first, assumed).values())
     sizes = zip(counts.tokens, counts.entering, counts.widths, strict=True)
     levels = [f"{tokens} tokens ({entering} enter) x {width}" for tokens, entering, width in sizes]
     return "\n".join(
         [
-            f"{assumed.gpus} GPUs on {assumed.gpus / assumed.per_node:g} nodes, {batch} images a GPU and step",
+            f"{assumed.gpus} GPUs on {assumed.gpus / assumed.gpus_per_node:g} nodes, {batch} images a GPU and step",
             "",
             f"Backbone: {counts.backbone_flops / 1e9:.1f} GFLOP an image. Projector: "
             f"{counts.projector_parameters / 1e6:.1f} M parameters, {counts.projector_flops / 1e9:.1f} GFLOP an image. "
@@ -277,10 +272,9 @@ def report(config: PretrainConfig, options: argparse.Namespace) -> str:
             f"| **sum** | **{sum(stored.values()) / 1e9:.2f}** |",
             f"| a checkpoint, written by the first process | {checkpoint_bytes(counts) / 1e9:.2f} |",
             "",
-            *steps_table(config, counts, options.shares, assumed),
+            *steps_table(config, counts, assumed),
             "",
-            f"At {100 * first:g} %, {rate:.0f} images/s a GPU. "
-            + "\n".join(host_lines(config, rate, options.image_side, assumed)),
+            f"At {100 * first:g} %, {rate:.0f} images/s a GPU. " + "\n".join(host_lines(config, rate, assumed)),
             "",
             f"Assumed: {assumed.images} images of {assumed.image_kb:g} kB, {assumed.peak_tflops:g} TFLOP/s in half and "
             f"{assumed.peak_float_tflops:g} in single precision, {100 * assumed.mfu:g} % of it reached, "
@@ -291,9 +285,10 @@ def report(config: PretrainConfig, options: argparse.Namespace) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(argv)
+    options = vars(parse(argv))
+    path = options.pop("config")
     try:
-        print(report(from_dict(PretrainConfig, read_yaml(options.config), options.config), options))
+        print(report(from_dict(PretrainConfig, read_yaml(path), path), Assumed(**options)))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -203,3 +203,23 @@ def test_the_command_prints_a_plan(capsys: pytest.CaptureFixture[str], tmp_path:
     assert said.rstrip().endswith("all images have that share of anomalous tokens.")
     assert plan.main(["--config", str(tmp_path / "none.yaml")]) == 2
     assert "cannot read configuration" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--gpus", "0"], "--gpus 0 must be more than 0"),
+        (["--gpus", "-3"], "--gpus -3 must be more than 0"),
+        (["--gpus-per-node", "0"], "--gpus-per-node 0 must be more than 0"),
+        (["--image-side", "0"], "--image-side 0 must be more than 0"),
+        (["--node-gbit", "nan"], "--node-gbit nan must be more than 0"),
+        (["--shares", "0.1", "0"], "--shares [0.1, 0.0] must be more than 0"),
+    ],
+)
+def test_a_number_that_nothing_can_be_planned_with_is_named(
+    capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    import plan
+
+    assert plan.main(["--config", str(ROOT / "recipes/configs/demo.yaml"), *flags]) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
