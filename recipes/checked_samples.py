@@ -23,16 +23,26 @@ STAMP = "checked.json"  # in the run's folder: what was checked, and what was wr
 
 
 def checked_samples(config: DataConfig, run: Path, console: Console, main: bool) -> list[Sample]:
-    """Index a data set and check its images and masks as `adpretrain check-data` does; the first process does for all.
+    """The samples of a data set, `checked`."""
+    return checked(config, *indexed(config), run, console, main)
+
+
+def indexed(config: DataConfig) -> tuple[list[Sample], Mapping[Path, str]]:
+    """(samples of a data set, why some of them have no mask)."""
+    try:
+        return index_dataset(config.name, config.root, config.columns), {}
+    except MissingMasks as error:
+        return error.samples, error.missing
+
+
+def checked(
+    config: DataConfig, samples: list[Sample], missing: Mapping[Path, str], run: Path, console: Console, main: bool
+) -> list[Sample]:
+    """Check images and masks as `adpretrain check-data` does; the first process does for all.
 
     A check is remembered in the run's folder and not repeated while paths, sizes, times and labels stay the same.
     Raises ValueError with the whole list of bad images, or leaves them out, as ``config.on_error`` says.
     """
-    missing: Mapping[Path, str] = {}
-    try:
-        samples = index_dataset(config.name, config.root, config.columns)
-    except MissingMasks as error:
-        samples, missing = error.samples, error.missing
     (problems,) = broadcast_object_list([_problems(samples, missing, config.root, run, console) if main else None])
     if not problems:
         return samples

@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from checked_samples import checked_samples
+from checked_samples import checked, indexed
+from launch import complain
 from progress import progress_bar
 from rich.console import Console
 from run_data import split_samples
 
 from adpretrain.config import DataConfig
-from adpretrain.data.shard_writer import write_shards
+from adpretrain.data.shard_writer import check_target, write_shards
 from adpretrain.parsing import parse_command_line
 
 
@@ -45,13 +46,17 @@ class ShardConfig:
 
 def write(config: ShardConfig, console: Console) -> None:
     """Check every file, then write. Raises ValueError for what cannot be used, unless it is to be skipped."""
+    samples, missing = indexed(config.data)
+    training, _ = split_samples(samples, config.data.held_out)
+    check_target(config.out, config.shards, len(training))  # before hours of reading
     with TemporaryDirectory() as scratch:
-        checked = checked_samples(config.data, Path(scratch), console, main=True)
-    samples, held_out = split_samples(checked, config.data.held_out)
+        readable = checked(config.data, samples, missing, Path(scratch), console, main=True)
+    samples, held_out = split_samples(readable, config.data.held_out)
     with progress_bar(console) as bar:
         track = lambda items, total: bar.track(items, total=total, description="writing shards")  # noqa: E731
         out = write_shards(samples, config.out, config.shards, held_out, config.references, config.seed, track)
-    console.print(f"{len(samples)} images in {config.shards} shards, {len(held_out)} held out: {out}", highlight=False)
+    done = f"{len(samples)} images in {config.shards} shards, {len(held_out)} held out: {out}"
+    console.print(done, highlight=False, markup=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         write(parse_command_line(ShardConfig, argv, __doc__), console)
     except (ValueError, OSError) as error:
-        console.print(f"[red]error:[/] {error}", highlight=False)
+        complain(console, "error", error)
         return 2
     except KeyboardInterrupt:
         console.print("stopped; nothing was written")

@@ -39,14 +39,10 @@ def write_shards(
     become one PNG. ``references``: normal photographs of every category and view that are set aside. Two row groups of
     `ROW_GROUP_BYTES` are in memory. ``track`` wraps the rows of all files.
 
-    Raises ValueError if ``out`` is a folder of something else, there are fewer images than shards, an image is listed
-    twice or a defect has no mask.
+    Raises ValueError as `check_target` does, or if an image is listed twice or a defect has no mask.
     """
     target = Path(out)
-    if target.exists() and any(target.iterdir()) and not (target / INDEX).is_file():
-        raise ValueError(f"{target} holds something else than shards: choose another folder")
-    if not 1 <= shards <= len(samples):
-        raise ValueError(f"{shards} shards for {len(samples)} images: choose a number in 1..{len(samples)}")
+    check_target(target, shards, len(samples))
     bare = [sample.image for sample in (*samples, *held_out) if sample.anomalous and not sample.mask_files]
     if bare:
         raise ValueError(f"{bare[0]} is a defect without a mask: its defect would be learnt as normal")
@@ -78,6 +74,15 @@ def write_shards(
         )
         (folder / INDEX).write_text(json.dumps(dataclasses.asdict(index), indent=1), encoding="utf-8")
     return target
+
+
+def check_target(out: str | Path, shards: int, images: int) -> None:
+    """Raise ValueError if ``out`` is a folder of something else, or there are fewer images than shards."""
+    target = Path(out)
+    if target.exists() and any(target.iterdir()) and not (target / INDEX).is_file():
+        raise ValueError(f"{target} holds something else than shards: choose another folder")
+    if not 1 <= shards <= images:
+        raise ValueError(f"{shards} shards for {images} images: choose a number in 1..{images}")
 
 
 def deal(samples: Sequence[Sample], shards: int, seed: int) -> list[list[Sample]]:

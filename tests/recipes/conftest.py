@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from running import LAUNCH, ROOT
 
 from adpretrain.data.synthetic import make_synthetic
@@ -64,3 +65,18 @@ def pretrain(arguments: Callable[..., list[str]]) -> Callable[..., subprocess.Po
         )
 
     return start
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """Two products in the layout of MVTec, of one size and of noise-free grey."""
+    for category in ("bolt", "nut"):
+        for index, place in enumerate(("train/good", "train/good", "test/good", "test/dent")):
+            folder = tmp_path / "set" / category / place
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (64, 64), (40 * index, 90, 90)).save(folder / f"{index}.png")
+        mask = Image.new("L", (64, 64))
+        mask.paste(255, (8, 8, 24, 24))
+        (tmp_path / "set" / category / "ground_truth" / "dent").mkdir(parents=True)
+        mask.save(tmp_path / "set" / category / "ground_truth" / "dent" / "3_mask.png")
+    return tmp_path / "set"

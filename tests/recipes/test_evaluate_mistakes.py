@@ -15,21 +15,6 @@ from adpretrain.data.synthetic import make_synthetic
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture
-def photographs(tmp_path: Path) -> Path:
-    """Two products in the layout of MVTec, of one size and of noise-free grey."""
-    for category in ("bolt", "nut"):
-        for index, place in enumerate(("train/good", "train/good", "test/good", "test/dent")):
-            folder = tmp_path / "set" / category / place
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (64, 64), (40 * index, 90, 90)).save(folder / f"{index}.png")
-        mask = Image.new("L", (64, 64))
-        mask.paste(255, (8, 8, 24, 24))
-        (tmp_path / "set" / category / "ground_truth" / "dent").mkdir(parents=True)
-        mask.save(tmp_path / "set" / category / "ground_truth" / "dent" / "3_mask.png")
-    return tmp_path / "set"
-
-
 def evaluate(monkeypatch: pytest.MonkeyPatch, root: Path, *flags: str) -> int:
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     from evaluate import main
@@ -48,6 +33,10 @@ def test_mistakes_are_named_and_leave_no_folder(
         (["--detectors", "padim", "--categories"], "match none of: bolt, nut"),
         (["--detectors", ""], "no detectors to compare; choose from featurenorm"),
         (["--detectors", "padim", "--options", str(tmp_path / "flat.yaml")], "patchcore is 3; expected its options"),
+        (
+            ["--detectors", "padim", "--protocol", "few-shot", "--shots", "100", "--weights", str(tmp_path / "none")],
+            "bolt: K = 100 references cannot be chosen from a pool of 2 images",
+        ),
     ):
         assert evaluate(monkeypatch, photographs, *flags, "--out", str(out)) == 2, flags
         assert message in " ".join(capsys.readouterr().err.split())
@@ -71,6 +60,36 @@ def test_the_few_shot_table_misses_a_mask_before_it_computes_anything(
 
     assert main(flags) == 2
     assert "2 defects have no mask, such as" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_few_shot_table_names_the_product_with_too_few_images_before_it_computes_anything(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the last product; asked for before the extractor, which is not there."""
+    (photographs / "nut" / "train" / "good" / "1.png").unlink()
+    assert evaluate(monkeypatch, photographs, "--extractors", str(tmp_path / "absent"), "--shots", "1", "2") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "nut: K = 2 references cannot be chosen from a pool of 1 images" in said
+
+
+def test_help_shows_what_is_done_by_default(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    monkeypatch.setenv("COLUMNS", "200")
+    import evaluate as recipe
+    import plan
+
+    for main, shown in (
+        (recipe.main, ["pixels, without --extractors (default: 224)", "each process (default: 0)"]),
+        (plan.main, ["trained on (default: 64)", "of the set (Real-IAD) (default: 151050)"]),
+    ):
+        with pytest.raises(SystemExit):
+            main(["--help"])
+        said = " ".join(capsys.readouterr().out.split())
+        assert all(words in said for words in shown), said
+        assert "default: None" not in said
+        assert "default: False" not in said
 
 
 def test_weights_that_changed_under_their_name_are_refused(
