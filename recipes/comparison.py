@@ -43,9 +43,10 @@ def run(options: argparse.Namespace, samples: Sequence[Sample], console: Console
     """Evaluate this process's share; in the first process also write and print the tables of all."""
     state = PartialState(cpu=options.device == "cpu" or not torch.cuda.is_available())
     device = options.device or str(state.device)
+    protocol = protocol_options(options)
+    planned = trials(samples, protocol)  # a product with too few images is told before anything is loaded
     networks = load_networks(options, device)
     features = options.features or [RAW, *([PRETRAINED] if networks.extractors else [])]
-    protocol = protocol_options(options)
     settings = Settings(
         settings=options.settings,
         options=detector_options(options.options),
@@ -58,13 +59,13 @@ def run(options: argparse.Namespace, samples: Sequence[Sample], console: Console
     for row in rows:  # a mistake in the options is told before anything is computed
         size = networks.backbone.preprocess.image_size
         build(row, networks.extract(row), size, settings.settings, settings.options.get(row.detector, {}))
-    planned = trials(samples, protocol)
     jobs = jobs_of(planned, rows)
     configuration = configuration_of(options, samples, networks, protocol, settings, features)
     folder = options.out or default_folder(options, protocol, configuration)
     cells = Cells(folder, configuration, state.is_main_process)
     if state.num_processes > 1:
-        console.print(f"process {state.process_index + 1} of {state.num_processes} on {device}", highlight=False)
+        place = f"process {state.process_index + 1} of {state.num_processes} on {device}"
+        console.print(place, highlight=False, markup=False)
     own = shares(jobs, state.num_processes)[state.process_index]
     evaluate(own, jobs, cells, networks, settings, console, state.is_main_process)
     if not state.is_main_process:
@@ -73,8 +74,8 @@ def run(options: argparse.Namespace, samples: Sequence[Sample], console: Console
     pictures = draw_features(folder, planned, networks, settings, options.embeddings)
     write_findings(folder, records, {**configuration, "command": options.command}, pictures)
     show(records, Console(width=max(110, console.width)))
-    console.print(f"tables     {folder / 'table.md'} (.tex, .csv, .json)", highlight=False)
-    console.print(f"report     {folder / 'report.html'}", highlight=False)
+    console.print(f"tables     {folder / 'table.md'} (.tex, .csv, .json)", highlight=False, markup=False)
+    console.print(f"report     {folder / 'report.html'}", highlight=False, markup=False)
 
 
 def load_networks(options: argparse.Namespace, device: str) -> Networks:
@@ -167,7 +168,7 @@ def evaluate(
     main: bool,
 ) -> None:
     """Run this process's jobs that are not finished yet; the first process then waits for those of the others."""
-    columns = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn())
+    columns = (TextColumn("{task.description:<44}", markup=False), BarColumn(), MofNCompleteColumn())
     times = (TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, *times, console=console, disable=not (main and console.is_terminal)) as bar:
         task = bar.add_task("evaluating", total=len(everything), completed=cells.done(everything))

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import comparison
 import few_shot
+from flags import Help
+from launch import complain
 from rich.console import Console
 
 from adpretrain.data import DATASETS, Sample, index_dataset
@@ -30,7 +32,7 @@ from downstream.terminal import tell_memory
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     data = parser.add_argument_group("data and networks")
     data.add_argument("--dataset", default="auto", help=f"layout: auto, {', '.join(DATASETS)}")
     data.add_argument("--root", type=Path, required=True, help="folder of the data set, or hf://org/name")
@@ -40,12 +42,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     data.add_argument("--defects", nargs="*", default=[], help="kinds of defects to score (all by default)")
     data.add_argument("--extractors", type=Path, nargs="+", default=[], help="folders of extractors of one kind")
     data.add_argument("--device", help="cpu, cuda, ... (by default what accelerate finds; cpu for the few-shot table)")
-    data.add_argument("--shots", type=int, nargs="+", help="few-shot: numbers of training images K")
-    data.add_argument("--draws", type=int, help="draws of references or training images, for the spread between them")
+    data.add_argument(
+        "--shots", type=int, nargs="+", help="numbers of images K (default: 4; with --detectors 1 2 4 8 16)"
+    )
+    data.add_argument("--draws", type=int, help="of what is random (default: 1; 3 for reference-sensitivity)")
 
     table = parser.add_argument_group("with --detectors")
     table.add_argument("--detectors", type=_names, help=f"separated by commas: {', '.join(DETECTORS)}")
-    table.add_argument("--features", type=_names, help=f"separated by commas: {', '.join(FEATURES)}")
+    table.add_argument(
+        "--features", type=_names, help=f"of {', '.join(FEATURES)} (default: raw; raw,adpretrain with --extractors)"
+    )
     table.add_argument("--protocol", choices=PROTOCOLS, help="what is fitted on what (default: full)")
     table.add_argument("--backbone", default="filterbank", help="network of raw features, without --extractors")
     table.add_argument("--image-size", type=int, default=224, help="its input in pixels, without --extractors")
@@ -58,7 +64,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     table.add_argument("--no-overlap", action="store_true", help="contamination: do not score what was trained on")
     table.add_argument("--settings", choices=SETTINGS, default="default", help="detectors' own, or ADPretrain's")
     table.add_argument("--options", type=Path, help="YAML file of detectors' options, a mapping under each name")
-    table.add_argument("--batch-size", type=int, default=8)
+    table.add_argument("--batch-size", type=int, default=8, help="images in memory at once")
     table.add_argument("--workers", type=int, default=0, help="processes that read images, for each process")
     table.add_argument("--pictures", type=int, default=2, help="heatmaps of a product, one kind of defect each")
     table.add_argument("--embeddings", type=int, default=1, help="products whose features are drawn in two dimensions")
@@ -119,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             comparison.run(options, samples, console)
     except (ValueError, OSError) as error:
-        console.print(f"[red]error:[/] {error}", highlight=False)
+        complain(console, "error", error)
         return 2
     except KeyboardInterrupt:
         console.print("stopped; the same command goes on with what is not finished" if options.detectors else "stopped")

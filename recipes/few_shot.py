@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from panels import save_panels
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
@@ -36,6 +37,7 @@ from downstream.evaluation.evaluate import (
     same_residuals,
     score,
 )
+from downstream.evaluation.protocols import ProtocolOptions, trials
 
 METRICS = ("image_auroc", "pixel_auroc", "aupro")
 BACKBONE, RAW, CONDITIONED = "backbone norm", "raw residual norm", "conditioned residual norm"
@@ -130,7 +132,7 @@ def show(results: Sequence[Result], options: argparse.Namespace, console: Consol
     defects = list(dict.fromkeys(result.defect for result in results))
     for defect in defects:
         products = len({result.product for result in results})
-        title = f"{products} product(s), defects: {defect}, mean over {options.draws} reference draw(s), in %"
+        title = f"{products} product(s), defects: {escape(defect)}, mean over {options.draws} reference draw(s), in %"
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
         for column in ("K", "features", "image AUROC", "pixel AUROC", "AUPRO"):
             table.add_column(column, justify="left" if column == "features" else "right")
@@ -155,7 +157,8 @@ def show(results: Sequence[Result], options: argparse.Namespace, console: Consol
 def run(options: argparse.Namespace, samples: Sequence[Sample], console: Console) -> None:
     """Score every product, print the tables, write the JSON file if one is asked for."""
     options.shots, options.draws = options.shots or [4], options.draws or 1
-    check_masks(samples)  # before hours of other products
+    check_masks(samples)  # before hours of other products, as the numbers of images
+    trials(samples, ProtocolOptions("few-shot", shots=tuple(options.shots), draws=options.draws))
     device = options.device or "cpu"
     extractors = load_extractors(options.extractors, device)
     results: list[Result] = []

@@ -91,7 +91,8 @@ def show(records: Sequence[dict[str, Any]], console: Console) -> None:
     """The summary on the terminal."""
     heading, lines = summary_table(summarise(records))
     products = len({record["product"] for record in records})
-    table = Table(title=f"mean over {products} product(s), in %", title_justify="left", box=None, pad_edge=False)
+    title = f"mean over {products} product(s), in % (d' is a ratio)"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for position, column in enumerate(heading):
         table.add_column(column, justify="left" if position < 3 else "right")
     for line in lines:

@@ -113,7 +113,7 @@ def begin(run: Run) -> int:
     if checkpoint is not None:
         run.restore(checkpoint)
         done = checkpoint["step"]
-        run.console.print(f"resuming {run.folder.path} at step {done} of {run.steps}")
+        run.console.print(f"resuming {run.folder.path} at step {done} of {run.steps}", markup=False)
     if run.accelerator.is_main_process:
         run.folder.drop_metrics_after(-1 if checkpoint is None else done)  # without one, step 0 is scored again
     return done

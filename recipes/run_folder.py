@@ -82,7 +82,8 @@ class RunFolder:
             try:
                 return _read(path)
             except OSError as error:
-                self.console.print(f"[yellow]checkpoint {path} is unreadable ({error}); trying the one before it")
+                told = f"checkpoint {path} is unreadable ({error}); trying the one before it"
+                self.console.print(told, style="yellow", markup=False)
         if self.checkpoints():
             self.console.print("[yellow]no checkpoint is readable: training starts again at step 0")
         return None
