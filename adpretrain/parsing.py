@@ -24,6 +24,7 @@ import yaml
 T = TypeVar("T")
 DEEPEST = 32  # collections within collections
 LARGEST = 64 << 20  # bytes of a JSON file; the longest lists of images have a tenth of it
+SAID = 2000  # characters of the parser's messages, which repeat what a file holds
 YAML = "checked-yaml"  # mode of our parsers
 
 
@@ -119,7 +120,7 @@ def _checked(
 
 def _in_words(error: Exception, dashes: str = "") -> str:
     """A parser's message on one line; of a value of a wrong type: its key, the value, the types as --help has them."""
-    line = " ".join(str(error).split())
+    line = " ".join(str(error)[:SAID].split())
     found = re.fullmatch(r'Parser key "([\w.]+)": .*(?:Got|Given) value: (.*)', line)
     if not found:
         return line

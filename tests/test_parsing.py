@@ -39,6 +39,13 @@ def test_a_flag_of_a_wrong_type_is_named() -> None:
     assert str(error.value) == "--optim.lr fast: expected float"
 
 
+def test_a_value_without_end_is_not_repeated_without_end() -> None:
+    """Nor searched in quadratic time: 10 MB of what looks like the parser's own words."""
+    with pytest.raises(ValueError, match=r"hub: optim\.lr Expected a typing.*: expected float") as error:
+        from_dict(PretrainConfig, {"optim": {"lr": "Expected a typing.Literal[ " * 400_000}}, "hub")
+    assert len(str(error.value)) < 3000
+
+
 def test_what_a_flag_mends_in_a_file_is_no_mistake(tmp_path: Path) -> None:
     """A file of the right types whose values exclude each other."""
     path = tmp_path / "mine.yaml"
