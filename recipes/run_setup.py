@@ -103,8 +103,12 @@ class Run:
         images, or by a version that keeps something else."""
         size, own = self.config.optim.batch_size, self.state()
         ours, theirs = own["extractor"], state.get("extractor", {})
-        shapes = {name: [getattr(found.get(name), "shape", None) for found in (ours, theirs)] for name in ours | theirs}
-        if other := [*own.keys() - state.keys(), *(name for name, (one, two) in shapes.items() if one != two)]:
+        unlike = (
+            name
+            for name in ours | theirs
+            if name not in ours or name not in theirs or ours[name].shape != theirs[name].shape
+        )
+        if other := [*own.keys() - state.keys(), *unlike]:
             raise ValueError(
                 f"the checkpoints of {self.folder.path} were written by another version (not alike in both: "
                 f"{', '.join(sorted(other)[:5])}): resume with that one, or choose another --run"

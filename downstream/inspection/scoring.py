@@ -79,16 +79,15 @@ def _score_batch(
     predicted = iter(zip(*predict_photos(basis.detector, photos, basis.device), strict=True))
     results, odd_shapes = list[Result](), 0
     for item in read:
-        name = relative_name(root, item.path)
-        if isinstance(item, Unreadable):
-            results.append(Result(name, None, None, UNREADABLE, reason=item.reason))
+        name, heatmap = relative_name(root, item.path), names[item.path]
+        score, map_SS = next(predicted) if isinstance(item, Photo) else (math.nan, np.empty((0, 0)))
+        if isinstance(item, Unreadable) or not math.isfinite(score):
+            reason = item.reason if isinstance(item, Unreadable) else f"the extractor gave the score {score}"
+            results.append(Result(name, None, None, UNREADABLE, reason=reason))
+            (out / heatmap).unlink(missing_ok=True)  # of what lay there before an interruption
             continue
-        score, map_SS = next(predicted)
-        if not math.isfinite(score):
-            results.append(Result(name, None, None, UNREADABLE, reason=f"the extractor gave the score {score}"))
-            continue
-        result = judge(name, float(score), basis.calibration, basis.threshold, names[item.path])
-        save_png(panel(item.shown, map_SS, scale, title=_title(result)), out / names[item.path])
+        result = judge(name, float(score), basis.calibration, basis.threshold, heatmap)
+        save_png(panel(item.shown, map_SS, scale, title=_title(result)), out / heatmap)
         odd_shapes += is_odd(item.aspect, basis.aspects)
         results.append(result)
     return Batch(tuple(results), odd_shapes)
