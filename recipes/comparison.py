@@ -74,8 +74,10 @@ def run(options: argparse.Namespace, samples: Sequence[Sample], console: Console
     pictures = draw_features(folder, planned, networks, settings, options.embeddings)
     write_findings(folder, records, {**configuration, "command": options.command}, pictures)
     show(records, Console(width=max(110, console.width)))
-    console.print(f"tables     {folder / 'table.md'} (.tex, .csv, .json)", highlight=False, markup=False)
-    console.print(f"report     {folder / 'report.html'}", highlight=False, markup=False)
+    console.print(
+        f"tables     {folder / 'table.md'} (.tex, .csv, .json)", highlight=False, markup=False, soft_wrap=True
+    )
+    console.print(f"report     {folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
 
 
 def load_networks(options: argparse.Namespace, device: str) -> Networks:

@@ -84,4 +84,5 @@ def finish(run: Run) -> None:
     run.extractor.eval().save_pretrained(run.folder.extractor_path)
     run.folder.plot()
     draw_examples(run)
-    run.console.print(f"extractor saved: ADExtractor.from_pretrained({str(run.folder.extractor_path)!r})", markup=False)
+    saved = f"extractor saved: ADExtractor.from_pretrained({str(run.folder.extractor_path)!r})"
+    run.console.print(saved, markup=False, soft_wrap=True)
