@@ -52,6 +52,15 @@ def shown(found: Verdicts) -> list[list[str]]:
     return [[result.path, f"{signs[result.verdict]} {result.verdict}"] for result in ranked]
 
 
+def downloaded(browser: Browser, table: Path) -> list[dict[str, str]]:
+    browser.click("#ad-csv a, #ad-csv")
+    deadline = time.monotonic() + 20
+    while not table.exists() and time.monotonic() < deadline:
+        browser.run("1")
+        time.sleep(0.1)
+    return list(csv.DictReader(table.open(encoding="utf-8")))
+
+
 def test_a_visitor_scores_photographs(
     browser: Browser, extractor_dir: Path, write_tiles: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -102,13 +111,7 @@ def test_a_visitor_scores_photographs(
         browser.until(f"+getComputedStyle(document.querySelector('.ad-heat')).opacity === {strength / 100}", timeout=10)
     assert [url for url in browser.requests[asked:] if not url.startswith("data:")] == []
 
-    browser.click("#ad-csv a, #ad-csv")
-    table = tmp_path / "browser" / "scores.csv"
-    deadline = time.monotonic() + 20
-    while not table.exists() and time.monotonic() < deadline:
-        browser.run("1")
-        time.sleep(0.1)
-    rows = list(csv.DictReader(table.open(encoding="utf-8")))
+    rows = downloaded(browser, tmp_path / "browser" / "scores.csv")
     assert [row["verdict"] for row in rows] == [result.verdict for result in relaxed.results]
     assert [row["score"] for row in rows] == [
         "" if r.score is None else pytest.approx(str(r.score)) for r in relaxed.results
