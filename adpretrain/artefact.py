@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -97,6 +97,21 @@ def saved_projector(config: ProjectorConfig, channels: list[int], folder: Path) 
         raise ValueError(f"{folder}: {(str(error).splitlines() or [''])[0]}") from error
 
 
+def refuse_others(folder: str | os.PathLike[str], what: str, parts: Iterable[str] = ()) -> set[str]:
+    """The names of the pictures in ``folder``, which stay when a saved ``what`` with these ``parts`` replaces it.
+
+    Raises ValueError if ``folder`` holds other files: replacing it would delete them.
+    """
+    target = Path(folder)
+    found = {path.name for path in target.iterdir()} if target.is_dir() else set()
+    pictures = {name for name in found if name == ASSETS or name.endswith(PICTURE_SUFFIX)}
+    others = found - {CONFIG_NAME, WEIGHTS_NAME, CARD_NAME, *parts} - pictures
+    if others or (target.exists() and not target.is_dir()):
+        problem = f"holds other files ({_some(others)})" if others else "is a file"
+        raise ValueError(f"{folder} {problem}: save into a new folder or over an earlier {what}")
+    return pictures
+
+
 def write_folder(
     folder: str | os.PathLike[str],
     config: Any,
@@ -107,18 +122,11 @@ def write_folder(
 ) -> Path:
     """Write a dataclass, tensors and a card; the folder appears, or is replaced, only when complete. Returns its path.
 
-    ``what`` names the thing in errors. ``parts``: subfolders, each with the function that writes it. Pictures that lie
-    in ``folder`` stay.
-
-    Raises ValueError if ``folder`` holds other files: replacing it would delete them.
+    ``what`` names the thing in errors. ``parts``: subfolders, each with the function that writes it. Pictures stay and
+    other files are refused (`refuse_others`).
     """
     target, parts = Path(folder), parts or {}
-    found = {path.name for path in target.iterdir()} if target.is_dir() else set()
-    pictures = {name for name in found if name == ASSETS or name.endswith(PICTURE_SUFFIX)}
-    others = found - {CONFIG_NAME, WEIGHTS_NAME, CARD_NAME, *parts} - pictures
-    if others or (target.exists() and not target.is_dir()):
-        problem = f"holds other files ({_some(others)})" if others else "is a file"
-        raise ValueError(f"{folder} {problem}: save into a new folder or over an earlier {what}")
+    pictures = refuse_others(target, what, parts)
     with atomic_folder(folder) as temporary:
         for name in pictures:
             copy = shutil.copytree if (target / name).is_dir() else shutil.copy2

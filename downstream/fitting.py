@@ -16,7 +16,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from adpretrain.artefact import CONFIG_NAME
+from adpretrain.artefact import refuse_others
 from adpretrain.backbones import Backbone
 from adpretrain.extractor import ADExtractor
 from adpretrain.parsing import from_dict
@@ -26,6 +26,7 @@ from downstream.featurenorm import FeatureNormOptions
 from downstream.inspection.basis import Progress, silent
 from downstream.inspection.features import set_references
 from downstream.inspection.photos import Unreadable, find_images, printable, read_batches, relative_name
+from downstream.saving import EXTRACTOR
 from downstream.table import find_detector
 
 
@@ -122,7 +123,10 @@ def fit_folder(
     Raises ValueError for unreadable photographs, too few of them, or wrong settings.
     """
     device = device or torch.device("cpu")
-    _refuse_others(out)
+    refuse_others(out, "detector", [EXTRACTOR] if isinstance(model, ADExtractor) else [])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent):
+        pass  # what cannot be written is told before the fitting, too, which may take hours
     detector = build_detector(name, model, settings)
     paths = find_images(normal, exclude=out)
     references: list[str] = []
@@ -138,12 +142,3 @@ def fit_folder(
     if name != "featurenorm":
         detector.fit(NormalBatches(rest, model.preprocess, batch_size, device, progress))
     return Fitted(detector.save_pretrained(out), len(rest) if name != "featurenorm" else 0, len(references))
-
-
-def _refuse_others(out: Path) -> None:
-    """What saving would refuse, before the fitting takes hours: a place that is taken or cannot be written."""
-    if out.exists() and not (out / CONFIG_NAME).is_file() and (out.is_file() or any(out.iterdir())):
-        raise ValueError(f"{printable(out)} is no earlier detector's folder: name a new one, nothing there is replaced")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent):
-        pass

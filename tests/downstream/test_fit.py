@@ -87,8 +87,8 @@ def test_mistakes_are_one_line(
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.txt").write_text("years of work")
     for place, message in (
-        ("thesis", "thesis is no earlier detector's folder"),
-        ("thesis/thesis.txt", "thesis.txt is no earlier detector's folder"),
+        ("thesis", "thesis holds other files (thesis.txt)"),
+        ("thesis/thesis.txt", "thesis.txt is a file: save into a new folder"),
         ("/dev/null/out", "/dev/null"),
     ):
         arguments = ["--normal", normal, "--out", str(tmp_path / place), "--device", "cpu"]
