@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -76,6 +77,11 @@ class Run:
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         return step_batches(self.data, self.config, start, stop, rank, processes)
 
+    @cached_property
+    def digest(self) -> str:
+        """Of the images it trains on."""
+        return digest_of(self.data)
+
     @property
     def global_batch(self) -> int:
         """Images per step of all processes."""
@@ -90,7 +96,7 @@ class Run:
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else {}
         return {
             "global_batch": self.global_batch,
-            "data": digest_of(self.data),
+            "data": self.digest,
             "extractor": self.trained_state(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
