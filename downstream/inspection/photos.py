@@ -19,7 +19,7 @@ from adpretrain.preprocess import Preprocess, read_image
 from downstream.visualise import shown_region
 
 HEATMAPS = "heatmaps"  # below the output folder
-BLANK = 0.1  # of the references' contrast; photographs of products have a third at least
+BLANK = 0.1  # of the references' contrast; of the 1344 Magnetic Tile photographs none is below .3 of their median
 
 
 @dataclass(frozen=True)
