@@ -25,11 +25,13 @@ class GrowingBank:
     """Rows [n, D] are added batch by batch, then taken as one matrix.
 
     ``expected``: at least the number of rows, if it is known. ``max_bytes``: null = half of the memory. ``beside``:
-    bytes that every row will need besides its own, for what is done with the bank next.
+    bytes that every row will need besides its own, for what is done with the bank next. ``say``: how much it holds.
     """
 
-    def __init__(self, expected: int | None = None, max_bytes: int | None = None, beside: int = 0) -> None:
-        self.expected, self.max_bytes, self.beside = expected, max_bytes, beside
+    def __init__(
+        self, expected: int | None = None, max_bytes: int | None = None, beside: int = 0, say: bool = True
+    ) -> None:
+        self.expected, self.max_bytes, self.beside, self.say = expected, max_bytes, beside, say
         self.rows = 0
         self._blocks: list[Tensor] = []
         self._free = 0  # rows that still fit into the last block
@@ -56,7 +58,7 @@ class GrowingBank:
     def _hold(self, rows: int, like_ND: Tensor, say: bool) -> None:
         needed = rows * (like_ND.shape[1] * like_ND.element_size() + self.beside)
         what = f"a memory bank of {rows} patches x {like_ND.shape[1]} channels"
-        hold(what, needed, memory_limit(like_ND.device, self.max_bytes), ADVICE, say)
+        hold(what, needed, memory_limit(like_ND.device, self.max_bytes), ADVICE, say and self.say)
 
     def take(self) -> Tensor:
         """All rows as one matrix [N, D]; the bank is empty afterwards. Raises ValueError if there are none."""

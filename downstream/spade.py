@@ -79,18 +79,20 @@ class SPADE(Pretrained):
         Raises ValueError without images, for bad ones, for fewer patches than are to be averaged, or before the
         gallery outgrows ``max_bank_bytes``.
         """
-        bank, descriptors = None, []
+        bank = None
         for images, features in normal_features(self.extract, normal_batches):
             rows_BTD = self.embedding(features).flatten(1, 2)
             if bank is None:
                 expected = expected_images(normal_batches, len(images))
                 rows = None if expected is None else expected * rows_BTD.shape[1]
                 bank = GrowingBank(rows, self.config.max_bank_bytes)
+                # A list of small tensors would lie between the freed features of the batches and keep their memory.
+                descriptors = GrowingBank(expected, say=False)
             bank.add(rows_BTD.flatten(0, 1))
-            descriptors.append(describe(features))
+            descriptors.add(describe(features))
             side = int(images.shape[2])
         assert bank is not None
-        descriptors_NC = torch.cat(descriptors)
+        descriptors_NC = descriptors.take()
         self._remember(descriptors_NC, bank.take().unflatten(0, (len(descriptors_NC), -1)), side)
         return self
 
