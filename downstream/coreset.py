@@ -263,7 +263,7 @@ class _Search:
     def pick(self, rows_T: Tensor, limit: float) -> None:
         """Pick among ascending rows whose distances are exact: the farthest, then more while they are beyond `limit`.
 
-        A pick lowers the others' distances to bounds; these are made exact only for a row that comes first by them.
+        A pick leaves the others' distances between two bounds; one is made exact where these do not tell who is next.
         """
         # Small arrays: NumPy's calls are several times shorter than torch's, and no device is asked at every pick.
         rows_TD, biases_T = self.features_ND.index_select(0, rows_T).to(self.dtype), self.biases_N[LOWER][rows_T]
@@ -271,25 +271,27 @@ class _Search:
         lower_TT = self.rounding.bounds(shifted_TD, shifted_TD, biases_T, LOWER).add_(biases_T[:, None])
         lower: NDArray[np.floating] = lower_TT.cpu().numpy()
         width: NDArray[np.floating] = self.rounding.widths(self.norm_N[rows_T]).cpu().numpy()
-        distance: NDArray[np.floating] = self.distance_N[rows_T].cpu().numpy()
-        exact = np.ones(len(distance), dtype=bool)
+        high: NDArray[np.floating] = self.distance_N[rows_T].cpu().numpy()
+        low = high.copy()
         picks: list[int] = []
         while self.count + len(picks) < len(self.chosen):
-            last = int(distance.argmax())
-            if picks and distance[last] <= limit:
+            last = int(high.argmax())
+            farthest = high[last]
+            if picks and farthest <= limit:
                 break
-            if exact[last]:
-                picks.append(last)
-                exact &= lower[last] > distance
-                np.minimum(distance, lower[last] + (width + width[last]), out=distance)
-                distance[last] = CHOSEN
-            else:
-                near = np.array(picks)[lower[picks, last] <= distance[last]]
-                pairs = sums_of_squares(torch.from_numpy(features[near] - features[last]))
-                distance[last] = min(distance[last], pairs.numpy().min())
-                exact[last] = True
+            if low[last] < farthest:
+                high[last] = limit
+                if low[last] <= high.max():  # another row may be as far
+                    near = np.array(picks)[lower[picks, last] <= farthest]
+                    pairs = sums_of_squares(torch.from_numpy(features[near] - features[last]))
+                    low[last] = high[last] = min(farthest, pairs.numpy().min())
+                    continue
+            picks.append(last)
+            np.minimum(low, lower[last], out=low)
+            np.minimum(high, lower[last] + (width + width[last]), out=high)
+            high[last] = low[last] = CHOSEN
         before, self.count = self.count, self.count + len(picks)
         self.chosen[before : self.count] = rows_T[torch.tensor(picks, device=rows_T.device)]
-        self.distance_N[rows_T] = torch.from_numpy(distance).to(rows_T.device)
+        self.distance_N[rows_T] = torch.from_numpy(high).to(rows_T.device)
         self.bounded_N[rows_T] = self.count
-        self.exact_N[rows_T[torch.from_numpy(exact).to(rows_T.device)]] = self.count
+        self.exact_N[rows_T[torch.from_numpy(low == high).to(rows_T.device)]] = self.count
