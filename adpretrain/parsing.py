@@ -26,6 +26,15 @@ DEEPEST = 32  # collections within collections
 LARGEST = 64 << 20  # bytes of a JSON file; the longest lists of images have a tenth of it
 SAID = 2000  # characters of the parser's messages, which repeat what a file holds
 YAML = "checked-yaml"  # mode of our parsers
+KINDS = {  # their names of types
+    "<class 'int'>": "a whole number",
+    "<class 'float'>": "a number",
+    "<class 'str'>": "a text",
+    "<class 'bool'>": "true or false",
+    "<class 'list'>": "a list, such as [1,2]",
+    "<class 'dict'>": "a mapping, such as {mask: label}",
+    "<class 'NoneType'>": "null",
+}
 
 
 def check_keys(cls: type, mapping: Any, where: str, prefix: str = "") -> None:
@@ -119,14 +128,28 @@ def _checked(
 
 
 def _in_words(error: Exception, dashes: str = "") -> str:
-    """A parser's message on one line; of a value of a wrong type: its key, the value, the types as --help has them."""
+    """A parser's message on one line; of a value of a wrong type: its key, the value, what is expected."""
     line = " ".join(str(error)[:SAID].split())
-    found = re.fullmatch(r'Parser key "([\w.]+)": .*(?:Got|Given) value: (.*)', line)
+    if wrong := wrong_value(line):
+        key, value, expected = wrong
+        return f"{dashes}{key} {value}: expected {' or '.join(expected)}"
+    return line
+
+
+def wrong_value(line: str) -> tuple[str, str, list[str]] | None:
+    """Of a parser's message about a value of a wrong type: its key, the value and what it may be, such as
+    ["one of even, random"] or ["a number", "null"]. None for another message."""
+    found = re.fullmatch(r'Parser key "([\w.]+)": (.*(?:Got|Given) value: )(.*)', line)
     if not found:
-        return line
-    kinds = re.findall(r"Expected an? (?:typing\.(Literal\[.*?\])|<class '(\w+)'>)", line)
-    words = [literal.replace("Literal", "one of ") or name.replace("NoneType", "null") for literal, name in kinds]
-    return f"{dashes}{found[1]} {found[2]}: expected {' or '.join(dict.fromkeys(words))}"
+        return None
+    key, about, value = found.groups()
+    words = []
+    for kind in re.findall(r"Expected an? (typing\.Literal\[.*?\]|<class '\w+'>|\S+)", about):
+        if kind.startswith("typing.Literal"):
+            words.append("one of " + ", ".join(re.findall(r"'(.*?)'", kind)))
+        else:
+            words.append(KINDS.get(kind, kind))
+    return key, value, list(dict.fromkeys(words))
 
 
 def _instantiate(cls: type[T], parser: jsonargparse.ArgumentParser, parsed: jsonargparse.Namespace) -> T:

@@ -14,11 +14,11 @@ import warnings
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from importlib.metadata import version
-from typing import Any, NoReturn
+from typing import NoReturn
 
-import yaml
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, get_loader, set_loader
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
+from adpretrain.parsing import YAML
 from downstream.commands import COMMANDS, Run
 from downstream.commands.usage import usage_error
 from downstream.terminal import plain
@@ -44,14 +44,6 @@ class _Parser(ArgumentParser):
         self.exit(EXIT_USAGE)
 
 
-def _load_yaml(text: str) -> Any:
-    if not set(text) & set("[{&*:\n"):  # a plain word needs no check, and --help no torch, which the check imports
-        return get_loader("yaml")(text)
-    from adpretrain.parsing import load_yaml
-
-    return load_yaml(text)
-
-
 @contextlib.contextmanager
 def _one_line_warnings() -> Iterator[None]:
     """Warnings without the place in our source that gave them."""
@@ -65,13 +57,12 @@ def _one_line_warnings() -> Iterator[None]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code (2 for a user's mistake)."""
-    set_loader("checked", _load_yaml, exceptions=(yaml.YAMLError,))
     # Subparsers take over the formatter and the mode of their parent.
     parser = _Parser(
         prog="adpretrain",
         description="Pretrained features for industrial anomaly detection.",
         formatter_class=_HelpFormatter,
-        parser_mode="checked",
+        parser_mode=YAML,
     )
     parser.add_argument("--version", action="version", version=f"adpretrain {version('adpretrain')}")
     subcommands = parser.add_subcommands(metavar="command", required=True)

@@ -6,13 +6,8 @@ import difflib
 import re
 from collections.abc import Sequence
 
-_KINDS = {
-    "<class 'int'>": "a whole number",
-    "<class 'float'>": "a number",
-    "<class 'list'>": "a list, such as [1,2]",
-    "<class 'dict'>": "a mapping, such as {mask: label}",
-}
-_VALUE = re.compile(r'Parser key "(?P<key>\w+)": .*(?:Got|Given) value: (?P<value>.*)')
+from adpretrain.parsing import wrong_value
+
 _UNKNOWN = re.compile(r"unrecognized arguments: (--\S+).*|Subcommand '\S+' does not accept option '(.+)'")
 
 
@@ -25,8 +20,10 @@ def usage_error(message: str, options: Sequence[str]) -> str:
     if line.startswith("the following arguments are required: "):
         flags = map(_flag, re.findall(r"[\w-]+\.(\w+)", line))  # score.false_alarm_rate
         return f"needed: {', '.join(flag if flag in options else flag.strip('-').upper() for flag in flags)}"
-    if found := _VALUE.fullmatch(line):
-        return f"{_flag(found['key'])} {found['value']}: expected {_expected(line)}"
+    if wrong := wrong_value(line):
+        key, value, expected = wrong
+        kinds = (kind for kind in expected if kind != "null")  # said by leaving the flag out
+        return f"{_flag(key)} {value}: expected {' or '.join(kinds)}"
     if found := _UNKNOWN.fullmatch(line):
         unknown = (found[1] or _flag(found[2])).partition("=")[0]
         close = difflib.get_close_matches(unknown, options, n=1)
@@ -37,14 +34,3 @@ def usage_error(message: str, options: Sequence[str]) -> str:
 
 def _flag(key: str) -> str:
     return f"--{key.replace('_', '-')}"
-
-
-def _expected(line: str) -> str:
-    """What a value may be: "one of even, random", "a number"; a type's own name where there are no words for it."""
-    words = []
-    for kind in dict.fromkeys(re.findall(r"Expected an? (typing\.Literal\[.*?\]|<class '\w+'>|\S+)", line)):
-        if kind.startswith("typing.Literal"):
-            words.append("one of " + ", ".join(re.findall(r"'(.*?)'", kind)))
-        elif kind != "<class 'NoneType'>":
-            words.append(_KINDS.get(kind, kind))
-    return " or ".join(words)
