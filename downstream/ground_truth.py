@@ -46,6 +46,11 @@ def image_labels(masks_NHW: NDArray[np.bool_], labels: ArrayLike | None) -> NDAr
     return given
 
 
+def unmarked(masks_NHW: NDArray[np.bool_], labels_N: NDArray[np.bool_]) -> int:
+    """How many anomalous images have no marked pixel: their masks are empty, or lost the defect when made smaller."""
+    return int((labels_N & ~masks_NHW.any(axis=(1, 2))).sum())
+
+
 def paired(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     """Scores and labels of one shape, not empty; ValueError otherwise."""
     values, truth = real_numbers(scores, "scores"), binary_masks(labels)

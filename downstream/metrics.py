@@ -14,6 +14,7 @@ Conventions
   images, of the covered share of the region; its area over pixel FPR is a trapezoid from FPR 0 to the limit,
   interpolated at the limit, divided by the limit, so that it lies in [0, 1];
 - an image is anomalous when its label says so, or else when its mask has a positive pixel;
+- a defective image whose mask is empty counts in image metrics; its pixels count as normal, and a note says so;
 - a metric that the data does not define is nan and `Metrics.notes` says why (AUROC, AP, F1 and AUPRO all need
   both classes); input that cannot be right (NaN, shapes that disagree, fractional masks) raises ValueError.
 """
@@ -28,7 +29,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from downstream import thresholds
-from downstream.ground_truth import binary_masks, image_labels, paired, real_numbers, region_weights
+from downstream.ground_truth import binary_masks, image_labels, paired, real_numbers, region_weights, unmarked
 from downstream.thresholds import count
 
 FORMS = ("exact", "official")
@@ -64,7 +65,7 @@ def evaluate_maps(
     maps, masks, image_scores, anomalous = checked(maps_NHW, masks_NHW, scores, labels)
     images = count(image_scores, anomalous)
     pixels = count(maps, masks, region_weights(masks))
-    return from_counts(images, pixels)
+    return from_counts(images, pixels, unmarked(masks, anomalous))
 
 
 def checked(
@@ -82,9 +83,12 @@ def checked(
     return maps, masks, image_scores, image_labels(masks, labels)
 
 
-def from_counts(images: thresholds.Thresholds, pixels: thresholds.Thresholds) -> Metrics:
-    """All metrics of images and pixels that are counted already."""
-    notes = tuple(note for note in (thresholds.missing(images, "image"), thresholds.missing(pixels, "pixel")) if note)
+def from_counts(images: thresholds.Thresholds, pixels: thresholds.Thresholds, bare: int = 0) -> Metrics:
+    """All metrics of images and pixels that are counted already; ``bare``: defective images without a marked pixel."""
+    found = [thresholds.missing(images, "image"), thresholds.missing(pixels, "pixel")]
+    if bare:
+        found.append(f"{bare} defective image(s) with an empty mask: their pixels count as normal")
+    notes = tuple(note for note in found if note)
     return Metrics(
         image_auroc=thresholds.auroc(images),
         image_ap=thresholds.average_precision(images),

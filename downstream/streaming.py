@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from downstream.ground_truth import region_shares
+from downstream.ground_truth import region_shares, unmarked
 from downstream.metrics import Metrics, checked, from_counts
 from downstream.thresholds import Thresholds, anomalous_table, count
 
@@ -81,7 +81,7 @@ class StreamingMetrics:
         self._labels: list[NDArray[np.bool_]] = []
         self._anomalous: list[NDArray[Any]] = []
         self._shares: list[NDArray[np.float64]] = []
-        self._regions = 0
+        self._regions = self._bare = 0
         self._float32 = True  # nothing was rounded
         self._pending: list[NDArray[np.float32]] = []
         none = np.empty(0, np.float32)
@@ -103,6 +103,7 @@ class StreamingMetrics:
         self._anomalous.append(maps[masks])
         self._shares.append(shares)
         self._regions += regions
+        self._bare += unmarked(masks, anomalous)
         self._pending.append(_single(maps[~masks]))
         if sum(map(len, self._pending)) >= PENDING:
             self._bins = self._sorted_in()
@@ -120,7 +121,7 @@ class StreamingMetrics:
             above_T, not_below_T = self._false(threshold_T, pessimistic)
             normal, anomalous = int(self._bins.count_K.sum()), int(hits_T[-1]) if len(hits_T) else 0
             pixels = Thresholds(hits_T, overlap_T, above_T, not_below_T, normal, anomalous)
-            found.append(from_counts(images, pixels))
+            found.append(from_counts(images, pixels, self._bare))
         return Bounds(*found)
 
     def _sorted_in(self) -> _Bins:

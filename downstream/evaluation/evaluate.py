@@ -47,8 +47,14 @@ class FeatureSet:
 
 def normals(samples: Sequence[Sample]) -> list[int]:
     """Indices that may be learnt from: the normal images, of the train split where there is one, else of the
-    validation split where there is one; not the unmarked views of defective parts."""
-    good = [i for i, sample in enumerate(samples) if not (sample.anomalous or sample.of_defective_part)]
+    validation split where there is one; not the unmarked views of defective parts, nor a test image that a listing (or
+    the hash of its bytes) gives to another split too."""
+    tested = {sample.image for sample in samples if sample.split == "test"}
+    good = [
+        index
+        for index, sample in enumerate(samples)
+        if not (sample.anomalous or sample.of_defective_part) and (sample.split == "test" or sample.image not in tested)
+    ]
     by_split = [[index for index in good if samples[index].split == name] for name in ("train", "validation")]
     return by_split[0] or by_split[1] or good
 

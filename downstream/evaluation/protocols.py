@@ -74,13 +74,17 @@ class ProtocolOptions:
 
 @dataclass(frozen=True)
 class Part:
-    """One product's share of a trial: what is learnt from, the extractor's references, what is scored."""
+    """One product's share of a trial: what is learnt from, the extractor's references, what is scored.
+
+    ``notes`` are for the reader of its numbers; ``reference_notes`` only where the features use the references.
+    """
 
     product: str
     train: tuple[Sample, ...]
     references: tuple[Sample, ...]
     test: tuple[Sample, ...]
     notes: tuple[str, ...] = ()
+    reference_notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -169,9 +173,10 @@ def _part(product: str, group: Sequence[Sample], options: ProtocolOptions, draw:
         train, test, fewer = _contaminated(train, test, options, draw)
         notes += fewer
     references = _some(train, min(options.references, len(train)), draw)
+    told: tuple[str, ...] = ()
     if len(references) < options.references:
-        notes += (f"{len(references)} references: there are no more training images",)
-    return Part(product, tuple(train), tuple(references), tuple(test), notes)
+        told = (f"{len(references)} references instead of {options.references}: there are no more training images",)
+    return Part(product, tuple(train), tuple(references), tuple(test), notes, told)
 
 
 def _some(samples: Sequence[Sample], count: int, draw: int) -> list[Sample]:

@@ -37,6 +37,7 @@ class Row:
     features: str
     products: int
     repeats: int
+    defined: dict[str, int]  # products that define the metric: the mean is theirs
     mean: dict[str, float]
     spread: dict[str, float]
     gain: dict[str, float] | None  # over the same detector on raw features; None for those
@@ -68,6 +69,10 @@ def summarise(records: Sequence[Record]) -> list[Row]:
                 features,
                 products=len({record["product"] for record in group}),
                 repeats=len({(record["draw"], record["extractor"]) for record in group}),
+                defined={
+                    name: len({record["product"] for record in group if record["metrics"].get(name) is not None})
+                    for name in TITLES
+                },
                 mean=mean,
                 spread={name: _spread(column) for name, column in values.items()},
                 gain=gain,
@@ -144,16 +149,20 @@ def number(value: float, digits: int = 1, sign: bool = False) -> str:
 
 
 def summary_table(rows: Sequence[Row], metrics: Sequence[str] = (*MAIN, D_PRIME)) -> tuple[list[str], list[list[str]]]:
-    """Heading and lines of the summary, with a line of gains below all features but raw ones."""
+    """Heading and lines of the summary, with a line of gains below all features but raw ones. A mean that is not of all
+    products says of how many: rows of other products cannot be compared."""
     lines = []
     for row in rows:
-        cells = [
-            number(row.mean[name]) + (f" ± {number(row.spread[name])}" if row.repeats > 1 else "") for name in metrics
-        ]
-        lines.append([row.setting, row.detector, row.features, *cells])
+        lines.append([row.setting, row.detector, row.features, *(_summary_cell(row, name) for name in metrics)])
         if row.gain is not None:
             lines.append(["", "", "gain over raw", *(number(row.gain[name], sign=True) for name in metrics)])
     return ["setting", "detector", "features", *(TITLES[name] for name in metrics)], lines
+
+
+def _summary_cell(row: Row, name: str) -> str:
+    spread = f" ± {number(row.spread[name])}" if row.repeats > 1 else ""
+    partial = f" ({row.defined[name]} of {row.products})" if 0 < row.defined[name] < row.products else ""
+    return number(row.mean[name]) + spread + partial
 
 
 def write_tables(folder: Path, records: Sequence[Record], configuration: dict[str, Any]) -> list[Path]:
@@ -199,7 +208,9 @@ def _csv(records: Sequence[Record]) -> str:
 
 def _document(records: Sequence[Record], rows: Sequence[Row], render: Any) -> str:
     """The summary, then a table of all products for each setting and metric."""
-    parts = [render("Mean over products, in % (d' is a ratio)", *summary_table(rows))]
+    products = len({record["product"] for record in records})
+    title = f"Mean over {products} product(s), in % (d' is a ratio)"
+    parts = [render(title, *summary_table(rows))]
     for setting in dict.fromkeys(row.setting for row in rows):
         for metric in MAIN:
             heading, lines = products_table(records, metric, setting)

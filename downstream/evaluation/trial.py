@@ -150,7 +150,7 @@ def _about_references(trial: Trial, part: Part, contender: Contender) -> list[st
         return []
     if contender.detector == ALIGNED:
         return [UNDRAWN] if trial.setting == "reference-sensitivity" else []
-    own = [OWN] if len(trial.parts) > 1 else []
+    own = [*part.reference_notes, *([OWN] if len(trial.parts) > 1 else [])]
     return own + ([ALONE] if len(part.references) == 1 and contender.detector != FEATURENORM else [])
 
 

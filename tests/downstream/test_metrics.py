@@ -14,6 +14,7 @@ from scipy import ndimage
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from downstream.metrics import aupro, auroc, average_precision, d_prime, evaluate_maps, max_f1, region_weights
+from downstream.streaming import StreamingMetrics
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "metrics.npz"
 
@@ -159,6 +160,20 @@ def test_without_anomalies_everything_is_nan_with_a_reason() -> None:
     assert all(math.isnan(value) for value in values)
     assert "no anomalous images" in measured.notes[0]
     assert "no anomalous pixels" in measured.notes[1]
+
+
+def test_a_defect_with_an_empty_mask_is_told_of_and_counts_in_image_metrics_only() -> None:
+    maps, masks = random_case(5)
+    labels = masks.any(axis=(1, 2))
+    masks[np.flatnonzero(labels)[:2]] = False
+    measured, streamed = evaluate_maps(maps, masks, labels=labels), StreamingMetrics()
+    for one in range(len(maps)):
+        streamed.add(maps[one : one + 1], masks[one : one + 1], labels=labels[one : one + 1])
+    note = "2 defective image(s) with an empty mask: their pixels count as normal"
+    assert measured.notes == streamed.result().middle.notes == (note,)
+    assert measured.image_auroc == pytest.approx(roc_auc_score(labels, maps.max(axis=(1, 2))), abs=1e-12)
+    assert measured.pixel_auroc == pytest.approx(roc_auc_score(masks.ravel(), maps.ravel()), abs=1e-12)
+    assert evaluate_maps(maps, masks).notes == ()  # nobody said that these are defective
 
 
 def test_with_only_anomalous_images_the_pixel_metrics_remain() -> None:

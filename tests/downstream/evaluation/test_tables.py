@@ -128,6 +128,23 @@ def test_an_undefined_metric_is_a_dash_never_a_number(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "table.json").read_text())["summary"][0]["mean"]["aupro"] is None
 
 
+def test_a_mean_that_is_not_of_all_products_says_of_how_many(tmp_path: Path) -> None:
+    """Rows of the same table whose means are of one, two and three products."""
+    values = {"raw": (0.5, 0.7, 0.9), "adpretrain": (0.5, None, 0.7)}
+    found = [record(name, kind, value) for kind in values for name, value in zip("abc", values[kind], strict=True)]
+    found[0]["metrics"]["d_prime"] = found[1]["metrics"]["d_prime"] = None
+    write_tables(tmp_path, found, {})
+    _, (raw, ours, _) = summary_table(summarise(found))
+    assert raw[3:] == ["70.0", "70.0", "70.0", "0.9 (1 of 3)"]
+    assert ours[3:] == ["60.0 (2 of 3)", "60.0 (2 of 3)", "60.0 (2 of 3)", "0.6 (2 of 3)"]
+    assert "Mean over 3 product(s)" in (tmp_path / "table.md").read_text()
+    for name in ("table.md", "table.tex"):
+        assert (tmp_path / name).read_text().count("60.0 (2 of 3)") == 3
+    defined = [row["defined"] for row in json.loads((tmp_path / "table.json").read_text())["summary"]]
+    assert [row["aupro"] for row in defined] == [3, 2]
+    assert [row["d_prime"] for row in defined] == [1, 2]
+
+
 def test_views_of_a_category_are_averaged_and_weigh_alike_in_the_mean_of_all() -> None:
     values = {"cap/C1": 0.5, "cap/C2": 0.9, "nut": 0.4, "pin/C1": None, "pin/C2": 0.8}
     records = [{**record(name, "raw", value), "category": name.split("/")[0]} for name, value in values.items()]
