@@ -21,12 +21,13 @@ from PIL import Image
 
 from adpretrain.files import atomic_path
 from downstream.evaluation import plots
-from downstream.evaluation.tables import MAIN, TITLES, number, products_table, summarise, summary_table
+from downstream.evaluation.tables import MAIN, TITLES, all_notes, number, products_table, summarise, summary_table
 from downstream.inspection.photos import printable
 from downstream.inspection.report import Fact, jpeg, tile, warning_list
 from downstream.visualise import COLORMAP
 
 MOST_PRODUCTS = 40  # whose histograms and maps are shown
+MOST_NOTES = 8
 SCALE_NOTE = (
     "Heatmap colours: dark is a typical normal pixel, the middle of the scale (outlined) the highest value of any "
     "normal image that was scored, for each detector by itself. The photographs were chosen before anything was "
@@ -49,12 +50,15 @@ def write_comparison(
     """
     last = records[-1]["setting"]
     shown = [r for r in records if r["setting"] == last and r["draw"] == 0 and r["extractor"] == 0]
+    notes = all_notes(records)
+    if len(notes) > MOST_NOTES:
+        notes[MOST_NOTES:] = [f"and {len(notes) - MOST_NOTES} more notes, in table.md"]
     values = {
         "title": _text(title),
         "style": _style(),
         "where": _text(where),
         "facts": "".join(tile(fact) for fact in facts),
-        "warnings": warning_list(_notes(records)),
+        "warnings": warning_list(notes),
         "summary": _summary(records),
         "curves": _plot(plots.curves(shown), f"{last}: every curve is the mean of the products' curves."),
         "embeddings": _embeddings(embeddings),
@@ -67,19 +71,6 @@ def write_comparison(
     with atomic_path(folder / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
     return folder / "report.html"
-
-
-def _notes(records: Sequence[dict[str, Any]]) -> list[str]:
-    """Each note once, with the products that have it: with eighty products, one must not hide the others."""
-    products: dict[str, dict[str, None]] = {}
-    for record in records:
-        for note in record["notes"]:
-            products.setdefault(note, {})[record["product"]] = None
-    lines = []
-    for note, names in products.items():
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        lines.append(f"{', '.join(list(names)[:3])}{more}: {note}")
-    return lines[:8] + ([f"and {len(lines) - 8} more notes, in table.csv"] if len(lines) > 8 else [])
 
 
 def _text(text: object) -> str:

@@ -165,14 +165,28 @@ def _summary_cell(row: Row, name: str) -> str:
     return number(row.mean[name]) + spread + partial
 
 
+def all_notes(records: Sequence[Record]) -> list[str]:
+    """Each note once, with the products that have it: with eighty products, one must not hide the others."""
+    products: dict[str, dict[str, None]] = {}
+    for record in records:
+        for note in record["notes"]:
+            products.setdefault(note, {})[record["product"]] = None
+    lines = []
+    for note, names in products.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        lines.append(f"{', '.join(list(names)[:3])}{more}: {note}")
+    return lines
+
+
 def write_tables(folder: Path, records: Sequence[Record], configuration: dict[str, Any]) -> list[Path]:
-    """table.json (everything), table.csv (a line per record), table.md and table.tex (means, then every product)."""
+    """table.json (everything), table.csv (a line per record), table.md and table.tex (means, then every product,
+    then what the reader must know of them; in LaTeX as comments)."""
     rows = summarise(records)
     contents = {
         "table.json": _json(records, rows, configuration),
         "table.csv": _csv(records),
-        "table.md": _document(records, rows, _markdown),
-        "table.tex": _document(records, rows, _latex),
+        "table.md": _document(records, rows, _markdown, "- "),
+        "table.tex": _document(records, rows, _latex, "% "),
     }
     for name, text in contents.items():
         with atomic_path(folder / name) as temporary:
@@ -206,8 +220,8 @@ def _csv(records: Sequence[Record]) -> str:
     return buffer.getvalue()
 
 
-def _document(records: Sequence[Record], rows: Sequence[Row], render: Any) -> str:
-    """The summary, then a table of all products for each setting and metric."""
+def _document(records: Sequence[Record], rows: Sequence[Row], render: Any, bullet: str) -> str:
+    """The summary, then a table of all products for each setting and metric, then the notes, a line each."""
     products = len({record["product"] for record in records})
     title = f"Mean over {products} product(s), in % (d' is a ratio)"
     parts = [render(title, *summary_table(rows))]
@@ -216,7 +230,8 @@ def _document(records: Sequence[Record], rows: Sequence[Row], render: Any) -> st
             heading, lines = products_table(records, metric, setting)
             text = [[line[0], *(number(value) for value in line[1:])] for line in lines]
             parts.append(render(f"{TITLES[metric]} in %, {setting}", heading, text))
-    return "\n".join(parts)
+    parts += [bullet + " ".join(note.split()) for note in all_notes(records)]
+    return "\n".join(parts).rstrip() + "\n"
 
 
 def _markdown(title: str, heading: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -105,8 +105,8 @@ def test_markdown_and_latex_hold_the_same_cells(records: list[dict[str, Any]], t
     expected = [[str(line[0]), *(f"{value:.1f}" for value in line[1:])] for line in lines]
     assert expected[-1][0] == "mean"
 
-    markdown = (tmp_path / "table.md").read_text().split("**AUPRO in %, K=4**")[1].split("**")[0].strip().splitlines()
-    table = [cells(line, r"\|")[1:-1] for line in markdown]
+    markdown = (tmp_path / "table.md").read_text().split("**AUPRO in %, K=4**")[1].split("**")[0].splitlines()
+    table = [cells(line, r"\|")[1:-1] for line in markdown if line.startswith("|")]
     assert table[0] == heading
     assert [[cell.replace("\\|", "|") for cell in line] for line in table[2:]] == expected
 
@@ -143,6 +143,20 @@ def test_a_mean_that_is_not_of_all_products_says_of_how_many(tmp_path: Path) -> 
     defined = [row["defined"] for row in json.loads((tmp_path / "table.json").read_text())["summary"]]
     assert [row["aupro"] for row in defined] == [3, 2]
     assert [row["d_prime"] for row in defined] == [1, 2]
+
+
+def test_the_notes_stand_below_the_tables_of_every_format(tmp_path: Path) -> None:
+    """Numbers are copied from these files: what limits them must lie beside them, and LaTeX must not print it."""
+    found = [record(name, "raw", 0.5) for name in "abcde"]
+    for entry in found:
+        entry["notes"] = ["no test\nsplit"]
+    found[2]["notes"] = ["no test\nsplit", "50 % less"]
+    write_tables(tmp_path, found, {})
+    expected = ["a, b, c and 2 more: no test split", "c: 50 % less"]
+    assert (tmp_path / "table.md").read_text().splitlines()[-2:] == [f"- {note}" for note in expected]
+    assert (tmp_path / "table.tex").read_text().splitlines()[-2:] == [f"% {note}" for note in expected]
+    with (tmp_path / "table.csv").open(newline="") as file:
+        assert [row["notes"] for row in csv.DictReader(file)] == ["; ".join(entry["notes"]) for entry in found]
 
 
 def test_views_of_a_category_are_averaged_and_weigh_alike_in_the_mean_of_all() -> None:
