@@ -84,8 +84,12 @@ class AlignedReferences:
             )
         self.cells = cells
         blocks = self._blocks(features_PCHW)  # [P, S^2, G, C]
-        if blocks.shape[0] * blocks.shape[2] < centres:
-            raise TooFewImages(f"{blocks.shape[0] * blocks.shape[2]} tokens per cell cannot form {centres} centres")
+        images, _, tokens, _ = blocks.shape
+        if images * tokens < centres:
+            raise TooFewImages(
+                f"{images * tokens} tokens per cell cannot form {centres} centres: at least {-(-centres // tokens)} "
+                f"normal images are needed, got {images}"
+            )
         found = [
             KMeans(centres, n_init=3, random_state=seed)
             .fit(blocks[:, cell].flatten(0, 1).cpu().numpy())

@@ -146,7 +146,7 @@ def test_alignment_refuses_what_it_cannot_use() -> None:
         AlignedReferences(normal(0, 4, 6, 6))
     with pytest.raises(ValueError, match=r"a 5 x 5 grid needs .*maps of at least that size"):
         AlignedReferences(normal(3, 4, 4, 6))
-    with pytest.raises(ValueError, match="1 tokens per cell cannot form 5 centres"):
+    with pytest.raises(ValueError, match="cannot form 5 centres: at least 5 normal images are needed, got 1"):
         AlignedReferences(normal(1, 4, 5, 5))
     with pytest.raises(ValueError, match=r"K = 4 references .* pool of 3 images"):
         AlignedReferences(normal(3, 4, 10, 10), centres=2).choose(normal(1, 4, 10, 10), 4)

@@ -26,6 +26,7 @@ from downstream.evaluation.evaluate import by_product, normals, queries
 PROTOCOLS = ("full", "few-shot", "sample-efficiency", "contamination", "reference-sensitivity", "multi-class")
 EVERYTHING = "all products"
 HELD_OUT = 5  # where a set has no test split, every fifth normal image is one
+FROM_TEST = "no normal images but the test split's: those learnt from are of it, and are not scored"
 NO_TEST_SPLIT = f"no test split: every {HELD_OUT}th normal image is held out"
 
 
@@ -162,7 +163,9 @@ def _part(product: str, group: Sequence[Sample], options: ProtocolOptions, draw:
             pool = normals(group)
             chosen = [pool[index] for index in random_references(len(pool), shots, seed=draw)]
             train = [group[index] for index in chosen]
-            return Part(product, tuple(train), tuple(train), tuple(group[index] for index in queries(group, chosen)))
+            test = [group[index] for index in queries(group, chosen)]
+            own = (FROM_TEST,) if any(sample.split == "test" for sample in train) else ()
+            return Part(product, tuple(train), tuple(train), tuple(test), own)
         train, test = split(group)
     except ValueError as error:
         raise ValueError(f"{product}: {error}") from error

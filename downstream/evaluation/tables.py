@@ -166,15 +166,20 @@ def _summary_cell(row: Row, name: str) -> str:
 
 
 def all_notes(records: Sequence[Record]) -> list[str]:
-    """Each note once, with the products that have it: with eighty products, one must not hide the others."""
-    products: dict[str, dict[str, None]] = {}
+    """Each note once, with the products that have it (with eighty products, one must not hide the others) and, unless
+    it is true of all, the settings."""
+    found: dict[str, list[Record]] = {}
     for record in records:
         for note in record["notes"]:
-            products.setdefault(note, {})[record["product"]] = None
+            found.setdefault(note, []).append(record)
+    everything = {record["setting"] for record in records}
     lines = []
-    for note, names in products.items():
+    for note, having in found.items():
+        names = list(dict.fromkeys(record["product"] for record in having))
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        lines.append(f"{', '.join(list(names)[:3])}{more}: {note}")
+        settings = list(dict.fromkeys(record["setting"] for record in having))
+        where = "" if len(settings) == len(everything) else f", {', '.join(settings)}"
+        lines.append(f"{', '.join(names[:3])}{more}{where}: {note}")
     return lines
 
 

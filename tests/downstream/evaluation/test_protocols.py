@@ -71,6 +71,8 @@ def test_few_shot_never_scores_what_it_learnt_from_even_where_all_images_are_of_
     part = only(trials(samples, ProtocolOptions("few-shot", shots=(4,))))
     assert not names(part.train) & names(part.test)
     assert len(part.test) == len(samples) - 4
+    assert part.notes == ("no normal images but the test split's: those learnt from are of it, and are not scored",)
+    assert not only(trials(product("cap"), ProtocolOptions("few-shot", shots=(4,)))).notes
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)

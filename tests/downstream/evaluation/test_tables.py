@@ -14,6 +14,7 @@ import pytest
 from downstream.evaluation.tables import (
     COLUMNS,
     TITLES,
+    all_notes,
     in_order,
     products_table,
     summarise,
@@ -157,6 +158,14 @@ def test_the_notes_stand_below_the_tables_of_every_format(tmp_path: Path) -> Non
     assert (tmp_path / "table.tex").read_text().splitlines()[-2:] == [f"% {note}" for note in expected]
     with (tmp_path / "table.csv").open(newline="") as file:
         assert [row["notes"] for row in csv.DictReader(file)] == ["; ".join(entry["notes"]) for entry in found]
+
+
+def test_a_note_of_some_settings_names_them() -> None:
+    found = [{**record("nut", "raw", 0.5), "setting": f"K={shots}", "notes": ["old"]} for shots in (1, 2, 4)]
+    found[0]["notes"] = ["old", "too few"]
+    found[2]["notes"] = ["old", "dark"]
+    found += [{**found[2], "setting": "K=1", "notes": ["dark"]}]
+    assert all_notes(found) == ["nut: old", "nut, K=1: too few", "nut, K=4, K=1: dark"]
 
 
 def test_views_of_a_category_are_averaged_and_weigh_alike_in_the_mean_of_all() -> None:
