@@ -15,6 +15,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from panels import save_panels
@@ -38,6 +39,7 @@ from downstream.evaluation.evaluate import (
     score,
 )
 from downstream.evaluation.protocols import ProtocolOptions, trials
+from downstream.evaluation.tables import number
 
 METRICS = ("image_auroc", "pixel_auroc", "aupro")
 BACKBONE, RAW, CONDITIONED = "backbone norm", "raw residual norm", "conditioned residual norm"
@@ -107,7 +109,7 @@ def summarise(results: Sequence[Result], shots: int, defect: str) -> dict[str, d
             grouped[result.row][result.seed, result.draw].append(result.values)
     out = {}
     for row, cells in grouped.items():
-        table = {key: np.nanmean(values, axis=0) for key, values in cells.items()}
+        table = {key: _means(values) for key, values in cells.items()}
         by_seed, by_draw = (
             np.array(
                 [
@@ -127,11 +129,18 @@ def summarise(results: Sequence[Result], shots: int, defect: str) -> dict[str, d
     return out
 
 
+def _means(values: Sequence[tuple[float, ...]]) -> np.ndarray:
+    """The mean of every metric over the products that define it; nan if none does."""
+    defined = [[value for value in column if value == value] for column in zip(*values, strict=True)]
+    return np.array([np.mean(column) if column else np.nan for column in defined])
+
+
 def show(results: Sequence[Result], options: argparse.Namespace, console: Console) -> None:
     """The tables, one line per row and K."""
     defects = list(dict.fromkeys(result.defect for result in results))
     for defect in defects:
-        products = len({result.product for result in results})
+        shown = [result for result in results if result.defect == defect]
+        products = len({result.product for result in shown})
         title = f"{products} product(s), defects: {escape(defect)}, mean over {options.draws} reference draw(s), in %"
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
         for column in ("K", "features", "image AUROC", "pixel AUROC", "AUPRO"):
@@ -141,16 +150,20 @@ def show(results: Sequence[Result], options: argparse.Namespace, console: Consol
                 spread = cells["between_draws"] if options.draws > 1 else cells["between_seeds"]
                 marked = options.draws > 1 or (row == PRETRAINED and len(options.extractors) > 1)
                 values = [
-                    f"{m:.1f}" + (f" ± {s:.1f}" if marked else "") for m, s in zip(cells["mean"], spread, strict=True)
+                    number(m) + (f" ± {number(s)}" if marked else "")
+                    for m, s in zip(cells["mean"], spread, strict=True)
                 ]
                 table.add_row(str(shots), row, *values)
             cells = summarise(results, shots, defect)[PRETRAINED]
-            gains = [f"{gain:+.1f}" for gain in cells["gain"]]
+            gains = [number(gain, sign=True) for gain in cells["gain"]]
             table.add_row("", "  gain over raw residual", *gains)
             if len(options.extractors) > 1:
                 seeds = [f"{spread:.2f}" for spread in cells["between_seeds"]]
                 table.add_row("", f"  spread of {len(options.extractors)} training seeds", *seeds)
         console.print(table)
+        if bare := sorted({result.product for result in shown if any(value != value for value in result.values)}):
+            told = f"some metrics are not defined for {', '.join(bare)}: their means are of the other products"
+            console.print(told, highlight=False, markup=False)
         console.print()
 
 
@@ -169,7 +182,12 @@ def run(options: argparse.Namespace, samples: Sequence[Sample], console: Console
     show(results, options, Console(width=max(100, console.width)))
     if options.json:
         with atomic_path(options.json) as temporary:
-            temporary.write_text(json.dumps([dataclasses.asdict(result) for result in results]), encoding="utf-8")
+            temporary.write_text(json.dumps([_plain(result) for result in results], allow_nan=False), encoding="utf-8")
+
+
+def _plain(result: Result) -> dict[str, Any]:
+    """For JSON, which has no nan: null where a metric is undefined."""
+    return {**dataclasses.asdict(result), "values": [value if value == value else None for value in result.values]}
 
 
 def load_extractors(folders: Sequence[Path], device: str) -> list[ADExtractor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,6 +61,25 @@ def test_a_defect_in_brackets_heads_its_table() -> None:
     results = [Result(row, "nut", 1, 0, "[bold]", 0, (50.0, 50.0, 50.0)) for row in (BACKBONE, RAW, PRETRAINED)]
     show(results, argparse.Namespace(shots=[1], draws=1, extractors=["embedded"]), console)
     assert "defects: [bold]," in text(console)
+
+
+def test_the_few_shot_table_says_whose_means_it_holds() -> None:
+    """Of three products, one has no image AUROC, and one alone has dents."""
+    from few_shot import BACKBONE, PRETRAINED, RAW, Result, _plain, show
+
+    nan, console, results = float("nan"), written(), []
+    for row in (BACKBONE, RAW, PRETRAINED):
+        for name, values in (("a", (60.0, 50.0, 40.0)), ("b", (70.0, 50.0, 40.0)), ("[c]", (nan, 80.0, 40.0))):
+            results.append(Result(row, name, 1, 0, "all", 0, values))
+        results.append(Result(row, "a", 1, 0, "dent", 0, (nan, nan, nan)))
+    show(results, argparse.Namespace(shots=[1], draws=1, extractors=["embedded"]), console)
+    everything, dents = text(console).split("1 product(s), defects: dent,")
+    assert "3 product(s), defects: all," in everything
+    rows = [line.split()[-3:] for line in everything.splitlines() if line.startswith("1 ")]
+    assert rows == [["65.0", "60.0", "40.0"]] * 3
+    assert "some metrics are not defined for [c]: their means are of the other products" in everything
+    assert "nan" not in dents
+    assert json.loads(json.dumps(_plain(results[2]), allow_nan=False))["values"] == [None, 80.0, 40.0]
 
 
 def test_a_comparison_says_where_it_lies_and_what_is_no_share(
