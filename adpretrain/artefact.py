@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -133,13 +134,22 @@ def write_folder(
             copy(target / name, temporary / name)
         for name, write in parts.items():
             write(temporary / name)
-        weights = {name: value.contiguous() for name, value in weights.items()}
-        save_file(weights, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
-        (temporary / WEIGHTS_NAME).chmod(0o644)  # safetensors makes private files
+        save_tensors(weights, temporary / WEIGHTS_NAME)
         text = json.dumps(dataclasses.asdict(config), indent=2)
         (temporary / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
         (temporary / CARD_NAME).write_text(card, encoding="utf-8")
     return target
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file that others may read. OSError if it cannot be written."""
+    try:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        if (number := re.search(r"os error (\d+)", str(error))) is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    path.chmod(0o644)  # safetensors makes private files
 
 
 def folder_digest(folder: Path) -> str:
@@ -171,7 +181,10 @@ def read_folder_config(folder: Path, cls: type[T], newest: int, writer: str) -> 
             f"{folder} has format version {version}, written by adpretrain {content.get('library_version')}; this is "
             f"adpretrain {__version__}, which reads up to version {newest}: upgrade adpretrain"
         )
-    return from_dict(cls, content, str(path))
+    try:
+        return from_dict(cls, content, str(path))
+    except ValueError as error:
+        raise ValueError(f"{error}; expected a folder written by {writer}") from error
 
 
 def read_weights(folder: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:

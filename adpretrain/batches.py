@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from adpretrain.artefact import save_tensors
 from adpretrain.backbones import FeatureMaps, References
 from adpretrain.config import ReferencesConfig
 from adpretrain.data.loading import ImageBatch, ImageSource, Request, Requests, load_ahead
@@ -168,7 +169,7 @@ class CachedBatches:
             stored = self._compute(extractor, threads, track)
             if path is not None:
                 with atomic_path(path) as temporary:
-                    save_file(stored, temporary)
+                    save_tensors(stored, temporary)
         self.levels = [stored[f"level_{level}"] for level in range(len(extractor.channels))]  # [n, D, V, C, H, W]
         self.masks = stored["masks"]
 

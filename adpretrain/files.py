@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -12,23 +13,46 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp(\.[^.]+)?", re.DOTALL)  # the names that atomic_path makes
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """An OSError about the temporary file, or about a full disk (which names none), names ``path`` instead."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL or f"/.{path.stem}." in f"/{error.filename}":
+            error.filename, error.filename2 = str(path), None
+        raise
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Before any work: OSError if nothing can be made beside ``path``, whose folder is made."""
+    path = Path(path)
+    with _naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent):
+            pass
 
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success rename it to ``path``, on failure delete it.
 
-    The parent folder is created. The suffix is kept, so writers that choose a format by suffix work.
+    The parent folder is created. The suffix is kept, so writers that choose a format by suffix work. An OSError about
+    the temporary file names ``path``.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not the process's number, which two containers that share a disk often have in common.
     temporary = path.with_name(f".{path.stem}.{secrets.randbelow(10**12)}.tmp{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _naming(path):
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def sweep(folder: str | os.PathLike[str]) -> None:
@@ -42,9 +66,16 @@ def sweep(folder: str | os.PathLike[str]) -> None:
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield an empty temporary folder beside ``path``; on success it replaces ``path`` as a whole.
 
-    An existing ``path`` stays untouched until the new folder is complete.
+    An existing ``path`` stays untouched until the new folder is complete. A link to a folder stays one: the folder
+    that it points to is replaced. An OSError about the temporary folder names ``path``.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path) if os.path.islink(path) else path)
+    with _naming(path), _atomic_folder(path) as temporary:
+        yield temporary
+
+
+@contextlib.contextmanager
+def _atomic_folder(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:

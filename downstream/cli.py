@@ -44,11 +44,16 @@ class _Parser(ArgumentParser):
         self.exit(EXIT_USAGE)
 
 
+def _lines(message: object) -> str:
+    """`plain`, line by line: a few messages list what was found."""
+    return "\n".join(map(plain, str(message).split("\n")))
+
+
 @contextlib.contextmanager
 def _one_line_warnings() -> Iterator[None]:
     """Warnings without the place in our source that gave them."""
     usual = warnings.formatwarning
-    warnings.formatwarning = lambda message, *_, **__: f"adpretrain: warning: {plain(message)}\n"
+    warnings.formatwarning = lambda message, *_, **__: f"adpretrain: warning: {_lines(message)}\n"
     try:
         yield
     finally:
@@ -80,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         with _one_line_warnings():
             return runs[arguments.subcommand](arguments[arguments.subcommand])
     except (ValueError, OSError) as error:
-        print(f"adpretrain: error: {plain(error)}", file=sys.stderr)
+        print(f"adpretrain: error: {_lines(error)}", file=sys.stderr)
         return EXIT_USAGE
     except KeyboardInterrupt:
         print("adpretrain: interrupted", file=sys.stderr)

@@ -6,7 +6,6 @@ Shapes: b images of a batch, S side in pixels.
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 from adpretrain.artefact import refuse_others
 from adpretrain.backbones import Backbone
 from adpretrain.extractor import ADExtractor
+from adpretrain.files import check_writable
 from adpretrain.parsing import from_dict
 from adpretrain.preprocess import Preprocess
 from downstream.detector import Detector
@@ -124,9 +124,7 @@ def fit_folder(
     """
     device = device or torch.device("cpu")
     refuse_others(out, "detector", [EXTRACTOR] if isinstance(model, ADExtractor) else [])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent):
-        pass  # what cannot be written is told before the fitting, too, which may take hours
+    check_writable(out)  # before the fitting, which may take hours
     detector = build_detector(name, model, settings)
     paths = find_images(normal, exclude=out)
     references: list[str] = []

@@ -10,8 +10,10 @@ from pathlib import Path
 from adpretrain.artefact import CARD_NAME, CONFIG_NAME, read_config
 from adpretrain.card import PLACEHOLDER, card
 from adpretrain.hub import Published, publish
+from adpretrain.hub.contents import files_to_publish
 from adpretrain.parsing import read_json
-from downstream.card import NOTICE
+from downstream.card import NOTICE, detector_card
+from downstream.saving import read_detector_config
 
 
 def warn_of_features(private: bool) -> None:
@@ -37,17 +39,21 @@ def push_folder(
 ) -> Published:
     """Publish what a `save_pretrained` wrote, without loading it: an extractor or a fitted detector.
 
+    The folder is checked before anything is copied: it may hold links and pipes, or be far too large.
+
     ``private``: None = a detector is, an extractor is not. Raises ValueError, with the fix, if the folder is neither,
     and as `publish` does.
     """
     detector = is_detector(folder)
+    files_to_publish(folder)
+    text = detector_card(read_detector_config(folder)) if detector else card(read_config(folder))
     private = detector if private is None else private
     if detector:
         warn_of_features(private)
     with tempfile.TemporaryDirectory() as scratch:
         staged = Path(shutil.copytree(folder, Path(scratch) / folder.resolve().name, symlinks=True))
-        if not detector and not (staged / CARD_NAME).is_file():
-            (staged / CARD_NAME).write_text(card(read_config(folder)), encoding="utf-8")
+        if not (staged / CARD_NAME).is_file():
+            (staged / CARD_NAME).write_text(text, encoding="utf-8")
         named_card(staged, repo_id)
         try:
             return publish(staged, repo_id, private=private, tag=tag, message=message, dry_run=dry_run)
@@ -58,6 +64,7 @@ def push_folder(
 def is_detector(folder: Path) -> bool:
     """Whether a saved model is a fitted detector; else it is taken for an extractor. Raises ValueError for neither."""
     if not (folder / CONFIG_NAME).is_file():
-        raise ValueError(f"{folder} has no {CONFIG_NAME}: expected a folder written by save_pretrained")
+        what = f"has no {CONFIG_NAME}" if folder.is_dir() else "is not a folder"
+        raise ValueError(f"{folder} {what}: expected a folder written by save_pretrained")
     content = read_json(folder / CONFIG_NAME)
     return isinstance(content, dict) and "detector" in content

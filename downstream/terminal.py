@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
 
 def plain(text: object) -> str:
-    """Text that the terminal takes, whatever the file names and its encoding."""
+    """One line that the terminal takes, whatever the file names and its encoding, and shows but does not obey."""
     encoding = sys.stdout.encoding or "utf-8"
     readable = os.fsencode(str(text)).decode("utf-8", errors="replace")
+    readable = _CONTROL.sub(lambda found: repr(found[0])[1:-1], readable)
     return readable.encode(encoding, errors="replace").decode(encoding)
 
 

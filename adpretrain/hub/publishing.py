@@ -22,6 +22,8 @@ from adpretrain.hub.locating import REPO_ID
 from adpretrain.hub.repository import Repository, State
 from adpretrain.hub.trouble import explain, persistently, troubles
 
+LONGEST = 96  # characters of a repository's id on the Hub
+
 
 @dataclass(frozen=True)
 class Published:
@@ -117,10 +119,12 @@ def _publish(
 
 
 def _check_names(repo_id: str, branch: str, tag: str | None, message: str | None) -> None:
-    if not REPO_ID.fullmatch(repo_id) or "--" in repo_id or ".." in repo_id or repo_id.endswith((".git", "-", ".")):
+    known = REPO_ID.fullmatch(repo_id) and len(repo_id) <= LONGEST
+    if not known or "--" in repo_id or ".." in repo_id or repo_id.endswith((".git", "-", ".")):
         raise ValueError(
             f"repository id {repo_id!r} is not valid: it is org/name, your user name or organisation and a name of "
-            'letters, digits, "-", "_" and ".", which starts and ends with a letter or digit'
+            'letters, digits, "-", "_" and ".", which starts and ends with a letter or digit; '
+            f"{LONGEST} characters at most"
         )
     for what, name in (("branch", branch), ("tag", tag)):
         if name is not None and (

@@ -17,6 +17,8 @@ def usage_error(message: str, options: Sequence[str]) -> str:
     A message of unknown form loses its line breaks only.
     """
     line = " ".join(message.split())
+    if line.startswith('expected "subcommand"'):
+        return "needed: COMMAND, such as score"
     if line.startswith("the following arguments are required: "):
         flags = map(_flag, re.findall(r"[\w-]+\.(\w+)", line))  # score.false_alarm_rate
         return f"needed: {', '.join(flag if flag in options else flag.strip('-').upper() for flag in flags)}"

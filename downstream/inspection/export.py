@@ -9,7 +9,6 @@ import dataclasses
 import importlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from adpretrain import __version__
 from adpretrain.extractor import ADExtractor
-from adpretrain.files import atomic_path
+from adpretrain.files import atomic_path, check_writable
 from downstream.calibration import Calibration
 from downstream.featurenorm import FeatureNorm
 from downstream.inspection.basis import DEFAULTS, Basis, Options, Progress, prepare, silent
@@ -210,9 +209,7 @@ def export_folder(
     if out.suffix != ".onnx":  # so that no photograph is ever replaced
         raise ValueError(f"{out} does not end in .onnx; name the file to write, e.g. {out.with_suffix('.onnx')}")
     paths = find_images(check or normal)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=out.parent):  # before any work: can files be made there?
-        pass
+    check_writable(out)
     model = ADExtractor.from_pretrained(extractor, device=pick_device(device))
     basis = prepare(model, pick_device(device), normal, calibration, options, progress=progress)
     model.cpu()

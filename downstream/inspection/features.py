@@ -9,22 +9,21 @@ Shapes: B images of a batch, L levels, C_l channels, H_l x W_l tokens.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import struct
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from adpretrain import ADExtractor, __version__
+from adpretrain.artefact import save_tensors
 from adpretrain.backbones import Backbone, FeatureMaps
 from adpretrain.extractor import backbone_config
 from adpretrain.files import atomic_folder, atomic_path
@@ -66,9 +65,9 @@ def extract_folder(
     """
     paths, single = find_images(images, exclude=out), out.suffix == SUFFIX
     refuse_others(out, single)
-    with ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         if single:
-            out.parent.mkdir(parents=True, exist_ok=True)
+            listed, joined = (stack.enter_context(atomic_path(path)) for path in (out.with_suffix(".json"), out))
             temporary = tempfile.mkdtemp(prefix=f".{out.stem}.", suffix=".tmp", dir=out.parent)
             stack.callback(shutil.rmtree, temporary, ignore_errors=True)
             folder = Path(temporary)
@@ -80,11 +79,10 @@ def extract_folder(
             raise ValueError(f"none of the {len(paths)} images could be read, the first because: {reasons[0]}")
         if single:
             shards = list(dict.fromkeys(entry["file"] for entry in index["images"]))
-            with atomic_path(out) as joined:
-                join([folder / shard for shard in shards], joined)
             for row, entry in enumerate(index["images"]):
                 entry |= {"file": out.name, "row": row}
-            _write_json(out.with_suffix(".json"), index)
+            join([folder / shard for shard in shards], joined)
+            _write_json(listed, index)  # beside the features, or neither is there
         else:
             _write_json(folder / INDEX, index)
     return Extraction(index, out)
@@ -95,18 +93,32 @@ def refuse_others(out: Path, single: bool) -> None:
     if single:
         if out.is_dir():
             raise ValueError(f"{printable(out)} is a folder: name a file, or a folder without {SUFFIX}")
-        if out.exists() and not out.with_suffix(".json").exists():
-            raise ValueError(f"{printable(out)} exists and is not an earlier run's (no index beside it): name another")
+        beside = out.with_suffix(".json")
+        for path in (out, beside):
+            if path.exists() and not _is_index(beside):
+                raise ValueError(
+                    f"{printable(path)} exists and is not an earlier run's ({printable(beside)} is no index of "
+                    "features): name another file"
+                )
         return
     if out.exists() and not out.is_dir():
         raise ValueError(f"{printable(out)} is a file: name a folder, or a file ending in {SUFFIX}")
+    ours = _is_index(out / INDEX)
     others = [
         path.name
         for path in (out.iterdir() if out.is_dir() else ())
-        if path.name != INDEX and not (path.name.startswith("features-") and path.suffix == SUFFIX)
+        if not ours or (path.name != INDEX and not (path.name.startswith("features-") and path.suffix == SUFFIX))
     ]
     if others:
         raise ValueError(f"{printable(out)} holds other files ({printable(sorted(others)[0])} ...): name a new folder")
+
+
+def _is_index(path: Path) -> bool:
+    """Whether a file is the index of an earlier run, and not somebody else's JSON."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return isinstance(content, dict) and {"images", "unreadable", "levels", "images_folder"} <= content.keys()
+    return False
 
 
 def write_shards(
@@ -131,8 +143,7 @@ def write_shards(
         if photos:
             maps = model(torch.stack([photo.pixels for photo in photos]).to(device))
             shard = SHARD.format(done // batch_size)
-            save_file({f"level_{level}": _ready(feature) for level, feature in enumerate(maps)}, folder / shard)
-            (folder / shard).chmod(0o644)  # safetensors makes private files
+            save_tensors({f"level_{level}": feature.cpu() for level, feature in enumerate(maps)}, folder / shard)
             levels = levels or _levels(model, maps)
             names = [printable(relative_name(images, photo.path)) for photo in photos]
             rows += [{"path": name, "file": shard, "row": row} for row, name in enumerate(names)]
@@ -148,10 +159,6 @@ def write_shards(
         "images_folder": printable(images),
         "library_version": __version__,
     }
-
-
-def _ready(feature: Tensor) -> Tensor:
-    return feature.cpu().contiguous()
 
 
 def _levels(model: Backbone | ADExtractor, maps: FeatureMaps) -> list[dict[str, Any]]:
@@ -215,5 +222,4 @@ def join(shards: Sequence[Path], target: Path) -> None:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")

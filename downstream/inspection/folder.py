@@ -66,7 +66,7 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # "meta" holds no numbers
     except (RuntimeError, AssertionError) as error:  # torch raises AssertionError for CUDA in a CPU build
         first_line = (str(error).splitlines() or [""])[0]
         raise ValueError(f"device {name!r} cannot be used here ({first_line}); try auto or cpu") from None
@@ -104,7 +104,8 @@ def score_folder(
     folder = locate(extractor, revision).folder
     model = ADExtractor.from_pretrained(folder, where, weights)
     extra = find_images(calibration, exclude=out) if calibration else []
-    settings = settings_of(folder, where, find_images(normal, exclude=out), extra, options)
+    normals = find_images(normal, exclude=out)
+    settings = settings_of(folder, where, normals, extra, options)
     record = Record(out, settings, resume)
     basis = prepare(model, where, normal, calibration, options, exclude=out, progress=progress)
     if not record.goes_on:
@@ -112,7 +113,7 @@ def score_folder(
     (out / SUMMARY).unlink(missing_ok=True)
     with record:
         results, more_warnings = score_images(basis, images, paths, record, options.batch_size, progress)
-    warnings = [*basis.warnings, *more_warnings]
+    warnings = [*basis.warnings, *more_warnings, *_known(paths, [*normals, *extra])]
     summary = _summary(extractor, normal, images, basis, options, results, warnings)
     summary["seconds"] = round(time.perf_counter() - started, 3)
     write_scores(out / "scores.csv", results)
@@ -143,6 +144,14 @@ def _make_writable(out: Path) -> None:
     (out / "scores.csv.check").unlink()
     sweep(out)
     sweep(out / HEATMAPS)
+
+
+def _known(paths: Sequence[Path], normals: Sequence[Path]) -> list[str]:
+    """A photograph that is compared with itself is normal whatever it shows."""
+    known = {path.resolve() for path in normals}
+    if not (count := sum(path.resolve() in known for path in paths)):
+        return []
+    return [f"{count} of {len(paths)} images are normal photographs too (--normal): their scores say nothing."]
 
 
 def _summary(

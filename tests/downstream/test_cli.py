@@ -306,6 +306,7 @@ def test_wrong_options_exit_2(
     [
         (["score", "--images", "a"], "adpretrain score: error: needed: --normal, --out; see adpretrain score --help\n"),
         (["push"], "adpretrain push: error: needed: FOLDER, --repo-id; see adpretrain push --help\n"),
+        ([], "adpretrain: error: needed: COMMAND, such as score; see adpretrain --help\n"),
         (["scor"], "adpretrain: error: argument command: invalid choice: 'scor'"),
         (["score", "--config", "none.yaml"], "File does not exist: "),
         (["score", "--config", "shotz.yaml"], "unknown option --shotz (did you mean --shots?); known are --help"),
