@@ -2,6 +2,7 @@
 
 Stage 1: an image is described by the average of its last level; its score is the mean distance to the K nearest normal
 images. Stage 2: a patch's score is the mean distance to the nearest patches, at any place, of these K images alone.
+Distances are Euclidean, not squared.
 
 Shapes: N normal images, B images, S side in pixels, H x W patches of an image (T in all), D channels, C of the last
 level, K images.

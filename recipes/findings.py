@@ -37,12 +37,13 @@ def write_findings(
     repeats = max(row.repeats for row in summarise(records))
     first = [record for record in records if record["order"] == records[0]["order"]]
     settings = list(dict.fromkeys(record["setting"] for record in records))
+    extractors = len(configuration["extractors"])
     seconds = sum(sum(record["seconds"].values()) for record in records)
     facts = [
         Fact("Protocol", protocol, ", ".join(name for name in settings if name != protocol)),
         Fact("Products", str(len(products)), f"{sum(len(record['scores']) for record in first)} scored images"),
         Fact("Backbone", configuration["backbone"]["name"], f"{configuration['preprocess']['image_size']} pixels"),
-        Fact("Extractors", str(len(configuration["extractors"])), "seeds of one training are averaged"),
+        Fact("Extractors", str(extractors), "seeds of one training, averaged" if extractors else "raw features only"),
         Fact("Repeats", str(repeats), "draws and extractors; ± is the standard deviation between them"),
         Fact("Computing time", f"{seconds / 60:.1f} min", "all processes together"),
     ]

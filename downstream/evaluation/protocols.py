@@ -27,7 +27,10 @@ PROTOCOLS = ("full", "few-shot", "sample-efficiency", "contamination", "referenc
 EVERYTHING = "all products"
 HELD_OUT = 5  # where a set has no test split, every fifth normal image is one
 FROM_TEST = "no normal images but the test split's: those learnt from are of it, and are not scored"
-NO_TEST_SPLIT = f"no test split: every {HELD_OUT}th normal image is held out"
+NO_TEST_SPLIT = (
+    f"no test split: every {HELD_OUT}th normal image is held out (Real-IAD's own lists, which published numbers use: "
+    "--split realiad_jsons)"
+)
 
 
 @dataclass(frozen=True)
@@ -179,6 +182,8 @@ def _part(product: str, group: Sequence[Sample], options: ProtocolOptions, draw:
     told: tuple[str, ...] = ()
     if len(references) < options.references:
         told = (f"{len(references)} references instead of {options.references}: there are no more training images",)
+    if wrong := sum(sample.anomalous for sample in references):
+        told += (f"{wrong} references are anomalies, drawn with the contaminated training images",)
     return Part(product, tuple(train), tuple(references), tuple(test), notes, told)
 
 

@@ -145,6 +145,7 @@ def _column_means(name: str, lines: Sequence[Sequence[Any]]) -> list[Any]:
 
 def number(value: float, digits: int = 1, sign: bool = False) -> str:
     """A number for people; a dash where it is undefined."""
+    value = round(value, digits) + 0.0  # no "-0.0"
     return "–" if value != value else f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
 
 

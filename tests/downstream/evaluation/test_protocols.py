@@ -54,7 +54,8 @@ def test_a_set_without_a_test_split_is_told_of() -> None:
     samples = product("cap")
     assert only(trials(samples, ProtocolOptions())).notes == ()
     apart = [replace(sample, split="train") for sample in samples]
-    assert only(trials(apart, ProtocolOptions())).notes == ("no test split: every 5th normal image is held out",)
+    (note,) = only(trials(apart, ProtocolOptions())).notes
+    assert note.startswith("no test split: every 5th normal image is held out")
 
 
 @pytest.mark.parametrize("protocol", ["full", "few-shot", "contamination"])
@@ -116,6 +117,15 @@ def test_contamination_moves_test_anomalies_into_training(overlap: bool) -> None
     assert moved <= names(tuple(samples[30:]))
     assert (moved <= names(part.test)) == overlap
     assert len(part.test) == (13 if overlap else 10)
+
+
+def test_references_that_are_anomalies_are_told_of() -> None:
+    """All 45 training images are references, 15 of them anomalies."""
+    samples = product("cap", train=30, bad=40)
+    options = ProtocolOptions("contamination", noise=0.5, references=45)
+    assert only(trials(samples, options)).reference_notes == (
+        "15 references are anomalies, drawn with the contaminated training images",
+    )
 
 
 def test_contamination_takes_at_most_half_of_the_anomalies_and_says_so() -> None:

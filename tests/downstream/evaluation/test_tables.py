@@ -16,6 +16,7 @@ from downstream.evaluation.tables import (
     TITLES,
     all_notes,
     in_order,
+    number,
     products_table,
     summarise,
     summary_table,
@@ -119,6 +120,10 @@ def test_markdown_and_latex_hold_the_same_cells(records: list[dict[str, Any]], t
     summary = latex.split(r"\midrule")[1].split(r"\bottomrule")[0].strip().splitlines()
     assert len(summary) == len(summary_table(summarise(records))[1])
     assert all((line.count("&") == 6 and r"$\pm$" in line) or "gain" in line for line in summary)
+
+
+def test_a_loss_too_small_to_be_shown_has_no_sign_of_one() -> None:
+    assert [number(value, sign=True) for value in (-0.04, 0.04, -0.06, float("nan"))] == ["+0.0", "+0.0", "-0.1", "–"]
 
 
 def test_an_undefined_metric_is_a_dash_never_a_number(tmp_path: Path) -> None:
