@@ -151,7 +151,7 @@ def _known(paths: Sequence[Path], normals: Sequence[Path]) -> list[str]:
     known = {path.resolve() for path in normals}
     if not (count := sum(path.resolve() in known for path in paths)):
         return []
-    return [f"{count} of {len(paths)} images are normal photographs too (--normal): their scores say nothing."]
+    return [f"{count} of {len(paths)} images are normal photographs too: their scores say nothing."]
 
 
 def _summary(
