@@ -18,11 +18,11 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """An OSError about the temporary file, or about a full disk (which names none), names ``path`` instead."""
+    """An OSError about the temporary file, or about a full disk (which may name none), names ``path`` instead."""
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL or f"/.{path.stem}." in f"/{error.filename}":
+        if (error.errno in _FULL and error.filename is None) or f"/.{path.stem}." in f"/{error.filename}":
             error.filename, error.filename2 = str(path), None
         raise
 

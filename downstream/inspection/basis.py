@@ -23,7 +23,7 @@ from adpretrain.preprocess import Preprocess
 from downstream.aligned import AlignedFeatureNorm
 from downstream.calibration import Calibration, calibrate
 from downstream.featurenorm import FeatureNorm
-from downstream.inspection.choosing import ALIGNED, EVEN, METHODS, choose_references, read_all
+from downstream.inspection.choosing import ALIGNED, EVEN, METHODS, choose_references, read_all, readable
 from downstream.inspection.photos import (
     Photo,
     Unreadable,
@@ -132,6 +132,8 @@ def prepare_photos(
     progress: Progress = silent,
 ) -> Basis:
     """`prepare` with references that are read already; the normal photographs in the files `further` calibrate too."""
+    # A blank reference would match whatever is calm, and calibrate with a score beyond all others.
+    references = readable(without_blank(references, max(photo.contrast for photo in references)))
     preprocess, pool = extractor.preprocess, len(references)
     images_K = torch.stack([photo.pixels for photo in references]).to(device)
     progress("fitting the references", 0, pool)

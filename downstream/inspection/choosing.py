@@ -49,11 +49,12 @@ def read_all(paths: Sequence[Path], extractor: ADExtractor, batch_size: int) -> 
     """Every photograph. Raises ValueError for an unreadable one: every score would depend on it."""
     photos: list[Photo] = []
     for batch in read_batches(paths, extractor.preprocess, batch_size):
-        photos += _readable(batch)
+        photos += readable(batch)
     return photos
 
 
-def _readable(batch: Sequence[Photo | Unreadable]) -> list[Photo]:
+def readable(batch: Sequence[Photo | Unreadable]) -> list[Photo]:
+    """Normal photographs. Raises ValueError if one is unreadable."""
     for item in batch:
         if isinstance(item, Unreadable):
             raise ValueError(f"every score depends on the normal photographs, and one is bad: {item.reason}")
@@ -66,7 +67,7 @@ def _last_level(
     device = next(extractor.buffers()).device
     features: list[Tensor] = []
     for batch in read_batches(paths, extractor.preprocess, batch_size):
-        images = torch.stack([photo.pixels for photo in _readable(batch)])
+        images = torch.stack([photo.pixels for photo in readable(batch)])
         with torch.no_grad():
             features += extractor.encode(images.to(device))[-1]
         progress(len(features))

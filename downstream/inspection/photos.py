@@ -94,9 +94,9 @@ def without_blank(read: Sequence[Photo | Unreadable], usual: float) -> list[Phot
 
     A covered lens and a failed exposure are as calm as the calm parts of a product, which is normal to the features.
     """
-    reason = "it is blank (its contrast is {:.1%} of the references'): a covered lens or a failed exposure?"
+    reason = "{} is blank (its contrast is {:.1%} of the references'): a covered lens or a failed exposure?"
     return [
-        Unreadable(item.path, reason.format(item.contrast / usual))
+        Unreadable(item.path, reason.format(printable(item.path), item.contrast / usual))
         if isinstance(item, Photo) and item.contrast < BLANK * usual
         else item
         for item in read

@@ -36,9 +36,21 @@ def test_a_covered_lens_is_not_normal_and_changes_no_other_score(tmp_path: Path)
     found = score_folder("embedded", normal, all_of_them, tmp_path / "out", options=options, device="cpu")
     blank = {result.path: result.reason for result in found.results if result.verdict == "unreadable"}
     assert blank.keys() == {f"{name}.png" for name in NOTHING}
-    assert all("it is blank" in reason and "a covered lens" in reason for reason in blank.values())
+    assert all(" is blank (" in reason and "a covered lens" in reason for reason in blank.values())
     assert found.exit_code == EXIT_INCOMPLETE
     scores = {result.path: result.score for result in found.results}
     assert scores["pale.png"] is not None
     for result in alone.results:
         assert scores[result.path] == pytest.approx(result.score, rel=1e-5)  # batches of other sizes
+
+
+@pytest.mark.parametrize("blank", [0, 1])
+def test_a_blank_reference_is_refused_by_name(tmp_path: Path, blank: int) -> None:
+    """One of two: their median would not tell which."""
+    rng = np.random.default_rng(0)
+    for number in range(2):
+        values = rng.integers(0, 256, (64, 64, 3)) * (number != blank)
+        Image.fromarray(values.astype(np.uint8)).save(tmp_path / f"{number}.png")
+    with pytest.raises(ValueError, match=rf"depends on the normal photographs.*/{blank}\.png is blank \(.*0\.0%"):
+        score_folder("embedded", tmp_path, tmp_path, tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out" / "scores.csv").exists()

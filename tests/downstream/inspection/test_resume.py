@@ -137,7 +137,9 @@ def test_other_settings_are_refused_by_name(
     if change == "extractor":
         scene = (other_extractor(tmp_path), *scene[1:])
     elif change:
-        Image.new("RGB", (96, 96)).save(tmp_path / change)
+        with Image.open(tmp_path / change) as photo:
+            other = photo.transpose(Image.Transpose.ROTATE_180)
+        other.save(tmp_path / change)
     more = [str(tmp_path / word) if word == "line" else word for word in more]
     assert score(scene, tmp_path / "out", "--resume", *more) == 2
     message = capsys.readouterr().err
