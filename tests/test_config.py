@@ -86,8 +86,8 @@ def test_a_bad_file_is_named_with_the_way_out(tmp_path: Path, text: str, message
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--loss.radius=wide", "(?s)loss.radius.*float"),
-        ("--shots=[a]", "(?s)shots.*int"),
+        ("--loss.radius=wide", "(?s)loss.radius.*a number"),
+        ("--shots=[a]", "(?s)shots.*a whole number"),
         ("--projector.architecture=cnn", "(?s)architecture.*learnable_kv"),
         ("--shots=[]", r"shots \[\] must list"),
         ("--shots=[0]", r"shots \[0\] must list"),
