@@ -27,11 +27,18 @@ def _naming(path: Path) -> Iterator[None]:
         raise
 
 
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, "a file, where a folder is needed", str(folder)) from None
+
+
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Before any work: OSError if nothing can be made beside ``path``, whose folder is made."""
     path = Path(path)
     with _naming(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make(path.parent)
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent):
             pass
 
@@ -44,7 +51,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     the temporary file names ``path``.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make(path.parent)
     # Not the process's number, which two containers that share a disk often have in common.
     temporary = path.with_name(f".{path.stem}.{secrets.randbelow(10**12)}.tmp{path.suffix}")
     with _naming(path):
@@ -76,7 +83,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _atomic_folder(path: Path) -> Iterator[Path]:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make(path.parent)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
         yield temporary

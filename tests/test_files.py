@@ -54,6 +54,7 @@ def test_a_failure_leaves_the_earlier_folder(tmp_path: Path) -> None:
 
 def test_an_impossible_parent_is_an_os_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
+    target = tmp_path / "file" / "x"
     for writer in (atomic_path, atomic_folder):
-        with pytest.raises(OSError, match="file"), writer(tmp_path / "file" / "run"):
+        with pytest.raises(NotADirectoryError, match="a file, where a folder is needed"), writer(target):
             pytest.fail("the body must not run")

@@ -13,7 +13,7 @@ the draw; nothing is ever chosen by looking at a score.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -112,10 +112,12 @@ class Trial:
 
 
 def trials(samples: Sequence[Sample], options: ProtocolOptions) -> list[Trial]:
-    """Every trial of a protocol. Raises ValueError naming the product that has too few images for it."""
+    """Every trial of a protocol. Raises ValueError naming the products that have too few images for it."""
     products = by_product(samples)
     if not products:
         raise ValueError("no samples: nothing can be evaluated")
+    if options.protocol == "few-shot":
+        _check_pools(products, max(options.shots))
     if options.protocol == "multi-class":
         return [
             Trial(
@@ -134,6 +136,15 @@ def trials(samples: Sequence[Sample], options: ProtocolOptions) -> list[Trial]:
         for shots in settings
         for draw in range(options.repeats)
     ]
+
+
+def _check_pools(products: Mapping[str, Sequence[Sample]], shots: int) -> None:
+    pools = {name: len(normals(group)) for name, group in products.items()}
+    if small := [f"{name} ({pool})" for name, pool in pools.items() if pool < shots]:
+        raise ValueError(
+            f"too few normal images for K = {shots} references: {', '.join(small)}; choose smaller numbers of images K "
+            "(--shots), or leave these categories out (--categories)"
+        )
 
 
 def _setting(options: ProtocolOptions, shots: int | None) -> str:

@@ -119,6 +119,11 @@ class Record:
         """Whether an earlier run is taken over."""
         return self._whole > 0
 
+    @property
+    def has_batches(self) -> bool:
+        """Whether an earlier run that is taken over has scored any images."""
+        return bool(self._batches)
+
     def __enter__(self) -> Self:
         self._file = self.path.open("r+b" if self._whole else "wb")
         self._file.truncate(self._whole)

@@ -10,6 +10,7 @@ Shape legend: B images of a batch, S = the network's input side.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -51,6 +52,12 @@ def score_images(
     scale = basis.scale or _scale_of_sample(basis, paths, images, record, batch_size)
     spans = [slice(start, start + batch_size) for start in range(0, len(paths), batch_size)]
     earlier = [record.scored(images[span], [names[path] for path in paths[span]]) for span in spans]
+    if record.has_batches and not any(earlier):
+        warnings.warn(
+            f"what the unfinished run in {printable(record.folder)} has scored is none of these {len(paths)} images as "
+            "they are now: all are scored",
+            stacklevel=2,
+        )
     to_read = [path for span, batch in zip(spans, earlier, strict=True) if batch is None for path in paths[span]]
     read = read_batches(to_read, basis.preprocess, batch_size)
     results, odd_shapes = list[Result](), 0

@@ -167,8 +167,9 @@ def test_no_protocol_lets_a_normal_test_image_into_training_and_all_repeat(proto
 
 
 def test_mistakes_name_the_product_or_the_option() -> None:
-    with pytest.raises(ValueError, match=r"cap: K = 9 references cannot be chosen from a pool of 3"):
-        trials(product("cap", train=3), ProtocolOptions("few-shot", shots=(9,)))
+    three = [sample for name in ("cap", "nut", "pin") for sample in product(name, train=9 if name == "nut" else 3)]
+    with pytest.raises(ValueError, match=r"for K = 4 references: cap \(3\), pin \(3\); choose smaller .* \(--shots\)"):
+        trials(three, ProtocolOptions("few-shot", shots=(4, 1)))
     with pytest.raises(ValueError, match=r"cap: there are no normal images but the test split's"):
         trials(product("cap", train=0), ProtocolOptions())
     with pytest.raises(ValueError, match="no samples"):
