@@ -154,8 +154,12 @@ class Preprocess:
         return F.to_image(self.view_of(image)).as_subclass(Tensor)
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """uint8 [.., 3, S, S] -> float, (value - mean) / std with value in 0..1."""
-        return F.normalize(F.to_dtype(pixels, torch.float32, scale=True), list(self.mean), list(self.std))
+        """uint8 [.., 3, S, S] -> float, (value - mean) / std with value in 0..1.
+
+        By numbers, as F.normalize's tensors are copied to the device, which waits for all that it was given to do.
+        """
+        channels = F.to_dtype(pixels, torch.float32, scale=True).unbind(-3)
+        return torch.stack([(c - mean) / std for c, mean, std in zip(channels, self.mean, self.std, strict=True)], -3)
 
     def __call__(self, image: Image.Image) -> Tensor:
         """RGB photograph of any size -> float tensor [3, S, S]."""

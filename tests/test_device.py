@@ -130,6 +130,18 @@ def test_a_prepared_extractor_hardly_waits(device: Device) -> None:
     assert device.syncs.total() + device.uploads.total() == before
 
 
+def test_pixels_are_normalised_without_waiting(device: Device) -> None:
+    """A copy from ordinary memory would: the next step's kernels could not be queued behind those of this one."""
+    pixels = (255 * photographs(2)).to(torch.uint8)
+    preprocess = make(None).preprocess
+    expected, moved = preprocess.normalise(pixels), pixels.to(device.place)
+    before = None if device.syncs is None or device.uploads is None else device.syncs.total() + device.uploads.total()
+    found = preprocess.normalise(moved)
+    if device.syncs is not None and device.uploads is not None:
+        assert device.syncs.total() + device.uploads.total() == before
+    device.equal(found, expected)
+
+
 def test_saved_on_the_device_and_loaded_on_either(device: Device, tmp_path: Path) -> None:
     extractor, images, shots = make().to(device.place), photographs(2), photographs(3, 7)
     folder = extractor.save_pretrained(tmp_path / "saved")
