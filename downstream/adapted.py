@@ -24,6 +24,7 @@ class Adapted(nn.Module):
     def __init__(self, backbone: Backbone, images: Preprocess) -> None:
         super().__init__()
         self.backbone, self.preprocess = backbone, images
+        self.eval()
 
     @property
     def channels(self) -> list[int]:

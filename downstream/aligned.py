@@ -52,6 +52,8 @@ class AlignedFeatureNorm(FeatureNorm):
     extract: ADExtractor
 
     def __init__(self, extract: ADExtractor, shots: int = 8, max_pool_bytes: int | None = None, **options: Any) -> None:
+        if not isinstance(extract, ADExtractor):
+            raise ValueError(f"aligned references need an ADExtractor, got {type(extract).__name__}")
         super().__init__(extract, **options)
         self.shots, self.max_pool_bytes = shots, max_pool_bytes
         self._pool: FeatureMaps = []
@@ -142,8 +144,7 @@ class AlignedFeatureNorm(FeatureNorm):
 
     @classmethod
     def _restored(cls, loaded: Loaded[Any]) -> Self:
-        if not isinstance(loaded.extract, ADExtractor):
-            raise ValueError(f"aligned references need an ADExtractor, got {type(loaded.extract).__name__}")
-        detector = cls(loaded.extract, **dataclasses.asdict(loaded.options))
+        extract: Any = loaded.extract  # refused if it is no extractor
+        detector = cls(extract, **dataclasses.asdict(loaded.options))
         detector._set_pool([loaded.tensors[f"pool.{level}"] for level in range(len(loaded.tensors))])
         return detector

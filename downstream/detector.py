@@ -5,23 +5,28 @@ Shapes: B images, S side of the network's input in pixels.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Self
 
 from adpretrain.backbones import Extract, FeatureMaps
+from adpretrain.extractor import ADExtractor
 from adpretrain.hub import Published
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """``scores`` [B] and ``maps`` [B, S, S]; higher is more anomalous, in the detector's own unit."""
+    """``scores`` [B] and ``maps`` [B, S, S]; higher is more anomalous, in the detector's own unit.
+
+    S is the side of the images, but for FeatureNorm's maps, which have its ``image_size``.
+    """
 
     scores: Tensor
     maps: Tensor
@@ -30,8 +35,12 @@ class Prediction:
 class Detector(Protocol):
     """Fits on normal images only, then scores and localises; with any `Extract`, a raw backbone or an `ADExtractor`.
 
-    ``fit`` reads its batches [b, 3, S, S] once, one at a time. A saved detector needs no training data to be loaded
-    and gives the same bits; see `downstream.saving` for what its folder holds.
+    ``fit`` reads its batches [b, 3, S, S] once, one at a time; they are tensors, not a data loader's (image, label)
+    pairs. A fitted detector keeps the references that an `ADExtractor` had then: a later `set_references`, or another
+    detector's fit, does not reach it. A module must be in evaluation mode.
+
+    A saved detector needs no training data to be loaded and gives the same bits; see `downstream.saving` for what its
+    folder holds.
     """
 
     def fit(self, normal_batches: Iterable[Tensor]) -> Self: ...
@@ -47,7 +56,17 @@ class Detector(Protocol):
 
 
 def check_images(images: Tensor) -> None:
-    """Raises ValueError unless ``images`` are [B, 3, S, S] with B > 0, floating-point and finite."""
+    """Raises ValueError unless ``images`` are a tensor [B, 3, S, S] with B > 0, floating-point and finite."""
+    if not isinstance(images, Tensor):
+        raise ValueError(
+            f"images must be a tensor [B, 3, S, S], got a {type(images).__name__}: stack photographs that went through "
+            "preprocess, and of (images, labels) give the images alone"
+        )
+    if images.ndim == 3:
+        raise ValueError(
+            f"images must be [B, 3, S, S], got {tuple(images.shape)}: predict takes image[None], and fit a list of "
+            "batches, such as [images]"
+        )
     if images.ndim != 4 or images.shape[0] == 0 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
         raise ValueError(f"images must be [B, 3, S, S] with B > 0, got {tuple(images.shape)}")
     if not images.is_floating_point():
@@ -58,15 +77,45 @@ def check_images(images: Tensor) -> None:
 
 @torch.no_grad()
 def extracted(extract: Extract, images: Tensor) -> FeatureMaps:
-    """Checked images -> L levels [B, C_l, H_l, W_l], finite. Raises ValueError for bad images or features."""
+    """Checked images -> L levels [B, C_l, H_l, W_l], finite. Raises ValueError for bad images or features, and for a
+    module in training mode."""
     check_images(images)
+    if isinstance(extract, nn.Module) and any(module.training for module in extract.modules()):
+        raise ValueError(
+            f"the {type(extract).__name__} is in training mode: features would depend on the rest of the batch and "
+            "change from call to call; call its .eval() first"
+        )
     features = extract(images)
+    _check_features(features, len(images))
     for number, level in enumerate(features):
         if not bool(level.isfinite().all()):
             raise ValueError(
                 f"level {number} of the features holds NaN or infinite values: try float32 for the network"
             )
     return features
+
+
+def _check_features(features: Any, batch: int) -> None:
+    """Raises ValueError unless these are levels [B, C, H, W] of floats, which a function of the user's may not give."""
+    if not isinstance(features, list | tuple) or not features:
+        raise ValueError(
+            f"the extract must give a list of at least one level [B, C, H, W], got {type(features).__name__}: put a "
+            "single map in a list, and of a dictionary list the values"
+        )
+    for number, level in enumerate(features):
+        if not isinstance(level, Tensor):
+            raise ValueError(f"level {number} of the features must be a tensor, got {type(level).__name__}")
+        if level.ndim != 4 or len(level) != batch or not level.is_floating_point():
+            raise ValueError(
+                f"level {number} of the features of {batch} images must be floats [{batch}, C, H, W], got "
+                f"{tuple(level.shape)} of {level.dtype}"
+            )
+
+
+def keeping_references(extract: Extract) -> Extract:
+    """An `ADExtractor` with the same parts whose references stay when the given one gets others; any other extract as
+    it is. Otherwise two detectors of one extractor would change each other's scores."""
+    return copy.copy(extract) if isinstance(extract, ADExtractor) else extract
 
 
 def normal_features(extract: Extract, normal_batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, FeatureMaps]]:

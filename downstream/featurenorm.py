@@ -20,19 +20,21 @@ from adpretrain.artefact import NORMS
 from adpretrain.backbones import Extract, FeatureMaps
 from adpretrain.extractor import ADExtractor
 from adpretrain.leave_one_out import leave_one_out
-from downstream.detector import Prediction, check_images, not_fitted
+from adpretrain.preprocess import Preprocess
+from downstream.detector import Prediction, check_images, extracted, keeping_references, not_fitted
 from downstream.maps import gaussian_blur, upsample
 from downstream.pretrained import Pretrained
 from downstream.saving import Loaded, save_detector
 
 NAME = "featurenorm"
+SIDE = 224
 
 
 @dataclass(frozen=True)
 class FeatureNormOptions:
     """The arguments of `FeatureNorm`, as they are saved."""
 
-    image_size: int = 224
+    image_size: int = SIDE
     sigma: float = 4.0
     norm: str | None = None
     top: float = 0.01
@@ -41,42 +43,58 @@ class FeatureNormOptions:
 class FeatureNorm(Pretrained):
     """Feature norm -> level maps -> bilinear upsampling -> mean over levels -> Gaussian (sigma in pixels) -> score.
 
-    ``extract`` is an `ADExtractor` (its references are set by `fit`) or any raw backbone (nothing is fitted: the
-    plain norm, the paper's weakest baseline). ``norm``: "l2" = ||x||_2, or "released" = sqrt(||x|| + 1) - 1, the
-    authors' code; None = the extractor's own ("l2" for a raw backbone). ``top``: the image score is the mean of this
-    share of the highest map values; 0 = the maximum, as in the paper. One per cent is the default because a mean
-    over a patch is steadier than one pixel.
+    ``extract`` is an `ADExtractor` (`fit` gives references to the detector's own copy of it, and leaves the given one
+    alone) or any raw backbone (nothing is fitted: the plain norm, the paper's weakest baseline). ``image_size``: side
+    of the maps in pixels; None = that of the extract's input, 224 for a function that has no ``preprocess``. ``norm``:
+    "l2" = ||x||_2, or "released" = sqrt(||x|| + 1) - 1, the authors' code; None = the extractor's own ("l2" for a raw
+    backbone). ``top``: the image score is the mean of this share of the highest map values; 0 = the maximum, as in the
+    paper. One per cent is the default because a mean over a patch is steadier than one pixel.
     """
 
     saved_as = (NAME, FeatureNormOptions)
 
     def __init__(
-        self, extract: Extract, image_size: int = 224, sigma: float = 4.0, norm: str | None = None, top: float = 0.01
+        self,
+        extract: Extract,
+        image_size: int | None = None,
+        sigma: float = 4.0,
+        norm: str | None = None,
+        top: float = 0.01,
     ) -> None:
+        if image_size is None:
+            preprocess = getattr(extract, "preprocess", None)
+            image_size = preprocess.image_size if isinstance(preprocess, Preprocess) else SIDE
         if norm is None:
             norm = extract.config.norm if isinstance(extract, ADExtractor) else "l2"
         if norm not in NORMS:
             raise ValueError(f"norm {norm!r} is unknown; choose one of {NORMS}")
         if not 0 <= top <= 1:
             raise ValueError(f"top {top} must be a share of the map's pixels, between 0 (the maximum) and 1")
-        self.extract, self.image_size, self.sigma, self.norm, self.top = extract, image_size, sigma, norm, top
+        self.extract = self._given = extract
+        self.image_size, self.sigma, self.norm, self.top = image_size, sigma, norm, top
 
     def fit(self, normal_batches: Iterable[Tensor]) -> Self:
-        """Set the extractor's references to these images: batches [b, 3, S, S], K in all. ValueError without any."""
-        if isinstance(self.extract, ADExtractor):
+        """Take these images as references: batches [b, 3, S, S], K in all; a raw backbone reads none.
+
+        Raises ValueError without images, or for bad ones.
+        """
+        extract = keeping_references(self._given)
+        if isinstance(extract, ADExtractor):
             batches = list(normal_batches)
             if not batches:
                 raise ValueError("no normal images to use as references: normal_batches is empty")
-            images = torch.cat(batches)
-            check_images(images)
-            self.extract.set_references(images)
+            for images in batches:
+                check_images(images)
+            self.extract = extract.set_references(torch.cat(batches))
         return self
 
     def predict(self, images: Tensor) -> Prediction:
-        """[B, 3, S, S] -> scores [B], maps [B, S, S]. Raises ValueError for bad images, or before `fit`."""
-        check_images(images)
+        """[B, 3, S, S] -> scores [B], maps [B, image_size, image_size].
+
+        Raises ValueError for bad images, or for an extractor without references: neither set nor from `fit`.
+        """
         with torch.no_grad():
-            return self.from_features(self.extract(images))
+            return self.from_features(extracted(self.extract, images))
 
     def leave_one_out(self, images: Tensor) -> Prediction:
         """Score each of K normal photographs [K, 3, S, S] against the other K - 1. Raises ValueError if K < 2."""
@@ -85,7 +103,7 @@ class FeatureNorm(Pretrained):
         return self.from_features(leave_one_out(self.extract, images))
 
     def from_features(self, features: FeatureMaps) -> Prediction:
-        """L levels [B, C_l, H_l, W_l] -> prediction."""
+        """L levels [B, C_l, H_l, W_l] -> scores [B], maps [B, image_size, image_size]."""
         total = torch.zeros(features[0].shape[0], self.image_size, self.image_size, device=features[0].device)
         for feature in features:
             norm = feature.float().norm(dim=1)

@@ -19,7 +19,15 @@ from torch import Tensor
 from typing_extensions import Self
 
 from adpretrain.backbones import Extract, FeatureMaps
-from downstream.detector import Prediction, check_images, check_side, extracted, normal_features, not_fitted
+from downstream.detector import (
+    Prediction,
+    check_images,
+    check_side,
+    extracted,
+    keeping_references,
+    normal_features,
+    not_fitted,
+)
 from downstream.embedding import Embedding, EmbeddingConfig, chosen_levels
 from downstream.gaussians import Gaussians, Moments, size_bytes
 from downstream.maps import SIGMA, gaussian_blur, upsample
@@ -71,7 +79,8 @@ class PaDiM(Pretrained):
     saved_as = (NAME, PaDiMConfig)
 
     def __init__(self, extract: Extract, config: PaDiMConfig = DEFAULT) -> None:
-        self.extract, self.config = extract, config
+        self.extract = self._given = extract
+        self.config = config
         self._embeddings: list[Embedding] = []
         self._gaussians: list[Gaussians] = []
         self._grids: list[tuple[int, int]] = []
@@ -83,6 +92,7 @@ class PaDiM(Pretrained):
         Raises ValueError for fewer than 2 images, bad images, or Gaussians that would be larger than ``max_bytes``,
         before they are.
         """
+        self.extract = keeping_references(self._given)
         config = self.config
         moments: list[Moments] = []
         for images, features in normal_features(self.extract, normal_batches):

@@ -20,7 +20,15 @@ from adpretrain.backbones import Extract
 from downstream.approximate import ApproximateNeighbours
 from downstream.bank import GrowingBank
 from downstream.coreset import METHODS, Progress, subsample
-from downstream.detector import Prediction, check_images, check_side, extracted, normal_features, not_fitted
+from downstream.detector import (
+    Prediction,
+    check_images,
+    check_side,
+    extracted,
+    keeping_references,
+    normal_features,
+    not_fitted,
+)
 from downstream.embedding import Embedding, EmbeddingConfig
 from downstream.maps import SIGMA, pixel_maps
 from downstream.neighbours import Neighbours, nearest
@@ -96,7 +104,8 @@ class PatchCore(Pretrained):
     saved_as = (NAME, PatchCoreConfig)
 
     def __init__(self, extract: Extract, config: PatchCoreConfig = DEFAULT) -> None:
-        self.extract, self.config = extract, config
+        self.extract = self._given = extract
+        self.config = config
         self.embedding = Embedding(config.embedding)
         self.bank_ND: Tensor | None = None
         self._search: Neighbours | ApproximateNeighbours | None = None
@@ -108,6 +117,7 @@ class PatchCore(Pretrained):
         Raises ValueError without images, for bad ones, or before the bank outgrows ``max_bank_bytes``; it says what
         to change.
         """
+        self.extract = keeping_references(self._given)
         side = 0
 
         def embeddings() -> Iterator[Tensor]:

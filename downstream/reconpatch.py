@@ -23,7 +23,15 @@ from typing_extensions import Self
 
 from adpretrain.backbones import Extract
 from downstream.coreset import Progress
-from downstream.detector import Prediction, check_images, check_side, extracted, normal_features, not_fitted
+from downstream.detector import (
+    Prediction,
+    check_images,
+    check_side,
+    extracted,
+    keeping_references,
+    normal_features,
+    not_fitted,
+)
 from downstream.embedding import EmbeddingConfig
 from downstream.memory import hold, memory_limit
 from downstream.patchcore import PatchCore, PatchCoreConfig
@@ -77,7 +85,8 @@ class ReConPatch(Pretrained):
     saved_as = (NAME, ReConPatchConfig)
 
     def __init__(self, extract: Extract, config: ReConPatchConfig = DEFAULT) -> None:
-        self.extract, self.config = extract, config
+        self.extract = self._given = extract
+        self.config = config
         self.representation: Representation | None = None
         self.losses: list[float] = []
         self._core = PatchCore(extract, config.memory)
@@ -88,6 +97,7 @@ class ReConPatch(Pretrained):
         The batches are read once if their embeddings fit in ``cache_bytes``, else once per epoch and twice more, which
         an iterator does not allow: ValueError. Also for bad images, too few patches or a loss that is not finite.
         """
+        self.extract = keeping_references(self._given)
         side = 0
 
         def embeddings() -> Iterator[Tensor]:

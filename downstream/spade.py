@@ -22,7 +22,15 @@ from typing_extensions import Self
 
 from adpretrain.backbones import Extract, FeatureMaps
 from downstream.bank import GrowingBank
-from downstream.detector import Prediction, check_images, check_side, extracted, normal_features, not_fitted
+from downstream.detector import (
+    Prediction,
+    check_images,
+    check_side,
+    extracted,
+    keeping_references,
+    normal_features,
+    not_fitted,
+)
 from downstream.embedding import Embedding, EmbeddingConfig
 from downstream.maps import SIGMA, pixel_maps
 from downstream.memory import expected_images
@@ -67,7 +75,8 @@ class SPADE(Pretrained):
     saved_as = (NAME, SPADEConfig)
 
     def __init__(self, extract: Extract, config: SPADEConfig = DEFAULT) -> None:
-        self.extract, self.config = extract, config
+        self.extract = self._given = extract
+        self.config = config
         self.embedding = Embedding(config.embedding)
         self.descriptors_NC: Tensor | None = None
         self.patches_NTD: Tensor | None = None
@@ -80,6 +89,7 @@ class SPADE(Pretrained):
         Raises ValueError without images, for bad ones, for fewer patches than are to be averaged, or before the
         gallery outgrows ``max_bank_bytes``.
         """
+        self.extract = keeping_references(self._given)
         bank = None
         for images, features in normal_features(self.extract, normal_batches):
             rows_BTD = self.embedding(features).flatten(1, 2)
