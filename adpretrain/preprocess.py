@@ -150,7 +150,16 @@ class Preprocess:
         return self._place(image, InterpolationMode(self.interpolation))
 
     def pixels(self, image: Image.Image) -> Tensor:
-        """RGB photograph of any size -> uint8 tensor [3, S, S], a quarter of the bytes of what the network takes."""
+        """Photograph of any size and mode -> uint8 tensor [3, S, S], a quarter of the bytes of what the network takes.
+
+        Raises ValueError for what is no picture: `read_image` reads a file, Image.fromarray takes an array.
+        """
+        if not isinstance(image, Image.Image):
+            raise ValueError(
+                f"a photograph must be a PIL image, got {type(image).__name__}: read a file with "
+                "adpretrain.preprocess.read_image, turn an array [H, W, 3] of uint8 into one with PIL.Image.fromarray"
+            )
+        image = image if image.mode == "RGB" else as_rgb(image)
         return F.to_image(self.view_of(image)).as_subclass(Tensor)
 
     def normalise(self, pixels: Tensor) -> Tensor:
@@ -162,7 +171,7 @@ class Preprocess:
         return torch.stack([(c - mean) / std for c, mean, std in zip(channels, self.mean, self.std, strict=True)], -3)
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """RGB photograph of any size -> float tensor [3, S, S]."""
+        """Photograph of any size and mode, read with `read_image` -> float tensor [3, S, S]. Errors as in `pixels`."""
         return self.normalise(self.pixels(image))
 
     def mask(self, mask: Image.Image) -> Tensor:

@@ -177,6 +177,24 @@ def test_the_tensor_is_the_normalised_picture() -> None:
     np.testing.assert_allclose(tensor.numpy(), expected.transpose(2, 0, 1), atol=1e-5)
 
 
+@pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "CMYK", "HSV", "I;16", "F"])
+def test_a_picture_of_any_mode_is_its_rgb(mode: str) -> None:
+    """A palette's indices, hues or gray values of 0 to 255 would be taken for colours."""
+    gray = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40), dtype=np.uint8))
+    colour = Image.merge("RGB", [gray, gray.rotate(90), gray.rotate(180)])
+    picture = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257) if mode == "I;16" else None
+    picture = picture or (gray if mode in ("L", "F") else colour).convert(mode)
+    preprocess = Preprocess(image_size=32, resize=32, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    expected = preprocess(gray.convert("RGB") if mode in ("L", "F", "I;16") else picture.convert("RGB"))
+    assert torch.equal(preprocess(picture), expected)
+
+
+def test_what_is_no_picture_is_refused() -> None:
+    for wrong in ("good.png", np.zeros((8, 8, 3), np.uint8), torch.zeros(3, 8, 8), [Image.new("RGB", (8, 8))]):
+        with pytest.raises(ValueError, match=rf"got {type(wrong).__name__}: read a file with .*read_image"):
+            Preprocess()(wrong)
+
+
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_resizing_is_torchs_antialiased_interpolation(interpolation: str) -> None:
     smooth = gradient(120, 200)
