@@ -37,6 +37,7 @@ from adpretrain.projector import FeatureProjector
 from adpretrain.residual import (
     METRICS,
     SearchIndex,
+    checked_banks,
     images_in_bank,
     leave_one_out_residuals,
     residual_features,
@@ -138,8 +139,10 @@ class ADExtractor(nn.Module):
         return [tokens(level).reshape(banks, -1, level.shape[1]) for level in self.encode(images.flatten(0, 1))]
 
     def set_references(self, images: Tensor | References) -> ADExtractor:
-        """Keep the references of every later call: images [K, 3, S, S], or banks from `encode_references`."""
-        self._references = self.encode_references(images) if isinstance(images, Tensor) else list(images)
+        """Keep the references of every later call: images [K, 3, S, S], or banks from `encode_references`; ValueError
+        for anything else. A reference's own residuals are zero: fit a detector on other photographs than these."""
+        given = self.encode_references(images) if isinstance(images, Tensor) else images
+        self._references = checked_banks(given, self.channels)
         self._scales = self._indices = None
         return self
 

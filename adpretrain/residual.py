@@ -239,3 +239,15 @@ def images_in_bank(features: FeatureMaps, references: References) -> int:
             "were the references encoded at another image size?"
         )
     return references[0].shape[1] // per_image
+
+
+def checked_banks(references: References, channels: Sequence[int]) -> References:
+    """The L banks [R, N_l, C_l] as a list. Raises ValueError if they are others, such as a list of photographs."""
+    widths = [tuple(getattr(bank, "shape", ()))[2:] for bank in references]
+    if widths != [(width,) for width in channels]:
+        raise ValueError(
+            f"references must be one tensor of images [K, 3, S, S], or {len(channels)} banks [R, N, C] with C = "
+            f"{list(channels)} from encode_references, got a {type(references).__name__} of {len(widths)} others: "
+            "prepare photographs with .preprocess and torch.stack them"
+        )
+    return list(references)

@@ -348,6 +348,9 @@ def test_reference_errors_say_what_to_do() -> None:
     with pytest.raises(ValueError, match=r"images \[B, 3, 64, 64\] of floats, got \(1, 3, 96, 96\)"):
         extractor.set_references(torch.zeros(1, 3, 96, 96))
     banks = extractor.encode_references(images(2, 1))
+    for wrong in (list(images(4)), ["good.png"], banks[:3]):
+        with pytest.raises(ValueError, match=rf"one tensor of images .* got a list of {len(wrong)} others: prepare"):
+            extractor.set_references(wrong)
     with pytest.raises(ValueError, match="one bank per level: 4 are needed, got 3"):
         extractor(images(1), banks[:3])
     with pytest.raises(ValueError, match="127 tokens is not a whole number of 64-token images"):
