@@ -20,17 +20,24 @@ def plain(text: object) -> str:
 
 
 def tell_memory() -> None:
-    """Show on stderr what the fitting of a detector will hold."""
+    """Show on stderr what the fitting of a detector will hold, from now on."""
     logger = logging.getLogger("downstream.memory")
-    if not logger.handlers:
-        logger.addHandler(_Shown())
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
+    logger.handlers = [_Shown()]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
 class _Shown(logging.Handler):
+    """Each message once: an evaluation fits many detectors of one size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said = set[str]()
+
     def emit(self, record: logging.LogRecord) -> None:
-        print(f"memory: {plain(record.getMessage())}", file=sys.stderr)
+        if (message := plain(record.getMessage())) not in self._said:
+            print(f"memory: {message}", file=sys.stderr)
+            self._said.add(message)
 
 
 class ProgressBars:

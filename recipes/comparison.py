@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from urllib.parse import quote
 import torch
 from accelerate import PartialState
 from cells import Cells, Job, jobs_of, shares
-from few_shot import load_extractors
+from few_shot import load_extractors, located
 from findings import draw_features, show, write_findings
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -45,7 +45,8 @@ def run(options: argparse.Namespace, samples: Sequence[Sample], console: Console
     device = options.device or str(state.device)
     protocol = protocol_options(options)
     planned = trials(samples, protocol)  # a product with too few images is told before anything is loaded
-    networks = load_networks(options, device)
+    folders = located(options.extractors)
+    networks = load_networks(options, folders, device)
     features = options.features or [RAW, *([PRETRAINED] if networks.extractors else [])]
     settings = Settings(
         settings=options.settings,
@@ -60,7 +61,7 @@ def run(options: argparse.Namespace, samples: Sequence[Sample], console: Console
         size = networks.backbone.preprocess.image_size
         build(row, networks.extract(row), size, settings.settings, settings.options.get(row.detector, {}))
     jobs = jobs_of(planned, rows)
-    configuration = configuration_of(options, samples, networks, protocol, settings, features)
+    configuration = configuration_of(options, folders, samples, networks, protocol, settings, features)
     folder = options.out or default_folder(options, protocol, configuration)
     cells = Cells(folder, configuration, state.is_main_process)
     if state.num_processes > 1:
@@ -80,10 +81,10 @@ def run(options: argparse.Namespace, samples: Sequence[Sample], console: Console
     console.print(f"report     {folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
 
 
-def load_networks(options: argparse.Namespace, device: str) -> Networks:
+def load_networks(options: argparse.Namespace, folders: Mapping[str, Path], device: str) -> Networks:
     """Backbone and extractors on the device; the backbone is the extractors' own where there are any."""
-    if options.extractors:
-        extractors = load_extractors(options.extractors, device)
+    if folders:
+        extractors = load_extractors(folders, device, options.weights)
         name = extractors[0].backbone.name
         if options.backbone not in ("filterbank", name):
             raise ValueError(f"--backbone {options.backbone}, but the extractor was trained on {name}: leave it out")
@@ -119,6 +120,7 @@ def detector_options(path: Path | None) -> dict[str, Any]:
 
 def configuration_of(
     options: argparse.Namespace,
+    folders: Mapping[str, Path],
     samples: Sequence[Sample],
     networks: Networks,
     protocol: ProtocolOptions,
@@ -142,7 +144,7 @@ def configuration_of(
         "fingerprint": fingerprint(networks.backbone.network),  # of the weights: a file can change under its name
         "random_weights": options.random_weights,
         "preprocess": networks.backbone.preprocess.to_dict(),
-        "extractors": [{"folder": str(folder), "sha256": folder_digest(folder)} for folder in options.extractors],
+        "extractors": [{"folder": name, "sha256": folder_digest(folder)} for name, folder in folders.items()],
         "settings": settings.settings,
         "options": settings.options,
         "pictures": settings.pictures,

@@ -40,7 +40,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     data.add_argument("--columns", nargs="*", default=[], help="Hugging Face columns, such as mask=segmentation")
     data.add_argument("--categories", nargs="*", default=["*"], help='categories to score, patterns such as "p00*"')
     data.add_argument("--defects", nargs="*", default=[], help="kinds of defects to score (all by default)")
-    data.add_argument("--extractors", type=Path, nargs="+", default=[], help="folders of extractors of one kind")
+    data.add_argument(
+        "--extractors", nargs="+", default=[], help="of one kind: folders, org/name[@revision] of the Hub, or embedded"
+    )
+    data.add_argument("--weights", help="a local file of the backbone's weights")
     data.add_argument("--device", help="cpu, cuda, ... (by default what accelerate finds; cpu for the few-shot table)")
     data.add_argument(
         "--shots", type=int, nargs="+", help="numbers of images K (default: 4; with --detectors 1 2 4 8 16)"
@@ -56,7 +59,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     table.add_argument("--backbone", default="filterbank", help="network of raw features, without --extractors")
     table.add_argument("--image-size", type=int, default=224, help="its input in pixels, without --extractors")
     table.add_argument("--levels", type=int, nargs="+", help="its blocks or stages, without --extractors")
-    table.add_argument("--weights", help="a local file of the backbone's weights")
     table.add_argument("--random-weights", type=int, metavar="SEED", help="untrained weights: a floor to compare with")
     table.add_argument("--references", type=int, default=8, help="the extractor's references, but for few-shot")
     table.add_argument("--share", type=float, default=0.1, help="sample-efficiency: share of the training images")

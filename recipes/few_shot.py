@@ -13,7 +13,7 @@ import argparse
 import dataclasses
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from rich.table import Table
 from adpretrain.data import Sample
 from adpretrain.extractor import ADExtractor
 from adpretrain.files import atomic_path
+from adpretrain.hub import locate
 from adpretrain.references import random_references
 from downstream.evaluation.evaluate import (
     FeatureSet,
@@ -173,7 +174,7 @@ def run(options: argparse.Namespace, samples: Sequence[Sample], console: Console
     check_masks(samples)  # before hours of other products, as the numbers of images
     trials(samples, ProtocolOptions("few-shot", shots=tuple(options.shots), draws=options.draws))
     device = options.device or "cpu"
-    extractors = load_extractors(options.extractors, device)
+    extractors = load_extractors(located(options.extractors), device, options.weights)
     results: list[Result] = []
     with Progress(console=console) as bar:
         for name, group in bar.track(list(by_product(samples).items()), description="products"):
@@ -190,10 +191,22 @@ def _plain(result: Result) -> dict[str, Any]:
     return {**dataclasses.asdict(result), "values": [value if value == value else None for value in result.values]}
 
 
-def load_extractors(folders: Sequence[Path], device: str) -> list[ADExtractor]:
-    """Extractors that differ in their projectors only. Raises ValueError naming one that does not fit the first."""
-    extractors = [ADExtractor.from_pretrained(folder, device) for folder in folders]
-    for folder, extractor in zip(folders, extractors, strict=True):
+def located(names: Sequence[str]) -> dict[str, Path]:
+    """The folders of extractors that are given as folders, as org/name[@revision] of the Hub, or as "embedded"."""
+    found = {}
+    for name in names:
+        source, _, revision = (name, "", "") if Path(name).is_dir() else name.partition("@")
+        found[name] = locate(source, revision or None).folder
+    return found
+
+
+def load_extractors(folders: Mapping[str, Path], device: str, weights: str | None = None) -> list[ADExtractor]:
+    """Extractors, given by name, that differ in their projectors only. ``weights``: a local file of the backbone's.
+
+    Raises ValueError naming one that does not fit the first.
+    """
+    extractors = [ADExtractor.from_pretrained(folder, device, weights) for folder in folders.values()]
+    for name, extractor in zip(folders, extractors, strict=True):
         if not same_residuals(extractors[0], extractor):
-            raise ValueError(f"{folder} and {folders[0]} are not seeds of one training: score them apart")
+            raise ValueError(f"{name} and {next(iter(folders))} are not seeds of one training: score them apart")
     return extractors

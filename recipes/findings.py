@@ -95,7 +95,7 @@ def show(records: Sequence[dict[str, Any]], console: Console) -> None:
     title = f"mean over {products} product(s), in % (d' is a ratio)"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for position, column in enumerate(heading):
-        table.add_column(column, justify="left" if position < 3 else "right")
+        table.add_column(column, justify="left" if position < 3 else "right", overflow="fold")
     for line in lines:
         table.add_row(*line)
     console.print(table)

@@ -50,7 +50,7 @@ def curves(records: Sequence[Record]) -> bytes:
 
 
 def histograms(records: Sequence[Record]) -> bytes:
-    """Image scores of one product, a small plot for every contender: normal images against defects."""
+    """Image scores of one product, a small plot for every contender: normal images against defects, each in shares."""
     records = [record for record in records if record["scores"]]
     columns = max(1, min(3, len(records)))
     rows = max(1, -(-len(records) // columns))
@@ -60,11 +60,17 @@ def histograms(records: Sequence[Record]) -> bytes:
         edges = np.histogram_bin_edges(scores, bins=24)
         kinds = [("normal", scores[~labels], NORMAL), ("defective", scores[labels], ANOMALOUS)]
         for name, values, colour in kinds:
-            axes.hist(values, edges, color=colour, alpha=0.75, label=f"{name} ({len(values)})")
+            shares = np.full(len(values), 100 / max(1, len(values)))
+            label = f"{name} ({len(values)})"
+            # Filled and outlined: where they overlap, both are seen.
+            filled = {"color": colour} if name == "normal" else {"edgecolor": colour, "linewidth": 1.4, "fill": False}
+            axes.hist(values, edges, weights=shares, histtype="stepfilled", label=label, **filled)
         axes.set_title(f"{record['detector']}, {record['features']}", fontsize=9, color=INK, loc="left")
         axes.tick_params(labelsize=7, colors=SOFT)
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+        axes.yaxis.set_major_formatter("{x:.0f} %")
+        axes.spines[["top", "right"]].set_visible(False)
     for axes in grid[len(records) :]:
         axes.set_axis_off()
     handles, labels = grid[0].get_legend_handles_labels()

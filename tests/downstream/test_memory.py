@@ -104,4 +104,5 @@ def test_fit_says_what_it_holds_or_refuses_before_it_does(
     assert re.search(rf"error: .*{what}.* needs [\d.]+ \w+, more than 1000 bytes: .*{remedy}", said)
     assert not (tmp_path / "out").exists()
     assert main(command) == 0
-    assert re.search(rf"memory: .*{what}.* will hold about [\d.]+ \w+ of [\d.]+ GiB", capfd.readouterr().err)
+    found = re.findall(rf"memory: .*{what}.* will hold about [\d.]+ \w+ of [\d.]+ GiB", capfd.readouterr().err)
+    assert len(found) == 1

@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+from hub_server.server import Hub
 
+from adpretrain.artefact import folder_digest
 from adpretrain.backbones import load_backbone
 from adpretrain.data.synthetic import make_synthetic
 from adpretrain.extractor import ADExtractor
@@ -162,6 +164,28 @@ def test_random_weights_are_those_of_the_seed(
         assert evaluate(*flags, "--random-weights", seed, "--out", str(tmp_path / out), monkeypatch=monkeypatch) == 0
         scores.append([record["metrics"]["pixel_auroc"] for record in table(tmp_path / out)])  # type: ignore[index]
     assert scores[0] == scores[1] != scores[2]
+
+
+def test_an_extractor_of_the_hub_gives_the_numbers_of_its_folder(
+    hub: Hub, given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ADExtractor.from_pretrained(given[3]).push_to_hub("factory/mine", tag="v1")
+    quick = ["--categories", "p000*", "--features", "adpretrain", *given[4:], "--detectors", "featurenorm"]
+    for name, out in ((given[3], "folder"), ("factory/mine@v1", "hub")):
+        flags = [*given[:3], name, *quick, "--out", str(tmp_path / out)]
+        assert evaluate(*flags, monkeypatch=monkeypatch) == 0
+    assert table(tmp_path / "hub") == table(tmp_path / "folder")
+    found = json.loads((tmp_path / "hub" / "table.json").read_text())["configuration"]["extractors"]
+    assert found == [{"folder": "factory/mine@v1", "sha256": folder_digest(Path(given[3]))}]
+
+
+def test_the_backbones_weights_reach_the_extractors(
+    given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = [*given[:4], "--shots", "1"]
+    for flags in (few, [*given, "--out", str(tmp_path / "out")]):
+        assert evaluate(*flags, "--weights", "backbone.pth", monkeypatch=monkeypatch) == 2
+        assert "backbone 'filterbank' takes no weights" in " ".join(capsys.readouterr().err.split())
 
 
 def test_flags_that_do_not_belong_together_are_refused(

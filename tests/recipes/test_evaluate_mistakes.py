@@ -35,7 +35,7 @@ def test_mistakes_are_named_and_leave_no_folder(
         (["--detectors", "padim", "--options", str(tmp_path / "flat.yaml")], "patchcore is 3; expected its options"),
         (
             ["--detectors", "padim", "--protocol", "few-shot", "--shots", "100", "--weights", str(tmp_path / "none")],
-            "bolt: K = 100 references cannot be chosen from a pool of 2 images",
+            "K = 100 references: bolt (2), nut (2)",
         ),
     ):
         assert evaluate(monkeypatch, photographs, *flags, "--out", str(out)) == 2, flags
@@ -69,7 +69,7 @@ def test_the_few_shot_table_names_the_product_with_too_few_images_before_it_comp
     (photographs / "nut" / "train" / "good" / "1.png").unlink()
     assert evaluate(monkeypatch, photographs, "--extractors", str(tmp_path / "absent"), "--shots", "1", "2") == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert "nut: K = 2 references cannot be chosen from a pool of 1 images" in said
+    assert "too few normal images for K = 2 references: nut (1); choose smaller numbers" in said
 
 
 def test_help_shows_what_is_done_by_default(
