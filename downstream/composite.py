@@ -99,9 +99,8 @@ class Composite(Shared):
             raise ValueError(
                 f"{len(extracts)} extracts for the {count} members of {folder}; give one for each, or one for all"
             )
-        device_name = None if device is None else str(device)
         members = [
-            detector_from_pretrained(part(folder, member(number)), one, device_name, weights)
+            detector_from_pretrained(part(folder, member(number)), one, device, weights)
             for number, one in enumerate(extracts)
         ]
         tensors = {key: value.to(device or "cpu") for key, value in read_tensors(folder, config).items()}

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from typing_extensions import Unpack
 
 from adpretrain.backbones import Extract
@@ -92,7 +93,7 @@ def find_detector(name: str) -> DetectorEntry:
 def detector_from_pretrained(
     folder: str | os.PathLike[str],
     extract: Extract | None = None,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     weights: str | os.PathLike[str] | None = None,
     **hub: Unpack[HubOptions],
 ) -> Detector:
