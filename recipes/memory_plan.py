@@ -28,6 +28,7 @@ REMEDIES = {
     "backbone": "a smaller backbone or backbone.image_size",
     "residual cache": "fewer cache.draws (0: none, residuals are computed step by step)",
     "kept references": "a smaller references.cache_mb",
+    "held-out features": "fewer data.held_out",
     "loader": "fewer data.workers, or a smaller optim.batch_size",
     "reservoir": "a smaller data.reservoir_mb",
 }
@@ -70,16 +71,22 @@ def on_host(config: PretrainConfig, counts: Counts, images: int) -> dict[str, fl
     }
 
 
-def check_memory(config: PretrainConfig, images: int, processes: int, device: torch.device, console: Console) -> None:
-    """Print what the run will hold. Raises ValueError, with what to change, if that is more than there is."""
+def check_memory(
+    config: PretrainConfig, images: int, held_out: int, processes: int, device: torch.device, console: Console
+) -> None:
+    """Print what the run of ``images``, with ``held_out`` others scored by its first process, will hold. Raises
+    ValueError, with what to change, if that is more than there is."""
     counts = count(config)
     device_parts, host_parts = on_device(config, counts, processes), on_host(config, counts, images)
+    values = sum(tokens * width for tokens, width in zip(counts.tokens, counts.widths, strict=True))
+    first_parts = {"held-out features": 4 * held_out * values}
     if device.type == "cuda":
-        _check(device_parts, "the GPU", total_memory(device), console)
+        _check(device_parts | first_parts, "the GPU", total_memory(device), console)
+        first_parts = {}
     else:
         host_parts |= device_parts
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine, by its launcher
-    together = {name: here * part for name, part in host_parts.items()}
+    together = {name: here * part for name, part in host_parts.items()} | first_parts
     _check(together, "the machine", total_memory(torch.device("cpu")), console, here)
 
 

@@ -144,7 +144,7 @@ def set_up(config: PretrainConfig, console: Console, accelerator: Accelerator) -
     extractor = build_extractor(config, samples, accelerator.device)
     data = training_set(config, shards, samples, extractor.preprocess)
     rank, processes = accelerator.process_index, accelerator.num_processes
-    check_memory(config, len(data), processes, accelerator.device, console)
+    check_memory(config, len(data), len(held_out), processes, accelerator.device, console)
     per_epoch = step_batches(data, config, 0, 0, rank, processes).per_epoch
     steps = config.optim.steps or per_epoch * config.optim.epochs
     folder = RunFolder(config, console, accelerator.is_main_process)  # after everything a mistake could stop

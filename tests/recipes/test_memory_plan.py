@@ -8,13 +8,16 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 from rich.console import Console
 from running import ROOT, finish
 
-from adpretrain.config import DataConfig, OptimConfig, PretrainConfig
+from adpretrain.backbones import load_backbone
+from adpretrain.config import BackboneConfig, DataConfig, OptimConfig, PretrainConfig
 
 UNITS = {"MiB": 1 << 20, "GiB": 1 << 30}
 FACTOR = 1.5  # between what is said and what is measured
@@ -66,9 +69,30 @@ def test_all_processes_of_a_machine_and_their_reservoirs_count(
     held = []
     for processes in (1, 2):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-        check_memory(config, 10, processes, cpu, said)
+        check_memory(config, 10, 0, processes, cpu, said)
         held.append(float(re.findall(r"about ([\d.]+) GiB", said.file.getvalue())[-1]))
     assert held[1] == pytest.approx(2 * held[0], rel=0.02)  # what is printed is rounded
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
     with pytest.raises(ValueError, match=r"\(1000 processes: .*data.reservoir_mb.*fewer processes on this machine"):
-        check_memory(config, 10, 1, cpu, said)
+        check_memory(config, 10, 0, 1, cpu, said)
+
+
+def test_the_features_of_held_out_images_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first process keeps them, as many bytes as `encode_samples` gives, where it trains."""
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    from memory_plan import check_memory
+
+    config = PretrainConfig(backbone=BackboneConfig("filterbank", image_size=64), optim=OptimConfig(batch_size=1))
+    backbone = load_backbone("filterbank", image_size=64)
+    each = sum(level.nbytes for level in backbone(torch.zeros(1, 3, 64, 64)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    said = Console(file=io.StringIO(), width=200)
+    for count in (0, (4 << 30) // each):
+        check_memory(config, 10, count, 2, torch.device("cpu"), said)
+    without, with_them = (float(number) for number in re.findall(r"about ([\d.]+) GiB", said.file.getvalue()))
+    assert with_them - without == pytest.approx(4, abs=0.11)  # what is printed is rounded
+    with (
+        mock.patch.object(torch.cuda, "get_device_properties", return_value=SimpleNamespace(total_memory=4 << 30)),
+        pytest.raises(ValueError, match=r"\(held-out features 4.* more than 4.0 GiB: fewer data.held_out; or"),
+    ):
+        check_memory(config, 10, (4 << 30) // each + 1, 2, torch.device("cuda"), said)
