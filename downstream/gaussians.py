@@ -105,7 +105,9 @@ class Moments:
 
     @torch.no_grad()
     def add(self, rows_BPD: Tensor) -> None:
-        """Take in a batch."""
+        """Take in a batch. Raises ValueError for one on MPS, which has no float64 to add up in."""
+        if rows_BPD.device.type == "mps":
+            raise ValueError("PaDiM adds up in float64, which MPS has not: choose device 'cpu'")
         images, positions, width = rows_BPD.shape
         if not self.count:
             self._shift_PD = rows_BPD.mean(0, dtype=torch.float64).float()

@@ -264,7 +264,7 @@ def probe(extract: Extract, image_size: int, device: torch.device) -> list[list[
     picture = fixed_picture(image_size, device)
     encode = extract.encode if isinstance(extract, ADExtractor) and extract.references is None else extract
     features = encode(picture)
-    means = [level[0].double().mean((1, 2))[None] for level in features]
+    means = [level[0].cpu().double().mean((1, 2))[None] for level in features]  # MPS has no float64
     return [F.adaptive_avg_pool1d(mean, min(PARTS, mean.shape[1]))[0].tolist() for mean in means]
 
 

@@ -25,7 +25,7 @@ def fingerprint(network: nn.Module | None) -> list[float]:
 
 
 def _projection(weight: Tensor) -> float:
-    values = weight.detach().flatten().double().cpu()
+    values = weight.detach().cpu().double().flatten()  # MPS has no float64
     places = torch.arange(len(values), dtype=torch.float64) * GOLDEN % 1
     return round(float(values[places < 0.5].sum() - values[places >= 0.5].sum()) / max(float(values.norm()), 1e-12), 5)
 

@@ -13,8 +13,11 @@ import pytest
 import torch
 from devices import Device
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from adpretrain.backbones import Backbone, FeatureMaps, load_backbone
+from adpretrain.backbones.fingerprint import fingerprint
 from adpretrain.conditioning import Conditioning
 from adpretrain.extractor import ADExtractor
 from downstream.aligned import AlignedFeatureNorm
@@ -158,6 +161,26 @@ def test_detectors(device: Device, name: str, tmp_path: Path) -> None:
     if device.pretended:
         on_cpu = detector_from_pretrained(folder).predict(queries)
         torch.testing.assert_close(both(on_cpu), expected, rtol=1e-5, atol=1e-6)
+
+
+class Float32(TorchDispatchMode):
+    """MPS has no float64: its tensors cannot be converted to it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        wide = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and leaf.dtype == torch.float64]
+        assert all(leaf.device.type == "cpu" for leaf in wide), func
+        return out
+
+
+@pytest.mark.parametrize("name", ["featurenorm", "patchcore", "spade"])
+def test_no_float64_on_the_device(device: Device, name: str, tmp_path: Path) -> None:
+    move = lambda x: x.to(device.place)  # noqa: E731
+    with Float32():
+        detector = MAKE[name](move).fit([move(photographs(4, 1))])
+        detector.predict(move(photographs(2, 2)))
+        detector.save_pretrained(tmp_path / "detector")
+        fingerprint(move(torch.nn.Linear(3, 3)))
 
 
 def test_a_function_of_one_s_own_saves_where_it_works(device: Device, tmp_path: Path) -> None:

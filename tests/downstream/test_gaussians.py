@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.spatial.distance import mahalanobis
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from downstream.gaussians import Gaussians, Moments, _cholesky
 
@@ -144,3 +145,8 @@ def test_mistakes_are_named() -> None:
     moments.add(torch.zeros(9, 2, 4))
     with pytest.raises(ValueError, match="eps 0 is too small"):
         moments.gaussians(0)
+
+
+def test_a_device_without_float64_is_refused() -> None:
+    with FakeTensorMode(), pytest.raises(ValueError, match="MPS has not: choose device 'cpu'"):
+        Moments().add(torch.empty(2, 3, 4, device="mps"))
