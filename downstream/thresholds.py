@@ -138,7 +138,7 @@ def official_area_under_pro(
     low, high = maps.min(), maps.max()
     if masks.all() or not masks.any() or low == high:
         return math.nan
-    threshold_S = np.arange(low, high, (high - low) / steps)  # in the maps' own precision
+    threshold_S = np.arange(low, high, (high - low) / maps.dtype.type(steps))  # in the maps' own precision
     order_A = np.argsort(maps[masks], kind="stable")
     covered_A = np.append(0.0, np.cumsum(weights_A[order_A]))
     pro_S = covered_A[-1] - covered_A[np.searchsorted(maps[masks][order_A], threshold_S, side="right")]
