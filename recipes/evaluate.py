@@ -25,7 +25,8 @@ from launch import complain
 from rich.console import Console
 
 from adpretrain.data import DATASETS, Sample, index_dataset
-from downstream.evaluation.contenders import FEATURES, SETTINGS
+from adpretrain.hub.locating import EMBEDDED
+from downstream.evaluation.contenders import CONDITIONED, FEATURES, PRETRAINED, SETTINGS
 from downstream.evaluation.protocols import PROTOCOLS
 from downstream.table import DETECTORS
 from downstream.terminal import tell_memory
@@ -41,7 +42,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     data.add_argument("--categories", nargs="*", default=["*"], help='categories to score, patterns such as "p00*"')
     data.add_argument("--defects", nargs="*", default=[], help="kinds of defects to score (all by default)")
     data.add_argument(
-        "--extractors", nargs="+", default=[], help="of one kind: folders, org/name[@revision] of the Hub, or embedded"
+        "--extractors",
+        nargs="+",
+        default=[],
+        help="of one kind: folders, org/name[@revision] of the Hub, or embedded (default, where one is needed)",
     )
     data.add_argument("--weights", help="a local file of the backbone's weights")
     data.add_argument("--device", help="cpu, cuda, ... (by default what accelerate finds; cpu for the few-shot table)")
@@ -83,12 +87,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.detectors is None:
         if options.protocol or options.features:
             parser.error("--protocol and --features need --detectors, such as --detectors padim,featurenorm")
-        if not options.extractors:
-            parser.error("give --extractors for the few-shot table, or --detectors")
     elif options.per_defect or options.panels or options.json:
         parser.error("--per-defect, --panels and --json belong to the few-shot table, without --detectors")
     if options.random_weights is not None and (options.extractors or options.weights):
         parser.error("--random-weights needs no --weights, and no --extractors: they were trained on real ones")
+    needed = options.detectors is None or not {PRETRAINED, CONDITIONED}.isdisjoint(options.features or ())
+    own = options.backbone == parser.get_default("backbone") and options.random_weights is None
+    if needed and own and not options.extractors:
+        options.extractors = [EMBEDDED]
     return options
 
 

@@ -25,7 +25,7 @@ from downstream.featurenorm import NAME as FEATURENORM
 from downstream.table import DETECTORS
 
 FEATURES = ("raw", "residual", "conditioned", "adpretrain")
-RAW, PRETRAINED = FEATURES[0], FEATURES[-1]
+RAW, RESIDUAL, CONDITIONED, PRETRAINED = FEATURES
 SETTINGS = ("default", "adpretrain")
 
 
@@ -60,9 +60,9 @@ class Networks:
         if not self.extractors:
             return Withheld(ADExtractor(self.backbone))
         first = self.extractors[0]
-        if contender.features == "residual":
+        if contender.features == RESIDUAL:
             return Withheld(ADExtractor(self.backbone, matching=first.config.matching))
-        if contender.features == "conditioned":
+        if contender.features == CONDITIONED:
             return Withheld(first.without_projector())
         return Withheld(self.extractors[contender.extractor])
 
@@ -79,8 +79,8 @@ def contenders(detectors: Sequence[str], features: Sequence[str], networks: Netw
     if unknown := [name for name in features if name not in FEATURES]:
         raise ValueError(f"features {unknown} are unknown; choose from {', '.join(FEATURES)}")
     if PRETRAINED in features and not networks.extractors:
-        raise ValueError(f"features {PRETRAINED!r} need an extractor: give its folder as --extractors DIR")
-    if "conditioned" in features and not (networks.extractors and networks.extractors[0].conditioning):
+        raise ValueError(f"features {PRETRAINED!r} need an extractor on that backbone: give --extractors")
+    if CONDITIONED in features and not (networks.extractors and networks.extractors[0].conditioning):
         raise ValueError("features 'conditioned' need an extractor that was trained with conditioning")
     counts = {name: len(networks.extractors) if name == PRETRAINED else 1 for name in features}
     return [

@@ -17,6 +17,7 @@ from adpretrain.artefact import folder_digest
 from adpretrain.backbones import load_backbone
 from adpretrain.data.synthetic import make_synthetic
 from adpretrain.extractor import ADExtractor
+from adpretrain.hub.locating import EMBEDDED_FOLDER
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = str(ROOT / "recipes" / "evaluate.py")
@@ -179,6 +180,17 @@ def test_an_extractor_of_the_hub_gives_the_numbers_of_its_folder(
     assert found == [{"folder": "factory/mine@v1", "sha256": folder_digest(Path(given[3]))}]
 
 
+def test_without_an_extractor_it_is_the_embedded_one(
+    given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = [*given[:2], "--categories", "p000*", "--references", "2", "--pictures", "0", "--embeddings", "0"]
+    flags += ["--detectors", "featurenorm", "--out", str(tmp_path / "out")]
+    assert evaluate(*flags, "--features", "raw,adpretrain", monkeypatch=monkeypatch) == 0
+    assert [record["features"] for record in table(tmp_path / "out")] == ["raw", "adpretrain"]
+    found = json.loads((tmp_path / "out" / "table.json").read_text())["configuration"]["extractors"]
+    assert found == [{"folder": "embedded", "sha256": folder_digest(EMBEDDED_FOLDER)}]
+
+
 def test_the_backbones_weights_reach_the_extractors(
     given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -192,7 +204,6 @@ def test_flags_that_do_not_belong_together_are_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for flags, message in (
-        ([], "give --extractors for the few-shot table, or --detectors"),
         (["--protocol", "full"], "--protocol and --features need --detectors"),
         (["--detectors", "padim", "--per-defect"], "belong to the few-shot table"),
         (["--detectors", "padim", "--random-weights", "0", "--weights", "a.pth"], "needs no --weights"),

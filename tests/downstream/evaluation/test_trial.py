@@ -171,7 +171,7 @@ def test_contenders_are_every_detector_on_every_kind_of_features(networks: Netwo
         ([], ["raw"], "no detectors to compare; choose from featurenorm"),
         (["padlm"], ["raw"], r"detectors \['padlm'\] are unknown; choose from featurenorm"),
         (["padim"], ["cooked"], r"features \['cooked'\] are unknown"),
-        (["padim"], ["adpretrain"], "need an extractor: give its folder as --extractors"),
+        (["padim"], ["adpretrain"], "need an extractor on that backbone: give --extractors"),
         (["padim"], ["conditioned"], "trained with conditioning"),
     ):
         with pytest.raises(ValueError, match=message):
