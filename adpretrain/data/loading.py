@@ -5,6 +5,7 @@ Shapes: B images, V views, S side in pixels, P photographs of a unit.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -178,7 +179,9 @@ def _work_on(worker: int) -> None:
 
 def _end_when_told() -> None:
     # Python ends its daemonic children like this after an error, and waits for them.
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+    trains = multiprocessing.parent_process()  # os.getppid() is the fork server, where one starts the workers
+    assert trains is not None
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trains.pid:
         pass
     os._exit(0)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 TRAINING = """
-import os, subprocess
+import multiprocessing, subprocess, sys
 import torch
 from adpretrain.data.loading import ImageBatch, Request, load_ahead
 
@@ -20,20 +22,28 @@ class Blank:
 def train():
     batches = load_ahead(Blank(), map(Request, [[]] * 100), 1, torch.device("cpu"))
     next(batches)
-    pid = os.getpid()
-    for worker in open(f"/proc/{pid}/task/{pid}/children").read().split():
+    for worker in multiprocessing.active_children():
         for name in ("TERM", "INT"):
-            subprocess.run(["kill", f"-{name}", worker], check=True)
+            subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
     print(len(list(zip(range(50), batches))), "batches after the signals")
     raise RuntimeError("this process is on fire")
 
-train()
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[1])
+    train()
 """
 
 
 @pytest.mark.slow
-def test_workers_outlive_requests_to_stop_but_not_the_process_that_trains() -> None:
-    run = subprocess.run([sys.executable, "-c", TRAINING], capture_output=True, text=True, timeout=90, check=False)
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_workers_outlive_requests_to_stop_but_not_the_process_that_trains(method: str, tmp_path: Path) -> None:
+    """Python 3.14 starts them from a fork server."""
+    script = tmp_path / "training.py"
+    script.write_text(TRAINING)
+    command, path = [sys.executable, str(script), method], os.pathsep.join(sys.path)
+    run = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, check=False, env={**os.environ, "PYTHONPATH": path}
+    )
     assert run.returncode == 1
     assert "50 batches after the signals" in run.stdout
     assert "this process is on fire" in run.stderr
