@@ -272,4 +272,17 @@ def test_the_batch_script_is_sound() -> None:
     directives = dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", SBATCH.read_text(encoding="utf-8"), re.MULTILINE))
     assert directives["signal"] == "TERM@300"  # without "B:", which would signal the shell instead of the tasks
     assert directives["ntasks-per-node"] == directives["gpus-per-node"]
-    assert {"requeue", "time", "cpus-per-task", "output"} <= set(directives)
+    assert {"requeue", "time", "cpus-per-task"} <= set(directives)
+    assert "/" not in directives["output"]  # SLURM opens it before anything could make its folder
+
+
+def test_every_task_knows_how_many_share_its_machine(
+    slurm: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    """The check of a machine's memory multiplies by it."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/bash\necho "$LOCAL_WORLD_SIZE of $WORLD_SIZE on a machine"\n')
+    python.chmod(0o755)
+    finish(slurm(str(tmp_path / "run"), PYTHON=str(python), SLURM_NTASKS="16"), expected=1)
+    log = tmp_path / "work" / "logs" / f"adpretrain-{os.getpid()}-rank0.log"
+    assert "8 of 16 on a machine" in log.read_text()
