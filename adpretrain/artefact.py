@@ -16,10 +16,11 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from adpretrain._version import __version__
 from adpretrain.backbones import Backbone, load_backbone
+from adpretrain.backbones.fingerprint import fingerprint, same_weights
 from adpretrain.config import BackboneConfig, ProjectorConfig
 from adpretrain.files import atomic_folder
 from adpretrain.parsing import from_dict, read_json
@@ -77,7 +78,51 @@ def saved_backbone(config: BackboneConfig, weights: str | os.PathLike[str] | Non
         given = dataclasses.replace(config, weights=None)  # no path from somebody else's config is ever opened
     else:
         given = dataclasses.replace(config, weights=os.fspath(weights), revision=None)
-    return load_backbone(**dataclasses.asdict(given))
+    try:
+        return load_backbone(**dataclasses.asdict(given))
+    except ValueError as error:
+        if given.revision or given.weights:
+            raise
+        # Nothing tells a network of the user's own, or random weights, from published ones.
+        raise ValueError(
+            f"{error}. In a program, the network itself can be given: as backbone= for an extractor, extract= for a "
+            "detector"
+        ) from error
+
+
+def extractor_backbone(
+    config: ExtractorConfig,
+    folder: Path,
+    weights: str | os.PathLike[str] | None = None,
+    given: Backbone | None = None,
+) -> Backbone:
+    """The ``given`` backbone, or the one that the config of an extractor in ``folder`` names.
+
+    Raises ValueError unless its features are those that the extractor was made on.
+    """
+    backbone = saved_backbone(config.backbone, weights) if given is None else given
+    if backbone.channels != config.channels:
+        raise ValueError(
+            f"{folder} was made on features of {config.channels} channels; backbone {backbone.name!r} gives "
+            f"{backbone.channels}: the extractor belongs to another backbone or version of it"
+        )
+    if not same_weights(config.fingerprint, fingerprint(backbone.network)):
+        raise ValueError(
+            f"{folder} was made with other weights of {backbone.name!r} than those found: give the file it was "
+            "made with as weights=PATH, or the commit as revision in its config.json"
+        )
+    if given is not None and given.preprocess != config.preprocess:
+        raise ValueError(
+            f"{folder} was made on images of {config.preprocess}; the given backbone prepares them as "
+            f"{given.preprocess}: give one with the same"
+        )
+    backbone.preprocess = config.preprocess
+    return backbone
+
+
+def place(network: nn.Module) -> torch.device:
+    """Where a network works: with its first tensor, or on the CPU if it has none."""
+    return next((tensor.device for tensor in (*network.parameters(), *network.buffers())), torch.device("cpu"))
 
 
 def build_projector(config: ProjectorConfig, channels: list[int]) -> FeatureProjector:

@@ -18,15 +18,16 @@ from adpretrain.artefact import (
     NORMS,
     ExtractorConfig,
     backbone_config,
+    extractor_backbone,
+    place,
     read_config,
     read_weights,
-    saved_backbone,
     saved_projector,
     write_folder,
 )
 from adpretrain.artefact import build_projector as build_projector
 from adpretrain.backbones import Backbone, FeatureMaps, References
-from adpretrain.backbones.fingerprint import fingerprint, same_weights
+from adpretrain.backbones.fingerprint import fingerprint
 from adpretrain.backbones.weights import as_float32
 from adpretrain.card import card
 from adpretrain.conditioning import Conditioning
@@ -256,34 +257,25 @@ class ADExtractor(nn.Module):
     def from_pretrained(
         cls,
         source: str | os.PathLike[str],
-        device: str | torch.device = "cpu",
+        device: str | torch.device | None = None,
         weights: str | os.PathLike[str] | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
+        backbone: Backbone | None = None,
     ) -> ADExtractor:
-        """Load a saved extractor, strictly, in evaluation mode on ``device``.
+        """Load a saved extractor, strictly, in evaluation mode on ``device``; None = where ``backbone`` is, or the CPU.
 
         ``source``: a folder that `save_pretrained` wrote, the id "org/name" of a Hub repository, or "embedded"; with
         ``revision`` (a branch, tag or commit) and ``token`` as in `adpretrain.hub.locate`. ``weights``: a local file
-        or folder of the backbone's weights, for machines without a network.
+        or folder of the backbone's weights, for machines without a network. ``backbone``: used instead of loading one,
+        such as a `Backbone` of your own, or with random weights, which no name finds again.
 
-        Raises ValueError if there is no such extractor, it was written by a newer library, or if its weights are not
-        exactly those its config describes.
+        Raises ValueError if there is no such extractor, it was written by a newer library, or if its weights, or the
+        backbone's, are not exactly those its config describes.
         """
         folder = locate(source, revision, token=token).folder
         config = read_config(folder)
-        backbone = saved_backbone(config.backbone, weights)
-        if backbone.channels != config.channels:
-            raise ValueError(
-                f"{folder} was made on features of {config.channels} channels; backbone {backbone.name!r} gives "
-                f"{backbone.channels}: the extractor belongs to another backbone or version of it"
-            )
-        if not same_weights(config.fingerprint, fingerprint(backbone.network)):
-            raise ValueError(
-                f"{folder} was made with other weights of {backbone.name!r} than those found: give the file it was "
-                "made with as weights=PATH, or the commit as revision in its config.json"
-            )
-        backbone.preprocess = config.preprocess
+        backbone = extractor_backbone(config, folder, weights, backbone)
         extractor = cls(
             backbone,
             projector=saved_projector(config.projector, config.channels, folder) if config.projector else None,
@@ -297,4 +289,4 @@ class ADExtractor(nn.Module):
         expected = {k: v for k, v in extractor.state_dict().items() if not k.startswith("backbone.")}
         # Lacks the backbone's keys only.
         extractor.load_state_dict(as_float32(read_weights(folder, expected)), strict=False, assign=True)
-        return extractor.to(device)
+        return extractor.to(device if device is not None else place(backbone))

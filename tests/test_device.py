@@ -152,6 +152,15 @@ def test_saved_on_the_device_and_loaded_on_either(device: Device, tmp_path: Path
     torch.testing.assert_close(on_cpu, expected, rtol=0, atol=0)
 
 
+def test_a_given_backbone_stays_where_it_is(device: Device, tmp_path: Path) -> None:
+    """Others may be using it: the extractor is loaded to the backbone, not the backbone to the CPU."""
+    extractor, images, shots = make(), photographs(2), photographs(3, 7)
+    folder = extractor.save_pretrained(tmp_path / "saved")
+    expected = extractor.set_references(shots)(images)
+    loaded = ADExtractor.from_pretrained(folder, backbone=make().to(device.place).backbone)
+    device.equal(loaded.set_references(shots.to(device.place))(images.to(device.place)), expected, FUSED, FUSED)
+
+
 def test_a_small_dinov2(device: Device) -> None:
     from transformers import Dinov2Config, Dinov2Model
 

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from adpretrain import ADExtractor
 from adpretrain.artefact import FORMAT_VERSION
-from adpretrain.backbones import load_backbone
+from adpretrain.backbones import Backbone, FeatureMaps, load_backbone
 from adpretrain.conditioning import Conditioning
 from adpretrain.config import ProjectorConfig
 from adpretrain.extractor import build_projector
+from adpretrain.preprocess import Preprocess
 from adpretrain.projector import ARCHITECTURES
 from adpretrain.residual import residual_features
 
@@ -357,6 +358,34 @@ def test_reference_errors_say_what_to_do() -> None:
         extractor(images(1), [bank[:, 1:] for bank in banks])
     with pytest.raises(ValueError, match="do not fit a batch of 3 images"):
         extractor(images(3), [bank.repeat(2, 1, 1) for bank in banks])
+
+
+class OwnBackbone(Backbone):
+    """A network that no name finds."""
+
+    def __init__(self, seed: int = 0, side: int = SIDE) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = torch.nn.Conv2d(3, 8, 4, 4)
+        super().__init__("mine", [8], Preprocess(side, side), [1], network)
+
+    def maps(self, images: Tensor) -> FeatureMaps:
+        return [self.network(images)]
+
+
+def test_a_backbone_of_one_s_own_is_given_when_loading(tmp_path: Path) -> None:
+    config, references = ProjectorConfig("linear"), images(2, 1)
+    saved = ADExtractor(OwnBackbone(), build_projector(config, [8]), config)
+    folder = saved.save_pretrained(tmp_path / "mine")
+    with pytest.raises(ValueError, match=r"backbone 'mine' is unknown.* given: as backbone= for an extractor"):
+        ADExtractor.from_pretrained(folder)
+    loaded = ADExtractor.from_pretrained(folder, backbone=OwnBackbone())
+    expected = saved.set_references(references)(images(2))
+    assert torch.equal(loaded.set_references(references)(images(2))[0], expected[0])
+    with pytest.raises(ValueError, match="made with other weights of 'mine'"):
+        ADExtractor.from_pretrained(folder, backbone=OwnBackbone(seed=1))
+    with pytest.raises(ValueError, match=r"made on images of Preprocess\(image_size=64.* prepares them as .*=96"):
+        ADExtractor.from_pretrained(folder, backbone=OwnBackbone(side=96))
 
 
 def test_impossible_parts_are_refused() -> None:
