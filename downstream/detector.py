@@ -35,9 +35,9 @@ class Prediction:
 class Detector(Protocol):
     """Fits on normal images only, then scores and localises; with any `Extract`, a raw backbone or an `ADExtractor`.
 
-    ``fit`` reads its batches [b, 3, S, S] once, one at a time; they are tensors, not a data loader's (image, label)
-    pairs. A fitted detector keeps the references that an `ADExtractor` had then: a later `set_references`, or another
-    detector's fit, does not reach it. A module must be in evaluation mode.
+    ``fit`` reads its batches [b, 3, S, S] once, one at a time; they are tensors, not a data loader's pairs or
+    dictionaries. A fitted detector keeps the references that an `ADExtractor` had then: a later `set_references`, or
+    another detector's fit, does not reach it. A module must be in evaluation mode.
 
     A saved detector needs no training data to be loaded and gives the same bits; see `downstream.saving` for what its
     folder holds.
@@ -60,7 +60,7 @@ def check_images(images: Tensor) -> None:
     if not isinstance(images, Tensor):
         raise ValueError(
             f"images must be a tensor [B, 3, S, S], got a {type(images).__name__}: stack photographs that went through "
-            "preprocess, and of (images, labels) give the images alone"
+            "preprocess, and of a data loader's pairs or dictionaries give the images alone"
         )
     if images.ndim == 3:
         raise ValueError(

@@ -86,11 +86,15 @@ def shown_region(photo: Image.Image, preprocess: Preprocess, longest: int = 384)
 def overlay(photo: Image.Image, map_SS: NDArray[np.floating], scale: ColourScale, contour: bool = True) -> Image.Image:
     """The heatmap over the photograph, in the photograph's size; contour where the map exceeds `scale.limit`.
 
-    Normal areas stay nearly transparent, so that the product remains visible where nothing is wrong.
+    Normal areas stay nearly transparent, so that the product remains visible where nothing is wrong. The map is drawn
+    over all of ``photo``: give `shown_region` of it where the network sees a crop. Raises ValueError for a map of
+    another shape, or one that is not finite.
     """
     values = np.asarray(map_SS, dtype=np.float32)
     if values.ndim != 2:
         raise ValueError(f"the map has shape {values.shape}; expected [S, S]")
+    if not np.isfinite(values).all():
+        raise ValueError("the map holds NaN or infinite values, for which there is no colour")
     values = np.asarray(Image.fromarray(values).resize(photo.size, Image.Resampling.BILINEAR))
     share_HW = scale.shares(values)
     # The photograph goes gray under the colours: a red product must not read as heat.

@@ -95,6 +95,15 @@ def test_a_map_of_another_rank_is_refused() -> None:
         overlay(gray(), np.zeros((1, 4, 4)), ColourScale(0.0, 1.0, 2.0))
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_map_that_is_not_finite_is_refused(value: float) -> None:
+    """NaN has no colour: it was drawn in an arbitrary one."""
+    map_SS = np.zeros((8, 8), np.float32)
+    map_SS[3, 3] = value
+    with pytest.raises(ValueError, match="the map holds NaN or infinite values"):
+        overlay(Image.new("RGB", (8, 8)), map_SS, ColourScale(0.0, 1.0, 2.0))
+
+
 def test_a_failed_write_leaves_the_old_picture_and_no_litter(tmp_path: Path) -> None:
     target = tmp_path / "a.png"
     save_png(gray(), target)
