@@ -276,13 +276,13 @@ def test_the_batch_script_is_sound() -> None:
     assert "/" not in directives["output"]  # SLURM opens it before anything could make its folder
 
 
-def test_every_task_knows_how_many_share_its_machine(
-    slurm: Callable[..., subprocess.Popen[str]], tmp_path: Path
-) -> None:
-    """The check of a machine's memory multiplies by it."""
+def test_every_task_knows_its_machine(slurm: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    """How many tasks share it, which the check of its memory multiplies by, and their processors, which read."""
     python = tmp_path / "python"
-    python.write_text('#!/bin/bash\necho "$LOCAL_WORLD_SIZE of $WORLD_SIZE on a machine"\n')
+    python.write_text('#!/bin/bash\necho "$LOCAL_WORLD_SIZE of $WORLD_SIZE: $@"\n')
     python.chmod(0o755)
-    finish(slurm(str(tmp_path / "run"), PYTHON=str(python), SLURM_NTASKS="16"), expected=1)
+    given = {"PYTHON": str(python), "SLURM_NTASKS": "16", "SLURM_CPUS_PER_TASK": "12"}
+    finish(slurm(str(tmp_path / "run"), "--config", "a b", **given), expected=1)
     log = tmp_path / "work" / "logs" / f"adpretrain-{os.getpid()}-rank0.log"
-    assert "8 of 16 on a machine" in log.read_text()
+    wanted = f"8 of 16: recipes/pretrain.py --data.workers 11 --config a b --run {tmp_path / 'run'}"
+    assert wanted in log.read_text()
