@@ -8,6 +8,7 @@ something.
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import traceback
 import warnings
@@ -23,7 +24,7 @@ from downstream.commands import COMMANDS, Run
 from downstream.commands.usage import usage_error
 from downstream.terminal import plain
 
-EXIT_USAGE, EXIT_BUG, EXIT_INTERRUPTED = 2, 70, 130
+EXIT_USAGE, EXIT_BUG, EXIT_INTERRUPTED, EXIT_PIPE = 2, 70, 130, 141
 
 
 class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -83,7 +84,12 @@ def main(argv: list[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else EXIT_USAGE
     try:
         with _one_line_warnings():
-            return runs[arguments.subcommand](arguments[arguments.subcommand])
+            code = runs[arguments.subcommand](arguments[arguments.subcommand])
+            sys.stdout.flush()
+            return code
+    except BrokenPipeError:  # who reads stdout, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE
     except (ValueError, OSError) as error:
         print(f"adpretrain: error: {_lines(error)}", file=sys.stderr)
         return EXIT_USAGE

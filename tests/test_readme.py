@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -73,16 +74,19 @@ def test_pretrain_and_inspect_commands(tmp_path: Path) -> None:
     output = run([*shlex.split(launch), *settings], tmp_path)
     assert "extractor saved" in output
     product = sorted((tmp_path / "data" / "synthetic").glob("realiad_*/*"))[0]
-    for name, pattern in (("shots", "OK"), ("line3", "NG")):
+    normal, defective = (sorted(product.glob(f"{kind}/**/*.jpg")) for kind in ("OK", "NG"))
+    for name, images in (("shots", normal[:3]), ("more", normal[3:]), ("line3", defective)):
         (tmp_path / name).mkdir()
-        for index, image in enumerate(sorted(product.glob(f"{pattern}/**/*.jpg"))):
+        for index, image in enumerate(images):
             (tmp_path / name / f"{index}.jpg").write_bytes(image.read_bytes())
-    score = next(c for c in commands() if c.startswith("adpretrain score"))
+    score, fitted = (c for c in commands() if c.startswith("adpretrain score"))
     run(shlex.split(score), tmp_path, expected=(0, 1))
     assert (tmp_path / "out" / "report.html").is_file()
     assert (tmp_path / "out" / "scores.csv").read_text().startswith("path,score,p_value,verdict")
     for name in ("extract", "export", "backbones", "fit", "detectors", "info"):
         run(shlex.split(next(c for c in commands() if c.startswith(f"adpretrain {name}"))), tmp_path)
+    run(shlex.split(fitted), tmp_path, expected=(0, 1))
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["detector"] == "fitted/"
     assert (tmp_path / "features" / "index.json").is_file()
     assert (tmp_path / "product.onnx").stat().st_size > 0
     compare = [c for c in commands() if c.startswith("accelerate")][1]

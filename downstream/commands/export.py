@@ -69,7 +69,7 @@ def _export(options: Namespace) -> int:
             progress,
         )
     threshold = "none" if basis.threshold is None else f"{basis.threshold:.4g}"
-    print(f"{plain(done.path)}: {done.size / 2**20:.1f} MiB, {len(basis.aspects)} references, threshold {threshold}")
+    print(f"{plain(done.path)}: {done.size / 2**20:.1f} MiB, {basis.references} references, threshold {threshold}")
     found = done.agreement
     same = found.images - found.ties
     views = "the photographs, mirrored ones and single ones"

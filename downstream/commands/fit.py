@@ -11,7 +11,8 @@ from downstream.commands.network import add_network, check_network, load_network
 from downstream.terminal import ProgressBars, plain, tell_memory
 
 EPILOG = """The folder written holds features of the product: share it only with those who may see the product.
-In Python: downstream.table.detector_from_pretrained(folder).predict(images).
+It scores with adpretrain score --detector FOLDER --normal OTHERS, normal photographs that it was not fitted on;
+in Python: downstream.table.detector_from_pretrained(folder).predict(images).
 
 exit codes:
   0  fitted and saved

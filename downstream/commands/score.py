@@ -17,6 +17,7 @@ from downstream.terminal import ProgressBars, plain
 if TYPE_CHECKING:
     from downstream.inspection.folder import Inspection
 
+CHOICE = {"extractor": EMBEDDED, "references": "even", "shots": 16, "seed": 0}  # what chooses references; defaults
 TOP = 5  # anomalies listed on stdout
 
 EXIT_CODES = """exit codes, the most urgent one that is true:
@@ -32,8 +33,15 @@ def score(parser: ArgumentParser) -> Callable[[Namespace], int]:
     """Score photographs against a few normal ones: scores, heatmaps, a threshold, an HTML report."""
     parser.epilog = EXIT_CODES
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
-    parser.add_argument("--extractor", type=str, default=EMBEDDED, help=EXTRACTOR_HELP)
-    parser.add_argument("--revision", type=str | None, default=None, help="tag or commit of an extractor on the Hub")
+    parser.add_argument("--extractor", type=str, default=CHOICE["extractor"], help=EXTRACTOR_HELP)
+    parser.add_argument(
+        "--detector",
+        type=str | None,
+        default=None,
+        help="score with a fitted detector instead (adpretrain fit; a folder or org/name): --normal are then "
+        "photographs that it was not fitted on, and all of them calibrate",
+    )
+    parser.add_argument("--revision", type=str | None, default=None, help="tag or commit of what is on the Hub")
     parser.add_argument(
         "--weights", type=str | None, default=None, help="local file of the backbone's weights, without network"
     )
@@ -61,12 +69,17 @@ def score(parser: ArgumentParser) -> Callable[[Namespace], int]:
     parser.add_argument(
         "--references",
         type=Literal["even", "random", "kmeans", "aligned"],
-        default="even",
+        default=CHOICE["references"],
         help="which normal photographs become references: evenly spaced by name, drawn with --seed, spread over "
         "k-means clusters, or the best aligned ones for every image (parts that do not lie in one place)",
     )
-    parser.add_argument("--shots", type=int, default=16, help="number of references K at most; the others calibrate")
-    parser.add_argument("--seed", type=int, default=0, help="of --references random and kmeans")
+    parser.add_argument(
+        "--shots",
+        type=int,
+        default=CHOICE["shots"],
+        help="number of references K at most; the others calibrate",
+    )
+    parser.add_argument("--seed", type=int, default=CHOICE["seed"], help="of --references random and kmeans")
     parser.add_argument("--batch-size", type=int, default=16, help="images in memory at once")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument(
@@ -83,6 +96,8 @@ def _score(options: Namespace) -> int:
     from downstream.inspection.folder import score_folder
 
     out = Path(options.out)
+    if options.detector is not None:
+        _refuse(options)
     with ProgressBars() as progress, _hint(out):
         inspection = score_folder(
             options.extractor,
@@ -103,12 +118,20 @@ def _score(options: Namespace) -> int:
             weights=options.weights,
             revision=options.revision,
             resume=options.resume,
+            detector=options.detector,
         )
     if options.json:
         print(json.dumps(inspection.summary, allow_nan=False))
     else:
         print(describe(inspection))
     return inspection.exit_code
+
+
+def _refuse(options: Namespace) -> None:
+    """ValueError for options that choose references, which a fitted detector has or does not need."""
+    given = [f"--{name}" for name, default in CHOICE.items() if options[name] != default]
+    if given:
+        raise ValueError(f"{' and '.join(given)} cannot be given with --detector: it was fitted with its own")
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +22,8 @@ from numpy.typing import NDArray
 from adpretrain.extractor import ADExtractor
 from adpretrain.preprocess import Preprocess
 from downstream.aligned import AlignedFeatureNorm
-from downstream.calibration import Calibration, calibrate
+from downstream.calibration import Calibration, calibrate, percent
+from downstream.detector import Detector
 from downstream.featurenorm import FeatureNorm
 from downstream.inspection.choosing import ALIGNED, EVEN, METHODS, choose_references, read_all, readable
 from downstream.inspection.photos import (
@@ -70,19 +72,24 @@ class Options:
 DEFAULTS = Options()
 
 
+D = TypeVar("D", bound=Detector, covariant=True)
+
+
 @dataclass(frozen=True)
-class Basis:
+class Basis(Generic[D]):
     """What the normal photographs fix before the first image is scored."""
 
-    detector: FeatureNorm
+    detector: D
     preprocess: Preprocess
     device: torch.device
     calibration: Calibration | None
     threshold: float | None
     scale: ColourScale | None  # None with one reference only: a sample of the images must fix it
-    aspects: tuple[float, ...]  # width / height of the references
-    contrast: float  # of the references, the median
-    description: str  # of the extractor, for people
+    references: int
+    aspects: tuple[float, ...]  # width / height of the references, or of a fitted detector's normal photographs
+    contrast: float  # of the same photographs, the median
+    description: str  # of the extractor or detector, for people
+    score: str  # how a score comes from a heatmap, for people
     promise: tuple[str, ...]  # what there is to say about the threshold
     notes: tuple[str, ...]  # and about the photographs
 
@@ -100,7 +107,7 @@ def prepare(
     options: Options = DEFAULTS,
     exclude: Path | None = None,
     progress: Progress = silent,
-) -> Basis:
+) -> Basis[FeatureNorm]:
     """Fit the references in `normal`; calibrate on them and on the normal photographs in `extra`.
 
     Photographs that are not chosen as references calibrate. An unreadable reference is a ValueError (every score
@@ -130,7 +137,7 @@ def prepare_photos(
     further: Sequence[Path] = (),
     notes: Sequence[str] = (),
     progress: Progress = silent,
-) -> Basis:
+) -> Basis[FeatureNorm]:
     """`prepare` with references that are read already; the normal photographs in the files `further` calibrate too."""
     # A blank reference would match whatever is calm, and calibrate with a score beyond all others.
     references = readable(without_blank(references, max(photo.contrast for photo in references)))
@@ -146,7 +153,7 @@ def prepare_photos(
 
     warnings = [*_twins(references), *notes]
     contrast = statistics.median(photo.contrast for photo in references)
-    extra_scores, extra_maps, lost = _score_normals(detector, further, preprocess, device, contrast, options, progress)
+    extra_scores, extra_maps, lost = score_normals(detector, further, preprocess, device, contrast, options, progress)
     if lost:
         warnings.append(f"{len(lost)} calibration photograph(s) left out as unreadable, the first: {lost[0].reason}")
 
@@ -164,9 +171,11 @@ def prepare_photos(
         calibration=calibration,
         threshold=threshold,
         scale=ColourScale.from_normal_maps(np.concatenate(normal_maps), threshold) if normal_maps else None,
+        references=pool,
         aspects=tuple(photo.aspect for photo in references),
         contrast=contrast,
         description=_describe(extractor, detector, options),
+        score=f"the mean of the heatmap's highest {percent(detector.top)}",
         promise=promise(calibration, options),
         notes=tuple(warnings),
     )
@@ -194,8 +203,8 @@ def _further_normals(
     ]
 
 
-def _score_normals(
-    detector: FeatureNorm,
+def score_normals(
+    detector: Detector,
     paths: Sequence[Path],
     preprocess: Preprocess,
     device: torch.device,
@@ -217,7 +226,7 @@ def _score_normals(
 
 
 def predict_photos(
-    detector: FeatureNorm, photos: Sequence[Photo], device: torch.device
+    detector: Detector, photos: Sequence[Photo], device: torch.device
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Scores [B] and maps [B, S, S], both empty for an empty batch."""
     if not photos:

@@ -16,9 +16,9 @@ import torch
 from adpretrain import __version__
 from adpretrain.extractor import ADExtractor
 from adpretrain.files import atomic_path, sweep
-from adpretrain.hub import locate
-from downstream.calibration import percent
+from downstream.detector import Detector
 from downstream.inspection.basis import DEFAULTS, Basis, Options, Progress, prepare, silent
+from downstream.inspection.fitted import prepare_fitted
 from downstream.inspection.photos import HEATMAPS, find_images, printable
 from downstream.inspection.record import PART, Record, settings_of
 from downstream.inspection.report import Fact, rate_fact, write_report
@@ -34,6 +34,7 @@ from downstream.inspection.results import (
     write_summary,
 )
 from downstream.inspection.scoring import score_images
+from downstream.saving import locate_model
 
 # One meaning per code, the most urgent one that is true; --help repeats them.
 EXIT_FINE, EXIT_ANOMALY, EXIT_USAGE, EXIT_INCOMPLETE = 0, 1, 2, 3
@@ -85,10 +86,12 @@ def score_folder(
     weights: str | None = None,
     revision: str | None = None,
     resume: bool = False,
+    detector: str | os.PathLike[str] | None = None,
 ) -> Inspection:
     """Score every image below `images` against the normal photographs in `normal`.
 
-    `extractor`, `weights`, `revision`: as in `ADExtractor.from_pretrained`.
+    `extractor`, `weights`, `revision`: as in `ADExtractor.from_pretrained`. `detector`: a fitted one (a folder, or
+    "org/name" on the Hub) that scores instead; the normal photographs, which it must not have seen, calibrate it.
 
     Writes out/scores.csv, out/heatmaps/*.png, out/report.html and out/summary.json (last: it marks a complete
     run). Until then out/scores.part.jsonl says what is scored so far; with `resume` a run that was interrupted goes on
@@ -101,37 +104,52 @@ def score_folder(
     _make_writable(out)
     started = time.perf_counter()
     where = pick_device(device)
-    folder = locate(extractor, revision).folder
-    model = ADExtractor.from_pretrained(folder, where, weights)
+    folder = locate_model(detector or extractor, revision=revision).folder
     extra = find_images(calibration, exclude=out) if calibration else []
     normals = find_images(normal, exclude=out)
     settings = settings_of(folder, where, normals, extra, options)
     record = Record(out, settings, resume)
-    basis = prepare(model, where, normal, calibration, options, exclude=out, progress=progress)
+    given = where, normal, calibration, options, out
+    basis: Basis[Detector]
+    if detector is None:
+        basis = prepare(ADExtractor.from_pretrained(folder, where, weights), *given, progress)
+    else:
+        basis = prepare_fitted(folder, *given, weights, progress)
     if not record.goes_on:
         remove_earlier_heatmaps(out, (SUMMARY, PART))
     (out / SUMMARY).unlink(missing_ok=True)
     with record:
         results, more_warnings = score_images(basis, images, paths, record, options.batch_size, progress)
     warnings = [*basis.warnings, *more_warnings, *_known(paths, [*normals, *extra])]
-    summary = _summary(extractor, normal, images, basis, options, results, warnings)
+    kind, name = ("extractor", extractor) if detector is None else ("detector", detector)
+    summary: dict[str, Any] = {kind: printable(name), "normal": printable(normal), "images_folder": printable(images)}
+    summary |= _summary(basis, options, results, warnings)
     summary["seconds"] = round(time.perf_counter() - started, 3)
-    write_scores(out / "scores.csv", results)
+    done = Inspection(results, summary, out)
+    facts = [*_facts(basis, options, results), Fact(kind.capitalize(), printable(name), basis.description)]
+    _write(done, basis, f"Inspection of {images.resolve().name}", facts, warnings)
+    record.finish()
+    return done
+
+
+def _write(
+    done: Inspection, basis: Basis[Detector], title: str, facts: Sequence[Fact], warnings: Sequence[str]
+) -> None:
+    """The files of a finished run, summary.json last."""
+    write_scores(done.out / "scores.csv", done.results)
     made = f"Made by adpretrain {__version__} on {time.strftime('%Y-%m-%d %H:%M')}."
     write_report(
-        out / "report.html",
-        results,
-        title=f"Inspection of {images.resolve().name}",
-        where=f"{printable(images)} compared with {printable(normal)}",
-        facts=_facts(extractor, basis, options, results),
+        done.out / "report.html",
+        done.results,
+        title=title,
+        where=f"{done.summary['images_folder']} compared with {done.summary['normal']}",
+        facts=facts,
         warnings=warnings,
         threshold=basis.threshold,
         normal_scores=basis.calibration.scores if basis.calibration else (),
         footer=f"{made} All numbers are in scores.csv.",
     )
-    write_summary(out / SUMMARY, summary)
-    record.finish()
-    return Inspection(results, summary, out)
+    write_summary(done.out / SUMMARY, done.summary)
 
 
 def _make_writable(out: Path) -> None:
@@ -155,23 +173,14 @@ def _known(paths: Sequence[Path], normals: Sequence[Path]) -> list[str]:
 
 
 def _summary(
-    extractor: str | os.PathLike[str],
-    normal: Path,
-    images: Path,
-    basis: Basis,
-    options: Options,
-    results: Sequence[Result],
-    warnings: Sequence[str],
+    basis: Basis[Detector], options: Options, results: Sequence[Result], warnings: Sequence[str]
 ) -> dict[str, Any]:
     calibration = basis.calibration
     promised = calibration if options.threshold is None else None
     return {
-        "extractor": printable(extractor),
-        "normal": printable(normal),
-        "images_folder": printable(images),
-        "references": len(basis.aspects),
-        "reference_choice": options.references,
-        "shots": options.shots,
+        "references": basis.references,
+        "reference_choice": options.references if basis.references else None,
+        "shots": options.shots if basis.references else None,
         "threshold": basis.threshold,
         "threshold_from": "user" if options.threshold is not None else "calibration" if calibration else None,
         "asked_false_alarm_rate": options.false_alarm_rate,
@@ -186,12 +195,12 @@ def _summary(
     }
 
 
-def _facts(extractor: str | os.PathLike[str], basis: Basis, options: Options, results: Sequence[Result]) -> list[Fact]:
+def _facts(basis: Basis[Detector], options: Options, results: Sequence[Result]) -> list[Fact]:
     calibration = basis.calibration if options.threshold is None else None
     threshold = "none" if basis.threshold is None else f"{basis.threshold:.4g}"
     origin = "given by the user" if options.threshold is not None else "from normal photographs only"
     # Why a heatmap can be outlined where the verdict is normal.
-    origin += f"; a score is the mean of the heatmap's highest {percent(basis.detector.top)}"
+    origin += f"; a score is {basis.score}"
     calibrated = len(basis.calibration.scores) if basis.calibration else 0
     return [
         Fact(
@@ -207,8 +216,7 @@ def _facts(extractor: str | os.PathLike[str], basis: Basis, options: Options, re
         ),
         Fact(
             "Normal photographs",
-            str(len(basis.aspects)),
-            f"as references; {calibrated} calibrate the threshold",
+            str(basis.references or calibrated),
+            f"as references; {calibrated} calibrate the threshold" if basis.references else "calibrate the threshold",
         ),
-        Fact("Extractor", printable(extractor), basis.description),
     ]

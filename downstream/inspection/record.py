@@ -21,7 +21,7 @@ import torch
 from typing_extensions import Self
 
 from adpretrain import __version__
-from adpretrain.artefact import folder_digest
+from adpretrain.artefact import CONFIG_NAME, WEIGHTS_NAME
 from downstream.inspection.basis import Options
 from downstream.inspection.photos import relative_name
 from downstream.inspection.results import Result
@@ -32,17 +32,23 @@ Stamp = tuple[str, int, int]  # an image's name below its folder, bytes, and tim
 
 
 def settings_of(
-    extractor: Path, device: torch.device, normal: Sequence[Path], calibration: Sequence[Path], options: Options
+    model: Path, device: torch.device, normal: Sequence[Path], calibration: Sequence[Path], options: Options
 ) -> dict[str, Any]:
-    """Everything that the scores depend on besides the images: extractor folder, photographs by content, options."""
+    """Everything that the scores depend on besides the images: the folder of an extractor or a fitted detector,
+    photographs by content, options."""
     return {
         "library": f"adpretrain {__version__}, torch {torch.__version__}",
-        "extractor": folder_digest(extractor),
+        "extractor or detector": _digest(_files(model)),
         "device": str(device),
         "normal photographs": _digest(normal),
         "calibration photographs": _digest(calibration),
         **dataclasses.asdict(options),
     }
+
+
+def _files(model: Path) -> list[Path]:
+    """Configuration and weights, of a detector's parts too."""
+    return sorted(path for path in model.rglob("*") if path.name in (CONFIG_NAME, WEIGHTS_NAME))
 
 
 def _digest(paths: Sequence[Path]) -> str:
@@ -66,7 +72,7 @@ def stamp(root: Path, path: Path) -> Stamp:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """A scored batch: its results, and how many images have a shape that no reference has."""
+    """A scored batch: its results, and how many images have a shape unlike the normal photographs'."""
 
     results: tuple[Result, ...]
     odd_shapes: int = 0

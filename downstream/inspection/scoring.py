@@ -149,10 +149,10 @@ def is_odd(aspect: float, aspects: Sequence[float]) -> bool:
 
 
 def shape_warning(odd: int, total: int) -> list[str]:
-    """What to say when `odd` of `total` images have a shape that no reference has."""
+    """What to say when `odd` of `total` images have a shape unlike the normal photographs'."""
     if not odd:
         return []
     return [
-        f"{odd} of {total} images have a shape (width:height) that no reference has. Every photograph is "
+        f"{odd} of {total} images have a shape (width:height) unlike the normal photographs'. Every photograph is "
         "squeezed to the same square, so a difference in shape looks like an anomaly: crop them alike."
     ]

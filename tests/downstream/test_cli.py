@@ -375,3 +375,14 @@ def test_aligned_references_calibrate_on_the_whole_pool(
     assert "the 2 best aligned references for every image" in (scene[3] / "report.html").read_text()
     assert score(*scene, "--references", "nearest") == 2
     assert "kmeans" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    """As in `adpretrain info embedded | head -1`, but for sure: nobody reads."""
+    command = [sys.executable, "-m", "downstream.cli", "info", "embedded"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
