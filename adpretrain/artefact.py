@@ -198,9 +198,14 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def folder_digest(folder: Path) -> str:
-    """SHA-256 of a saved model's configuration and weights: which one some numbers were measured with."""
+    """SHA-256 of a saved model's configuration and weights: which one some numbers were measured with.
+
+    Raises ValueError if one of the two is no file.
+    """
     found = hashlib.sha256()
     for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (folder / name).is_file():  # a pipe would wait for ever
+            raise ValueError(f"{folder} has no file {name}: expected a folder written by ADExtractor.save_pretrained")
         found.update((folder / name).read_bytes())
     return found.hexdigest()
 

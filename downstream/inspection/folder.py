@@ -104,10 +104,11 @@ def score_folder(
     _make_writable(out)
     started = time.perf_counter()
     where = pick_device(device)
-    folder = locate_model(detector or extractor, revision=revision).folder
+    kind, name = ("extractor", extractor) if detector is None else ("detector", detector)
+    folder = locate_model(name, revision=revision).folder
     extra = find_images(calibration, exclude=out) if calibration else []
     normals = find_images(normal, exclude=out)
-    settings = settings_of(folder, where, normals, extra, options)
+    settings = settings_of(kind, folder, where, normals, extra, options)
     record = Record(out, settings, resume)
     given = where, normal, calibration, options, out
     basis: Basis[Detector]
@@ -121,7 +122,6 @@ def score_folder(
     with record:
         results, more_warnings = score_images(basis, images, paths, record, options.batch_size, progress)
     warnings = [*basis.warnings, *more_warnings, *_known(paths, [*normals, *extra])]
-    kind, name = ("extractor", extractor) if detector is None else ("detector", detector)
     summary: dict[str, Any] = {kind: printable(name), "normal": printable(normal), "images_folder": printable(images)}
     summary |= _summary(basis, options, results, warnings)
     summary["seconds"] = round(time.perf_counter() - started, 3)

@@ -32,13 +32,13 @@ Stamp = tuple[str, int, int]  # an image's name below its folder, bytes, and tim
 
 
 def settings_of(
-    model: Path, device: torch.device, normal: Sequence[Path], calibration: Sequence[Path], options: Options
+    kind: str, model: Path, device: torch.device, normal: Sequence[Path], calibration: Sequence[Path], options: Options
 ) -> dict[str, Any]:
-    """Everything that the scores depend on besides the images: the folder of an extractor or a fitted detector,
-    photographs by content, options."""
+    """Everything that the scores depend on besides the images: the folder of an "extractor" or "detector", photographs
+    by content, options."""
     return {
         "library": f"adpretrain {__version__}, torch {torch.__version__}",
-        "extractor or detector": _digest(_files(model)),
+        kind: _digest(_files(model)),
         "device": str(device),
         "normal photographs": _digest(normal),
         "calibration photographs": _digest(calibration),
@@ -47,17 +47,18 @@ def settings_of(
 
 
 def _files(model: Path) -> list[Path]:
-    """Configuration and weights, of a detector's parts too."""
-    return sorted(path for path in model.rglob("*") if path.name in (CONFIG_NAME, WEIGHTS_NAME))
+    """Configuration and weights, of a detector's parts too; not pipes and devices, which never end."""
+    return sorted(path for path in model.rglob("*") if path.name in (CONFIG_NAME, WEIGHTS_NAME) and path.is_file())
 
 
 def _digest(paths: Sequence[Path]) -> str:
     found = hashlib.sha256()
     for path in paths:  # names too: they choose the references
-        content = b""
-        with contextlib.suppress(OSError):  # reported with its name when it is read as a photograph
-            content = path.read_bytes()
-        found.update(os.fsencode(path.name) + b"\0" + hashlib.sha256(content).digest())
+        content = hashlib.sha256()
+        with contextlib.suppress(OSError), path.open("rb") as file:  # reported with its name when it is used
+            while piece := file.read(1 << 20):  # a PatchCore bank may have gigabytes
+                content.update(piece)
+        found.update(os.fsencode(path.name) + b"\0" + content.digest())
     return found.hexdigest()
 
 

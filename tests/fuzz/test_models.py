@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_images import HOW, mutated
 
+from adpretrain.artefact import folder_digest
 from adpretrain.backbones import load_backbone
 from adpretrain.config import ProjectorConfig
 from adpretrain.extractor import ADExtractor, build_projector
@@ -261,6 +262,14 @@ def test_damage_of_a_kind(models: dict[str, Path], name: str, damage: Callable[[
     load(damaged_copy(models, name, damage), name)
 
 
+@pytest.mark.parametrize("damage", [pipe, pipe_config])
+def test_a_pipe_has_no_digest(models: dict[str, Path], damage: Callable[[Path], None]) -> None:
+    assert len(folder_digest(models["extractor"])) == 64
+    folder = damaged_copy(models, "extractor", damage)
+    with pytest.raises(ValueError, match=f"{folder} has no file"):
+        folder_digest(folder)
+
+
 def test_members_that_are_links_are_refused(models: dict[str, Path]) -> None:
     """64 members, each of them the folder itself, would be loaded for ever."""
 
@@ -278,10 +287,13 @@ def test_members_that_are_links_are_refused(models: dict[str, Path]) -> None:
     assert main(["info", str(folder)]) == 2
 
 
-def test_one_line_and_exit_code_2(models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for damage in (huge_header, pipe, deep, endless):
-        folder = damaged_copy(models, "extractor", damage)
-        where = [f"--normal={tmp_path}", f"--images={tmp_path}", f"--out={tmp_path}/out", f"--extractor={folder}"]
+@pytest.mark.parametrize(("option", "name"), [("extractor", "extractor"), ("detector", "patchcore")])
+def test_one_line_and_exit_code_2(
+    models: dict[str, Path], option: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for damage in (huge_header, pipe, pipe_config, deep, endless):
+        folder = damaged_copy(models, name, damage)
+        where = [f"--normal={tmp_path}", f"--images={tmp_path}", f"--out={tmp_path}/out", f"--{option}={folder}"]
         (tmp_path / "a.png").write_bytes(b"")
         assert main(["score", *where]) == 2
         said = capsys.readouterr().err
