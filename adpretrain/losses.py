@@ -154,7 +154,7 @@ def norm_loss(
     # Where an anomalous token is already outside r' its term is 0; clamping d first keeps e^d finite there.
     gap_N = torch.where(anomalous_N, radius + margin - norm_N, norm_N - radius)
     active_N = ~anomalous_N | (gap_N >= 0)
-    return (_contraction(gap_N.where(active_N, 0.0)) * active_N).sum() / tokens
+    return (_contraction(gap_N.where(active_N, 0.0)) * active_N).sum() / max(tokens, 1)
 
 
 def _detached_contraction(excess_N: Tensor) -> Tensor:

@@ -173,6 +173,15 @@ def test_a_batch_of_one_label_has_no_angle_loss_and_a_finite_norm_loss(form: str
 
 
 @pytest.mark.parametrize("form", ["paper", "released"])
+def test_no_tokens_have_no_loss(form: str) -> None:
+    nobody = torch.zeros(0, 8, dtype=torch.float64, requires_grad=True)
+    label = torch.zeros(0, dtype=torch.bool)
+    loss = norm_loss(nobody, label, form=form) + angle_loss(nobody, nobody, label, torch.zeros(8), form=form)
+    loss.backward()
+    assert loss == 0
+
+
+@pytest.mark.parametrize("form", ["paper", "released"])
 @pytest.mark.parametrize("scale", [0.0, 1e4, 1e15])
 def test_anomalous_tokens_of_any_norm_give_finite_losses_and_gradients(form: str, scale: float) -> None:
     first, second, label, center = (x.float() if x.is_floating_point() else x for x in views(50, 8, 10))
