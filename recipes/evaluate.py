@@ -32,7 +32,7 @@ from downstream.table import DETECTORS
 from downstream.terminal import tell_memory
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     data = parser.add_argument_group("data and networks")
     data.add_argument("--dataset", default="auto", help=f"layout: auto, {', '.join(DATASETS)}")
@@ -80,7 +80,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     few.add_argument("--per-defect", action="store_true", help="also a table for every kind of defect")
     few.add_argument("--panels", type=Path, help="folder for a picture of the median-scored image of every defect")
     few.add_argument("--json", type=Path, help="write every single result to this file")
+    return parser
 
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options; those that do not go together end the program with a message."""
+    parser = _parser()
     options = parser.parse_args(argv)
     given = sys.argv[1:] if argv is None else argv
     options.command = shlex.join(["accelerate", "launch", "recipes/evaluate.py", *given])  # kept beside its numbers
