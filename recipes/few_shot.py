@@ -142,7 +142,7 @@ def show(results: Sequence[Result], options: argparse.Namespace, console: Consol
     for defect in defects:
         shown = [result for result in results if result.defect == defect]
         products = len({result.product for result in shown})
-        title = f"{products} product(s), defects: {escape(defect)}, mean over {options.draws} reference draw(s), in %"
+        title = f"{products} product(s), defects: {escape(defect)}, mean of {options.draws} draw(s), in %"
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
         for column in ("K", "features", "image AUROC", "pixel AUROC", "AUPRO"):
             table.add_column(column, justify="left" if column == "features" else "right")
