@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,18 @@ from adpretrain.backbones import FeatureMaps, References
 from adpretrain.config import ReferencesConfig
 from adpretrain.data.loading import ImageBatch, ImageSource, Request, Requests, load_ahead
 from adpretrain.data.pairs import PretrainingSet, StepBatches, token_labels
+from adpretrain.device import upload
 from adpretrain.extractor import ADExtractor
 from adpretrain.files import atomic_path
-from adpretrain.residual import tokens
+from adpretrain.residual import as_map, residual_tokens, tokens
 
 
 @dataclass(frozen=True)
 class ResidualBatch:
     """Residuals of B images.
 
-    ``views``: V lists of L levels [B, C_l, H_l, W_l]; ``masks``: bool [B, S, S]; ``keys``: (epoch, index) of each;
+    ``views``: V lists of L levels [B, C_l, H_l, W_l]; ``masks``: bool [B, S, S], on the host, where labels are counted
+    without waiting for the device; ``keys``: (epoch, index) of each;
     ``contexts``: for cross attention, (b, residuals of the references) of consecutive images with equal K, L levels of
     [b, K * T_l, C_l]; else empty. ``encoded``: images that went through the backbone.
     """
@@ -53,14 +55,14 @@ def encode(extractor: ADExtractor, pixels: Tensor) -> FeatureMaps:
     return [torch.cat(level) for level in zip(*encoded, strict=True)]
 
 
-@torch.no_grad()
 def encode_batch(
     extractor: ADExtractor,
     batch: ImageBatch,
     features: dict[Any, list[Tensor]],
     watch: Callable[[str], object] = lambda phase: None,
 ) -> ResidualBatch:
-    """A batch of images -> residuals of every view against each image's own references.
+    """A batch of images -> residuals of every view against each image's own references, with gradients of the views
+    where the backbone is not frozen.
 
     ``features``: of photographs by name, L levels [T_l, C_l]; those of the batch are added. A photograph is encoded
     with those of its unit, so that its features never depend on which others were known already.
@@ -72,34 +74,53 @@ def encode_batch(
     for name in batch.forget:
         del features[name]
     for names, pixels in batch.units:
-        unit = [tokens(level) for level in encode(extractor, pixels)]
+        with torch.no_grad():
+            unit = [tokens(level) for level in encode(extractor, pixels)]
         features.update({name: [level[row] for level in unit] for row, name in enumerate(names)})
     watch("matching")
-    parts, contexts = [], []
-    start = 0
-    for images, chosen in batch.sets:
-        stop = start + images * views
-        queries = [level[start:stop] for level in encoded]
-        banks = [torch.cat(level)[None] for level in zip(*(features[name] for name in chosen), strict=True)]
-        scales = extractor.scales(queries, banks)
-        parts.append(extractor.residuals(queries, banks, scales))
-        if extractor.projector is not None and extractor.projector.needs_reference_residuals:
-            contexts.append((images, extractor.reference_residuals(banks, len(chosen), scales)))
-        start = stop
-    residuals = [torch.cat(level).unflatten(0, (count, views)) for level in zip(*parts, strict=True)]
-    by_view = [[level[:, view] for level in residuals] for view in range(views)]
+    residuals, contexts = _match(extractor, batch, encoded, features)
+    levels = [level.unflatten(0, (count, views)) for level in residuals]
+    by_view = [[level[:, view] for level in levels] for view in range(views)]
     seen = count * views + sum(len(names) for names, _ in batch.units)
-    return ResidualBatch(by_view, batch.masks, batch.keys, _stacked(contexts), seen)
+    return ResidualBatch(by_view, batch.masks, batch.keys, contexts, seen)
 
 
-def _stacked(contexts: list[tuple[int, References]]) -> list[tuple[int, References]]:
-    """Contexts of images with equal K as one, an image's own in each row."""
-    stacked = []
-    for _, group in groupby(contexts, key=lambda context: context[1][0].shape[1]):
-        same = list(group)
-        levels = zip(*([level.expand(images, -1, -1) for level in context] for images, context in same), strict=True)
-        stacked.append((sum(images for images, _ in same), [torch.cat(level) for level in levels]))
-    return stacked
+def _match(
+    extractor: ADExtractor, batch: ImageBatch, encoded: FeatureMaps, features: Mapping[Any, list[Tensor]]
+) -> tuple[FeatureMaps, list[tuple[int, References]]]:
+    """Residuals of all views, in order, and the contexts of `ResidualBatch`. Images with equally many references are
+    matched together, one batched product a level, however many they are."""
+    if extractor.config.matching == "none":
+        return encoded, []
+    crossed = extractor.projector is not None and extractor.projector.needs_reference_residuals
+    parts, contexts, start, views = [], [], 0, batch.views.shape[1]
+    for (images, shots), group in groupby(batch.sets, key=lambda each: (each[0], len(each[1]))):
+        chosen = [names for _, names in group]
+        stop = start + len(chosen) * images * views
+        queries = [level[start:stop] for level in encoded]
+        rows = [torch.stack([features[name][level] for name in chain(*chosen)]) for level in range(len(queries))]
+        banks = [row.unflatten(0, (len(chosen), shots)).flatten(1, 2) for row in rows]
+        scales = extractor.scales(queries, banks)
+        parts.append(_matched(extractor, queries, banks, scales))
+        if crossed:
+            context = extractor.reference_residuals(banks, shots, scales)
+            contexts.append((len(chosen) * images, [level.repeat_interleave(images, 0) for level in context]))
+        start = stop
+    return [torch.cat(level) for level in zip(*parts, strict=True)], contexts
+
+
+def _matched(
+    extractor: ADExtractor, queries: FeatureMaps, banks: References, scales: list[Tensor] | None
+) -> FeatureMaps:
+    """Residuals [n, C_l, H_l, W_l] of n images against R banks, each the bank of n / R images that follow each other:
+    one batched product a level, however many images there are."""
+    out = []
+    for level, (query_nCHW, bank_RNC) in enumerate(zip(queries, banks, strict=True)):
+        query_RQC = tokens(query_nCHW).reshape(bank_RNC.shape[0], -1, query_nCHW.shape[1])
+        scale = None if scales is None else scales[level]
+        residual = residual_tokens(query_RQC, bank_RNC, extractor.config.matching, scale_RN=scale)
+        out.append(as_map(residual.view(query_nCHW.shape[0], -1, query_nCHW.shape[1]), query_nCHW))
+    return out
 
 
 class OnlineBatches:
@@ -223,7 +244,7 @@ class CachedBatches:
             draw = torch.tensor([epoch % self.draws for epoch, _ in keys])
             chosen = [level[rows, draw].to(self.device, torch.get_default_dtype()) for level in self.levels]
             views = [[level[:, view] for level in chosen] for view in range(self.views)]
-            yield ResidualBatch(views, self.masks[rows].to(self.device), keys, [])
+            yield ResidualBatch(views, self.masks[rows], keys, [])
 
 
 def _load(path: Path) -> dict[str, Tensor] | None:
@@ -235,8 +256,8 @@ def _load(path: Path) -> dict[str, Tensor] | None:
 
 @dataclass(frozen=True)
 class LabelledBatch:
-    """What the losses see: ``views`` and ``contexts`` as in `ResidualBatch`; labels for the norm loss and for the angle
-    loss, L levels of bool [B, H_l, W_l]."""
+    """What the losses see: ``views`` and ``contexts`` as in `ResidualBatch`; ``labels`` for the norm loss and
+    ``angle_labels`` for the angle loss, L levels of bool [B, H_l, W_l], on the host."""
 
     views: list[FeatureMaps]
     labels: list[Tensor]
@@ -244,12 +265,13 @@ class LabelledBatch:
     contexts: list[tuple[int, References]]
 
 
-def label(batch: ResidualBatch, rule: str = "nearest", pixels: int = 32) -> LabelledBatch:
-    """Token labels of every level: nearest for the norm loss, by ``rule`` for the angle loss."""
+def label(
+    batch: ResidualBatch, norm_rule: str = "center", angle_rule: str = "center", pixels: int = 32
+) -> LabelledBatch:
+    """Token labels of every level for the norm loss and for the angle loss, by the rules of `token_labels`."""
     grids = [(int(level.shape[2]), int(level.shape[3])) for level in batch.views[0]]
-    nearest = [token_labels(batch.masks, grid) for grid in grids]
-    angle = nearest if rule == "nearest" else [token_labels(batch.masks, grid, rule, pixels) for grid in grids]
-    return LabelledBatch(batch.views, nearest, angle, batch.contexts)
+    made = {rule: [token_labels(batch.masks, grid, rule, pixels) for grid in grids] for rule in {norm_rule, angle_rule}}
+    return LabelledBatch(batch.views, made[norm_rule], made[angle_rule], batch.contexts)
 
 
 def thin(batch: LabelledBatch, keys: Sequence[tuple[int, int]], count: int, seed: int) -> LabelledBatch:
@@ -266,12 +288,12 @@ def thin(batch: LabelledBatch, keys: Sequence[tuple[int, int]], count: int, seed
         if size <= count:
             chosen = torch.arange(size).expand(len(keys), -1)
         else:
-            on_host = zip(marked.flatten(1).cpu(), keys, strict=True)  # one transfer for all images
-            chosen = torch.stack([_choose(marked_T, count, (seed, *key, level)) for marked_T, key in on_host])
-        chosen = chosen.to(marked.device)
+            pairs = zip(marked.flatten(1), keys, strict=True)
+            chosen = torch.stack([_choose(marked_T, count, (seed, *key, level)) for marked_T, key in pairs])
+        there = upload(chosen, batch.views[0][level].device)
         for kept, view in zip(views, batch.views, strict=True):
             flat = view[level].flatten(2)
-            kept.append(flat.gather(2, chosen[:, None].expand(-1, flat.shape[1], -1))[:, :, None])
+            kept.append(flat.gather(2, there[:, None].expand(-1, flat.shape[1], -1))[:, :, None])
         labels.append(marked.flatten(1).gather(1, chosen)[:, None])
         angle_labels.append(batch.angle_labels[level].flatten(1).gather(1, chosen)[:, None])
     return replace(batch, views=views, labels=labels, angle_labels=angle_labels)

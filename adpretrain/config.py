@@ -15,7 +15,10 @@ LEAST = {
     **dict.fromkeys(["optim.batch_size", "optim.epochs", "eval.shots", "cache.threads"], 1),
     **dict.fromkeys(["references.together", "references.refresh", "checkpoint_every", "log_every"], 1),
     **dict.fromkeys(["data.workers", "data.reservoir_mb", "references.pool", "references.cache_mb"], 0),
-    **dict.fromkeys(["loss.lambda_", "loss.radius", "loss.margin", "loss.token_pixels", "projector.mlp_ratio"], 0),
+    **dict.fromkeys(
+        ["loss.lambda_", "loss.norm_weight", "loss.radius", "loss.margin", "loss.token_pixels", "projector.mlp_ratio"],
+        0,
+    ),
     **dict.fromkeys(["optim.lr", "optim.weight_decay", "optim.steps", "optim.clip", "eval.every"], 0),
     **dict.fromkeys(["cache.draws", "cache.seed", "tokens", "seed"], 0),
 }
@@ -121,32 +124,40 @@ class ReferencesConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Eq. 2-7 of ADPretrain.
+    """Eq. 2-7 of ADPretrain. The defaults are the paper's; recipes/configs/released has the authors' run.
 
     Args:
         lambda_: weight of the angle loss; 0 leaves it out.
+        norm_weight: weight of the norm loss; 0 leaves it out (the ablation of Tab. 2a).
         temperature: tau of the angle loss.
         radius: r of the norm loss.
         margin: delta r of the norm loss.
         angle_form: anchors of the first view (paper) or of both (released).
         norm_form: Eq. 6 (paper) or the authors' code (released).
-        center: the angle's origin c: "residual" = mean of the unprojected normal residuals, measured before training
-            (the released code); "projected" = running mean of the projected normal features (the paper's text).
-        token_label: a token is anomalous if its nearest mask pixel is ("nearest"), or if more than
-            ``token_pixels`` pixels of its patch are ("pixels", the released angle loss at 224 px).
-        token_pixels: the count for "pixels".
+        total_form: Eq. 7 (paper), or its terms summed, which is twice as much (released).
+        center: the angle's origin c: "residual" = mean of the unprojected residuals of all normal images, measured
+            before training, unaugmented, with up to 4 references each (the released code); "projected" = running mean
+            of the projected normal features (the paper's text).
+        norm_label: which tokens the norm loss takes for anomalous: those whose mask is marked at the "center" of the
+            patch, or at its top left corner ("nearest", the released norm loss), or those with more than
+            ``token_pixels`` marked "pixels" (the released angle loss).
+        angle_label: the same for the angle loss.
+        token_pixels: the count for "pixels", at 224 px.
         cross_process: the angle loss takes its negatives from the batches of all processes, as if one process had the
             whole batch; false = each process from its own batch only, which sends nothing.
     """
 
     lambda_: float = 1.0
+    norm_weight: float = 1.0
     temperature: float = 0.15
     radius: float = 0.4
     margin: float = 0.75
     angle_form: Literal["paper", "released"] = "paper"
     norm_form: Literal["paper", "released"] = "paper"
+    total_form: Literal["paper", "released"] = "paper"
     center: Literal["residual", "projected"] = "residual"
-    token_label: Literal["nearest", "pixels"] = "nearest"
+    norm_label: Literal["center", "nearest", "pixels"] = "center"
+    angle_label: Literal["center", "nearest", "pixels"] = "center"
     token_pixels: int = 32
     cross_process: bool = True
 
@@ -157,7 +168,10 @@ class OptimConfig:
 
     Args:
         lr: learning rate.
-        weight_decay: L2 penalty of Adam.
+        weight_decay: L2 penalty of Adam. On float32 weights it erases the learnable references, whose gradient is far
+            smaller than the penalty's; the paper names none.
+        weights: precision of the projector's own weights while it is trained. The released run has bfloat16, whose
+            coarse steps hide the decay from all but the smallest weights; it needs precision bf16.
         batch_size: images per process and step (two views each).
         epochs: passes over the set.
         steps: number of steps; 0 = as many as ``epochs`` make.
@@ -168,6 +182,7 @@ class OptimConfig:
 
     lr: float = 1e-4
     weight_decay: float = 0.0
+    weights: Literal["float32", "bfloat16"] = "float32"
     batch_size: int = 32
     epochs: int = 10
     steps: int = 0
@@ -218,7 +233,10 @@ class PretrainConfig:
         run: folder of the run; the same command in the same folder resumes.
         shots: numbers of references K drawn from, per image.
         references: draws shared by several images, or from a pool whose features are kept.
-        matching: nearest reference by "l2" (paper) or "cosine" (released code).
+        matching: nearest reference by "l2" (paper) or "cosine" (released code); "none" = the features themselves,
+            without references (the ablation of Tab. 2a).
+        learns: the "projector" on a frozen backbone, or the "backbone" itself, without a projector (the ablation of
+            Tab. 2a, which the paper and its own results advise against).
         conditioning: remove drift between photographs and scale channels and residuals (`adpretrain.conditioning`).
         augment: "epoch" draws new views every epoch; "once" keeps each image's first two views; "none" has one plain
             view (no angle loss).
@@ -241,7 +259,8 @@ class PretrainConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     shots: list[int] = field(default_factory=lambda: [1, 4, 8])
     references: ReferencesConfig = field(default_factory=ReferencesConfig)
-    matching: Literal["l2", "cosine"] = "l2"
+    matching: Literal["l2", "cosine", "none"] = "l2"
+    learns: Literal["projector", "backbone"] = "projector"
     conditioning: bool = False
     augment: Literal["epoch", "once", "none"] = "epoch"
     cache: CacheConfig = field(default_factory=CacheConfig)
@@ -279,5 +298,21 @@ class PretrainConfig:
             raise ValueError("cache.draws keeps each view once: set augment to 'once' or 'none'")
         if self.cache.draws and "cross" in self.projector.architecture:
             raise ValueError("cross attention needs the references themselves: set cache.draws to 0")
+        if self.matching == "none" and (
+            self.cache.draws or self.conditioning or "cross" in self.projector.architecture
+        ):
+            raise ValueError(
+                "matching 'none' has no references: leave out cache.draws, conditioning and cross attention, or choose "
+                "l2 or cosine"
+            )
+        if self.learns == "backbone" and (self.cache.draws or self.references.pool or self.conditioning):
+            raise ValueError(
+                "learns 'backbone' changes the features at every step: leave out cache.draws, references.pool and "
+                "conditioning"
+            )
+        if self.optim.weights == "bfloat16" and self.optim.precision != "bf16":
+            raise ValueError(f"optim.weights bfloat16 needs optim.precision bf16, not {self.optim.precision!r}")
+        if not self.loss.lambda_ and not self.loss.norm_weight:
+            raise ValueError("loss.lambda_ and loss.norm_weight are both 0: nothing would be learnt")
         if self.augment == "none" and self.loss.lambda_:
             raise ValueError("augment 'none' has no second view for the angle loss: set loss.lambda_ to 0")

@@ -10,6 +10,7 @@ Shapes: W processes, Q rows of this process, A rows of all of them, D channels.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -21,8 +22,27 @@ Group = dist.ProcessGroup | None
 
 
 def processes(group: Group) -> int:
-    """How many there are."""
+    """The number of processes in a group."""
     return 1 if group is None else dist.get_world_size(group)
+
+
+@functools.cache
+def _on_the_host(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """The same processes, whose messages pass through the host's memory: no device is waited for."""
+    if dist.get_backend(group) == "gloo":
+        return group
+    made = dist.new_group(dist.get_process_group_ranks(group), backend="gloo")
+    assert isinstance(made, dist.ProcessGroup)  # this process is one of them
+    return made
+
+
+def everyone(numbers: Sequence[int], group: Group) -> list[list[int]]:
+    """A few whole numbers of every process, in the order of their ranks. Only hosts wait for each other."""
+    if group is None:
+        return [list(numbers)]
+    found = [torch.empty(len(numbers), dtype=torch.int64) for _ in range(processes(group))]
+    dist.all_gather(found, torch.tensor(numbers, dtype=torch.int64), group=_on_the_host(group))
+    return torch.stack(found).tolist()
 
 
 @torch.no_grad()
@@ -37,24 +57,16 @@ def smallest(value: Tensor, group: Group) -> Tensor:
     return value if group is None else _reduced(value, dist.ReduceOp.MIN, group)
 
 
-def total_counts(counts: Sequence[int], device: torch.device, group: Group) -> list[int]:
-    """Sums of whole numbers; the device is not waited for in a run of one process."""
-    return list(counts) if group is None else total(torch.tensor(counts, device=device), group).tolist()
-
-
-def gather_rows(rows_QD: Tensor, group: Group) -> tuple[Tensor, slice]:
+def gather_rows(rows_QD: Tensor, counts: Sequence[int], group: Group) -> tuple[Tensor, slice]:
     """Rows of all processes [A, D], in the order of their ranks, and where this one's lie; gradients flow back.
 
-    The processes may hold different numbers of rows, or none.
+    ``counts``: the numbers of rows, one for each process (`everyone`), which may differ or be 0.
     """
-    count = rows_QD.shape[0]
     if group is None:
-        return rows_QD, slice(0, count)
+        return rows_QD, slice(0, rows_QD.shape[0])
     rank = dist.get_rank(group)
-    own = [count if other == rank else 0 for other in range(processes(group))]
-    counts = total_counts(own, rows_QD.device, group)
     start = sum(counts[:rank])
-    return _GatherRows.apply(rows_QD, counts, rank, group), slice(start, start + count)
+    return _GatherRows.apply(rows_QD, list(counts), rank, group), slice(start, start + counts[rank])
 
 
 def log_sum_exp(part_A: Tensor, group: Group) -> Tensor:

@@ -36,7 +36,7 @@ from adpretrain.hub import Published, locate, publish
 from adpretrain.preprocess import Preprocess
 from adpretrain.projector import FeatureProjector
 from adpretrain.residual import (
-    METRICS,
+    MATCHING,
     SearchIndex,
     checked_banks,
     images_in_bank,
@@ -67,8 +67,10 @@ class ADExtractor(nn.Module):
         provenance: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if matching not in METRICS:
-            raise ValueError(f"matching metric {matching!r} is unknown; choose one of {METRICS}")
+        if matching not in MATCHING:
+            raise ValueError(f"matching metric {matching!r} is unknown; choose one of {MATCHING}")
+        if matching == "none" and (conditioning is not None or (projector and projector.needs_reference_residuals)):
+            raise ValueError("matching 'none' has no references, which conditioning and cross attention need")
         if norm not in NORMS:
             raise ValueError(f"norm {norm!r} is unknown; choose one of {NORMS}")
         if (projector is None) != (projector_config is None):
@@ -215,8 +217,12 @@ class ADExtractor(nn.Module):
 
         ``references``: banks from `encode_references` for this call only (shared, or one per image); otherwise those
         of `set_references`. Runs under ``torch.autocast`` if the caller asks for it, and under ``torch.compile``;
-        not in inference mode: a detector may train on the results. Raises ValueError without references.
+        not in inference mode: a detector may train on the results. Raises ValueError without references, unless
+        ``matching`` is "none".
         """
+        if self.config.matching == "none":
+            features = self.encode(images)
+            return features if self.projector is None else self.projector(features)
         references = references if references is not None else self._references
         if references is None:
             raise ValueError("no references: call set_references(normal_images) first, or pass references=")

@@ -69,6 +69,8 @@ def leave_one_out(extractor: ADExtractor, images: Tensor) -> FeatureMaps:
     if shots < 2:
         raise ValueError(f"leave-one-out needs at least 2 references, got {shots}")
     crossed = extractor.projector is not None and extractor.projector.needs_reference_residuals
+    if extractor.config.matching == "none":
+        return extractor(images)
     if shots == 2 or crossed:  # a single reference left has a scale of its own kind; crossed attention needs the rest
         return _one_by_one(extractor, images)
     features = extractor.encode(images)

@@ -1,7 +1,8 @@
 """Angle- and norm-oriented contrastive losses (ADPretrain Sec. 3.2).
 
 Shapes: N tokens of one view (all images of the batch, one level), D channels; i' is token i in the second view.
-``anomalous_N`` is bool (or 0/1), True where the token's label m_i = 1.
+``anomalous_N`` is bool (or 0/1), True where the token's label m_i = 1. Where it lies on the host beside features on a
+device, nothing waits for the device: how many tokens are anomalous is known without asking it.
 
 Trained by several processes (``group``, see `adpretrain.distributed`), the batch is that of all of them: each loss is
 then this process's share, the shares sum to the loss of the whole batch, and so do their gradients.
@@ -15,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adpretrain.distributed import Group, gather_rows, log_sum_exp, smallest, total_counts
+from adpretrain.device import upload
+from adpretrain.distributed import Group, everyone, gather_rows, log_sum_exp, smallest, total
 
 FORMS = ("paper", "released")
 CHUNK_BYTES = 64 << 20  # the largest [normal x anomalous] block of similarities held at once
@@ -97,12 +99,17 @@ def angle_loss(
         raise ValueError(f"temperature {temperature} must be positive")
     first = F.normalize(features_ND - center_D, dim=1)
     second = F.normalize(augmented_ND - center_D, dim=1)
-    # Indices, not masks: an accelerator has to be waited for once for each, not at every use.
-    normal, anomalous = (~anomalous_N).nonzero()[:, 0], anomalous_N.nonzero()[:, 0]
-    tokens, normals = total_counts([len(anomalous_N), len(normal)], features_ND.device, group)
-    everywhere, own = gather_rows(torch.cat([first[anomalous], second[anomalous]]), group)
-    if not (normals and len(everywhere)):
+    # Indices, not masks: an accelerator has to be waited for once for each (labels on the host: not at all), and not at
+    # every use.
+    normal, anomalous = (
+        upload(marked_N.nonzero()[:, 0], features_ND.device) for marked_N in (~anomalous_N, anomalous_N)
+    )
+    counts = everyone([len(anomalous_N), len(anomalous)], group)
+    tokens, negatives = (sum(count) for count in zip(*counts, strict=True))
+    if not 0 < negatives < tokens:
         return (first.sum() + second.sum()) * 0.0
+    rows_QD = torch.cat([first[anomalous], second[anomalous]])
+    everywhere, own = gather_rows(rows_QD, [2 * count for _, count in counts], group)
     rows, columns = _OppositeLogSumExp.apply(
         torch.cat([first[normal], second[normal]]), everywhere, 1.0 / temperature, chunk_bytes
     )
@@ -148,13 +155,14 @@ def norm_loss(
     """
     anomalous_N = _check(form, features_ND, anomalous_N)
     if form == "released":
-        return _released_norm_loss(features_ND, anomalous_N, radius, margin, group)
-    (tokens,) = total_counts([len(anomalous_N)], features_ND.device, group)
+        return _released_norm_loss(features_ND, upload(anomalous_N, features_ND.device), radius, margin, group)
+    anomalous_N = upload(anomalous_N, features_ND.device)
     norm_N = pseudo_huber_norm(features_ND)
+    tokens = total(norm_N.new_full((), len(norm_N)), group)
     # Where an anomalous token is already outside r' its term is 0; clamping d first keeps e^d finite there.
     gap_N = torch.where(anomalous_N, radius + margin - norm_N, norm_N - radius)
     active_N = ~anomalous_N | (gap_N >= 0)
-    return (_contraction(gap_N.where(active_N, 0.0)) * active_N).sum() / max(tokens, 1)
+    return (_contraction(gap_N.where(active_N, 0.0)) * active_N).sum() / tokens.clamp_min(1)
 
 
 def _detached_contraction(excess_N: Tensor) -> Tensor:
@@ -162,27 +170,42 @@ def _detached_contraction(excess_N: Tensor) -> Tensor:
 
 
 def _released_norm_loss(features_ND: Tensor, anomalous_N: Tensor, radius: float, margin: float, group: Group) -> Tensor:
+    """No number of it is asked of the device: the groups are masks, their sizes sums of these."""
     norm_N = (features_ND.norm(dim=1) + 1).sqrt() - 1
-    normal, anomalous = norm_N[~anomalous_N], norm_N[anomalous_N]
-    least = anomalous.detach().min() if anomalous.numel() else norm_N.new_tensor(torch.inf)
-    outer = min(0.9 * float(smallest(least, group)), radius)
+    # Without anomalies the minimum is infinite, and the radius is the given one.
+    nearest = F.pad(norm_N.detach().masked_fill(~anomalous_N, torch.inf), (0, 1), value=torch.inf).amin()
+    outer = (0.9 * smallest(nearest, group)).clamp_max(radius)
     inner = 0.99 * outer
     groups = (
-        normal[normal > outer] - outer,
-        inner - normal[normal < inner],
-        outer + margin - anomalous[anomalous < outer + margin],
+        (~anomalous_N, norm_N - outer),
+        (~anomalous_N, inner - norm_N),
+        (anomalous_N, outer + margin - norm_N),
     )
-    counts = total_counts([excess.numel() for excess in groups], features_ND.device, group)
-    total = features_ND.sum() * 0.0
-    for excess, count in zip(groups, counts, strict=True):
-        if count:
-            total = total + _detached_contraction(excess).sum() / count
-    return total
+    active = torch.stack([labelled_N & (excess_N > 0) for labelled_N, excess_N in groups])
+    counts = total(active.sum(1), group).clamp_min(1)
+    sums = [
+        (_detached_contraction(excess_N.where(active_N, 0.0)) * active_N).sum()
+        for active_N, (_, excess_N) in zip(active, groups, strict=True)
+    ]
+    return (torch.stack(sums) / counts).sum() + features_ND.sum() * 0.0  # NaN is in no group, and must not vanish
 
 
-def total_loss(angle: Tensor, norm: Tensor, norm_augmented: Tensor, lambda_: float = 1.0) -> Tensor:
+def total_loss(
+    angle: Tensor,
+    norm: Tensor,
+    norm_augmented: Tensor,
+    lambda_: float = 1.0,
+    norm_weight: float = 1.0,
+    form: str = "paper",
+) -> Tensor:
     """1/(2N) sum_{i <= 2N} lambda 1[i <= N] L_angle + L_norm (ADPretrain Eq. 7), from the means of its terms.
 
     ``angle``: mean over the N anchors; ``norm`` and ``norm_augmented``: mean over the N tokens of either view.
+    ``norm_weight``: of both norm terms; the paper's is 1, and 0 leaves the angle loss alone (Tab. 2a).
+    ``form="released"``: the authors' code sums the terms instead, twice as much: under Adam the same steps, but half
+    the effect of a weight decay. Raises ValueError for an unknown form.
     """
-    return lambda_ * angle / 2 + (norm + norm_augmented) / 2
+    if form not in FORMS:
+        raise ValueError(f"loss form {form!r} is unknown; choose one of {FORMS}")
+    summed = lambda_ * angle + norm_weight * (norm + norm_augmented)
+    return summed if form == "released" else summed / 2

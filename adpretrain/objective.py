@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from adpretrain.backbones import FeatureMaps
-from adpretrain.batches import LabelledBatch
+from adpretrain.batches import LabelledBatch, ResidualBatch
 from adpretrain.config import LossConfig
-from adpretrain.distributed import Group, processes, total
+from adpretrain.device import upload
+from adpretrain.distributed import Group, everyone, processes, total
 from adpretrain.extractor import ADExtractor
 from adpretrain.losses import angle_loss, norm_loss, total_loss
 from adpretrain.residual import tokens
@@ -24,13 +25,24 @@ CENTER_MOMENTUM = 0.99
 
 @dataclass(frozen=True)
 class Losses:
-    """``share``: this process's part of the loss, to be differentiated; ``total``, ``angle`` and ``norm``: the loss of
-    the batch of all processes and its two parts, without gradient. All are sums over levels."""
+    """``share``: this process's part of the loss, to be differentiated; ``levels`` [L, 3]: (total, angle, norm) of the
+    batch of all processes, without gradient and still on the device, as to read it is to wait for the step."""
 
     share: Tensor
-    total: Tensor
-    angle: Tensor
-    norm: Tensor
+    levels: Tensor
+
+    def values(self) -> tuple[float, float, float]:
+        """(total, angle, norm), summed over levels.
+
+        Raises FloatingPointError naming the level if a loss is not finite, on all processes.
+        """
+        found = self.levels.cpu()
+        if not found.isfinite().all():
+            level = int((~found.isfinite()).any(1).nonzero()[0])
+            _, angle, norm = found[level].tolist()
+            raise FloatingPointError(f"level {level}: angle loss {angle}, norm loss {norm}")
+        total, angle, norm = found.sum(0).tolist()
+        return total, angle, norm
 
 
 class Objective:
@@ -43,27 +55,22 @@ class Objective:
         self.config, self.extractor, self.group = config, extractor, group
 
     def __call__(self, projected: list[FeatureMaps], batch: LabelledBatch) -> Losses:
-        """V lists of L projected levels [B, C_l, H_l, W_l] and their labels -> losses.
-
-        Raises FloatingPointError naming the level if a loss is not finite, on all processes.
-        """
+        """V lists of L projected levels [B, C_l, H_l, W_l] and their labels -> losses."""
+        config = self.config
         shares, parts = [], []
         for level in range(len(projected[0])):
             features = [_at_least_float32(tokens(view[level]).flatten(0, 1)) for view in projected]
             angle = self._angle(level, features, batch.angle_labels[level].flatten())
             norms = [self._norm(view, batch.labels[level].flatten()) for view in features]
-            share = total_loss(angle, norms[0], norms[-1], self.config.lambda_)
+            share = total_loss(angle, norms[0], norms[-1], config.lambda_, config.norm_weight, config.total_form)
             shares.append(share)
             parts.append(torch.stack([share, angle, (norms[0] + norms[-1]) / 2]).detach())
-        values_L3 = total(torch.stack(parts), self.group)
-        if not values_L3.isfinite().all():
-            level = int((~values_L3.isfinite()).any(1).nonzero()[0])
-            _, angle, norm = values_L3[level].tolist()
-            raise FloatingPointError(f"level {level}: angle loss {angle}, norm loss {norm}")
-        return Losses(torch.stack(shares).sum(), *values_L3.sum(0).unbind())
+        return Losses(torch.stack(shares).sum(), total(torch.stack(parts), self.group))
 
     def _norm(self, features_ND: Tensor, labels_N: Tensor) -> Tensor:
         config = self.config
+        if not config.norm_weight:
+            return features_ND.new_zeros(())
         return norm_loss(features_ND, labels_N, config.radius, config.margin, config.norm_form, self.group)
 
     def _angle(self, level: int, features: list[Tensor], labels_N: Tensor) -> Tensor:
@@ -72,10 +79,7 @@ class Objective:
             return features[0].new_zeros(())
         center_C = getattr(self.extractor, f"center_{level}")
         if config.center == "projected":
-            normal = torch.cat([view.detach()[~labels_N] for view in features])
-            mean = _mean(normal.sum(0), normal.shape[0], self.group)
-            if mean is not None:
-                center_C.lerp_(mean.to(center_C.dtype), 1 - CENTER_MOMENTUM)
+            self._follow(center_C, features, labels_N)
         group, share = (self.group, 1) if config.cross_process else (None, processes(self.group))
         loss = angle_loss(
             features[0],
@@ -88,30 +92,32 @@ class Objective:
         )
         return loss / share
 
+    def _follow(self, center_C: Tensor, features: list[Tensor], labels_N: Tensor) -> None:
+        """Move a centre towards the mean of the batch's normal features, if it has any."""
+        normal = upload((~labels_N).nonzero()[:, 0], center_C.device)
+        count = len(features) * sum(number for (number,) in everyone([len(normal)], self.group))
+        if count:
+            sum_C = total(torch.stack([view.detach()[normal].sum(0) for view in features]).sum(0), self.group)
+            center_C.lerp_((sum_C / count).to(center_C.dtype), 1 - CENTER_MOMENTUM)
+
 
 def _at_least_float32(features: Tensor) -> Tensor:
     return features.to(torch.promote_types(features.dtype, torch.float32))
 
 
-def _mean(sum_C: Tensor, count: int, group: Group) -> Tensor | None:
-    """Mean over the rows of all processes, None without any."""
-    whole = total(torch.cat([sum_C, sum_C.new_tensor([count])]), group)
-    return whole[:-1] / whole[-1] if whole[-1] else None
-
-
 @torch.no_grad()
-def measure_centers(extractor: ADExtractor, batches: Iterable[LabelledBatch], group: Group = None) -> None:
-    """Set the centres to the mean unprojected normal residual of each level (the released code's choice), over the
-    batches of all processes of ``group``."""
+def measure_centers(extractor: ADExtractor, batches: Iterable[ResidualBatch], group: Group = None) -> None:
+    """Set the centres to the mean unprojected residual of each level over batches of normal images, those of all
+    processes of ``group`` (the released code's choice; all tokens, in float64)."""
     centers = [getattr(extractor, f"center_{level}") for level in range(len(extractor.channels))]
     sums = [torch.zeros_like(center, dtype=torch.float64) for center in centers]
     counts = [0 for _ in sums]
     for batch in batches:
-        for level, (residual, labels) in enumerate(zip(batch.views[0], batch.labels, strict=True)):
-            normal = tokens(residual)[~labels.flatten(1)].double()
-            sums[level] += normal.sum(0)
-            counts[level] += normal.shape[0]
-    for center, sum_C, count in zip(centers, sums, counts, strict=True):
-        mean = _mean(sum_C, count, group)
-        if mean is not None:
-            center.copy_(mean)
+        for level, residual in enumerate(batch.views[0]):
+            rows = tokens(residual).flatten(0, 1)
+            sums[level] += rows.sum(0, dtype=torch.float64)
+            counts[level] += rows.shape[0]
+    every = everyone(counts, group)
+    for center, sum_C, count in zip(centers, sums, zip(*every, strict=True), strict=True):
+        if any(count):
+            center.copy_(total(sum_C, group) / sum(count))

@@ -36,6 +36,18 @@ class Attention(nn.Module):
         self.key_value = nn.Linear(width, 2 * inner)
         self.out = nn.Linear(inner, width)
 
+    @torch.no_grad()
+    def start_as_released(self) -> None:
+        """Weights as torch's own multi-head attention draws them: one matrix [3 C, C] for queries, keys and values,
+        whose shape bounds them, and no biases."""
+        parts = (self.query, self.key_value)
+        together = torch.empty(sum(part.out_features for part in parts), self.query.in_features)
+        rows = nn.init.xavier_uniform_(together).split([part.out_features for part in parts])
+        for part, weight in zip(parts, rows, strict=True):
+            part.weight.copy_(weight)
+        for layer in (*parts, self.out):
+            nn.init.zeros_(layer.bias)
+
     def _split(self, x_BTC: Tensor) -> Tensor:
         return x_BTC.unflatten(-1, (self.heads, -1)).transpose(-2, -3)
 
@@ -81,26 +93,45 @@ class LearnableKeyValueProjector(nn.Module):
 
     R are N_r learnable references, R_h = Linear(R) is shared by all layers. The attention output, made of learnt
     normal patterns, is subtracted instead of added. Neither the paper nor the released code has a layer norm: the
-    norm of a residual is the signal. Both output layers start at zero (our choice; the paper is silent), so that an
-    untrained projector returns its input and training starts from the residual norm, a working detector.
+    norm of a residual is the signal.
+
+    The paper says only that R starts at random. In its form both output layers start at zero (our choice), so that an
+    untrained projector returns its input and training starts from the residual norm, a working detector. In the
+    "released" form all layers start as the authors' do: torch's defaults, with Xavier's uniform weights for queries,
+    keys and values, Kaiming's normal ones for the projection of R, and no biases in the attention.
 
     Keys and values do not depend on the image: training projects them once per forward, inference once per set of
     weights. The cache is dropped by `train`, by loading weights and by moving, and is used only while the very
     parameter versions it was made from are in place.
     """
 
-    def __init__(
-        self, width: int, references: int, heads: int, mlp_ratio: float, layers: int, squeeze_excite: bool
-    ) -> None:
+    def __init__(self, width: int, references: int, heads: int, mlp_ratio: float, layers: int, form: str) -> None:
         super().__init__()
         self.references = nn.Parameter(torch.randn(references, width))
         self.reference_projection = nn.Linear(width, width)
         self.attention = nn.ModuleList(Attention(width, heads) for _ in range(layers))
-        self.mlp = nn.ModuleList(MLP(width, mlp_ratio, squeeze_excite) for _ in range(layers))
-        for name, parameter in self.named_parameters():
-            if ".out." in name or ".fc2." in name:
-                nn.init.zeros_(parameter)
+        self.mlp = nn.ModuleList(MLP(width, mlp_ratio, form == "released") for _ in range(layers))
+        if form == "released":
+            nn.init.kaiming_normal_(self.reference_projection.weight)
+            for attention in self.attention:
+                attention.start_as_released()  # type: ignore[operator]
+        else:
+            for name, parameter in self.named_parameters():
+                if ".out." in name or ".fc2." in name:
+                    nn.init.zeros_(parameter)
         self._cache: tuple[Any, list[tuple[Tensor, Tensor]], list[Tensor]] | None = None
+
+    @torch.no_grad()
+    def vitals(self, x_BTC: Tensor) -> Tensor:
+        """[3]: the standard deviation of the references, the standard deviation over tokens of the (first) attention's
+        output, root mean square over channels, and the root mean square of that output itself.
+
+        An output that hardly varies over tokens has become a constant: the references have died.
+        """
+        attention = self.attention[0]
+        output_NC = attention(x_BTC, self._project_references()[0]).flatten(0, 1).float()
+        spread = output_NC.var(0, correction=0).mean().sqrt()
+        return torch.stack([self.references.float().std(), spread, output_NC.square().mean().sqrt()])
 
     def _project_references(self) -> list[tuple[Tensor, Tensor]]:
         hidden = self.reference_projection(self.references)[None]
@@ -216,7 +247,7 @@ def _level(
 ) -> nn.Module:
     match architecture:
         case "learnable_kv":
-            return LearnableKeyValueProjector(width, references, heads, mlp_ratio, layers, form == "released")
+            return LearnableKeyValueProjector(width, references, heads, mlp_ratio, layers, form)
         case "linear":
             return Pointwise(nn.Linear(width, width))
         case "mlp":
@@ -233,7 +264,8 @@ class FeatureProjector(nn.Module):
     """One projector per level, residual features in, pretrained AD features of the same shapes out.
 
     ``architecture``: "learnable_kv" (the paper's) or an ablation of its Tab. 2b. ``references``: N_r. ``form``:
-    "paper", or "released" for the exact form of the authors' checkpoints (squeeze-and-excitation in the MLP).
+    "paper", or "released" for the exact form of the authors' checkpoints (squeeze-and-excitation in the MLP) and the
+    weights they start from.
 
     Raises ValueError for an unknown architecture or form.
     """
@@ -262,6 +294,13 @@ class FeatureProjector(nn.Module):
         self.levels = nn.ModuleList(
             _level(width, architecture, references, heads, mlp_ratio, layers, form) for width in channels
         )
+
+    def vitals(self, residuals: FeatureMaps) -> Tensor:
+        """What `LearnableKeyValueProjector.vitals` says of every level: [L, 3]; [0, 3] for the ablations, which have no
+        learnable references. ``residuals``: L levels [B, C_l, H_l, W_l]."""
+        pairs = zip(self.levels, residuals, strict=True)
+        found = [level.vitals(tokens(x)) for level, x in pairs if isinstance(level, LearnableKeyValueProjector)]
+        return torch.stack(found) if found else residuals[0].new_zeros(0, 3)
 
     @property
     def needs_reference_residuals(self) -> bool:

@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adpretrain.backbones.base import FeatureMaps, References
+from adpretrain.device import full_precision
 
 METRICS = ("l2", "cosine")
+MATCHING = (*METRICS, "none")  # "none": the features themselves, as if every reference were zero
 CHUNK_BYTES = 64 << 20  # the largest [queries x bank] block of similarities held at once
 BLOCK = 64
 EPS = 1e-12
@@ -47,42 +49,54 @@ def _check(query_BTC: Tensor, bank_RNC: Tensor, metric: str) -> None:
 
 
 class SearchIndex(NamedTuple):
-    """A bank made ready for searching: all that does not depend on the queries.
+    """A bank, or R of them, made ready for searching: all that does not depend on the queries.
 
-    ``rows_NC``: [N', C + 1] float32 (or float64), the bank shifted by its mean (L2) or of unit length (cosine); the
-    last column is what a query's similarity starts from; N' is N rounded up to whole blocks by rows that never win.
-    ``shift_C``: the mean, to be subtracted from the queries; None for cosine.
+    ``rows``: [N', C + 1] or [R, N', C + 1], float32 (or float64), the bank shifted by its mean (L2) or of unit length
+    (cosine); the last column is what a query's similarity starts from; N' is N rounded up to whole blocks by rows that
+    never win. ``shift``: the mean [1, C] or [R, 1, C], to be subtracted from the queries; None for cosine.
     """
 
-    rows_NC: Tensor
-    shift_C: Tensor | None
+    rows: Tensor
+    shift: Tensor | None
 
 
-def search_index(bank_NC: Tensor, metric: str = "l2", query_dtype: torch.dtype = torch.float32) -> SearchIndex:
-    """Prepare a bank once for many calls of `nearest_reference`: float32, or float64 if bank or queries are."""
-    with torch.no_grad(), torch.autocast(bank_NC.device.type, enabled=False):
-        widest = torch.promote_types(bank_NC.dtype, query_dtype)
-        bank_NC = bank_NC.to(torch.promote_types(widest, torch.float32))
-        size, shift_C = bank_NC.shape[0], None
+def search_index(bank: Tensor, metric: str = "l2", query_dtype: torch.dtype = torch.float32) -> SearchIndex:
+    """Prepare a bank [N, C], or banks [R, N, C], once for many searches: float32, or float64 if they or the queries
+    are."""
+    with torch.no_grad(), torch.autocast(bank.device.type, enabled=False):
+        widest = torch.promote_types(bank.dtype, query_dtype)
+        bank = bank.to(torch.promote_types(widest, torch.float32))
+        size, shift = bank.shape[-2], None
         if metric == "cosine":
-            bank_NC = bank_NC / bank_NC.norm(dim=1, keepdim=True).clamp_min(EPS)
-            offset_N = bank_NC.new_zeros(size)
+            bank = bank / bank.norm(dim=-1, keepdim=True).clamp_min(EPS)
+            offset = torch.zeros_like(bank[..., :1])
         else:
-            shift_C = bank_NC.mean(dim=0)
-            bank_NC = bank_NC - shift_C
-            offset_N = -0.5 * bank_NC.square().sum(1)
+            shift = bank.mean(dim=-2, keepdim=True)
+            bank = bank - shift
+            offset = -0.5 * bank.square().sum(-1, keepdim=True)
         # The offset rides along as one more channel, so that a chunk is a single GEMM and no second pass.
-        rows_NC = F.pad(torch.cat([bank_NC, offset_N[:, None]], 1), (0, 0, 0, -size % BLOCK))
-        rows_NC[size:, -1] = -torch.inf
-        return SearchIndex(rows_NC, shift_C)
+        rows = F.pad(torch.cat([bank, offset], -1), (0, 0, 0, -size % BLOCK))
+        rows[..., size:, -1] = -torch.inf
+        return SearchIndex(rows, shift)
 
 
-def similarities(query_QC: Tensor, index: SearchIndex) -> Tensor:
-    """What the nearest row has the largest of, for every query and row: [Q, N'], -inf for the rows that fill up."""
-    query_QC = query_QC.to(index.rows_NC.dtype)
-    if index.shift_C is not None:
-        query_QC = query_QC - index.shift_C
-    return F.pad(query_QC, (0, 1), value=1.0) @ index.rows_NC.T
+def similarities(query: Tensor, index: SearchIndex) -> Tensor:
+    """How near each row is to each query, larger being nearer: queries [Q, C] -> [Q, N'], or [R, Q, C] -> [R, Q, N'].
+
+    -||x - r||^2 / 2 up to a term of the query alone (L2), or the cosine times ||x||; -inf for the rows that fill up.
+    """
+    query = query.to(index.rows.dtype)
+    if index.shift is not None:
+        query = query - index.shift
+    return _product(F.pad(query, (0, 1), value=1.0), index.rows.mT)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """A matrix product that is not rounded to TF32 or bfloat16, which would choose other neighbours."""
+    if torch.compiler.is_compiling():  # a compiled graph is run under the settings of whoever runs it
+        return left @ right
+    with full_precision(left.device):
+        return left @ right
 
 
 def nearest_reference(
@@ -95,10 +109,10 @@ def nearest_reference(
     """Index of the nearest reference of every query token: [B, T] int64, exact search.
 
     L2: argmin ||x - r|| = argmax (x.r - ||r||^2 / 2); cosine: argmax x.r / ||r||. Either is one GEMM a chunk in
-    float32 (autocast is left out: half precision picks other neighbours), on features shifted by the bank's mean
-    (L2), which keeps the subtraction of near-equal numbers small. At most ``chunk_bytes`` of similarities exist
-    at a time; None = all at once, which leaves no loop in an exported graph. Ties go to the lowest index.
-    ``index``: a shared bank's `search_index`, if it was made before.
+    float32 (autocast is left out: half precision picks other neighbours), batched where every image has a bank of its
+    own, on features shifted by the bank's mean (L2), which keeps the subtraction of near-equal numbers small. At most
+    ``chunk_bytes`` of similarities exist at a time; None = all at once, which leaves no loop in an exported graph. Ties
+    go to the lowest index. ``index``: a shared bank's `search_index`, if it was made before.
 
     Raises ValueError if metric, channels or batch sizes do not fit.
     """
@@ -108,37 +122,38 @@ def nearest_reference(
             if index is None:
                 index = search_index(bank_RNC[0], metric, query_BTC.dtype)
             return _search(query_BTC.flatten(0, 1), index, chunk_bytes).view(query_BTC.shape[:2])
-        pairs = zip(query_BTC, bank_RNC, strict=True)
-        found = [_search(query, search_index(bank, metric, query.dtype), chunk_bytes) for query, bank in pairs]
-        return torch.stack(found)
+        return _search(query_BTC, search_index(bank_RNC, metric, query_BTC.dtype), chunk_bytes)
 
 
 def _search(
-    query_QC: Tensor,
+    query: Tensor,
     index: SearchIndex,
     chunk_bytes: int | None,
     own_Q: Tensor | None = None,
     images: int = 1,
 ) -> Tensor:
-    """Nearest row of the bank for every query: [Q]. With ``own_Q``, query i may not match image ``own_Q[i]`` of the
-    ``images`` equal parts of the bank, whose rows are then all those of the queries."""
+    """Nearest row for every query: [Q, C] -> [Q] in one bank, or [R, Q, C] -> [R, Q] in as many banks. With ``own_Q``,
+    query i of one bank may not match image ``own_Q[i]`` of the ``images`` equal parts of the bank, whose rows are then
+    all those of the queries."""
     if chunk_bytes is None:
-        chunks: Sequence[Tensor] = [query_QC]
+        chunks: Sequence[Tensor] = [query]
     else:
-        chunks = query_QC.split(max(1, chunk_bytes // (index.rows_NC.shape[0] * index.rows_NC.element_size())))
+        row_bytes = index.rows[..., 0].numel() * index.rows.element_size()
+        chunks = query.split(max(1, chunk_bytes // row_bytes), dim=-2)
     best, done = [], 0
     for chunk in chunks:
         similarity = similarities(chunk, index)
-        each = torch.arange(similarity.shape[0], device=similarity.device)
         if own_Q is not None:
+            each = torch.arange(similarity.shape[0], device=similarity.device)
             own = own_Q[done : done + chunk.shape[0]]
-            similarity[:, : query_QC.shape[0]].unflatten(1, (images, -1))[each, own] = -torch.inf
+            similarity[:, : query.shape[0]].unflatten(1, (images, -1))[each, own] = -torch.inf
+            done += chunk.shape[0]
         # Two short stages instead of one long argmax, which torch does not vectorise (3x faster on a CPU).
-        blocks = similarity.unflatten(1, (-1, BLOCK))
-        block = blocks.amax(2).argmax(1)
-        best.append(block * BLOCK + blocks[each, block].argmax(1))
-        done += chunk.shape[0]
-    return torch.cat(best)
+        blocks = similarity.unflatten(-1, (-1, BLOCK))
+        block = blocks.amax(-1).argmax(-1, keepdim=True)
+        inside = blocks.gather(-2, block[..., None].expand(*block.shape, BLOCK))[..., 0, :]
+        best.append(block[..., 0] * BLOCK + inside.argmax(-1))
+    return torch.cat(best, dim=-1)
 
 
 def residual_tokens(
@@ -149,7 +164,10 @@ def residual_tokens(
     scale_RN: Tensor | None = None,
     index: SearchIndex | None = None,
 ) -> Tensor:
-    """x - x*, with x* the nearest (un-normalised) reference, divided by the scale of x* if given: [B, T, C]."""
+    """x - x*, with x* the nearest (un-normalised) reference, divided by the scale of x* if given: [B, T, C]. With
+    metric "none" x itself."""
+    if metric == "none":
+        return query_BTC
     index_BT = nearest_reference(query_BTC, bank_RNC, metric, chunk_bytes, index)
     if bank_RNC.shape[0] == 1:
         residual = query_BTC - bank_RNC[0][index_BT]
@@ -170,9 +188,9 @@ def residual_features(
 
     ``features``: L levels [B, C_l, H_l, W_l]; ``references``: L levels [R, N_l, C_l], R = 1 (one bank for the
     batch) or B (one per image). ``metric``: "l2" (the paper) or "cosine" (the released code: nearest by angle,
-    then the un-normalised match is subtracted). ``scales``: L levels [R, N_l] that divide the residual by a number of
-    the matched reference. ``indices``: the `search_index` of every level's shared bank, if made before. Returns maps
-    of the features' shapes.
+    then the un-normalised match is subtracted); "none" leaves the features as they are. ``scales``: L levels [R, N_l]
+    that divide the residual by a number of the matched reference. ``indices``: the `search_index` of every level's
+    shared bank, if made before. Returns maps of the features' shapes.
 
     Raises ValueError if metric, levels, channels or batch sizes do not fit.
     """
@@ -213,19 +231,18 @@ def nearest_in_each_image(bank_KTC: Tensor, width: int, metric: str = "l2") -> t
     images, per_image, _ = bank_KTC.shape
     bank_NC = bank_KTC.flatten(0, 1)
     with torch.no_grad(), torch.autocast(bank_NC.device.type, enabled=False):
-        rows_NC, shift_C = search_index(bank_NC, metric)
-        query_NC = bank_NC.to(rows_NC.dtype)
-        query_NC = F.pad(query_NC if shift_C is None else query_NC - shift_C, (0, 1), value=1.0)
-        similarities, indices = [], []
-        for chunk in query_NC.split(max(1, CHUNK_BYTES // (len(bank_NC) * rows_NC.element_size()))):
-            grid = (chunk @ rows_NC[: len(bank_NC)].T).unflatten(1, (images, per_image // width, width))
+        index = search_index(bank_NC, metric)
+        nearest, indices = [], []
+        for chunk in bank_NC.split(max(1, CHUNK_BYTES // (len(bank_NC) * index.rows.element_size()))):
+            similarity = similarities(chunk, index)[:, : len(bank_NC)]
+            grid = similarity.unflatten(1, (images, per_image // width, width))
             best_row = grid.amax(3).argmax(2)  # two short stages, as in the search above
             inside = grid.gather(2, best_row[..., None, None].expand(-1, -1, 1, width))[:, :, 0]
             column = inside.argmax(2)
-            similarities.append(inside.gather(2, column[..., None])[..., 0])
+            nearest.append(inside.gather(2, column[..., None])[..., 0])
             first = torch.arange(images, device=grid.device) * per_image
             indices.append(first + best_row * width + column)
-    return torch.cat(similarities), torch.cat(indices)
+    return torch.cat(nearest), torch.cat(indices)
 
 
 def images_in_bank(features: FeatureMaps, references: References) -> int:

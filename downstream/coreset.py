@@ -18,13 +18,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from adpretrain.device import full_precision
 from downstream.distances import (
     LOWER,
     UPPER,
     check_matrix,
     check_rows,
     compute_type,
-    full_precision,
     rounding,
     rows_per_block,
     squared_distances,

@@ -9,10 +9,7 @@ Shapes: N rows of D channels, M pairs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -117,25 +114,3 @@ def rounding(width: int, dtype: torch.dtype) -> Rounding:
     if width * unit > 0.01:
         raise ValueError(f"{width} channels are too many for distances in {dtype}; convert the features to float64")
     return Rounding(1.05 * (3 * width + 24) * unit, 1.05 * (width + 2) * unit, 8 * width * torch.finfo(dtype).tiny)
-
-
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Matrix products in their own type: no TF32, no bfloat16, no autocast; and no gradients."""
-    # torch 2.9 replaced one setting by one for each backend, and refuses to read the old one where they differ.
-    parts = [getattr(module, "matmul", None) for module in (torch.backends.cuda, torch.backends.mkldnn)]
-    backends: list[Any] = [part for part in parts if hasattr(part, "fp32_precision")]
-    before = [backend.fp32_precision for backend in backends]
-    legacy = None if backends else torch.get_float32_matmul_precision()
-    try:
-        if legacy is not None:
-            torch.set_float32_matmul_precision("highest")
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        if legacy is not None:
-            torch.set_float32_matmul_precision(legacy)
-        for backend, setting in zip(backends, before, strict=True):
-            backend.fp32_precision = setting

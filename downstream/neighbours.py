@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adpretrain.device import full_precision
 from downstream.distances import (
     LOWER,
     check_rows,
     compute_type,
-    full_precision,
     rounding,
     squared_distances,
     sums_of_squares,

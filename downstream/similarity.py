@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from downstream.distances import full_precision
+from adpretrain.device import full_precision
 
 SCALES = ("mean", "unit", "none")
 

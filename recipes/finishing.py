@@ -10,13 +10,18 @@ from urllib.parse import quote
 
 import torch
 import torchvision
+from held_out import published, refreshed
 from panels import save_panels
 from run_data import count_categories
 from run_folder import git_commit
 from run_setup import Run
 
 from adpretrain._version import __version__
+from adpretrain.artefact import save_tensors
+from adpretrain.backbones.fingerprint import fingerprint
 from adpretrain.data import Sample
+from adpretrain.extractor import ADExtractor
+from adpretrain.files import atomic_path
 from adpretrain.references import random_references
 from downstream.evaluation.evaluate import score
 
@@ -52,7 +57,7 @@ def provenance(run: Run) -> dict[str, Any]:
             "torchvision": torchvision.__version__,
             "python": platform.python_version(),
         },
-        "training": {key: config[key] for key in ("loss", "optim", "eval", "shots", "augment")},
+        "training": {key: config[key] for key in ("learns", "loss", "optim", "eval", "shots", "augment")},
         "held_out_metrics": held_out[-1] if held_out else {},
     }
 
@@ -62,16 +67,17 @@ def folder_name(sample: Sample) -> str:
     return "@".join(quote(part, safe="") for part in (sample.category, sample.view) if part)
 
 
-def draw_examples(run: Run) -> None:
+def draw_examples(run: Run, extractor: ADExtractor) -> None:
     """Heatmaps of a few held-out products, for whoever looks at the run or at its page on the Hub."""
     shots = max(2, run.config.eval.shots)  # two, at least, give a colour scale
     for images in [images for images in run.held_out if len(images.normals()) >= shots][:EXAMPLES]:
+        images = refreshed(run, images)
         pool = images.normals()
         references = [pool[index] for index in random_references(len(pool), shots)]
         queries = images.queries(references)
-        prediction = score([run.extractor], images, references, queries)[0]
+        prediction = score([extractor], images, references, queries)[0]
         folder = run.folder.path / "heatmaps" / folder_name(images.samples[0])
-        save_panels(folder, run.extractor, images, references, queries, prediction, kinds=1)
+        save_panels(folder, extractor, images, references, queries, prediction, kinds=1)
 
 
 def finish(run: Run) -> None:
@@ -79,10 +85,24 @@ def finish(run: Run) -> None:
     if run.best:
         run.model.load_state_dict(run.best["weights"])
         run.console.print(f"keeping the projector of step {run.best['step']}, the best on held-out categories")
-    config = dataclasses.replace(run.extractor.config, provenance=provenance(run))
-    run.extractor.config = config
-    run.extractor.eval().save_pretrained(run.folder.extractor_path)
+    extractor, given = published(run).eval(), ""
+    if not extractor.backbone.frozen:
+        given = f", weights={str(save_backbone(run, extractor))!r}"
+    extractor.config = dataclasses.replace(extractor.config, provenance=provenance(run))
+    extractor.save_pretrained(run.folder.extractor_path)
     run.folder.plot()
-    draw_examples(run)
-    saved = f"extractor saved: ADExtractor.from_pretrained({str(run.folder.extractor_path)!r})"
+    draw_examples(run, extractor)
+    saved = f"extractor saved: ADExtractor.from_pretrained({str(run.folder.extractor_path)!r}{given})"
     run.console.print(saved, markup=False, soft_wrap=True)
+
+
+def save_backbone(run: Run, extractor: ADExtractor) -> Path:
+    """Write the weights of a backbone that has learnt beside the extractor, which names it but never holds it, and
+    let the extractor know them. They are under the licence of the published ones they started from."""
+    network, path = extractor.backbone.network, run.folder.path / "backbone.safetensors"
+    assert network is not None
+    with atomic_path(path) as temporary:
+        save_tensors(network.state_dict(), temporary)
+    backbone = dataclasses.replace(extractor.config.backbone, revision=None)
+    extractor.config = dataclasses.replace(extractor.config, backbone=backbone, fingerprint=fingerprint(network))
+    return path

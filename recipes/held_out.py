@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from run_setup import Run
 
 from adpretrain.extractor import ADExtractor
-from downstream.evaluation.evaluate import FeatureSet, few_shot
+from downstream.evaluation.evaluate import FeatureSet, encode_samples, few_shot
 
 
 def evaluate_held_out(extractor: ADExtractor, held_out: list[FeatureSet], shots: int) -> dict[str, float]:
@@ -16,15 +18,29 @@ def evaluate_held_out(extractor: ADExtractor, held_out: list[FeatureSet], shots:
     return {name: float(torch.tensor(values).nanmean()) for name, values in means.items()}
 
 
+def published(run: Run) -> ADExtractor:
+    """The extractor as it would be saved: with float32 weights, whatever it is trained with."""
+    if run.config.optim.weights == "float32":
+        return run.extractor
+    return copy.deepcopy(run.extractor).float()
+
+
+def refreshed(run: Run, images: FeatureSet) -> FeatureSet:
+    """The same images as today's backbone sees them; one that does not learn has seen them before."""
+    backbone = run.extractor.backbone
+    return images if backbone.frozen else encode_samples(images.samples, backbone, run.accelerator.device)
+
+
 def report_held_out(run: Run, step: int) -> None:
     """Score the held-out products, log the result, say it, and keep the projector if it is the best one so far."""
     run.extractor.eval()
-    shots = run.config.eval.shots
+    shots, extractor = run.config.eval.shots, published(run)
+    sets = [refreshed(run, images) for images in run.held_out]
     if not run.baseline:
-        raw = evaluate_held_out(run.extractor.without_projector(), run.held_out, shots)
+        raw = evaluate_held_out(extractor.without_projector(), sets, shots)
         run.baseline.update({f"raw_{name}": value for name, value in raw.items()})
-    line = {**evaluate_held_out(run.extractor, run.held_out, shots), **run.baseline}
-    run.model.train()
+    line = {**evaluate_held_out(extractor, sets, shots), **run.baseline}
+    run.extractor.train()
     reached = (line["image_auroc"] + line["aupro"]) / 2
     if run.config.eval.keep == "best" and reached > run.best.get("score", -1.0):
         weights = {name: value.clone() for name, value in run.model.state_dict().items()}

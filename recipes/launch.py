@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from adpretrain.config import PretrainConfig
-from adpretrain.distributed import total
+from adpretrain.distributed import everyone
 
 # How long the processes wait for one that is still there but silent, as while it scores held-out products. One that
 # has died is noticed at once.
@@ -99,8 +99,6 @@ class Interruption:
         self.requested = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def agreed(self, device: torch.device) -> bool:
+    def agreed(self) -> bool:
         """Whether any process was asked to stop: all must leave at the same step."""
-        if dist.group.WORLD is None:
-            return self.requested
-        return bool(total(torch.tensor(float(self.requested), device=device), dist.group.WORLD))
+        return any(requested for (requested,) in everyone([int(self.requested)], dist.group.WORLD))

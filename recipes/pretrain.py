@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from held_out import report_held_out
 from launch import Interruption, complain, start
 from progress import progress_bar
 from rich.console import Console
-from run_setup import Run, make_batches, set_up
+from run_setup import Run, make_batches, normal_batches, set_up
 
 from adpretrain.backbones import FeatureMaps
 from adpretrain.batches import LabelledBatch, ResidualBatch, label, thin
@@ -28,19 +29,22 @@ from adpretrain.distributed import copy_from_first, sum_gradients
 from adpretrain.objective import Losses, measure_centers
 from adpretrain.parsing import parse_command_line
 
-CENTER_STEPS = 8  # steps whose batches measure the centres
 PLOT_EVERY = 60.0  # seconds
+CONSTANT = 1e-3  # an attention output that varies less than this share of its own size over tokens says nothing
 
 
 def prepare(run: Run, batch: ResidualBatch) -> LabelledBatch:
     """Token labels, and as many tokens per image as the configuration asks for."""
-    labelled = label(batch, run.config.loss.token_label, run.config.loss.token_pixels)
+    loss = run.config.loss
+    labelled = label(batch, loss.norm_label, loss.angle_label, loss.token_pixels)
     return thin(labelled, batch.keys, run.config.tokens, run.config.seed) if run.config.tokens else labelled
 
 
 def project(run: Run, batch: LabelledBatch) -> list[FeatureMaps]:
     """All views' residuals through the projector, at once: keys and values do not depend on the images. With cross
-    attention view by view and group by group, each with its context."""
+    attention view by view and group by group, each with its context. Where the backbone learns, nothing follows it."""
+    if run.extractor.projector is None:
+        return batch.views
     if not batch.contexts:
         together = run.model([torch.cat(level) for level in zip(*batch.views, strict=True)])
         return [list(view) for view in zip(*(level.chunk(len(batch.views)) for level in together), strict=True)]
@@ -53,12 +57,12 @@ def project(run: Run, batch: LabelledBatch) -> list[FeatureMaps]:
 
 
 def training_step(run: Run, batch: LabelledBatch) -> Losses:
-    """Forward, backward, update. Raises FloatingPointError naming the level if a loss is not finite."""
+    """Forward, backward, update. Nothing here waits for the device (fp16 apart, whose scaler asks for overflows)."""
     watch = run.speed.watch
     watch("projector")
     with run.accelerator.autocast():
         projected = project(run, batch)
-    for level in projected[-1]:  # what was made last is differentiated first: from here on it is the projector's turn
+    for level in projected[-1]:  # the backward pass reaches the projector where the gradient of its output is known
         level.register_hook(lambda gradient: watch("projector"))
     watch("loss")
     losses = run.objective(projected, batch)
@@ -73,8 +77,8 @@ def training_step(run: Run, batch: LabelledBatch) -> Losses:
     return losses
 
 
-def advance(run: Run, batch: ResidualBatch, first: bool) -> Losses:
-    """One step of the training, counted."""
+def advance(run: Run, batch: ResidualBatch, first: bool) -> tuple[LabelledBatch, Losses]:
+    """One step of the training, counted: what it was made on, and its losses."""
     run.speed.watch("loss")
     labelled = prepare(run, batch)
     if first:
@@ -83,32 +87,84 @@ def advance(run: Run, batch: ResidualBatch, first: bool) -> Losses:
         with torch.no_grad(), run.accelerator.autocast():
             run.speed.count(lambda: run.extractor.backbone(blank), lambda: project(run, labelled))
     run.speed.add(run.global_batch, batch.encoded)
-    return training_step(run, labelled)
+    return labelled, training_step(run, labelled)
 
 
-def log(run: Run, step: int, losses: Losses) -> str:
+def settle(steps: list[tuple[int, Losses]]) -> tuple[float, float, float]:
+    """(total, angle, norm) of the last of some steps, whose losses are all read now: this waits for the device.
+
+    Raises FloatingPointError naming the step and the level if one is not finite.
+    """
+    for step, losses in steps:
+        try:
+            values = losses.values()
+        except FloatingPointError as error:
+            raise FloatingPointError(f"step {step}: {error}") from None
+    steps.clear()
+    return values
+
+
+def vitals(run: Run, batch: LabelledBatch) -> dict[str, float]:
+    """Per level, whether the learnable references are alive; warns once where the attention's output has become a
+    constant, to which they add nothing."""
+    if run.extractor.projector is None:
+        return {}
+    with run.accelerator.autocast():
+        found = run.extractor.projector.vitals([level[:1] for level in batch.views[0]]).tolist()
+    line = {}
+    for level, (deviation, spread, size) in enumerate(found):
+        line |= {f"reference_std_{level}": deviation, f"attention_spread_{level}": spread}
+        if size > 0 and spread < CONSTANT * size and level not in run.warned:
+            run.warned.add(level)
+            run.console.print(
+                f"[yellow]level {level}: the attention's output has become a constant (it varies by {spread:.2g} over "
+                f"tokens, its size is {size:.2g}; the references' standard deviation is {deviation:.2g}): the "
+                "learnable references add nothing; lower optim.weight_decay"
+            )
+    return line
+
+
+def log(run: Run, step: int, values: tuple[float, float, float], batch: LabelledBatch) -> str:
     """Write a line of metrics since the last one; its gist for the progress bar."""
-    speed = run.speed.line()
-    line = {"loss": float(losses.total), "angle": float(losses.angle), "norm": float(losses.norm)}
-    line |= {"lr": run.scheduler.get_last_lr()[0], **{key: float(f"{value:.4g}") for key, value in speed.items()}}
+    measured = {**vitals(run, batch), **run.speed.line()}
+    line = dict(zip(("loss", "angle", "norm"), values, strict=True))
+    line |= {"lr": run.scheduler.get_last_lr()[0], **{key: float(f"{value:.4g}") for key, value in measured.items()}}
     if run.accelerator.is_main_process:
         run.folder.log({"step": step, **line})
         run.accelerator.log(line, step=step)
     return f"norm {line['norm']:.3f}  angle {line['angle']:.3f}  {line['images_per_s']:.3g} images/s"
 
 
-def after_step(run: Run, step: int, stopping: bool) -> None:
-    """Evaluate and save where the configuration asks for it; ``step`` counts finished steps."""
-    config, last = run.config, step == run.steps
-    if run.held_out and (last or (config.eval.every and step % config.eval.every == 0)):
+@dataclass(frozen=True)
+class Due:
+    """What follows a step; ``step`` counts finished ones."""
+
+    log: bool
+    evaluation: bool
+    checkpoint: bool
+
+    @classmethod
+    def after(cls, run: Run, step: int, stopping: bool) -> Due:
+        config, last = run.config, step == run.steps
+        return cls(
+            log=last or step % config.log_every == 0,
+            evaluation=bool(run.held_out and (last or (config.eval.every and step % config.eval.every == 0))),
+            checkpoint=stopping or last or step % config.checkpoint_every == 0,
+        )
+
+
+def evaluate_and_save(run: Run, step: int, due: Due) -> None:
+    """Score the held-out products and write a checkpoint, where it is due."""
+    run.speed.watch("evaluation")
+    if due.evaluation:
         report_held_out(run, step)
-    if run.accelerator.is_main_process and (stopping or last or step % config.checkpoint_every == 0):
+    if due.checkpoint and run.accelerator.is_main_process:
         run.folder.save_checkpoint(step, run.state())
         run.folder.plot(every=PLOT_EVERY)
 
 
 def begin(run: Run) -> int:
-    """Restore the newest checkpoint, or measure the centres; returns the number of steps already done."""
+    """Restore the newest checkpoint; returns the number of steps already done."""
     checkpoint, done = run.folder.load_checkpoint(), 0
     if checkpoint is not None:
         run.restore(checkpoint)
@@ -124,31 +180,32 @@ def train(run: Run) -> bool:
     done = begin(run)
     batches = make_batches(run)
     if done == 0 and run.config.loss.lambda_ and run.config.loss.center == "residual":
-        first = batches(run.schedule(0, CENTER_STEPS))
-        measure_centers(run.extractor, (prepare(run, batch) for batch in first), dist.group.WORLD)
+        with torch.no_grad(), run.accelerator.autocast():
+            measure_centers(run.extractor, normal_batches(run), dist.group.WORLD)
     if done == 0 and run.held_out:
         report_held_out(run, 0)
     # They are equal already, unless the machines compute differently.
     copy_from_first(run.trained_state().values(), dist.group.WORLD)
-    run.model.train()
+    run.extractor.train()
     interruption = Interruption()  # only from here on is there something to save
     source = iter(batches(run.schedule(done, run.steps)))
+    unread: list[tuple[int, Losses]] = []
     run.speed.restart()
     with progress_bar(run.console) as bar:
         task = bar.add_task("pretraining", total=run.steps, completed=done)
         for step in range(done + 1, run.steps + 1):
             with run.accelerator.autocast():
                 batch = next(source)
-            try:
-                losses = advance(run, batch, first=step == done + 1)
-            except FloatingPointError as error:
-                raise FloatingPointError(f"step {step}: {error}") from None
-            stopping = interruption.agreed(run.accelerator.device)
-            with run.folder.writing():
-                if step % run.config.log_every == 0 or step == run.steps:
-                    bar.update(task, description=log(run, step, losses))
-                run.speed.watch("evaluation")
-                after_step(run, step, stopping)
+            labelled, losses = advance(run, batch, first=step == done + 1)
+            unread.append((step, losses))
+            stopping = interruption.agreed()
+            due = Due.after(run, step, stopping)
+            if due.log or due.evaluation or due.checkpoint:  # nothing is saved before every loss is known to be finite
+                values = settle(unread)
+                with run.folder.writing():
+                    if due.log:
+                        bar.update(task, description=log(run, step, values, labelled))
+                    evaluate_and_save(run, step, due)
             bar.update(task, completed=step)
             if stopping and step < run.steps:
                 run.console.print(f"stopped at step {step}; the same command resumes")

@@ -6,8 +6,9 @@ import dataclasses
 import fnmatch
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from checked_samples import checked_samples, read_stamp
@@ -24,6 +25,7 @@ from adpretrain.preprocess import Preprocess
 
 SHARDS = "shards"  # the data.name that streams
 COMMITS = "data_commits.json"  # in the run's folder: data.root -> the same at the commit of the run's start
+CENTER_SHOTS = 4  # references of an image whose residuals measure the centres, as in the released run
 CONDITIONING_IMAGES = 2  # normal images of every product that measure the feature statistics
 
 
@@ -103,7 +105,8 @@ def training_set(
 ) -> PretrainingSet | StreamedSet:
     """The images of the steps."""
     seed = config.cache.seed if config.cache.draws else config.seed
-    common = (preprocess, config.shots, seed, config.augment)
+    shots = config.shots if config.matching != "none" else [0]
+    common = (preprocess, shots, seed, config.augment)
     if shards is not None:
         return StreamedSet(shards, *common, config.data.reservoir_mb << 20, config.data.reduced)
     return PretrainingSet(samples, *common, config.references, config.data.reduced)
@@ -117,6 +120,24 @@ def step_batches(
     if isinstance(data, StreamedSet):
         return StreamedBatches(data, size, start, stop, rank, processes)
     return StepBatches(len(data), size, start, stop, config.seed, rank, processes, data.draws.blocks)
+
+
+def normal_images(
+    data: PretrainingSet | StreamedSet, config: PretrainConfig, rank: int, processes: int
+) -> tuple[PretrainingSet | StreamedSet, Iterable[list[Any]], int]:
+    """The normal images of a set, plain and with `CENTER_SHOTS` references each (fewer where ``shots`` are); one
+    process's batches of them, and how many these are (at most, of a stream, which drops what is less than a batch)."""
+    shots, size = [min(CENTER_SHOTS, max(data.shots))], config.optim.batch_size
+    if isinstance(data, StreamedSet):
+        plain = StreamedSet(data.shards, data.preprocess, shots, data.seed, "none", config.data.reservoir_mb << 20)
+        epoch = StreamedBatches(plain, size, 0, 0, rank, processes).per_epoch
+        stream = StreamedBatches(plain, size, 0, epoch, rank, processes)
+        return plain, ([draw for draw in draws if draw.row.normal] for draws in stream), epoch
+    normal = [sample for sample in data.samples if not sample.anomalous]
+    plain = PretrainingSet(normal, data.preprocess, shots, data.seed, "none", config.references)
+    keys = [(0, index) for block in plain.draws.blocks(0) for index in block]
+    own = [keys[start : start + size] for start in range(0, len(keys), size)][rank::processes]
+    return plain, own, len(own)
 
 
 def count_categories(data: PretrainingSet | StreamedSet) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,31 +14,33 @@ from accelerate import Accelerator
 from memory_plan import check_memory
 from progress import progress_bar
 from rich.console import Console
-from run_data import CONDITIONING_IMAGES, digest_of, find_samples, step_batches, training_set
+from run_data import CONDITIONING_IMAGES, digest_of, find_samples, normal_images, step_batches, training_set
 from run_folder import RunFolder
+from torch import nn
 
 from adpretrain.backbones import load_backbone
-from adpretrain.batches import CachedBatches, OnlineBatches
+from adpretrain.batches import CachedBatches, OnlineBatches, ResidualBatch
 from adpretrain.conditioning import Conditioning
-from adpretrain.config import PretrainConfig
+from adpretrain.config import OptimConfig, PretrainConfig
 from adpretrain.data import ImageDataset, Sample
 from adpretrain.data.pairs import PretrainingSet, StepBatches
 from adpretrain.data.streaming import StreamedBatches, StreamedSet
 from adpretrain.extractor import ADExtractor, build_projector
 from adpretrain.objective import Objective
-from adpretrain.projector import FeatureProjector
 from adpretrain.speed import Stopwatch, Throughput, peak_flops
 from downstream.evaluation.evaluate import FeatureSet, by_product, encode_samples
 
 
 def build_extractor(config: PretrainConfig, samples: list[Sample], device: torch.device) -> ADExtractor:
-    """Backbone, fresh projector and, if asked for, the conditioning measured on the training normals."""
+    """Backbone, fresh projector (unless the backbone itself learns) and, if asked for, the conditioning measured on the
+    training normals."""
     backbone = load_backbone(**dataclasses.asdict(config.backbone)).to(device)
     conditioning = Conditioning(backbone.channels) if config.conditioning else None
+    projector = build_projector(config.projector, backbone.channels) if config.learns == "projector" else None
     extractor = ADExtractor(
         backbone,
-        build_projector(config.projector, backbone.channels),
-        config.projector,
+        projector,
+        config.projector if projector else None,
         conditioning,
         matching=config.matching,
     ).to(device)
@@ -63,14 +66,15 @@ class Run:
     data: PretrainingSet | StreamedSet
     extractor: ADExtractor
     objective: Objective
-    model: FeatureProjector  # the extractor's projector
+    model: nn.Module  # what learns: the extractor's projector, or its backbone's network
     optimizer: Any
     scheduler: torch.optim.lr_scheduler.LRScheduler
     steps: int
     held_out: list[FeatureSet]
     speed: Throughput
-    baseline: dict[str, float] = field(default_factory=dict)  # the held-out metrics without the projector
+    baseline: dict[str, float] = field(default_factory=dict)  # the held-out metrics of untrained residuals
     best: dict[str, Any] = field(default_factory=dict)  # step, score and weights of the best projector so far
+    warned: set[int] = field(default_factory=set)  # levels whose references have been told of
 
     def schedule(self, start: int, stop: int) -> StepBatches | StreamedBatches:
         """This process's batches of the steps from ``start`` to ``stop``."""
@@ -79,7 +83,7 @@ class Run:
 
     @cached_property
     def digest(self) -> str:
-        """Of the images it trains on."""
+        """A digest of the images that the run trains on."""
         return digest_of(self.data)
 
     @property
@@ -88,8 +92,9 @@ class Run:
         return self.config.optim.batch_size * self.accelerator.num_processes
 
     def trained_state(self) -> dict[str, torch.Tensor]:
-        """All that is not the backbone's: projector, centres, conditioning."""
-        return {k: v for k, v in self.extractor.state_dict().items() if not k.startswith("backbone.")}
+        """All that training changes, and what it was measured with: projector (or backbone), centres, conditioning."""
+        frozen = self.extractor.backbone.frozen
+        return {k: v for k, v in self.extractor.state_dict().items() if not (frozen and k.startswith("backbone."))}
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds. No generator states: everything random is derived from seed, epoch and index."""
@@ -102,6 +107,7 @@ class Run:
             "scheduler": self.scheduler.state_dict(),
             "scaler": scaler,
             "best": self.best,
+            "baseline": self.baseline,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -132,7 +138,7 @@ class Run:
         self.extractor.load_state_dict(state["extractor"], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        self.best = state["best"]
+        self.best, self.baseline = state["best"], state["baseline"]
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
@@ -148,12 +154,10 @@ def set_up(config: PretrainConfig, console: Console, accelerator: Accelerator) -
     per_epoch = step_batches(data, config, 0, 0, rank, processes).per_epoch
     steps = config.optim.steps or per_epoch * config.optim.epochs
     folder = RunFolder(config, console, accelerator.is_main_process)  # after everything a mistake could stop
-    model = extractor.projector
-    assert model is not None
-    adam = torch.optim.Adam(model.parameters(), config.optim.lr, weight_decay=config.optim.weight_decay)
+    model = learner(config, extractor, console)
+    adam, scheduler = make_optimizer(config.optim, model, steps)
     # The scheduler is not prepared by accelerate: a prepared one steps once per process. The projector is not either:
     # its gradients are summed by `sum_gradients`.
-    scheduler = torch.optim.lr_scheduler.MultiStepLR(adam, [round(share * steps) for share in config.optim.milestones])
     optimizer = accelerator.prepare(adam)
     objective = Objective(config.loss, extractor, dist.group.WORLD)
     products = by_product(held_out) if accelerator.is_main_process else {}
@@ -177,6 +181,38 @@ def set_up(config: PretrainConfig, console: Console, accelerator: Accelerator) -
         sets,
         speed,
     )
+
+
+def learner(config: PretrainConfig, extractor: ADExtractor, console: Console) -> nn.Module:
+    """The part of the extractor that learns, with weights of the configured precision."""
+    if extractor.projector is None:
+        extractor.backbone.unfreeze()
+        assert extractor.backbone.network is not None
+        return extractor.backbone.network
+    if config.optim.weight_decay and config.optim.weights == "float32":
+        console.print(
+            f"[yellow]optim.weight_decay {config.optim.weight_decay} on float32 weights erases the learnable "
+            "references in a long training (their gradient is far smaller than the decay): set it to 0, as the paper "
+            "does, or optim.weights to bfloat16, as the released run does"
+        )
+    return extractor.projector.to(torch.bfloat16) if config.optim.weights == "bfloat16" else extractor.projector
+
+
+def make_optimizer(
+    config: OptimConfig, model: nn.Module, steps: int
+) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.LRScheduler]:
+    """Adam over all parameters, and its rate divided by ten at the milestones of ``steps`` steps."""
+    adam = torch.optim.Adam(model.parameters(), config.lr, weight_decay=config.weight_decay)
+    return adam, torch.optim.lr_scheduler.MultiStepLR(adam, [round(share * steps) for share in config.milestones])
+
+
+def normal_batches(run: Run) -> Iterator[ResidualBatch]:
+    """Residuals of all normal images, as `normal_images` says, for the centres: this process's part."""
+    config, rank, processes = run.config, run.accelerator.process_index, run.accelerator.num_processes
+    normals, steps, count = normal_images(run.data, config, rank, processes)
+    online = OnlineBatches(run.extractor, normals, config.data.workers, run.accelerator.device)
+    with progress_bar(run.console) as bar:
+        yield from bar.track(online(filter(None, steps)), total=count, description="measuring centres")
 
 
 def make_batches(run: Run) -> CachedBatches | OnlineBatches:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from processes import together
 from torch import Tensor
 
-from adpretrain.distributed import gather_rows, log_sum_exp
+from adpretrain.distributed import everyone, gather_rows, log_sum_exp
 from adpretrain.losses import angle_loss, norm_loss
 
 FORMS = ("paper", "released")
@@ -81,21 +81,23 @@ def test_shares_and_gradients_sum_to_those_of_one_process(count: int, tmp_path: 
 def collectives(rank: int) -> tuple[Tensor, ...]:
     dist.init_process_group("gloo")
     rows = torch.arange(6.0, dtype=torch.float64).view(3, 2)[: 3 - rank].clone().requires_grad_()
-    everyone, own = gather_rows(rows, dist.group.WORLD)
-    weights = torch.arange(1.0, len(everyone) + 1)[:, None] * (rank + 1)  # the processes use the rows differently
-    (gradient,) = torch.autograd.grad((everyone * weights).sum(), rows)
+    counts = everyone([len(rows), 10 * rank], dist.group.WORLD)
+    assert counts == [[3, 0], [2, 10]]
+    gathered, own = gather_rows(rows, [count for count, _ in counts], dist.group.WORLD)
+    weights = torch.arange(1.0, len(gathered) + 1)[:, None] * (rank + 1)  # the processes use the rows differently
+    (gradient,) = torch.autograd.grad((gathered * weights).sum(), rows)
     part = torch.tensor([800.0 + rank, -torch.inf, -torch.inf if rank else 2.0], dtype=torch.float64)
     part.requires_grad_()
     whole = log_sum_exp(part, dist.group.WORLD)
     (share,) = torch.autograd.grad(whole[[0, 2]].sum() * (rank + 1), part)
-    return everyone.detach(), everyone.detach()[own], gradient, whole.detach(), share
+    return gathered.detach(), gathered.detach()[own], gradient, whole.detach(), share
 
 
 def test_collectives(tmp_path: Path) -> None:
     results = together(2, tmp_path, collectives)
     rows = torch.tensor([[0, 1], [2, 3], [4, 5], [0, 1], [2, 3]], dtype=torch.float64)
-    for rank, (everyone, own, gradient, whole, share) in enumerate(results):
-        assert torch.equal(everyone, rows)
+    for rank, (gathered, own, gradient, whole, share) in enumerate(results):
+        assert torch.equal(gathered, rows)
         mine = slice(0, 3) if rank == 0 else slice(3, 5)
         assert torch.equal(own, rows[mine])
         assert torch.equal(gradient, (3.0 * torch.arange(1, 6)[:, None].expand(5, 2))[mine].double())  # 1 + 2 users

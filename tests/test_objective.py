@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from adpretrain.backbones import load_backbone
-from adpretrain.batches import LabelledBatch
+from adpretrain.batches import LabelledBatch, ResidualBatch
 from adpretrain.config import LossConfig
 from adpretrain.extractor import ADExtractor
 from adpretrain.losses import angle_loss, norm_loss
@@ -22,14 +22,13 @@ def batch_of(extractor: ADExtractor) -> LabelledBatch:
 def test_total_is_the_sum_over_levels_of_eq_7() -> None:
     extractor = ADExtractor(load_backbone("filterbank", image_size=64))
     batch = batch_of(extractor)
-    losses = Objective(LossConfig(lambda_=0.7), extractor)(batch.views, batch)
-    expected = 0.0
+    losses, expected = Objective(LossConfig(lambda_=0.7), extractor)(batch.views, batch), 0.0
     for level, width in enumerate(extractor.channels):
         first, second = (tokens(view[level]).flatten(0, 1) for view in batch.views)
         marked = batch.labels[level].flatten()
         norms = norm_loss(torch.cat([first, second]), marked.repeat(2))
         expected += float(0.7 * angle_loss(first, second, marked, torch.zeros(width)) / 2 + norms)
-    assert float(losses.total) == pytest.approx(expected, rel=1e-5)
+    assert losses.values()[0] == float(losses.share) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_nan_names_its_level() -> None:
@@ -37,15 +36,16 @@ def test_a_nan_names_its_level() -> None:
     batch = batch_of(extractor)
     batch.views[0][2][0, 0, 0, 0] = torch.nan
     with pytest.raises(FloatingPointError, match="level 2"):
-        Objective(LossConfig(), extractor)(batch.views, batch)
+        Objective(LossConfig(), extractor)(batch.views, batch).values()
 
 
 def test_centres_are_the_mean_normal_residual() -> None:
     extractor = ADExtractor(load_backbone("filterbank", image_size=64))
-    batch = batch_of(extractor)
-    measure_centers(extractor, [batch, batch])
+    views = batch_of(extractor).views  # two batches of different sizes: every token counts the same
+    parts = [views[0], [level[:1] for level in views[1]]]
+    measure_centers(extractor, [ResidualBatch([part], torch.zeros(0), [], []) for part in parts])
     for level in range(4):
-        rows = tokens(batch.views[0][level]).flatten(0, 1)[~batch.labels[level].flatten()]
+        rows = torch.cat([tokens(part[level]).flatten(0, 1) for part in parts])
         torch.testing.assert_close(getattr(extractor, f"center_{level}"), rows.mean(0))
 
 

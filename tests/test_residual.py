@@ -79,7 +79,7 @@ def test_a_prepared_bank_and_no_chunks_give_the_same_neighbours(metric: str, dty
     query, bank = normal(3, 70, 12).to(dtype), normal(1, 300, 12, seed=1).to(dtype)
     whole = nearest_reference(query, bank, metric)
     index = search_index(bank[0], metric)
-    assert index.rows_NC.dtype == torch.promote_types(dtype, torch.float32)
+    assert index.rows.dtype == torch.promote_types(dtype, torch.float32)
     for chunk_bytes in (3000, None):
         assert torch.equal(nearest_reference(query, bank, metric, chunk_bytes, index), whole)
         assert torch.equal(nearest_reference(query, bank, metric, chunk_bytes), whole)

@@ -29,8 +29,8 @@ class Backbone(nn.Module):
         network: what computes them; None if the subclass needs none.
         revision: commit of the weights on the Hugging Face Hub; None if they come from elsewhere.
 
-    Subclasses implement ``maps(images) -> FeatureMaps``. It never trains: no parameter asks for a gradient, `forward`
-    records none, and `train` keeps evaluation mode.
+    Subclasses implement ``maps(images) -> FeatureMaps``. It does not train: no parameter asks for a gradient, `forward`
+    records none, and `train` keeps evaluation mode. `unfreeze` is for the ablation that trains it all the same.
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class Backbone(nn.Module):
         self.revision = revision
         self.image_size = preprocess.image_size
         self.network = network
+        self.frozen = True
         self.requires_grad_(False)
         self.eval()
 
@@ -66,7 +67,12 @@ class Backbone(nn.Module):
     def train(self, mode: bool = True) -> Backbone:
         return super().train(False)
 
-    @torch.no_grad()
+    def unfreeze(self) -> None:
+        """From now on `forward` records gradients where its caller does; evaluation mode stays (no dropout, and the
+        statistics of batch norms are kept)."""
+        self.frozen = False
+        self.requires_grad_(True)
+
     def forward(self, images: Tensor) -> FeatureMaps:
         """[B, 3, S, S], normalised by ``preprocess`` -> L levels [B, C_l, H_l, W_l] in the backbone's dtype.
 
@@ -78,7 +84,8 @@ class Backbone(nn.Module):
                 f"this {self.name} takes images [B, 3, {side}, {side}] of floats, got {tuple(images.shape)} of "
                 f"{images.dtype}: prepare them with .preprocess, or choose another image_size"
             )
-        return [level.to(self.dtype) for level in self.maps(images.to(self.compute_dtype))]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            return [level.to(self.dtype) for level in self.maps(images.to(self.compute_dtype))]
 
     def maps(self, images: Tensor) -> FeatureMaps:
         """[B, 3, S, S] of ``compute_dtype`` -> L levels [B, C_l, H_l, W_l]."""

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, groupby
@@ -26,8 +27,9 @@ class ImageBatch:
     """The images of one step as 8-bit pixels, a quarter of what the networks take to copy.
 
     ``views``: uint8 [B, V, 3, S, S]; ``masks``: bool [B, S, S]; ``keys``: (epoch, index) of each; ``sets``: how many
-    of the B images, in order, have which references, by name, those with few first; ``units``: names of photographs and
-    their pixels, uint8 [P, 3, S, S], to be encoded together; ``forget``: names of features that are not needed again.
+    of the B images, in order, have which references, by name: equal numbers of both side by side, few first;
+    ``units``: names of photographs and their pixels, uint8 [P, 3, S, S], to be encoded together; ``forget``: names of
+    features that are not needed again. The masks stay on the host: labels are counted there without waiting.
     """
 
     views: Tensor
@@ -39,7 +41,7 @@ class ImageBatch:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> ImageBatch:
         units = [(names, change(pixels)) for names, pixels in self.units]
-        return replace(self, views=change(self.views), masks=change(self.masks), units=units)
+        return replace(self, views=change(self.views), units=units)
 
     def pin_memory(self) -> ImageBatch:
         """In memory that a GPU can copy from by itself; the DataLoader calls this."""
@@ -85,14 +87,16 @@ def assemble(
     units: Sequence[Sequence[Hashable]] | None = None,
     forget: Sequence[Hashable] = (),
 ) -> ImageBatch:
-    """Items -> a batch, images with the same references side by side, and each reference ``read`` only once.
+    """Items -> a batch, and each reference ``read`` only once. Images with the same references lie side by side, and so
+    do sets of as many references for as many images: they can be matched together.
 
     ``units``: photographs to be read instead of the references of the items.
     """
     first: dict[tuple[Hashable, ...], int] = {}
     for position, item in enumerate(items):
         first.setdefault(item.references, position)
-    ordered = sorted(items, key=lambda item: (len(item.references), first[item.references]))
+    images = Counter(item.references for item in items)
+    ordered = sorted(items, key=lambda item: (len(item.references), images[item.references], first[item.references]))
     if units is None:
         units = [list(dict.fromkeys(chain.from_iterable(item.references for item in ordered)))]
     return ImageBatch(
@@ -100,7 +104,7 @@ def assemble(
         masks=torch.stack([item.mask for item in ordered]),
         keys=[item.key for item in ordered],
         sets=[(len(list(same)), chosen) for chosen, same in groupby(ordered, key=lambda item: item.references)],
-        units=[(list(unit), torch.stack([read(name) for name in unit])) for unit in units],
+        units=[(list(unit), torch.stack([read(name) for name in unit])) for unit in units if unit],
         forget=list(forget),
     )
 
@@ -197,7 +201,7 @@ def _copied_ahead(batches: Iterable[ImageBatch], device: torch.device) -> Iterat
         work = torch.cuda.current_stream(device)
         work.wait_stream(copies)
         # The memory belongs to the other stream, which must not use it again before this one is done.
-        for tensor in (coming.views, coming.masks, *(pixels for _, pixels in coming.units)):
+        for tensor in (coming.views, *(pixels for _, pixels in coming.units)):
             tensor.record_stream(work)
         ready = coming
     if ready is not None:

@@ -145,17 +145,23 @@ class StepBatches:
         return [index for number in mixed for index in blocks[number]]
 
 
-def token_labels(masks_BSS: Tensor, grid: tuple[int, int], rule: str = "nearest", pixels: int = 32) -> Tensor:
-    """Pixel masks -> bool token labels [B, H, W].
+LABELS = ("center", "nearest", "pixels")
 
-    ``rule="nearest"``: the nearest-downsampled mask (the released norm loss). ``rule="pixels"``: more than ``pixels``
-    anomalous pixels in the token's patch, counted as at 224 px (the released angle loss).
+
+def token_labels(masks_BSS: Tensor, grid: tuple[int, int], rule: str = "center", pixels: int = 32) -> Tensor:
+    """Pixel masks -> bool token labels [B, H, W]. The paper only says that masks are downsampled; the ``rule``:
+
+    "center": the pixel at the centre of the token's patch is marked (torch's "nearest-exact"). "nearest": the pixel at
+    its top left corner is, which torch calls "nearest" (the released norm loss). "pixels": more than ``pixels`` marked
+    pixels lie in the patch, counted as at 224 px (the released angle loss).
+
+    Raises ValueError for an unknown rule.
     """
     masks = masks_BSS[:, None].float()
-    if rule == "nearest":
-        return F.interpolate(masks, size=grid, mode="nearest-exact")[:, 0] > 0
     if rule == "pixels":
         share = F.adaptive_avg_pool2d(masks, grid)[:, 0]
         # The margin is for rounding: exactly ``pixels`` of a 14 x 14 patch come out a little above in float32.
         return share * (224 * 224 / (grid[0] * grid[1])) > pixels + 1e-3
-    raise ValueError(f"token label rule {rule!r} is unknown; choose 'nearest' or 'pixels'")
+    if rule not in LABELS:
+        raise ValueError(f"token label rule {rule!r} is unknown; choose one of {', '.join(LABELS)}")
+    return F.interpolate(masks, size=grid, mode="nearest-exact" if rule == "center" else "nearest")[:, 0] > 0

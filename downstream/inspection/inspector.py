@@ -55,12 +55,12 @@ class Inspector(nn.Module):
         if extractor.projector is not None and extractor.projector.needs_reference_residuals:
             contexts = extractor.reference_residuals(references, images_in_bank(features, references), scales)
         for level, (bank_1NC, context) in enumerate(zip(references, contexts, strict=True)):
-            rows_NC, shift_C = search_index(bank_1NC[0], self.metric)
+            rows_NC, shift_1C = search_index(bank_1NC[0], self.metric)
             # Clones: what the extractor made in inference mode cannot be part of a graph.
             self.register_buffer(f"bank_{level}", bank_1NC.clone())
             self.register_buffer(f"scale_{level}", scales[level].clone() if scales else None)
             self.register_buffer(f"rows_{level}", rows_NC)
-            self.register_buffer(f"shift_{level}", shift_C)
+            self.register_buffer(f"shift_{level}", shift_1C)
             self.register_buffer(f"context_{level}", context)
 
     def _encode(self, images: Tensor) -> FeatureMaps:
@@ -92,8 +92,8 @@ class Inspector(nn.Module):
         for level, feature in enumerate(self._encode(images)):
             index, query_QC = self._index(level), tokens(feature).flatten(0, 1)
             nearest, second = similarities(query_QC, index).topk(2, dim=1).values.unbind(1)
-            length_Q = (query_QC if index.shift_C is None else query_QC - index.shift_C).norm(dim=1)
-            rounding_Q = ROUNDING * length_Q * index.rows_NC[:, :-1].norm(dim=1).max()
+            length_Q = (query_QC if index.shift is None else query_QC - index.shift).norm(dim=1)
+            rounding_Q = ROUNDING * length_Q * index.rows[:, :-1].norm(dim=1).max()
             tied |= (nearest - second <= rounding_Q).view(images.shape[0], -1).any(1)
         return tied
 

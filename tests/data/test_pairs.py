@@ -143,14 +143,16 @@ def test_a_batch_larger_than_the_set_is_refused() -> None:
         StepBatches(23, 16, 0, 1, seed=0, processes=2)
 
 
-def test_nearest_labels_against_a_loop() -> None:
+@pytest.mark.parametrize(("rule", "place"), [("center", 0.5), ("nearest", 0.0)])
+def test_labels_of_one_pixel_against_a_loop(rule: str, place: float) -> None:
+    """The pixel at the centre of the patch, or at its top left corner."""
     for side, grid in ((224, (28, 28)), (32, (5, 8)), (30, (7, 7))):
         masks = torch.rand(2, side, side, generator=torch.Generator().manual_seed(0)) > 0.7
-        labels = token_labels(masks, grid)
+        labels = token_labels(masks, grid, rule)
         assert labels.dtype == torch.bool
         for y in range(grid[0]):
             for x in range(grid[1]):
-                pixel = int((y + 0.5) * side / grid[0]), int((x + 0.5) * side / grid[1])
+                pixel = int((y + place) * side / grid[0]), int((x + place) * side / grid[1])
                 assert torch.equal(labels[:, y, x], masks[:, pixel[0], pixel[1]])
 
 
@@ -175,7 +177,7 @@ def test_counted_labels_against_a_loop(side: int, grid: int, pixels: int) -> Non
 
 
 def test_an_unknown_label_rule_is_refused() -> None:
-    with pytest.raises(ValueError, match="'majority' is unknown; choose 'nearest' or 'pixels'"):
+    with pytest.raises(ValueError, match="'majority' is unknown; choose one of center, nearest, pixels"):
         token_labels(torch.zeros(1, 8, 8), (2, 2), "majority")
 
 

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from adpretrain.device import full_precision
 from downstream import coreset
 from downstream.coreset import greedy_coreset, project, subsample
-from downstream.distances import LOWER, UPPER, full_precision, rounding, squared_distances
+from downstream.distances import LOWER, UPPER, rounding, squared_distances
 
 
 def plain_loop(features: Tensor, k: int, start: int = 0) -> list[int]:

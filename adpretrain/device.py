@@ -1,0 +1,42 @@
+"""What an accelerator has to be told: products in their own precision, copies that nothing waits for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Matrix products in their own type: no TF32, no bfloat16, no autocast; and no gradients."""
+    # torch 2.9 replaced one setting by one for each backend, and refuses to read the old one where they differ.
+    parts = [getattr(module, "matmul", None) for module in (torch.backends.cuda, torch.backends.mkldnn)]
+    backends: list[Any] = [part for part in parts if hasattr(part, "fp32_precision")]
+    before = [backend.fp32_precision for backend in backends]
+    legacy = None if backends else torch.get_float32_matmul_precision()
+    try:
+        if legacy is not None:
+            torch.set_float32_matmul_precision("highest")
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if legacy is not None:
+            torch.set_float32_matmul_precision(legacy)
+        for backend, setting in zip(backends, before, strict=True):
+            backend.fp32_precision = setting
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """A small tensor of the host on ``device``, without waiting for the work that the device has been given.
+
+    A copy from ordinary memory may wait, so a GPU gets it from pinned memory, which torch keeps for the next copy.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu" and torch.cuda.is_available():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
