@@ -54,7 +54,7 @@ class PretrainingSet:
             raise ValueError(f"augment {augment!r} is unknown; choose one of {AUGMENTATIONS}")
         self.samples, self.preprocess, self.shots = list(samples), preprocess, list(shots)
         self.seed, self.augment = seed, augment
-        self.side = preprocess.resize if reduced else None
+        self.side = preprocess.shorter_side if reduced else None
         self.two_views = TwoViews(preprocess)
         for sample in self.samples:
             if sample.anomalous and sample.mask is None:

@@ -80,7 +80,7 @@ def test_realiad_json_splits(realiad: Path) -> None:
         ("test", "good", "C3", True),
     ]
     assert all(s.image.is_file() and (s.mask is None or s.mask.is_file()) for s in samples)
-    assert all(item["label"] == int(item["mask"].all()) for item in ImageDataset(samples, Preprocess(8, 8)))
+    assert all(item["label"] == int(item["mask"].all()) for item in ImageDataset(samples, Preprocess(8)))
 
 
 def test_a_set_is_read_by_its_own_split(realiad: Path, visa: Path, mpdd: Path) -> None:

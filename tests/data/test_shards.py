@@ -120,8 +120,8 @@ def test_several_masks_of_one_image_become_their_union(tmp_path: Path) -> None:
     (row,) = Shards(write_shards([sample], tmp_path / "shards", 1)).rows(["data/train-00000-of-00001.parquet"])
     assert row.mask is not None
     with Image.open(io.BytesIO(row.mask)) as merged:
-        found = Preprocess(16, 16).mask(merged)
-    assert found.equal(load_mask(sample, (12, 8), Preprocess(16, 16)))
+        found = Preprocess(16).mask(merged)
+    assert found.equal(load_mask(sample, (12, 8), Preprocess(16)))
     assert 0 < found.sum() < 16 * 16
 
 

@@ -21,7 +21,7 @@ from adpretrain.data.shards import Photograph, Shards
 from adpretrain.data.streaming import Draw, Reservoir, StreamedBatches, StreamedSet, mix
 from adpretrain.preprocess import Preprocess
 
-PREPROCESS = Preprocess(16, 16)
+PREPROCESS = Preprocess(16)
 SHOTS = [1, 3]
 ENOUGH = 1 << 20
 
