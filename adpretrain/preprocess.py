@@ -135,7 +135,7 @@ def crop_side(image_size: int, resize: str = "squeeze", crop_from: int | None = 
             f"resize 'crop' to {image_size} pixels needs crop_from, the shorter side before the crop; only the sizes "
             f"of the authors' code have one of their own ({known})"
         )
-    return crop_from or RELEASED_CROPS[image_size]
+    return RELEASED_CROPS[image_size] if crop_from is None else crop_from
 
 
 @dataclass(frozen=True)
