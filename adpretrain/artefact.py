@@ -68,8 +68,11 @@ class ExtractorConfig:
 
 def backbone_config(backbone: Backbone) -> BackboneConfig:
     """What it takes to load the same backbone elsewhere: no local path, but the commit of the weights if known."""
-    size, levels = backbone.preprocess.image_size, list(backbone.levels)
-    return BackboneConfig(backbone.name, size, revision=backbone.revision, levels=levels)
+    prepared, levels = backbone.preprocess, list(backbone.levels)
+    config = BackboneConfig(backbone.name, prepared.image_size, revision=backbone.revision, levels=levels)
+    if prepared.crop_from is None:
+        return config
+    return dataclasses.replace(config, resize="crop", crop_from=prepared.crop_from)
 
 
 def saved_backbone(config: BackboneConfig, weights: str | os.PathLike[str] | None) -> Backbone:
@@ -232,9 +235,22 @@ def read_folder_config(folder: Path, cls: type[T], newest: int, writer: str) -> 
             f"adpretrain {__version__}, which reads up to version {newest}: upgrade adpretrain"
         )
     try:
-        return from_dict(cls, content, str(path))
+        return from_dict(cls, _with_crop_from(content, str(path)), str(path))
     except ValueError as error:
         raise ValueError(f"{error}; expected a folder written by {writer}") from error
+
+
+def _with_crop_from(content: Any, where: str) -> Any:
+    """config.json, also of earlier versions: they squeezed every photograph, to a side that they called ``resize``."""
+    if not isinstance(content, dict):
+        return content
+    for key in ("preprocess", "images"):  # of extractors and detectors
+        old = content.get(key)
+        if isinstance(old, dict) and "resize" in old:
+            if old["resize"] != old.get("image_size"):
+                raise ValueError(f"{where}: {key}.resize {old['resize']} is not image_size {old.get('image_size')}")
+            content = {**content, key: {name: value for name, value in old.items() if name != "resize"}}
+    return content
 
 
 def read_weights(folder: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:

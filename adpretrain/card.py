@@ -62,7 +62,7 @@ _LIMITATIONS = """- Scores are comparable within one product and one set of refe
   normal photographs of the product itself (`adpretrain score` calibrates one and says what it can promise).
 - The references must show good parts under the same camera, light and pose as the photographs to be scored. A reference
   with a defect hides that defect.
-- Input is resized to {side} x {side} pixels: a defect of a few pixels in a large photograph can vanish. Crop first.
+- A photograph is {prepared}: a defect of a few pixels in a large photograph can vanish. Crop first.
 - Missing or swapped parts (logical anomalies) are found only where they change local appearance.
 - Products, cameras and defects unlike those it was trained and measured on may behave differently; measure on your own.
 - It assists an inspection. It is not a safety device."""
@@ -142,7 +142,7 @@ def sections(config: ExtractorConfig, repo_id: str, results: Sequence[Result] = 
         "usage": _USAGE.format(repo_id=repo_id),
         "backbone": _backbone(config),
         "training": _training(config),
-        "limitations": _LIMITATIONS.format(side=config.preprocess.image_size),
+        "limitations": _LIMITATIONS.format(prepared=config.preprocess.in_words),
     }
     if everything := [*held_out_results(config), *results]:
         parts["results"] = _results(everything, held_out_results(config))
@@ -184,7 +184,7 @@ def _backbone(config: ExtractorConfig) -> str:
             ("licence of the weights", entry.licence if entry else "unknown"),
             ("levels", ", ".join(map(str, config.backbone.levels or [])) or "default"),
             ("channels", ", ".join(map(str, config.channels))),
-            ("input", f"{config.preprocess.image_size} x {config.preprocess.image_size} pixels"),
+            ("input", config.preprocess.in_words),
         ],
     )
 

@@ -31,6 +31,10 @@ class BackboneConfig:
     Args:
         name: a name of `adpretrain.backbones.BACKBONES`, or timm/<model name>.
         image_size: side of the square input in pixels.
+        resize: "squeeze" makes a square of the whole photograph; "crop" resizes its shorter side to ``crop_from`` and
+            crops the centre (the authors' released code), which cuts the edges of the longer side off.
+        crop_from: for "crop", the shorter side in pixels; null = the released code's for this image_size (224 from 256,
+            320 from 366, 480 from 512; any other size must say).
         revision: branch, tag or commit of the weights on the Hugging Face Hub; null = the newest.
         weights: a local file or folder of weights instead of the Hub's; never part of a saved extractor.
         levels: numbers of the blocks (vision transformers) or stages (others) that give the features, from 1; null =
@@ -42,6 +46,8 @@ class BackboneConfig:
     revision: str | None = None
     weights: str | None = None
     levels: list[int] | None = None
+    resize: Literal["squeeze", "crop"] = "squeeze"
+    crop_from: int | None = None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from adpretrain.backbones import Backbone
 from adpretrain.config import ProjectorConfig
 from adpretrain.extractor import ADExtractor
+from adpretrain.preprocess import crop_side
 from adpretrain.projector import FeatureProjector
 
 RELEASED_HEADS = 16
@@ -110,7 +112,8 @@ def extractor_from_official(checkpoint: Any, backbone: Backbone, source: Mapping
     """A released checkpoint file's content as a complete `ADExtractor` on ``backbone``, as its authors run it.
 
     Cosine matching, the norm sqrt(||x|| + 1) - 1 and the released projector form; no conditioning; the centres stay
-    zero (the file has none, and scoring does not use them). ``source`` (file name, sha256 ...) goes into the
+    zero (the file has none, and scoring does not use them). A ``backbone`` that squeezes photographs is made to crop
+    them as its authors' code does (256 -> 224 pixels). ``source`` (file name, sha256 ...) goes into the
     provenance, with the file's own metrics, which its authors took, and chose it by, on a test set.
 
     Raises ValueError that names what was expected and found if the content is no such checkpoint or of another width.
@@ -139,6 +142,8 @@ def extractor_from_official(checkpoint: Any, backbone: Backbone, source: Mapping
             f"{backbone.channels}: name the backbone that the file was trained on (768: dinov2-base, clip-base; "
             "1024: dinov2-large, clip-large; 1280: imagebind)"
         )
+    if backbone.preprocess.crop_from is None:
+        backbone.preprocess = replace(backbone.preprocess, crop_from=crop_side(backbone.image_size, "crop"))
     recorded = {key: float(checkpoint[key]) for key in ("img_auc", "pix_auc", "pix_pro") if key in checkpoint}
     return ADExtractor(
         backbone,

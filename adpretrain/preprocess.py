@@ -25,6 +25,9 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # none runs another program, as EPS
 LARGEST_SIDE = 4096  # of a network's input: a config that asks for more would take all memory
 INTERPOLATIONS = ("bilinear", "bicubic")
+RESIZES = ("squeeze", "crop")
+RELEASED_CROPS = {224: 256, 320: 366, 480: 512}  # image_size -> crop_from, in the authors' released code
+THINNEST = 20  # longer side over shorter, of what is cropped: resizing it first would take all memory
 
 
 @contextlib.contextmanager
@@ -114,16 +117,38 @@ def read_mask(path: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
     return Image.fromarray(((values > 0) * 255).astype(np.uint8))
 
 
+def crop_side(image_size: int, resize: str = "squeeze", crop_from: int | None = None) -> int | None:
+    """The ``crop_from`` of a `Preprocess` that a configuration's ``resize`` and ``crop_from`` ask for.
+
+    Raises ValueError for another ``resize`` than "squeeze" and "crop", for a crop whose ``crop_from`` is neither given
+    nor known from the authors' released code, and for a squeeze with one.
+    """
+    if resize not in RESIZES:
+        raise ValueError(f"resize {resize!r} is unknown; choose one of {RESIZES}")
+    if resize == "squeeze":
+        if crop_from is not None:
+            raise ValueError(f"crop_from {crop_from} goes with resize 'crop'; 'squeeze' crops nothing")
+        return None
+    if crop_from is None and image_size not in RELEASED_CROPS:
+        known = ", ".join(f"{size} from {side}" for size, side in RELEASED_CROPS.items())
+        raise ValueError(
+            f"resize 'crop' to {image_size} pixels needs crop_from, the shorter side before the crop; only the sizes "
+            f"of the authors' code have one of their own ({known})"
+        )
+    return RELEASED_CROPS[image_size] if crop_from is None else crop_from
+
+
 @dataclass(frozen=True)
 class Preprocess:
-    """Photograph -> network input: resize both sides to ``resize``, centre crop to ``image_size`` pixels, normalise.
+    """Photograph -> network input: resize to ``image_size`` x ``image_size`` pixels, normalise.
 
-    With ``resize == image_size`` (the default) the whole picture is squeezed to a square, so that no part of a
-    product is cropped away, as the released test code does for every benchmark but MVTec (256 -> 224 crop).
+    Without ``crop_from`` the whole photograph is squeezed to a square, so that no defect at its edge is lost. With it,
+    the shorter side is resized to ``crop_from`` pixels, the longer one in proportion, and the centre is cropped: the
+    authors' released code does so for every set (256 -> 224; torchvision's Resize(256) and CenterCrop(224)).
     """
 
     image_size: int = 224
-    resize: int = 224
+    crop_from: int | None = None
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
     interpolation: str = "bicubic"
@@ -131,19 +156,52 @@ class Preprocess:
     def __post_init__(self) -> None:
         if self.interpolation not in INTERPOLATIONS:
             raise ValueError(f"interpolation {self.interpolation!r} is unknown; choose one of {INTERPOLATIONS}")
-        if not 0 < self.image_size <= self.resize <= LARGEST_SIDE:
-            raise ValueError(
-                f"image_size {self.image_size} must be in 1..resize ({self.resize}), which is at most {LARGEST_SIDE}"
-            )
+        if not 0 < self.image_size <= self.shorter_side <= LARGEST_SIDE:
+            limit = LARGEST_SIDE if self.crop_from is None else f"crop_from ({self.crop_from})"
+            raise ValueError(f"image_size {self.image_size} must be in 1..{limit}, and no side above {LARGEST_SIDE}")
         if not all(math.isfinite(value) for value in self.mean) or not all(0 < value < math.inf for value in self.std):
             raise ValueError(f"mean {self.mean} must be finite, std {self.std} must be positive")
         # JSON and YAML give lists; a frozen config should compare equal however it was made.
         object.__setattr__(self, "mean", tuple(self.mean))
         object.__setattr__(self, "std", tuple(self.std))
 
+    @property
+    def shorter_side(self) -> int:
+        """Pixels of a resized photograph's shorter side, before any crop: a JPEG decoded smaller would lose detail."""
+        return self.image_size if self.crop_from is None else self.crop_from
+
+    @property
+    def in_words(self) -> str:
+        """What happens to a photograph's shape, for people."""
+        square = f"{self.image_size} x {self.image_size} pixels"
+        if self.crop_from is None:
+            return f"squeezed to {square}"
+        return f"resized to a shorter side of {self.crop_from} pixels and cropped to the central {square}"
+
+    def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(width, height) before the crop of a photograph of ``size``, which is torchvision's Resize(crop_from)."""
+        width, height = size
+        if self.crop_from is None:
+            return self.image_size, self.image_size
+        if max(size) > THINNEST * min(size):
+            raise ValueError(
+                f"a photograph of {width}x{height} pixels is too thin to be resized and cropped (its longer side may "
+                f"be {THINNEST} times the shorter): cut it into pieces, or squeeze it (resize 'squeeze')"
+            )
+        return self.crop_from * width // min(size), self.crop_from * height // min(size)
+
+    def seen(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """The part of a photograph of ``size`` (width, height) that the network sees: left, top, right and bottom, in
+        the photograph's pixels. Errors as in `pixels`."""
+        width, height = self._resized(size)
+        left, top = round((width - self.image_size) / 2), round((height - self.image_size) / 2)
+        right, bottom = left + self.image_size, top + self.image_size
+        across, down = size[0] / width, size[1] / height  # the photograph's pixels in one of the resized
+        return left * across, top * down, right * across, bottom * down
+
     def _place(self, image: Image.Image, mode: InterpolationMode) -> Image.Image:
-        side = [self.resize, self.resize]
-        return F.center_crop(F.resize(image, side, interpolation=mode), [self.image_size, self.image_size])
+        width, height = self._resized(image.size)
+        return F.center_crop(F.resize(image, [height, width], interpolation=mode), [self.image_size, self.image_size])
 
     def view_of(self, image: Image.Image) -> Image.Image:
         """The [S, S] pixels that the network sees, for overlays."""
@@ -152,7 +210,8 @@ class Preprocess:
     def pixels(self, image: Image.Image) -> Tensor:
         """Photograph of any size and mode -> uint8 tensor [3, S, S], a quarter of the bytes of what the network takes.
 
-        Raises ValueError for what is no picture: `read_image` reads a file, Image.fromarray takes an array.
+        Raises ValueError for what is no picture: `read_image` reads a file, Image.fromarray takes an array; and, where
+        it is to be cropped, for a picture more than `THINNEST` times as long as it is wide.
         """
         if not isinstance(image, Image.Image):
             raise ValueError(

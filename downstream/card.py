@@ -31,12 +31,13 @@ def detector_card(config: DetectorConfig, repo_id: str = PLACEHOLDER) -> str:
     network = {"extractor": "an extractor, saved beside", "given": "a function of its maker's"}.get(config.extract)
     if config.backbone is not None:
         network = f"the backbone `{config.backbone.name}`"
+    prepared = config.images or config.preprocess
     facts = table(
         ("what", "value"),
         [
             ("detector", f"`{config.detector}`"),
             ("features", network or "those of its members"),
-            ("input", f"{config.image_size} x {config.image_size} pixels"),
+            ("input", f"{config.image_size} x {config.image_size} pixels" if prepared is None else prepared.in_words),
             ("options", f"`{json.dumps(config.options)}`"),
             ("tensors", ", ".join(f"`{name}` {shape}" for name, shape in config.tensors.items())),
             ("adpretrain", f"`{config.library_version}`"),

@@ -41,6 +41,7 @@ def _extractor(folder: Path) -> dict[str, Any]:
         "levels": config.backbone.levels or list(find_entry(config.backbone.name).levels),
         "channels": config.channels,
         "input pixels": config.preprocess.image_size,
+        "photographs": config.preprocess.in_words,
         "projector": config.projector.architecture if config.projector else "none",
         "parameters": _parameters(folder),
         "matching": config.matching,

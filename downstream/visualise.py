@@ -71,16 +71,13 @@ class ColourScale:
 def shown_region(photo: Image.Image, preprocess: Preprocess, longest: int = 384) -> Image.Image:
     """The part of the photograph that the network sees, undistorted, its longest side `longest` pixels.
 
-    The network's own view is squeezed to a square; people compare pictures in the photograph's shape.
+    The network's own view may be squeezed to a square; people compare pictures in the photograph's shape.
     """
-    share = preprocess.image_size / preprocess.resize
-    width, height = photo.size
-    near, far = (1 - share) / 2, (1 + share) / 2
-    box = (width * near, height * near, width * far, height * far)
-    zoom = longest / max(width * share, height * share)
+    left, top, right, bottom = preprocess.seen(photo.size)
+    zoom = longest / max(right - left, bottom - top)
     # An extremely long and thin photograph must keep at least a few pixels of its short side.
-    size = (max(16, round(width * share * zoom)), max(16, round(height * share * zoom)))
-    return photo.convert("RGB").resize(size, Image.Resampling.LANCZOS, box=box)
+    size = (max(16, round((right - left) * zoom)), max(16, round((bottom - top) * zoom)))
+    return photo.convert("RGB").resize(size, Image.Resampling.LANCZOS, box=(left, top, right, bottom))
 
 
 def overlay(photo: Image.Image, map_SS: NDArray[np.floating], scale: ColourScale, contour: bool = True) -> Image.Image:

@@ -52,13 +52,14 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def convert(path: Path, backbone: str, out: Path, image_size: int = 224) -> Path:
-    """Checkpoint file -> extractor folder; the folder's path. Raises ValueError as `read_checkpoint` and the
-    conversion do.
+def convert(path: Path, backbone: str, out: Path, image_size: int = 224, crop_from: int | None = None) -> Path:
+    """Checkpoint file -> extractor folder; the folder's path. Photographs are cropped from a shorter side of
+    ``crop_from`` pixels, by default the authors' for this ``image_size``. Raises ValueError as `read_checkpoint` and
+    the conversion do.
     """
     checkpoint = read_checkpoint(path)
     with torch.device("meta"):  # widths and preprocessing are needed, weights are not
-        frozen = load_backbone(backbone, pretrained=False, image_size=image_size)
+        frozen = load_backbone(backbone, pretrained=False, image_size=image_size, resize="crop", crop_from=crop_from)
     source = {"file": path.name, "sha256": sha256(path), "bytes": path.stat().st_size}
     return extractor_from_official(checkpoint, frozen, source).save_pretrained(out)
 
@@ -69,9 +70,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--backbone", type=str, required=True, help="the backbone it was trained on: dinov2-base, ...")
     parser.add_argument("--out", type=str, required=True, help="folder of the extractor; must be new or an extractor")
     parser.add_argument("--image-size", type=int, default=224, help="side of the network's input in pixels")
+    parser.add_argument(
+        "--crop-from",
+        type=int | None,
+        default=None,
+        help="shorter side before the crop; the authors' 256 for 224 pixels",
+    )
     options = parser.parse_args(argv)
     try:
-        folder = convert(Path(options.checkpoint), options.backbone, Path(options.out), options.image_size)
+        folder = convert(
+            Path(options.checkpoint), options.backbone, Path(options.out), options.image_size, options.crop_from
+        )
     except (ValueError, OSError) as error:
         print(f"convert_official: error: {error}", file=sys.stderr)
         return 2

@@ -93,7 +93,13 @@ def load_networks(options: argparse.Namespace, folders: Mapping[str, Path], devi
     if untrained:
         torch.manual_seed(options.random_weights)
     backbone = load_backbone(
-        options.backbone, not untrained, weights=options.weights, image_size=options.image_size, levels=options.levels
+        options.backbone,
+        not untrained,
+        weights=options.weights,
+        image_size=options.image_size,
+        levels=options.levels,
+        resize=options.resize,
+        crop_from=options.crop_from,
     )
     return Networks(backbone.to(device))
 

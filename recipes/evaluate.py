@@ -26,6 +26,7 @@ from rich.console import Console
 
 from adpretrain.data import DATASETS, Sample, index_dataset
 from adpretrain.hub.locating import EMBEDDED
+from adpretrain.preprocess import RESIZES
 from downstream.evaluation.contenders import CONDITIONED, FEATURES, PRETRAINED, SETTINGS
 from downstream.evaluation.protocols import PROTOCOLS
 from downstream.table import DETECTORS
@@ -62,6 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument("--protocol", choices=PROTOCOLS, help="what is fitted on what (default: full)")
     table.add_argument("--backbone", default="filterbank", help="network of raw features, without --extractors")
     table.add_argument("--image-size", type=int, default=224, help="its input in pixels, without --extractors")
+    table.add_argument("--resize", choices=RESIZES, default="squeeze", help="photographs whole, or their centre")
+    table.add_argument("--crop-from", type=int, help="shorter side before --resize crop, such as 256 for 224 pixels")
     table.add_argument("--levels", type=int, nargs="+", help="its blocks or stages, without --extractors")
     table.add_argument("--random-weights", type=int, metavar="SEED", help="untrained weights: a floor to compare with")
     table.add_argument("--references", type=int, default=8, help="the extractor's references, but for few-shot")

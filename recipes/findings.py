@@ -12,6 +12,7 @@ from rich.table import Table
 
 from adpretrain._version import __version__
 from adpretrain.files import atomic_path
+from adpretrain.preprocess import Preprocess
 from downstream.evaluation.contenders import PRETRAINED, RAW, Contender, Networks
 from downstream.evaluation.patches import in_two_dimensions, sampled_patches
 from downstream.evaluation.plots import scatter
@@ -42,7 +43,7 @@ def write_findings(
     facts = [
         Fact("Protocol", protocol, ", ".join(name for name in settings if name != protocol)),
         Fact("Products", str(len(products)), f"{sum(len(record['scores']) for record in first)} scored images"),
-        Fact("Backbone", configuration["backbone"]["name"], f"{configuration['preprocess']['image_size']} pixels"),
+        Fact("Backbone", configuration["backbone"]["name"], Preprocess(**configuration["preprocess"]).in_words),
         Fact("Extractors", str(extractors), "seeds of one training, averaged" if extractors else "raw features only"),
         Fact("Repeats", str(repeats), "draws and extractors; ± is the standard deviation between them"),
         Fact("Computing time", f"{seconds / 60:.1f} min", "all processes together"),

@@ -30,7 +30,7 @@ from adpretrain.backbones import load_backbone
 from adpretrain.config import PretrainConfig
 from adpretrain.extractor import build_projector
 from adpretrain.parsing import from_dict, read_yaml
-from adpretrain.preprocess import Preprocess, TwoViews, read_image
+from adpretrain.preprocess import Preprocess, TwoViews, crop_side, read_image
 from adpretrain.speed import count_flops
 
 ADAM = 2  # moments per parameter
@@ -232,9 +232,10 @@ def steps_table(config: PretrainConfig, counts: Counts, assumed: Assumed) -> lis
 
 def host_lines(config: PretrainConfig, rate: float, assumed: Assumed) -> list[str]:
     """What the processors, disks and network of a node must give for ``rate`` images/s a GPU."""
-    preprocess = Preprocess(config.backbone.image_size, config.backbone.image_size)
+    size = config.backbone.image_size
+    preprocess = Preprocess(size, crop_side(size, config.backbone.resize, config.backbone.crop_from))
     content = photograph(assumed.image_side)
-    reduced, two_views = preprocess.resize if config.data.reduced else None, TwoViews(preprocess)
+    reduced, two_views = preprocess.shorter_side if config.data.reduced else None, TwoViews(preprocess)
     draws = iter(range(REPEATS))
     works = (
         lambda: preprocess.pixels(read_image(io.BytesIO(content), reduced)),

@@ -103,13 +103,28 @@ def find_samples(
 def training_set(
     config: PretrainConfig, shards: Shards | None, samples: Sequence[Sample], preprocess: Preprocess
 ) -> PretrainingSet | StreamedSet:
-    """The images of the steps."""
+    """The images of the steps.
+
+    Raises ValueError for a set without a single defect: both losses tell anomalies from normal tokens, and without any
+    the norm loss alone is left, which shrinks all features alike.
+    """
     seed = config.cache.seed if config.cache.draws else config.seed
     shots = config.shots if config.matching != "none" else [0]
     common = (preprocess, shots, seed, config.augment)
+    data: PretrainingSet | StreamedSet
     if shards is not None:
-        return StreamedSet(shards, *common, config.data.reservoir_mb << 20, config.data.reduced)
-    return PretrainingSet(samples, *common, config.references, config.data.reduced)
+        data = StreamedSet(shards, *common, config.data.reservoir_mb << 20, config.data.reduced)
+        defects = len(data) - sum(shards.index.normals.values())
+    else:
+        data = PretrainingSet(samples, *common, config.references, config.data.reduced)
+        defects = sum(sample.anomalous for sample in data.samples)
+    if not defects:
+        raise ValueError(
+            f"the {len(data)} training images of {config.data.root} show no defect: the losses need anomalies, and "
+            "would only shrink the features of normal ones; give a set with marked defects (data.root), or hold fewer "
+            "categories out (data.held_out)"
+        )
+    return data
 
 
 def step_batches(

@@ -24,6 +24,7 @@ from adpretrain.conditioning import Conditioning
 from adpretrain.config import OptimConfig, PretrainConfig
 from adpretrain.data import ImageDataset, Sample
 from adpretrain.data.pairs import PretrainingSet, StepBatches
+from adpretrain.data.samples import to_learn_from
 from adpretrain.data.streaming import StreamedBatches, StreamedSet
 from adpretrain.extractor import ADExtractor, build_projector
 from adpretrain.objective import Objective
@@ -45,7 +46,7 @@ def build_extractor(config: PretrainConfig, samples: list[Sample], device: torch
         matching=config.matching,
     ).to(device)
     if conditioning is not None:
-        groups = by_product([sample for sample in samples if not sample.anomalous]).values()
+        groups = by_product([sample for sample in to_learn_from(samples) if not sample.anomalous]).values()
         chosen = [group[:CONDITIONING_IMAGES] for group in groups if len(group) >= CONDITIONING_IMAGES]
         batches = []
         for group in chosen:
@@ -149,6 +150,8 @@ def set_up(config: PretrainConfig, console: Console, accelerator: Accelerator) -
     torch.manual_seed(config.seed)
     extractor = build_extractor(config, samples, accelerator.device)
     data = training_set(config, shards, samples, extractor.preprocess)
+    if unmarked := len(samples) - len(to_learn_from(samples)):
+        console.print(f"{unmarked} unmarked views of defective parts are not trained on", highlight=False)
     rank, processes = accelerator.process_index, accelerator.num_processes
     check_memory(config, len(data), len(held_out), processes, accelerator.device, console)
     per_epoch = step_batches(data, config, 0, 0, rank, processes).per_epoch

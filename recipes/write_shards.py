@@ -21,6 +21,7 @@ from rich.console import Console
 from run_data import split_samples
 
 from adpretrain.config import DataConfig
+from adpretrain.data.samples import to_learn_from
 from adpretrain.data.shard_writer import check_target, write_shards
 from adpretrain.parsing import parse_command_line
 
@@ -48,14 +49,14 @@ def write(config: ShardConfig, console: Console) -> None:
     """Check every file, then write. Raises ValueError for what cannot be used, unless it is to be skipped."""
     samples, missing = indexed(config.data)
     training, _ = split_samples(samples, config.data.held_out)
-    check_target(config.out, config.shards, len(training))  # before hours of reading
+    check_target(config.out, config.shards, len(to_learn_from(training)))  # before hours of reading
     with TemporaryDirectory() as scratch:
         readable = checked(config.data, samples, missing, Path(scratch), console, main=True)
     samples, held_out = split_samples(readable, config.data.held_out)
     with progress_bar(console) as bar:
         track = lambda items, total: bar.track(items, total=total, description="writing shards")  # noqa: E731
         out = write_shards(samples, config.out, config.shards, held_out, config.references, config.seed, track)
-    done = f"{len(samples)} images in {config.shards} shards, {len(held_out)} held out: {out}"
+    done = f"{len(to_learn_from(samples))} images in {config.shards} shards, {len(held_out)} held out: {out}"
     console.print(done, highlight=False, markup=False)
 
 

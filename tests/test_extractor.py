@@ -136,6 +136,27 @@ def test_every_architecture_saves_and_loads(architecture: str | None, conditione
     assert same(loaded(query, banks), extractor(query, banks))
 
 
+def test_a_crop_is_saved_with_the_extractor(tmp_path: Path) -> None:
+    backbone = load_backbone("filterbank", image_size=SIDE, resize="crop", crop_from=72)
+    loaded = ADExtractor.from_pretrained(ADExtractor(backbone).save_pretrained(tmp_path / "extractor"))
+    assert loaded.preprocess == backbone.preprocess == Preprocess(SIDE, 72, interpolation="bilinear")
+    content = json.loads((tmp_path / "extractor" / CONFIG).read_text())
+    assert (content["backbone"]["resize"], content["backbone"]["crop_from"]) == ("crop", 72)
+    assert content["preprocess"]["crop_from"] == 72
+    assert "shorter side of 72 pixels and cropped" in (tmp_path / "extractor" / "README.md").read_text()
+
+
+def test_a_folder_of_an_earlier_version_squeezes_as_it_did(folder: Path) -> None:
+    """They called the side that photographs were squeezed to ``resize``, and knew no crop."""
+    edit_config(folder, preprocess__crop_from=None, backbone__resize=None, backbone__crop_from=None)
+    edit_config(folder, preprocess__resize=SIDE)
+    assert (
+        ADExtractor.from_pretrained(folder).preprocess
+        == make().preprocess
+        == Preprocess(SIDE, interpolation="bilinear")
+    )
+
+
 # Damaged folders
 
 
@@ -183,7 +204,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "bad type": (lambda f: edit_config(f, channels="many"), r"(?s)config\.json.*channels"),
     "bad metric": (lambda f: edit_config(f, matching="l7"), "'l7' is unknown"),
     "bad projector": (lambda f: edit_config(f, projector__heads="four"), r"(?s)config\.json.*heads"),
-    "bad preprocess": (lambda f: edit_config(f, preprocess__resize=8), "image_size 64 must be in"),
+    "bad preprocess": (
+        lambda f: edit_config(f, preprocess__crop_from=8),
+        r"image_size 64 must be in 1\.\.crop_from \(8\)",
+    ),
+    "squeezed, then cropped": (
+        lambda f: edit_config(f, preprocess__resize=80),
+        r"config\.json: preprocess\.resize 80 is not image_size 64",
+    ),
     "other backbone": (
         lambda f: edit_config(f, channels=[768] * 4),
         r"made on features of \[768, 768, 768, 768\] channels.*'filterbank' gives \[29, 29, 29, 30\]",
@@ -367,7 +395,7 @@ class OwnBackbone(Backbone):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = torch.nn.Conv2d(3, 8, 4, 4)
-        super().__init__("mine", [8], Preprocess(side, side), [1], network)
+        super().__init__("mine", [8], Preprocess(side), [1], network)
 
     def maps(self, images: Tensor) -> FeatureMaps:
         return [self.network(images)]

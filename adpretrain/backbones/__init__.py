@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 from adpretrain.backbones.base import Backbone, Extract, FeatureMaps, References
 from adpretrain.backbones.table import BACKBONES, BackboneEntry, BackboneInfo, find_entry, list_backbones
 from adpretrain.backbones.weights import Weights
+from adpretrain.preprocess import crop_side
 
 __all__ = [
     "BACKBONES",
@@ -32,6 +34,8 @@ def load_backbone(
     weights: str | os.PathLike[str] | None = None,
     image_size: int = 224,
     levels: Sequence[int] | None = None,
+    resize: str = "squeeze",
+    crop_from: int | None = None,
 ) -> Backbone:
     """A frozen backbone by name (see `BACKBONES`), for square inputs of ``image_size`` pixels.
 
@@ -43,6 +47,8 @@ def load_backbone(
         weights: a local file (.safetensors, or .pth, .pt, .bin of plain tensors) or folder instead of the Hub's.
         image_size: S; must fit the network's patch or stride.
         levels: numbers of the blocks (vision transformers) or stages (others), from 1; None = the paper's.
+        resize: how photographs become square: "squeeze", or "crop" the centre as the authors' released code does.
+        crop_from: for "crop", the shorter side before it; None = the released code's (`adpretrain.preprocess`).
 
     Raises ValueError for an unknown name, a level, size, revision or file that does not fit, or weights that are
     neither in the local cache nor to be downloaded; it says what would fit, or what to do.
@@ -52,4 +58,7 @@ def load_backbone(
     entry = find_entry(name)
     path = os.fspath(weights) if weights is not None else None
     chosen = Weights(name, entry.source, pretrained, revision, path)
-    return entry.build(name, chosen, image_size, list(entry.levels if levels is None else levels))
+    cropped = crop_side(image_size, resize, crop_from)
+    backbone = entry.build(name, chosen, image_size, list(entry.levels if levels is None else levels))
+    backbone.preprocess = replace(backbone.preprocess, crop_from=cropped)
+    return backbone

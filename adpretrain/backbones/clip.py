@@ -68,7 +68,7 @@ class VisionTower(Backbone):
         super().__init__(
             name,
             channels=[network.conv1.out_channels] * len(levels),
-            preprocess=Preprocess(image_size, image_size, CLIP_MEAN, CLIP_STD),
+            preprocess=Preprocess(image_size, mean=CLIP_MEAN, std=CLIP_STD),
             levels=levels,
             network=network,
             revision=revision,

@@ -74,7 +74,7 @@ class DinoV2(Backbone):
         super().__init__(
             name,
             channels=[config.hidden_size] * len(chosen),
-            preprocess=Preprocess(image_size, image_size, IMAGENET_MEAN, IMAGENET_STD),
+            preprocess=Preprocess(image_size, mean=IMAGENET_MEAN, std=IMAGENET_STD),
             levels=chosen,
             network=network,
             revision=revision,

@@ -103,7 +103,7 @@ class FilterBank(Backbone):
         super().__init__(
             name="filterbank",
             channels=[per_level + (level == OCTAVES) for level in chosen],
-            preprocess=Preprocess(image_size=image_size, resize=image_size, interpolation="bilinear"),
+            preprocess=Preprocess(image_size, interpolation="bilinear"),
             levels=chosen,
         )
         self.grid = image_size // POOL

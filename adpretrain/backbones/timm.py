@@ -79,7 +79,7 @@ def build(name: str, weights: Weights, image_size: int, levels: Sequence[int]) -
     weights = dataclasses.replace(weights, backbone=name, source=source(config.hf_hub_id or name))
     sized = {"img_size": image_size} if config.fixed_input_size else {}
     interpolation = config.interpolation if config.interpolation in INTERPOLATIONS else "bicubic"
-    preprocess = Preprocess(image_size, image_size, config.mean, config.std, interpolation)
+    preprocess = Preprocess(image_size, None, config.mean, config.std, interpolation)
     info = _feature_info(model)
     strides = [entry["reduction"] for entry in info]
     if len(info) > 1 and len(set(strides)) == 1:

@@ -1,5 +1,8 @@
 """What one pretraining image needs: its views, its mask, and K normal references of its category and camera view.
 
+Unmarked views of defective parts (`Sample.of_defective_part`) are no pretraining images and nobody's references. The
+authors' released code draws its references from good parts alone too.
+
 Everything random derives from (seed, epoch, index), so any step of a run can be repeated alone.
 
 Shapes: V views (2, or 1 without augmentation), S side in pixels, H x W tokens.
@@ -16,7 +19,7 @@ from torch import Tensor
 from adpretrain.config import ReferencesConfig
 from adpretrain.data.draws import SHUFFLE, VIEWS, ReferenceDraws, generator
 from adpretrain.data.loading import ImageBatch, Item, Request, assemble
-from adpretrain.data.samples import Sample, load_mask
+from adpretrain.data.samples import Sample, load_mask, to_learn_from
 from adpretrain.preprocess import Preprocess, TwoViews, picture_size, read_image
 
 AUGMENTATIONS = ("epoch", "once", "none")
@@ -35,7 +38,8 @@ class PretrainingSet:
 
     K is drawn per image from ``shots`` (ADPretrain Tab. 13: Rand(1, 4, 8)); the references are distinct normal images
     of the same category and view, never the image itself. ``references``: how the draws of different images are tied
-    together. ``reduced``: JPEG files are decoded near the size that is needed.
+    together. ``reduced``: JPEG files are decoded near the size that is needed. The attribute ``samples`` is without the
+    unmarked views of defective parts.
 
     Raises ValueError if a category's view has too few normal images for the largest K, or a defect has no mask.
     """
@@ -52,9 +56,9 @@ class PretrainingSet:
     ) -> None:
         if augment not in AUGMENTATIONS:
             raise ValueError(f"augment {augment!r} is unknown; choose one of {AUGMENTATIONS}")
-        self.samples, self.preprocess, self.shots = list(samples), preprocess, list(shots)
+        self.samples, self.preprocess, self.shots = to_learn_from(samples), preprocess, list(shots)
         self.seed, self.augment = seed, augment
-        self.side = preprocess.resize if reduced else None
+        self.side = preprocess.shorter_side if reduced else None
         self.two_views = TwoViews(preprocess)
         for sample in self.samples:
             if sample.anomalous and sample.mask is None:

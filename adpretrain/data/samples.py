@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,9 @@ class Sample:
     """One photograph.
 
     ``defect`` is "good" for a normal one; ``mask`` is None where nothing is marked, and a tuple where several files
-    together mark the defect; ``split`` is "train", "validation" or "test". ``of_defective_part``: a normal view of a
-    part that is defective elsewhere, as no line that makes good parts gives it; no detector learns from it.
+    together mark the defect; ``split`` is "train", "validation" or "test". ``of_defective_part``: an unmarked view of a
+    part that is defective elsewhere, as no line that makes good parts gives it; nothing learns from it, but it is
+    scored, as normal.
     """
 
     image: Path
@@ -71,6 +72,12 @@ class MissingMasks(ValueError):
 def is_image(path: Path) -> bool:
     """Whether the name looks like a photograph (suffix known, not hidden)."""
     return path.suffix.lower() in (*IMAGE_SUFFIXES, *FOREIGN_SUFFIXES) and not path.name.startswith(".")
+
+
+def to_learn_from(samples: Iterable[Sample]) -> list[Sample]:
+    """The samples without the unmarked views of defective parts: they may show a defect that nobody marked, or its
+    shadow, and would be learnt as normal."""
+    return [sample for sample in samples if not sample.of_defective_part]
 
 
 class ImageDataset(Dataset[dict[str, Any]]):

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import ImageChops
 
-from adpretrain.data.samples import Sample
+from adpretrain.data.samples import Sample, to_learn_from
 from adpretrain.data.shards import COLUMNS, FORMAT, INDEX, Photograph, ShardIndex, group_name, schema
 from adpretrain.files import atomic_folder
 from adpretrain.preprocess import read_mask
@@ -35,13 +35,15 @@ def write_shards(
 ) -> Path:
     """Write ``samples`` as ``shards`` files and return ``out``, which appears only when all is written.
 
+    Unmarked views of defective parts are left out of what is trained on.
+
     The files' bytes are kept as they are, unread (`adpretrain.data.checking` reads them); several masks of one image
     become one PNG. ``references``: normal photographs of every category and view that are set aside. Two row groups of
     `ROW_GROUP_BYTES` are in memory. ``track`` wraps the rows of all files.
 
     Raises ValueError as `check_target` does, or if an image is listed twice or a defect has no mask.
     """
-    target = Path(out)
+    target, samples = Path(out), to_learn_from(samples)
     check_target(target, shards, len(samples))
     bare = [sample.image for sample in (*samples, *held_out) if sample.anomalous and not sample.mask_files]
     if bare:

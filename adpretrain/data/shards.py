@@ -27,7 +27,7 @@ from adpretrain.data.samples import GOOD, Sample
 from adpretrain.parsing import LARGEST, from_dict
 
 INDEX = "index.json"
-FORMAT = 1
+FORMAT = 2  # 1 trained on unmarked views of defective parts
 PARTS = ("train", "references", "held_out")
 FILE = re.compile(rf"data/({'|'.join(PARTS)})-\d{{5}}-of-\d{{5}}\.parquet")
 

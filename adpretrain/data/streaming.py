@@ -65,7 +65,7 @@ class StreamedSet:
     ) -> None:
         self.shards, self.preprocess, self.shots = shards, preprocess, list(shots)
         self.seed, self.augment = seed, augment
-        self.side = preprocess.resize if reduced else None
+        self.side = preprocess.shorter_side if reduced else None
         self.two_views = TwoViews(preprocess)
         self.draws = None  # references come and go with the stream: their features are not kept
         index, needed = shards.index, max(shots) + 1  # the image itself is never its own reference

@@ -88,15 +88,18 @@ def _export(options: Namespace) -> int:
 
 
 def snippet(path: Path, preprocess: Preprocess) -> str:
-    """Six lines of Python that score photo.png with the exported file, without torch or adpretrain."""
-    resize, edge = preprocess.resize, round((preprocess.resize - preprocess.image_size) / 2)
-    end = edge + preprocess.image_size
-    crop = f".crop(({edge}, {edge}, {end}, {end}))" if preprocess.image_size != resize else ""
-    kind = preprocess.interpolation.upper()
+    """A few lines of Python that score photo.png with the exported file, without torch or adpretrain."""
+    side, kind = preprocess.image_size, f"Image.Resampling.{preprocess.interpolation.upper()}"
+    shape = f"photo = photo.resize(({side}, {side}), {kind})"
+    if preprocess.crop_from is not None:  # as `Preprocess.seen`, in whole pixels of the resized photograph
+        shape = f"""\
+photo = photo.resize([{preprocess.crop_from} * length // min(photo.size) for length in photo.size], {kind})
+left, top = (round((length - {side}) / 2) for length in photo.size)
+photo = photo.crop((left, top, left + {side}, top + {side}))"""
     return f"""\
 import json, numpy as np, onnxruntime; from PIL import Image, ImageOps
 session = onnxruntime.InferenceSession({plain(path)!r}); told = session.get_modelmeta().custom_metadata_map
 photo = ImageOps.exif_transpose(Image.open("photo.png")).convert("RGB")
-photo = photo.resize(({resize}, {resize}), Image.Resampling.{kind}){crop}
+{shape}
 p = json.loads(told["preprocess"]); pixels = ((np.asarray(photo) / 255 - p["mean"]) / p["std"]).astype("float32")
 scores, maps = session.run(None, {{"images": pixels.transpose(2, 0, 1)[None]}}); print(scores, told.get("threshold"))"""

@@ -30,7 +30,7 @@ def counts(samples: list[Sample]) -> dict[tuple[str, str, str], int]:
 
 def marked(samples: list[Sample]) -> list[float]:
     """Marked pixels of every anomalous sample, in pixels of the 12 x 8 photographs."""
-    preprocess = Preprocess(24, 24)
+    preprocess = Preprocess(24)
     items = ImageDataset([s for s in samples if s.anomalous], preprocess)
     return [int(items[i]["mask"].sum()) / 6 for i in range(len(items))]  # 2 x 3 pixels are one of the file's
 
@@ -66,7 +66,7 @@ def test_loco_merges_its_masks_and_keeps_validation_apart(loco: Path) -> None:
     first = next(s for s in samples if s.anomalous)
     folder = loco / "breakfast_box/ground_truth/logical_anomalies/000"
     assert first.mask == first.mask_files == (folder / "000.png", folder / "001.png")
-    union = ImageDataset([first], Preprocess(24, 24))[0]["mask"].numpy()
+    union = ImageDataset([first], Preprocess(24))[0]["mask"].numpy()
     expected = np.zeros((24, 24), bool)
     expected[:12, :8] = expected[12:, 16:] = True  # the two boxes of the fixture, 12 x 8 pixels stretched to 24 x 24
     assert np.array_equal(union, expected)
@@ -77,7 +77,7 @@ def test_one_loco_mask_of_another_size_is_named(loco: Path) -> None:
     Image.new("L", (8, 12), 255).save(second)
     samples = [s for s in index_dataset("mvtec_loco", loco) if s.anomalous]
     with pytest.raises(ValueError, match=r"mask .*logical_anomalies/000/001\.png is 8x12 but its image"):
-        ImageDataset(samples, Preprocess(24, 24))[0]
+        ImageDataset(samples, Preprocess(24))[0]
 
 
 def test_mvtec_3d_takes_photographs_only(mvtec_3d: Path) -> None:

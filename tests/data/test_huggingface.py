@@ -83,7 +83,7 @@ def test_a_saved_data_set(saved: Path, caches: Path) -> None:
     samples = index_dataset("auto", saved)
     assert shape(samples) == expected("train", "validation", "test")
     assert same_pixels(samples, [0, 1, 2, 10, 11, 12, 20, 21, 22])
-    items = ImageDataset(samples, Preprocess(24, 24))
+    items = ImageDataset(samples, Preprocess(24))
     assert [int(items[i]["mask"].sum()) for i in range(3)] == [0, 0, 96]  # 4 x 4 of 12 x 8 pixels, stretched
     assert {s.image.suffix for s in samples} == {".png"}
     assert all(s.image.is_relative_to(caches / "adpretrain") for s in samples)
@@ -251,7 +251,7 @@ def test_a_broken_image_is_named_when_it_is_read(tmp_path: Path) -> None:
     pq.write_table(table.slice(0, 1), tmp_path / "set/data.parquet")
     (sample,) = index_dataset("hf", tmp_path / "set")
     with pytest.raises(ValueError, match=r"cannot read image .*\.unknown"):
-        ImageDataset([sample], Preprocess(8, 8))[0]
+        ImageDataset([sample], Preprocess(8))[0]
     pq.write_table(table, tmp_path / "set/data.parquet")
     with pytest.raises(ValueError, match="row 1 of set/train has no image"):
         index_dataset("hf", tmp_path / "set")

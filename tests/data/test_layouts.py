@@ -88,7 +88,7 @@ def test_mvtec(mvtec: Path) -> None:
             assert s.mask is None
     assert index_mvtec(mvtec, ["cable"]) == [s for s in samples if s.category == "cable"]
     assert index_mvtec(mvtec / "cable") == index_mvtec(mvtec, ["cable"])
-    assert sum(int(item["mask"].all()) for item in ImageDataset(samples, Preprocess(8, 8))) == 2
+    assert sum(int(item["mask"].all()) for item in ImageDataset(samples, Preprocess(8))) == 2
 
 
 def test_mvtec_errors(mvtec: Path, tmp_path: Path) -> None:
@@ -138,6 +138,6 @@ def test_the_real_mtd_set() -> None:
     assert Counter(s.split for s in normals) == {"test": 191, "train": 761}
     assert {s.split for s in samples if s.anomalous} == {"test"}
     few = [s for s in samples if s.anomalous][::28] + normals[::200]
-    items = list(ImageDataset(few, Preprocess(224, 224)))
+    items = list(ImageDataset(few, Preprocess(224)))
     assert all(bool(item["mask"].any()) == bool(item["label"]) for item in items)
     assert all(0 < item["image"].mean() < 1 for item in items)

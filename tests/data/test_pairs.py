@@ -12,7 +12,7 @@ from adpretrain.data.loading import Request
 from adpretrain.data.pairs import PretrainingSet, StepBatches, token_labels
 from adpretrain.preprocess import Preprocess
 
-PREPROCESS = Preprocess(image_size=32, resize=32)
+PREPROCESS = Preprocess(image_size=32)
 SHOTS = [1, 2, 4]
 
 

@@ -1,6 +1,7 @@
 """Real-IAD in a tiny tree of its true form: views, masks, JSON splits, resolutions."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from pictures import write
 
 from adpretrain.data import ImageDataset, LeftOut, Sample, index_dataset
+from adpretrain.data.pairs import PretrainingSet
 from adpretrain.data.realiad import index_realiad, view_of
 from adpretrain.preprocess import Preprocess
 
@@ -80,7 +82,21 @@ def test_realiad_json_splits(realiad: Path) -> None:
         ("test", "good", "C3", True),
     ]
     assert all(s.image.is_file() and (s.mask is None or s.mask.is_file()) for s in samples)
-    assert all(item["label"] == int(item["mask"].all()) for item in ImageDataset(samples, Preprocess(8, 8)))
+    assert all(item["label"] == int(item["mask"].all()) for item in ImageDataset(samples, Preprocess(8)))
+
+
+@pytest.mark.parametrize("protocol", ["", "realiad_jsons_sv"])
+def test_unmarked_views_of_defective_parts_are_not_pretrained_on(realiad: Path, protocol: str) -> None:
+    """Neither as images nor as references: of view C3 the part S0001 alone is good."""
+    samples = index_realiad(realiad, ["cap"], protocol=protocol)
+    assert [s.view for s in samples if s.of_defective_part] == ["C3"]
+    more = [replace(s, image=s.image.with_name(f"more-{s.image.name}")) for s in samples]
+    data = PretrainingSet([*samples, *more], Preprocess(8), [1], seed=0)
+    assert len(data) == 2 * (len(samples) - 1)
+    assert not any(s.of_defective_part for s in data.samples)
+    drawn = {i for index in range(len(data)) for epoch in range(9) for i in data.draw_references(index, epoch)}
+    assert drawn
+    assert all("_OK_" in data.samples[i].image.name for i in drawn)
 
 
 def test_a_set_is_read_by_its_own_split(realiad: Path, visa: Path, mpdd: Path) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 from adpretrain.data import ImageDataset, Sample
 from adpretrain.preprocess import Preprocess
 
-PREPROCESS = Preprocess(image_size=16, resize=16)
+PREPROCESS = Preprocess(image_size=16)
 
 
 def picture(path: Path, size: tuple[int, int] = (32, 24), value: int = 200) -> Path:

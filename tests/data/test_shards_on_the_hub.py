@@ -76,7 +76,7 @@ def test_the_steps_are_those_of_the_folder(repository: Repository, folder: Path)
     """Images, order and references of two epochs on each of two processes."""
 
     def steps(root: str | Path, rank: int) -> list[list[Draw]]:
-        data = StreamedSet(Shards(root), Preprocess(16, 16), [1, 3], seed=3, reservoir=1 << 20)
+        data = StreamedSet(Shards(root), Preprocess(16), [1, 3], seed=3, reservoir=1 << 20)
         return list(StreamedBatches(data, 2, 0, 6, rank, 2))
 
     assert [steps(ROOT, rank) for rank in range(2)] == [steps(folder, rank) for rank in range(2)]

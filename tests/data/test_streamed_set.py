@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from adpretrain.data.shards import Photograph, Shards
 from adpretrain.data.streaming import Draw, Reservoir, StreamedBatches, StreamedSet, mix
 from adpretrain.preprocess import Preprocess
 
-PREPROCESS = Preprocess(16, 16)
+PREPROCESS = Preprocess(16)
 SHOTS = [1, 3]
 ENOUGH = 1 << 20
 
@@ -165,6 +166,18 @@ def test_a_step_is_loaded_as_from_files(shards: Shards, samples: list[Sample]) -
 
 def row(key: str, normal: bool = True, group: str = "cap", size: int = 3) -> Photograph:
     return Photograph(b"x" * size, None, group, "good" if normal else "dent", None, "train", False, key)
+
+
+def test_no_process_is_given_an_unmarked_view_of_a_defective_part(samples: list[Sample], tmp_path: Path) -> None:
+    """Neither as an image nor as a reference, though two of the thirteen normal images of a group are such views."""
+    marked = [replace(s, of_defective_part=s.image.stem.endswith(("-0", "-1"))) for s in samples]
+    data = StreamedSet(Shards(write_shards(marked, tmp_path / "two", 2, references=6)), PREPROCESS, SHOTS, seed=3)
+    draws = [draw for batch in epochs(data, 4, 2) for draw in batch]
+    images = {draw.row.key for draw in draws}
+    references = {row.key for draw in draws for row in draw.references}
+    assert len(images) > 50
+    assert len(references) > 20
+    assert not any(key.removesuffix(".png").endswith(("-0", "-1")) for key in images | references)
 
 
 def test_a_reservoir_keeps_the_last_normal_photographs_of_each_group() -> None:

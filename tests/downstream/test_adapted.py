@@ -15,13 +15,13 @@ from downstream.ensemble import Ensemble
 from downstream.patchcore import PatchCore, PatchCoreConfig
 from downstream.table import detector_from_pretrained
 
-CLIP = Preprocess(96, 96, CLIP_MEAN, CLIP_STD, "bilinear")
+CLIP = Preprocess(96, None, CLIP_MEAN, CLIP_STD, "bilinear")
 
 
 def network(size: int) -> Backbone:
     """The weight-free backbone, made to expect another normalisation (it does not mind which)."""
     backbone = load_backbone("filterbank", image_size=size)
-    backbone.preprocess = Preprocess(size, size, IMAGENET_MEAN, IMAGENET_STD, "bilinear")
+    backbone.preprocess = Preprocess(size, None, IMAGENET_MEAN, IMAGENET_STD, "bilinear")
     return backbone
 
 

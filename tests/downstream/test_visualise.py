@@ -67,16 +67,25 @@ def test_the_outline_is_inside_the_region_and_ignores_the_picture_edge() -> None
 def test_the_shown_region_keeps_the_photograph_shape_and_the_crop_of_the_network() -> None:
     photo = Image.new("RGB", (400, 200), "black")
     photo.paste("white", (100, 50, 300, 150))  # exactly the central half
-    whole = shown_region(photo, Preprocess(image_size=64, resize=64), longest=100)
+    whole = shown_region(photo, Preprocess(image_size=64), longest=100)
     assert whole.size == (100, 50)
-    centre = np.asarray(shown_region(photo, Preprocess(image_size=32, resize=64), longest=100))
-    assert centre.shape == (50, 100, 3)
+    centre = np.asarray(shown_region(photo, Preprocess(image_size=32, crop_from=64), longest=100))
+    assert centre.shape == (100, 100, 3)  # of the 400 x 200 pixels the central 100 x 100
     assert centre.min() > 200  # only the white centre, up to the resampling at its border
+
+
+@pytest.mark.parametrize("size", [(97, 61), (61, 97), (45, 30), (64, 64)])
+def test_the_shown_region_of_a_crop_is_what_the_network_sees(size: tuple[int, int]) -> None:
+    rows, columns = np.meshgrid(np.linspace(0, 255, size[1]), np.linspace(0, 255, size[0]), indexing="ij")
+    photo = Image.fromarray(np.stack([rows, columns, 255 - rows], -1).astype(np.uint8))
+    preprocess = Preprocess(image_size=56, crop_from=64, interpolation="bilinear")
+    shown = np.asarray(shown_region(photo, preprocess, longest=56)).astype(int)
+    assert abs(shown - np.asarray(preprocess.view_of(photo))).max() <= 4  # of another resampling; a pixel is up to 5
 
 
 def test_extreme_shapes_stay_drawable() -> None:
     for size in ((4000, 3), (3, 4000), (1, 1)):
-        shown = shown_region(Image.new("RGB", size), Preprocess(image_size=32, resize=32))
+        shown = shown_region(Image.new("RGB", size), Preprocess(image_size=32))
         assert min(shown.size) >= 16
         panel(shown, np.zeros((32, 32)), ColourScale(0.0, 1.0, 2.0), title="x" * 500 + "\n\x00")
 

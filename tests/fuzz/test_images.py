@@ -44,7 +44,7 @@ MODES = (
     "F",
 )
 SUFFIXES = {"BMP": ".bmp", "GIF": ".gif", "JPEG": ".jpg", "PNG": ".png", "PPM": ".ppm", "TIFF": ".tif", "WEBP": ".webp"}
-PREPROCESS = Preprocess(16, 16)
+PREPROCESS = Preprocess(16)
 
 
 def drawn(mode: str, width: int, height: int, seed: int) -> Image.Image:
@@ -290,7 +290,7 @@ def test_a_command_meets_them_all(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_a_network_has_a_largest_side() -> None:
     for side in (0, LARGEST_SIDE + 1, 10**9, -1):
         with pytest.raises(ValueError, match="image_size"):
-            Preprocess(side, max(side, 224))
+            Preprocess(side)
     for mean, std in (((float("nan"), 0, 0), (1, 1, 1)), ((0, 0, 0), (1, 0, 1)), ((0, 0, 0), (1, float("inf"), 1))):
         with pytest.raises(ValueError, match="must be finite, std"):
             Preprocess(mean=mean, std=std)

@@ -111,6 +111,8 @@ NAMED = (
     "needs an image_size",
     "fitted on images",
     "unknown",
+    "do not fit",
+    "crop_from",
 )
 
 

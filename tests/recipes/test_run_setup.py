@@ -6,8 +6,11 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from adpretrain.config import DataConfig
+from adpretrain.config import DataConfig, PretrainConfig
 from adpretrain.data import index_dataset
+from adpretrain.data.shard_writer import write_shards
+from adpretrain.data.shards import Shards
+from adpretrain.preprocess import Preprocess
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,3 +37,27 @@ def test_columns_reach_a_hugging_face_set(tmp_path: Path, monkeypatch: pytest.Mo
     data = DataConfig("auto", str(tmp_path), {"image": "shot", "label": "state"})
     samples = checked_samples(data, tmp_path / "run", Console(quiet=True), main=True)
     assert [s.image for s in samples] == [tmp_path / "a.png"]
+
+
+def test_pretraining_without_a_single_defect_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    from run_data import training_set
+
+    for name in (
+        "train/good/0.png",
+        "train/good/1.png",
+        "test/good/0.png",
+        "test/dent/0.png",
+        "ground_truth/dent/0.png",
+    ):
+        (tmp_path / "set/box" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 255).save(tmp_path / "set/box" / name)
+    samples = index_dataset("auto", tmp_path / "set")
+    config = PretrainConfig(data=DataConfig("auto", str(tmp_path / "set")), shots=[1])
+    assert len(training_set(config, None, samples, Preprocess(8))) == 4
+    normal = [sample for sample in samples if not sample.anomalous]
+    with pytest.raises(ValueError, match=r"the 3 training images of .*set show no defect: the losses need anomalies"):
+        training_set(config, None, normal, Preprocess(8))
+    shards = Shards(write_shards(normal, tmp_path / "shards", 1, references=2))
+    with pytest.raises(ValueError, match=r"the 3 training images of .*set show no defect"):
+        training_set(config, shards, [], Preprocess(8))

@@ -15,7 +15,7 @@ from downstream.demo.uploads import Limits, Upload, check_counts, clean_name, re
 from downstream.inspection.photos import Photo, Unreadable
 
 SMALL = Limits(good=2, new=3, file_bytes=100_000, pixels=10_000)
-SIZE = Preprocess(image_size=32, resize=32)
+SIZE = Preprocess(image_size=32)
 
 
 def png_bomb(width: int, height: int) -> bytes:

@@ -47,7 +47,7 @@ Write = Callable[..., Path]
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     """Synthetic products: "normal" [8, 3, 64, 64] of one of them, "other" [3, ...] of another, "defects" [5, ...]."""
     root = make_synthetic(tmp_path_factory.mktemp("set"), 2, 8, 5, size=SIDE, seed=1, workers=1, progress=False)
-    preprocess = Preprocess(SIDE, SIDE, interpolation="bilinear")
+    preprocess = Preprocess(SIDE, interpolation="bilinear")
     one, other = sorted(root.glob("realiad_256/*"))
 
     def load(folder: Path, pattern: str, count: int) -> Tensor:
@@ -121,7 +121,7 @@ def test_onnx_runtime_gives_what_torch_gives(
 @pytest.mark.skipif(not MTD.is_dir(), reason=f"the Magnetic Tile photographs are not in {MTD}")
 def test_on_real_photographs(tmp_path: Path) -> None:
     samples = index_mtd(MTD)
-    preprocess = Preprocess(224, 224, interpolation="bilinear")
+    preprocess = Preprocess(224, interpolation="bilinear")
 
     def load(defect: str, start: int, count: int) -> Tensor:
         chosen = [sample for sample in samples if sample.defect == defect]
@@ -210,12 +210,12 @@ def test_the_command_and_its_snippet(
     assert scope["scores"][0] > float(scope["told"]["threshold"])
 
 
-@pytest.mark.parametrize(("image_size", "resize"), [(64, 64), (64, 73), (57, 64), (60, 64)])
+@pytest.mark.parametrize(("image_size", "crop_from"), [(64, None), (64, 73), (57, 64), (60, 64)])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_the_snippet_prepares_a_photograph_as_we_do(
-    image_size: int, resize: int, interpolation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    image_size: int, crop_from: int | None, interpolation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    preprocess = Preprocess(image_size, resize, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4), interpolation)
+    preprocess = Preprocess(image_size, crop_from, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4), interpolation)
     pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6  # the camera lay on its side
@@ -224,7 +224,7 @@ def test_the_snippet_prepares_a_photograph_as_we_do(
     lines = snippet(Path("model.onnx"), preprocess).splitlines()
     scope: dict[str, Any] = {"json": json, "np": np, "Image": Image, "ImageOps": ImageOps}
     scope["told"] = {"preprocess": json.dumps(preprocess.to_dict())}
-    exec("\n".join(lines[2:5]), scope)
+    exec("\n".join(lines[2:-1]), scope)
     ours = preprocess(read_image(tmp_path / "photo.png"))
     np.testing.assert_allclose(scope["pixels"].transpose(2, 0, 1), ours, rtol=0, atol=1e-6)
 
