@@ -346,8 +346,10 @@ def test_reference_errors_say_what_to_do() -> None:
     for wrong in (torch.zeros(3, SIDE, SIDE), torch.zeros(1, 0, 3, SIDE, SIDE)):
         with pytest.raises(ValueError, match=r"\[K, 3, S, S\] or \[B, K, 3, S, S\] with K > 0"):
             extractor.set_references(wrong)
-    with pytest.raises(ValueError, match=r"images \[B, 3, 64, 64\] of floats, got \(1, 3, 96, 96\)"):
+    with pytest.raises(ValueError, match=r"images \[B, 3, 64, 64\] of floats with B > 0, got \(1, 3, 96, 96\)"):
         extractor.set_references(torch.zeros(1, 3, 96, 96))
+    with pytest.raises(ValueError, match=r"of floats with B > 0, got \(0, 3, 64, 64\)"):
+        extractor(images(0), extractor.encode_references(images(2, 1)))
     banks = extractor.encode_references(images(2, 1))
     for wrong in (list(images(4)), ["good.png"], banks[:3]):
         with pytest.raises(ValueError, match=rf"one tensor of images .* got a list of {len(wrong)} others: prepare"):
