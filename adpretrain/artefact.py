@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from adpretrain._version import __version__
 from adpretrain.backbones import Backbone, load_backbone
 from adpretrain.backbones.fingerprint import fingerprint, same_weights
+from adpretrain.conditioning import Conditioning
 from adpretrain.config import BackboneConfig, ProjectorConfig
 from adpretrain.files import atomic_folder
 from adpretrain.parsing import from_dict, read_json
@@ -140,6 +141,20 @@ def saved_projector(config: ProjectorConfig, channels: list[int], folder: Path) 
             return build_projector(config, channels)
     except (ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{folder}: {(str(error).splitlines() or [''])[0]}") from error
+
+
+def saved_tensors(config: ExtractorConfig, folder: Path) -> dict[str, Tensor]:
+    """Name, shape and type of every tensor in the model.safetensors of an extractor, without memory for the values:
+    projector, conditioning and centres. Raises ValueError as `saved_projector` does."""
+    saved = nn.Module()
+    with torch.device("meta"):
+        if config.projector is not None:
+            saved.projector = saved_projector(config.projector, config.channels, folder)
+        if config.conditioning:
+            saved.conditioning = Conditioning(config.channels)
+        for level, width in enumerate(config.channels):
+            saved.register_buffer(f"center_{level}", torch.zeros(width))
+    return saved.state_dict()
 
 
 def refuse_others(folder: str | os.PathLike[str], what: str, parts: Iterable[str] = ()) -> None:

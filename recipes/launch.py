@@ -66,9 +66,9 @@ def refuse_other_precision(configured: str, environment: Mapping[str, str]) -> N
     launched = environment.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in ("no", configured):
         raise ValueError(
-            f"the launcher asks for --mixed_precision {launched}, but this run computes in precision {configured!r}: give "
-            "the launcher --mixed_precision no (the file that `accelerate config` wrote may say otherwise) and choose "
-            "the precision of a pretraining with --optim.precision; evaluation has float32 only"
+            f"the launcher asks for --mixed_precision {launched}, but this run computes in precision {configured!r}: "
+            "give the launcher --mixed_precision no (the file that `accelerate config` wrote may say otherwise) and "
+            "choose the precision of a pretraining with --optim.precision; evaluation has float32 only"
         )
 
 

@@ -217,8 +217,12 @@ def test_a_damaged_folder_is_refused_and_says_why(folder: Path, damage: str) -> 
 
 
 def test_saving_again_replaces_the_earlier_extractor(folder: Path) -> None:
+    (folder / "assets").mkdir()
+    for picture in ("curves.png", "assets/heatmap-1.png"):  # of the earlier one
+        (folder / picture).write_bytes(b"")
     make(None).save_pretrained(folder)
     assert ADExtractor.from_pretrained(folder).projector is None
+    assert sorted(os.listdir(folder)) == ["README.md", "config.json", "model.safetensors"]
     assert os.listdir(folder.parent) == ["extractor"]
 
 
