@@ -18,8 +18,8 @@ from rich.markup import escape
 from adpretrain.config import PretrainConfig
 from adpretrain.distributed import total
 
-# How long the processes wait for one that is still there but silent, as while it scores held-out products. One that
-# has died is noticed at once.
+# How long the processes wait for one that is still there but silent, as while it scores held-out products. That one has
+# died is noticed otherwise (`lifeline`).
 PATIENCE = timedelta(hours=1)
 COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_NTASKS")
 RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
