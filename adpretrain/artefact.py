@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from adpretrain._version import __version__
 from adpretrain.backbones import Backbone, load_backbone
 from adpretrain.backbones.fingerprint import fingerprint, same_weights
+from adpretrain.conditioning import Conditioning
 from adpretrain.config import BackboneConfig, ProjectorConfig
 from adpretrain.files import atomic_folder
 from adpretrain.parsing import from_dict, read_json
@@ -146,10 +146,23 @@ def saved_projector(config: ProjectorConfig, channels: list[int], folder: Path) 
         raise ValueError(f"{folder}: {(str(error).splitlines() or [''])[0]}") from error
 
 
-def refuse_others(folder: str | os.PathLike[str], what: str, parts: Iterable[str] = ()) -> set[str]:
-    """The names of the pictures in ``folder``, which stay when a saved ``what`` with these ``parts`` replaces it.
+def saved_tensors(config: ExtractorConfig, folder: Path) -> dict[str, Tensor]:
+    """Name, shape and type of every tensor in the model.safetensors of an extractor, without memory for the values:
+    projector, conditioning and centres. Raises ValueError as `saved_projector` does."""
+    saved = nn.Module()
+    with torch.device("meta"):
+        if config.projector is not None:
+            saved.projector = saved_projector(config.projector, config.channels, folder)
+        if config.conditioning:
+            saved.conditioning = Conditioning(config.channels)
+        for level, width in enumerate(config.channels):
+            saved.register_buffer(f"center_{level}", torch.zeros(width))
+    return saved.state_dict()
 
-    Raises ValueError if ``folder`` holds other files: replacing it would delete them.
+
+def refuse_others(folder: str | os.PathLike[str], what: str, parts: Iterable[str] = ()) -> None:
+    """Raises ValueError if ``folder`` holds other files than a saved ``what`` with these ``parts`` and its pictures:
+    replacing it would delete them.
     """
     target = Path(folder)
     found = {path.name for path in target.iterdir()} if target.is_dir() else set()
@@ -158,7 +171,6 @@ def refuse_others(folder: str | os.PathLike[str], what: str, parts: Iterable[str
     if others or (target.exists() and not target.is_dir()):
         problem = f"holds other files ({_some(others)})" if others else "is a file"
         raise ValueError(f"{folder} {problem}: save into a new folder or over an earlier {what}")
-    return pictures
 
 
 def write_folder(
@@ -171,15 +183,12 @@ def write_folder(
 ) -> Path:
     """Write a dataclass, tensors and a card; the folder appears, or is replaced, only when complete. Returns its path.
 
-    ``what`` names the thing in errors. ``parts``: subfolders, each with the function that writes it. Pictures stay and
-    other files are refused (`refuse_others`).
+    ``what`` names the thing in errors. ``parts``: subfolders, each with the function that writes it. Pictures of the
+    model that was there go with it: they do not show the new one. Other files are refused (`refuse_others`).
     """
     target, parts = Path(folder), parts or {}
-    pictures = refuse_others(target, what, parts)
+    refuse_others(target, what, parts)
     with atomic_folder(folder) as temporary:
-        for name in pictures:
-            copy = shutil.copytree if (target / name).is_dir() else shutil.copy2
-            copy(target / name, temporary / name)
         for name, write in parts.items():
             write(temporary / name)
         save_tensors(weights, temporary / WEIGHTS_NAME)

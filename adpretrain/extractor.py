@@ -23,6 +23,7 @@ from adpretrain.artefact import (
     read_config,
     read_weights,
     saved_projector,
+    saved_tensors,
     write_folder,
 )
 from adpretrain.artefact import build_projector as build_projector
@@ -292,7 +293,6 @@ class ADExtractor(nn.Module):
             provenance=config.provenance,
         )
         extractor.config = config
-        expected = {k: v for k, v in extractor.state_dict().items() if not k.startswith("backbone.")}
-        # Lacks the backbone's keys only.
-        extractor.load_state_dict(as_float32(read_weights(folder, expected)), strict=False, assign=True)
+        weights_read = as_float32(read_weights(folder, saved_tensors(config, folder)))
+        extractor.load_state_dict(weights_read, strict=False, assign=True)  # lacks the backbone's keys only
         return extractor.to(device if device is not None else place(backbone))

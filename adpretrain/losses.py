@@ -23,13 +23,15 @@ FORMS = ("paper", "released")
 CHUNK_BYTES = 64 << 20  # the largest [normal x anomalous] block of similarities held at once
 
 
-def _check(form: str, features_ND: Tensor, anomalous_N: Tensor) -> Tensor:
+def _check(form: str, features_ND: Tensor, anomalous_N: Tensor, group: Group) -> Tensor:
     if form not in FORMS:
         raise ValueError(f"loss form {form!r} is unknown; choose one of {FORMS}")
     if features_ND.ndim != 2 or anomalous_N.shape != features_ND.shape[:1]:
         raise ValueError(
             f"expected features [N, D] and labels [N], got {tuple(features_ND.shape)} and {tuple(anomalous_N.shape)}"
         )
+    if group is None and not len(anomalous_N):  # of several processes, one may have none
+        raise ValueError(f"features {tuple(features_ND.shape)} hold no tokens; a loss is a mean over at least one")
     return anomalous_N.to(torch.bool)
 
 
@@ -90,9 +92,9 @@ def angle_loss(
     With a ``group``, only the anomalous tokens, the few, are sent: every process compares its own normal tokens with
     all anomalous ones, and the anomalous anchors' sums over normal tokens are added up over the processes.
     A batch without anomalous or without normal tokens has no negatives: its loss is 0 (with zero gradients).
-    Raises ValueError for shapes that do not fit, an unknown form or a temperature <= 0.
+    Raises ValueError for shapes that do not fit, no tokens, an unknown form or a temperature <= 0.
     """
-    anomalous_N = _check(form, features_ND, anomalous_N)
+    anomalous_N = _check(form, features_ND, anomalous_N, group)
     if augmented_ND.shape != features_ND.shape:
         raise ValueError(f"the views differ in shape: {tuple(features_ND.shape)} and {tuple(augmented_ND.shape)}")
     if temperature <= 0:
@@ -151,9 +153,12 @@ def norm_loss(
     radius adapts to the batch, normal tokens below .99 of it are pushed up too, the e^d weights are detached, and
     the means of the groups are added.
 
-    A group without tokens adds nothing. Raises ValueError for shapes that do not fit or an unknown form.
+    A group without tokens adds nothing. Raises ValueError for shapes that do not fit, no tokens, an unknown form, or a
+    radius or margin below 0.
     """
-    anomalous_N = _check(form, features_ND, anomalous_N)
+    anomalous_N = _check(form, features_ND, anomalous_N, group)
+    if not (radius >= 0 and margin >= 0):
+        raise ValueError(f"radius {radius} and margin {margin} must be at least 0: a norm is never below it")
     if form == "released":
         return _released_norm_loss(features_ND, upload(anomalous_N, features_ND.device), radius, margin, group)
     anomalous_N = upload(anomalous_N, features_ND.device)

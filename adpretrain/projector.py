@@ -311,9 +311,12 @@ class FeatureProjector(nn.Module):
         """L levels [B, C_l, H_l, W_l] -> the same shapes.
 
         ``reference_residuals``, L levels [R, M_l, C_l] with R = 1 or B, feeds the cross-attention ablations only.
+        Raises ValueError for another number of levels, no images, or reference residuals that are missing.
         """
         if len(residuals) != len(self.levels):
             raise ValueError(f"got {len(residuals)} levels of residuals; this projector has {len(self.levels)}")
+        if residuals[0].shape[0] == 0:
+            raise ValueError(f"residuals {tuple(residuals[0].shape)} are of no images; give at least one")
         if self.needs_reference_residuals and reference_residuals is None:
             raise ValueError(f"projector architecture {self.architecture!r} needs reference_residuals")
         contexts = reference_residuals if reference_residuals is not None else [None] * len(residuals)

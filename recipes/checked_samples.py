@@ -41,9 +41,11 @@ def checked(
     """Check images and masks as `adpretrain check-data` does; the first process does for all.
 
     A check is remembered in the run's folder and not repeated while paths, sizes, times and labels stay the same.
-    Raises ValueError with the whole list of bad images, or leaves them out, as ``config.on_error`` says.
+    Raises ValueError with the whole list of bad images, or leaves them out, as ``config.on_error`` says: they are
+    listed when they are found, and counted when the run is resumed.
     """
-    (problems,) = broadcast_object_list([_problems(samples, missing, config.root, run, console) if main else None])
+    found = _problems(samples, missing, config.root, run, console) if main else (None, None)
+    problems, remembered = broadcast_object_list(list(found))
     if not problems:
         return samples
     listing = "\n".join(reason for _, reason in problems)
@@ -53,19 +55,21 @@ def checked(
             f"{len(bad)} of {len(samples)} images cannot be trained on:\n{listing}\n"
             "mend or remove them, or leave them out with --data.on_error skip"
         )
-    told = f"[yellow]{len(bad)} of {len(samples)} images are left out:[/]\n{escape(listing)}"
+    told = f"[yellow]{len(bad)} of {len(samples)} images are left out[/]"
+    told += f", as before; {escape(str(run / STAMP))} lists them" if remembered else f":\n{escape(listing)}"
     console.print(told, highlight=False, soft_wrap=True)
     return [sample for sample in samples if _relative(sample.image, config.root) not in bad]
 
 
 def _problems(
     samples: Sequence[Sample], missing: Mapping[Path, str], root: str, run: Path, console: Console
-) -> list[list[str]]:
-    """[image, reason] pairs: those of the run's stamp if it is about the same files, else those of a new check."""
+) -> tuple[list[list[str]], bool]:
+    """[image, reason] pairs, and whether they are those of the run's stamp: if not, the files were other ones, and the
+    pairs are those of a new check."""
     stamp, digest = run / STAMP, _digest(samples, root)
     known = read_stamp(stamp)
     if known.get("files") == digest:
-        return known["problems"]
+        return known["problems"], True
     if known:
         console.print("[yellow]the images have changed since this run last checked them")
     with progress_bar(console) as bar:
@@ -76,7 +80,7 @@ def _problems(
     problems = [[_relative(problem.image, root), problem.reason] for problem in found]
     with atomic_path(stamp) as temporary:
         temporary.write_text(json.dumps({"files": digest, "problems": problems}), encoding="utf-8")
-    return problems
+    return problems, False
 
 
 def _digest(samples: Sequence[Sample], root: str) -> str:

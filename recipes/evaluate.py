@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from pathlib import Path
 import comparison
 import few_shot
 from flags import Help
-from launch import complain
+from launch import complain, refuse_other_precision
 from rich.console import Console
 
 from adpretrain.data import DATASETS, Sample, index_dataset
@@ -135,6 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(stderr=True)
     tell_memory()
     try:
+        refuse_other_precision("no", os.environ)
         samples = chosen_samples(options)
         if options.detectors is None:
             few_shot.run(options, samples, console)

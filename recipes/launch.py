@@ -18,8 +18,8 @@ from rich.markup import escape
 from adpretrain.config import PretrainConfig
 from adpretrain.distributed import everyone
 
-# How long the processes wait for one that is still there but silent, as while it scores held-out products. One that
-# has died is noticed at once.
+# How long the processes wait for one that is still there but silent, as while it scores held-out products. That one has
+# died is noticed otherwise (`lifeline`).
 PATIENCE = timedelta(hours=1)
 COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_NTASKS")
 RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
@@ -31,8 +31,10 @@ FIX = (
 
 
 def start(config: PretrainConfig) -> Accelerator:
-    """Join the processes of this run. Raises ValueError if fewer were started than were asked for."""
+    """Join the processes of this run. Raises ValueError if fewer were started than were asked for, or if the launcher
+    names another precision than the configuration."""
     refuse_rankless(os.environ)
+    refuse_other_precision(config.optim.precision, os.environ)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts; torch insists on it
         torch.use_deterministic_algorithms(True)
@@ -54,6 +56,20 @@ def refuse_rankless(environment: Mapping[str, str]) -> None:
     size = environment.get("WORLD_SIZE", "1")
     if int(size) > 1 and not any(name in environment for name in RANKS):
         raise ValueError(f"WORLD_SIZE={size} but no RANK: nothing tells the {size} processes apart; {FIX}")
+
+
+def refuse_other_precision(configured: str, environment: Mapping[str, str]) -> None:
+    """Raise ValueError if the launcher asks for another precision than the run computes in.
+
+    ``accelerate launch`` says "no" also where nobody asked for anything, so that "no" leaves the configuration alone.
+    """
+    launched = environment.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in ("no", configured):
+        raise ValueError(
+            f"the launcher asks for --mixed_precision {launched}, but this run computes in precision {configured!r}: "
+            "give the launcher --mixed_precision no (the file that `accelerate config` wrote may say otherwise) and "
+            "choose the precision of a pretraining with --optim.precision; evaluation has float32 only"
+        )
 
 
 def refuse_lost(processes: int, environment: Mapping[str, str]) -> None:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from finishing import finish
 from held_out import report_held_out
 from launch import Interruption, complain, start
+from lifeline import Lifeline
 from progress import progress_bar
 from rich.console import Console
 from run_setup import Run, make_batches, normal_batches, set_up
@@ -222,6 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = parse_command_line(PretrainConfig, argv, __doc__)
         accelerator = start(config)
+        lifeline = Lifeline(accelerator.process_index, accelerator.num_processes)
         console.quiet = not accelerator.is_main_process
         run = set_up(config, console, accelerator)
         if config.tracker:
@@ -239,6 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(console, "training failed", error)
         return 1
     accelerator.end_training()
+    lifeline.release()
     return 0
 
 

@@ -245,8 +245,12 @@ def test_a_damaged_folder_is_refused_and_says_why(folder: Path, damage: str) -> 
 
 
 def test_saving_again_replaces_the_earlier_extractor(folder: Path) -> None:
+    (folder / "assets").mkdir()
+    for picture in ("curves.png", "assets/heatmap-1.png"):  # of the earlier one
+        (folder / picture).write_bytes(b"")
     make(None).save_pretrained(folder)
     assert ADExtractor.from_pretrained(folder).projector is None
+    assert sorted(os.listdir(folder)) == ["README.md", "config.json", "model.safetensors"]
     assert os.listdir(folder.parent) == ["extractor"]
 
 
@@ -374,8 +378,10 @@ def test_reference_errors_say_what_to_do() -> None:
     for wrong in (torch.zeros(3, SIDE, SIDE), torch.zeros(1, 0, 3, SIDE, SIDE)):
         with pytest.raises(ValueError, match=r"\[K, 3, S, S\] or \[B, K, 3, S, S\] with K > 0"):
             extractor.set_references(wrong)
-    with pytest.raises(ValueError, match=r"images \[B, 3, 64, 64\] of floats, got \(1, 3, 96, 96\)"):
+    with pytest.raises(ValueError, match=r"images \[B, 3, 64, 64\] of floats with B > 0, got \(1, 3, 96, 96\)"):
         extractor.set_references(torch.zeros(1, 3, 96, 96))
+    with pytest.raises(ValueError, match=r"of floats with B > 0, got \(0, 3, 64, 64\)"):
+        extractor(images(0), extractor.encode_references(images(2, 1)))
     banks = extractor.encode_references(images(2, 1))
     for wrong in (list(images(4)), ["good.png"], banks[:3]):
         with pytest.raises(ValueError, match=rf"one tensor of images .* got a list of {len(wrong)} others: prepare"):

@@ -173,12 +173,15 @@ def test_a_batch_of_one_label_has_no_angle_loss_and_a_finite_norm_loss(form: str
 
 
 @pytest.mark.parametrize("form", ["paper", "released"])
-def test_no_tokens_have_no_loss(form: str) -> None:
-    nobody = torch.zeros(0, 8, dtype=torch.float64, requires_grad=True)
-    label = torch.zeros(0, dtype=torch.bool)
-    loss = norm_loss(nobody, label, form=form) + angle_loss(nobody, nobody, label, torch.zeros(8), form=form)
-    loss.backward()
-    assert loss == 0
+def test_no_tokens_and_negative_radii_are_refused(form: str) -> None:
+    nobody, label = torch.zeros(0, 8), torch.zeros(0, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"features \(0, 8\) hold no tokens"):
+        norm_loss(nobody, label, form=form)
+    with pytest.raises(ValueError, match=r"features \(0, 8\) hold no tokens"):
+        angle_loss(nobody, nobody, label, torch.zeros(8), form=form)
+    for wrong in ({"radius": -0.4}, {"margin": -0.1}, {"radius": math.nan}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} {next(iter(wrong.values()))}"):
+            norm_loss(torch.ones(2, 8), torch.tensor([False, True]), form=form, **wrong)
 
 
 @pytest.mark.parametrize("form", ["paper", "released"])

@@ -76,13 +76,14 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor) -> FeatureMaps:
         """[B, 3, S, S], normalised by ``preprocess`` -> L levels [B, C_l, H_l, W_l] in the backbone's dtype.
 
-        Raises ValueError for images of another size than the backbone was made for, or of whole numbers.
+        Raises ValueError for no images, images of another size than the backbone was made for, or of whole numbers.
         """
         side = self.image_size
-        if images.ndim != 4 or images.shape[1:] != (3, side, side) or not images.is_floating_point():
+        fitting = images.ndim == 4 and images.shape[0] > 0 and images.shape[1:] == (3, side, side)
+        if not fitting or not images.is_floating_point():
             raise ValueError(
-                f"this {self.name} takes images [B, 3, {side}, {side}] of floats, got {tuple(images.shape)} of "
-                f"{images.dtype}: prepare them with .preprocess, or choose another image_size"
+                f"this {self.name} takes images [B, 3, {side}, {side}] of floats with B > 0, got "
+                f"{tuple(images.shape)} of {images.dtype}: prepare them with .preprocess, or choose another image_size"
             )
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             return [level.to(self.dtype) for level in self.maps(images.to(self.compute_dtype))]

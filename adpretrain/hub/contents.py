@@ -10,9 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
-from adpretrain.artefact import CARD_NAME, CONFIG_NAME, PICTURE_SUFFIX, WEIGHTS_NAME
+from adpretrain.artefact import (
+    CARD_NAME,
+    CONFIG_NAME,
+    PICTURE_SUFFIX,
+    WEIGHTS_NAME,
+    read_config,
+    read_weights,
+    saved_tensors,
+)
 from adpretrain.parsing import read_json
 
 PICTURE = r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.png"
@@ -60,7 +70,8 @@ def files_to_publish(folder: str | os.PathLike[str]) -> dict[str, LocalFile]:
     """The files of a saved model by their path in the repository, checked.
 
     Raises ValueError if the folder is no saved model, or holds links, files that we do not write, or files that are
-    not what their names say: whatever is published stays in the repository's history.
+    not what their names say, or weights that are not finite or not those that their config describes: whatever is
+    published stays in the repository's history.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -78,6 +89,8 @@ def files_to_publish(folder: str | os.PathLike[str]) -> dict[str, LocalFile]:
                 raise ValueError(f"{root / part} has no {name}: publish a folder written by save_pretrained")
     for name in names:
         _check_content(root / name)
+    for part in sorted(parts):
+        read_weights(root / part, _expected(root / part))
     return {name: _local_file(root / name) for name in names}
 
 
@@ -131,6 +144,17 @@ def _check_content(path: Path) -> None:
         wrong = error
     if wrong:
         raise ValueError(f"{path} is not what its name says ({wrong}): save the model again") from None
+
+
+def _expected(folder: Path) -> dict[str, Tensor]:
+    """The weights that a config.json describes: a detector's lists their shapes, an extractor's its networks' sizes."""
+    content = read_json(folder / CONFIG_NAME)
+    if "tensors" not in content:
+        return saved_tensors(read_config(folder), folder)
+    try:
+        return {name: torch.empty(shape, device="meta") for name, shape in content["tensors"].items()}
+    except (TypeError, AttributeError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{folder / CONFIG_NAME}: tensors are no shapes by name ({error}): save it again") from error
 
 
 def _local_file(path: Path) -> LocalFile:

@@ -65,7 +65,7 @@ def publish(
     commit has the parent that was looked at, so that nobody's work is overwritten. A request that fails is sent again
     after a while; before a commit is, the branch is asked whether the commit is there and only its answer was lost.
     ``tag`` is put on the commit. ``token``: None = that of `hf auth login` or HF_TOKEN. ``dry_run``: ask and check
-    everything, change nothing.
+    everything, change nothing; no token is needed.
 
     Raises ValueError, with the fix, if the folder is no saved model (`files_to_publish`), a name is not valid, the
     token is missing, wrong or of too few rights, the repository is not as ``private`` says or holds something else,
@@ -104,18 +104,33 @@ def _publish(
     hub: Repository, files: dict[str, LocalFile], private: bool, tag: str | None, message: str, dry_run: bool
 ) -> Published:
     try:
-        persistently(hub.api.whoami)
+        anonymous = _is_anonymous(hub.api, dry_run)
         state = hub.state()
         changed, deleted = hub.differences(files, state.files)
         _refuse(hub, state, private, tag, bool(changed or deleted))
         steps = _steps(hub, state, files, changed, deleted, private, tag)
         commit = None if changed or deleted else state.head
+        if anonymous:
+            steps.insert(0, f"need a token (none is set; a private {hub.repo_id} cannot be seen without one)")
         if not dry_run:
             commit = _carry_out(hub, state, files, private, tag, message)
     except troubles() as error:
         raise explain(error, hub.repo_id, "publish to") from error
     sizes = {name: file.size for name, file in files.items()}
     return Published(hub.page, commit, tag, sizes, changed, deleted, steps)
+
+
+def _is_anonymous(api: huggingface_hub.HfApi, dry_run: bool) -> bool:
+    """Whether no token is set, which only a dry run may do without; raises what the client does for a wrong one."""
+    from huggingface_hub.errors import LocalTokenNotFoundError
+
+    try:
+        persistently(api.whoami)
+    except LocalTokenNotFoundError:
+        if not dry_run:
+            raise
+        return True
+    return False
 
 
 def _check_names(repo_id: str, branch: str, tag: str | None, message: str | None) -> None:

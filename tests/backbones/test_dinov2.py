@@ -188,7 +188,7 @@ def test_levels_and_sizes_that_do_not_fit_are_named() -> None:
         with pytest.raises(ValueError, match=rf"multiple of its patch \(14 pixels\), got {side}: choose {near}$"):
             build("tiny", Weights("tiny", SOURCE), side, [1], config())
     backbone = DinoV2(reference(), "tiny", 112, [1])
-    with pytest.raises(ValueError, match=r"takes images \[B, 3, 112, 112\] of floats, got"):
+    with pytest.raises(ValueError, match=r"takes images \[B, 3, 112, 112\] of floats with B > 0, got"):
         backbone(plain.images(126))
 
 

@@ -97,5 +97,5 @@ def test_errors_name_the_choices() -> None:
             load_backbone("filterbank", image_size=side)
     backbone = load_backbone("filterbank", image_size=64)
     for shape in ((1, 3, 96, 96), (3, 64, 64), (1, 1, 64, 64)):
-        with pytest.raises(ValueError, match=r"images \[B, 3, 64, 64\] of floats, got"):
+        with pytest.raises(ValueError, match=r"images \[B, 3, 64, 64\] of floats with B > 0, got"):
             backbone(torch.zeros(shape))

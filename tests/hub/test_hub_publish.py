@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import re
 import shutil
@@ -12,11 +13,14 @@ from pathlib import Path
 import pytest
 from hub_server import Hub
 from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 from small_models import Saved
+from torch import Tensor
 
 from adpretrain.extractor import ADExtractor
 from adpretrain.hub import publish, publish_space, trouble
-from adpretrain.hub.contents import files_to_publish
+from adpretrain.hub.contents import digest
+from downstream.cli import main as run
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(20)
 COMMIT = "POST /api/models/ada/one/commit/main"
@@ -112,6 +116,29 @@ def test_a_dry_run_tells_everything_and_changes_nothing(hub: Hub, saved: Saved) 
     assert again.commit == real.commit
     assert again.steps == [f"make no commit: main holds these files already, at {real.commit}"]
     assert hub.writes == []
+
+
+def test_a_dry_run_needs_no_token(
+    hub: Hub,
+    saved: Saved,
+    extractor: ADExtractor,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    first = publish(saved.folder, "ada/one", private=False, tag="v1")
+    monkeypatch.delenv("HF_TOKEN")
+    hub.requests.clear()
+    known = publish(saved.folder, "ada/one", private=False, tag="v1", dry_run=True)
+    assert known.commit == first.commit
+    assert [step.split()[:3] for step in known.steps] == [["need", "a", "token"], ["make", "no", "commit:"]]
+    unknown = extractor.push_to_hub("ada/two", dry_run=True)
+    assert [step.split()[0] for step in unknown.steps] == ["need", "create", "commit", "make"]
+    assert run(["push", str(saved.folder), "--repo-id", "ada/two", "--dry-run"]) == 0
+    assert "would need a token (none is set; a private ada/two" in capsys.readouterr().out
+    assert hub.writes == []
+    monkeypatch.setenv("HF_TOKEN", "hf_old")  # a wrong token is a mistake here too
+    with pytest.raises(ValueError, match="the token is wrong or has expired"):
+        publish(saved.folder, "ada/one", private=False, dry_run=True)
 
 
 def test_another_branch_leaves_main_as_it_is(hub: Hub, saved: Saved) -> None:
@@ -282,6 +309,16 @@ def test_invalid_tags_branches_and_messages(hub: Hub, saved: Saved, options: dic
     assert hub.requests == []
 
 
+def with_weights(change: Callable[[Tensor], Tensor]) -> Callable[[Path], object]:
+    """Damage to one tensor of a saved extractor."""
+
+    def inflict(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        save_file({**weights, "center_0": change(weights["center_0"]).clone()}, folder / "model.safetensors")
+
+    return inflict
+
+
 DAMAGE = {
     "pickle": (lambda f: (f / "model.bin").write_bytes(b""), r"not part of a saved model: model\.bin"),
     "code": (lambda f: (f / "modeling.py").write_text(""), r"not part of a saved model: modeling\.py"),
@@ -295,6 +332,12 @@ DAMAGE = {
         lambda f: (f / "model.safetensors").write_bytes(pickle.dumps({"a": 1})),
         r"model\.safetensors is not what its name says",
     ),
+    "cut off": (
+        lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-4]),
+        r"model\.safetensors is not what its name says",
+    ),
+    "not finite": (with_weights(lambda value: value * math.nan), r"center_0 holds NaN or infinite values"),
+    "other shapes": (with_weights(lambda value: value[:-1]), r"center_0 is \[\d+\], its config says \[\d+\]"),
     "not json": (lambda f: (f / "config.json").write_text("{"), r"config\.json is not what its name says"),
     "not a picture": (lambda f: (f / "a.png").write_bytes(b"GIF"), r"a\.png is not what its name says \(not a PNG"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"has no model\.safetensors"),
@@ -316,12 +359,11 @@ def test_only_the_files_of_a_saved_model_are_published(hub: Hub, saved: Saved, d
 
 def test_digests_are_those_of_git_and_sha256sum(tmp_path: Path) -> None:
     """Known values: the empty JSON object as `printf '{}' | git hash-object --stdin` and `sha256sum` give it."""
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
-    found = files_to_publish(tmp_path)["config.json"]
-    assert found.git_sha1 == "9e26dfeeb6e641a33dae4961196235bdb965b21b"
-    assert found.sha256 == "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
-    assert found.size == 2
+    (tmp_path / "empty.json").write_text("{}")
+    assert digest(tmp_path / "empty.json", "git_sha1") == "9e26dfeeb6e641a33dae4961196235bdb965b21b"
+    assert (
+        digest(tmp_path / "empty.json", "sha256") == "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
+    )
 
 
 def test_a_space_is_published_as_it_lies_in_the_folder(hub: Hub, tmp_path: Path) -> None:

@@ -68,6 +68,8 @@ def test_a_check_is_remembered_until_a_file_changes(damaged: tuple[Path, list[Pa
     again, said = check(root, tmp_path / "run", "skip")
     assert again == first
     assert "checking images" not in said
+    assert f"3 of 60 images are left out, as before; {tmp_path / 'run' / 'checked.json'} lists them" in said
+    assert not any(image.name in said for image in bad)
     moved = root.rename(tmp_path / "moved")
     assert "checking images" not in check(moved, tmp_path / "run", "skip")[1]
     shutil.copy(moved / first[0].relative_to(root), moved / bad[0].relative_to(root))

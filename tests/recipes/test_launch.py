@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,36 @@ def test_a_size_without_ranks_is_refused_before_everybody_waits_for_everybody() 
         refuse_rankless({"WORLD_SIZE": "2"})
     refuse_rankless({"WORLD_SIZE": "2", "RANK": "1"})
     refuse_rankless({"WORLD_SIZE": "1"})
+
+
+def test_the_launchers_precision_is_the_configurations_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from launch import refuse_other_precision
+
+    one = ("--cpu", "--num_processes", "1")
+    silent = left_by_accelerate(monkeypatch, *one)
+    half = left_by_accelerate(monkeypatch, *one, "--mixed_precision", "bf16")
+    for configured in ("no", "fp16"):
+        refuse_other_precision(configured, silent)
+        refuse_other_precision(configured, {})
+        with pytest.raises(ValueError, match=rf"--mixed_precision bf16, but .* '{configured}': give"):
+            refuse_other_precision(configured, half)
+    refuse_other_precision("bf16", half)
+
+
+def test_the_recipes_look_at_the_launchers_precision(
+    arguments: Callable[..., list[str]],
+    refusal: Callable[[list[str]], str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert "--mixed_precision fp16" in refusal(arguments(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    import evaluate
+
+    assert evaluate.main(["--root", str(tmp_path)]) == 2
+    assert "--mixed_precision fp16" in " ".join(capfd.readouterr().err.split())
 
 
 @pytest.mark.slow
