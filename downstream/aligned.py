@@ -39,6 +39,10 @@ class AlignedOptions(FeatureNormOptions):
     max_pool_bytes: int | None = None
 
 
+DEFAULT = AlignedOptions()
+ADPRETRAIN = AlignedOptions(top=0.0)  # as in `downstream.featurenorm`
+
+
 class AlignedFeatureNorm(FeatureNorm):
     """`FeatureNorm` against the ``shots`` best aligned images of a pool, chosen for every image anew.
 
@@ -53,7 +57,9 @@ class AlignedFeatureNorm(FeatureNorm):
 
     def __init__(self, extract: ADExtractor, shots: int = 8, max_pool_bytes: int | None = None, **options: Any) -> None:
         if not isinstance(extract, ADExtractor):
-            raise ValueError(f"aligned references need an ADExtractor, got {type(extract).__name__}")
+            raise ValueError(
+                f"{NAME} needs an extractor, got a {type(extract).__name__}: a raw backbone has no references to align"
+            )
         super().__init__(extract, **options)
         self.shots, self.max_pool_bytes = shots, max_pool_bytes
         self._pool: FeatureMaps = []

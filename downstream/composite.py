@@ -70,9 +70,16 @@ class LoadedComposite:
 
 
 class Composite(Shared):
-    """What a detector that `save_composite` saves gets: `from_pretrained`. ``saved_as``: its name."""
+    """What a detector that `save_composite` saves gets: `from_pretrained`. ``saved_as``: its name; ``members``: what it
+    is made of."""
 
     saved_as: ClassVar[str]
+    members: list[Detector]
+
+    @classmethod
+    def of(cls, extract: Extract, options: Any) -> Self:
+        """From its options alone, with its members unfitted: what `downstream.building` calls."""
+        raise NotImplementedError
 
     @classmethod
     def from_pretrained(

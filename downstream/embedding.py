@@ -1,8 +1,13 @@
 """Feature maps -> one vector per patch: the memory of PatchCore, PaDiM, SPADE and their kin is made of these.
 
 Chosen levels -> average over the p x p neighbourhood (PatchCore Eq. 1-3) -> fewer channels per level -> the grid of
-the finest chosen level (bilinear) -> concatenated -> fewer channels. Averages and resampling are linear and act on
-different axes, so channels are pooled before the upsampling: the same numbers up to rounding, on smaller maps.
+the finest chosen level (bilinear) -> concatenated -> fewer channels.
+
+The order differs from ReConPatch Sec. 3.1, which brings the levels to one grid first, concatenates them and averages
+the p x p neighbourhoods of that grid last. PatchCore Sec. 3.2 and its released code average every level on its own grid
+before they upsample it, and so do we, for all detectors: p patches of a coarse level reach farther than p patches of
+the finest grid. Within that order, the channels are pooled before the upsampling: both are linear and act on different
+axes, so the numbers are the same up to rounding, on smaller maps.
 
 Shapes: B images, L levels, C_l channels, H_l x W_l tokens, H x W the embedding's grid, D its channels.
 """
@@ -10,14 +15,15 @@ Shapes: B images, L levels, C_l channels, H_l x W_l tokens, H x W the embedding'
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adpretrain.backbones import FeatureMaps
+from adpretrain.backbones import Extract, FeatureMaps
+from adpretrain.backbones.timm import Stages
 
 REDUCTIONS = ("pool", "project", "choose", "orthogonal")
 FORMS = ("paper", "released")
@@ -28,7 +34,11 @@ class EmbeddingConfig:
     """How feature maps become patch embeddings.
 
     Args:
-        levels: which of the extract's levels, counted from 0 (-1 = the last); null = all.
+        levels: which of the extract's levels, counted from 0 (-1 = the last); null = all. "paper" = on a backbone of
+            timm with stages (ResNet and its kin), or an extractor on one, the stages that the detector's paper takes:
+            2 and 3 for PatchCore and ReConPatch, 1 to 3 for PaDiM and SPADE, as far as the backbone gives them. On
+            every other network (vision transformers, the filter bank, a function of yours) it means all levels: the
+            papers used none of these.
         patch: side p of the neighbourhood that is averaged, odd; 1 = none. Beyond the border there are zeros, which
             count, as in the released PatchCore.
         stride: s, every s-th position in both directions (Eq. 3).
@@ -41,7 +51,7 @@ class EmbeddingConfig:
         seed: of the random reductions.
     """
 
-    levels: list[int] | None = None
+    levels: list[int] | Literal["paper"] | None = "paper"
     patch: int = 3
     stride: int = 1
     level_dim: int | None = None
@@ -105,10 +115,20 @@ class Embedding(nn.Module):
         return joined_BCHW.permute(0, 2, 3, 1) @ self.reducer.to(joined_BCHW.dtype)
 
 
-def chosen_levels(features: FeatureMaps, levels: Sequence[int] | None) -> FeatureMaps:
-    """Some of the levels, in the order given. Raises ValueError naming the valid numbers."""
+def settle_levels(config: EmbeddingConfig, extract: Extract, stages: Sequence[int]) -> EmbeddingConfig:
+    """``config`` with the levels that "paper" means on this extract; ``stages``: those of the detector's paper."""
+    if config.levels != "paper":
+        return config
+    backbone = getattr(extract, "backbone", extract)
+    given = backbone.levels if isinstance(backbone, Stages) else []
+    return replace(config, levels=[level for level, stage in enumerate(given) if stage in stages] or None)
+
+
+def chosen_levels(features: FeatureMaps, levels: Sequence[int] | Literal["paper"] | None) -> FeatureMaps:
+    """Some of the levels, in the order given; all for null, and for "paper", which nobody has settled: the network is
+    not known here. Raises ValueError naming the valid numbers."""
     count = len(features)
-    if levels is None:
+    if levels is None or levels == "paper":
         return list(features)
     if not levels or any(not -count <= level < count for level in levels):
         raise ValueError(f"levels {list(levels)} do not fit features of {count} levels; choose from 0 to {count - 1}")

@@ -7,6 +7,9 @@ standard deviation of normally distributed scores, and that is what is computed.
 Eq. 11 is applied twice: to image scores with the statistics of the training images' scores, and to maps with those of
 the training images' pixels, so that detectors of any kind can be joined.
 
+By name (`adpretrain fit --detector ensemble`, `recipes/evaluate.py`) the members are the paper's unless the options
+list others: ReConPatch on WideResNet-101, ResNeXt-101 and DenseNet-201, stages 2 and 3, 3 x 3 patches.
+
 A training image meets a memory that was chosen from its own patches, among others: its scores are lower than those of
 a new normal image, in every member. No threshold may be read off them.
 
@@ -15,21 +18,105 @@ Shapes: n training images, M members, B images, S side in pixels.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from adpretrain.backbones import Backbone, Extract, load_backbone
+from downstream.adapted import Adapted
+from downstream.building import build_detector, merged
 from downstream.composite import Composite, LoadedComposite, save_composite
 from downstream.detector import Detector, Prediction, not_fitted
+from downstream.reconpatch import ENSEMBLE_320
+from downstream.saving import device_of
 
 CONSISTENCY = 1.4826  # 1 / the 75 % quantile of the standard normal distribution
 PIXEL_STEP = 4  # every fourth pixel in both directions says enough: maps are smoothed over more than that
+
+
+NETWORKS = ("timm/wide_resnet101_2.tv_in1k", "timm/resnext101_32x8d.tv_in1k", "timm/densenet201.tv_in1k")
+
+
+@dataclass(frozen=True)
+class MemberConfig:
+    """One member of an ensemble.
+
+    Args:
+        detector: its name.
+        options: its options, in place of its own.
+        backbone: a network of its own, which sees the ensemble's images resized and normalised for it
+            (`downstream.adapted`); null = the features that the ensemble is given.
+        levels, image_size, weights: of this network, as in `load_backbone`; image_size null = that of the images.
+    """
+
+    detector: str = "reconpatch"
+    options: dict[str, Any] = field(default_factory=dict)
+    backbone: str | None = None
+    levels: list[int] | None = None
+    image_size: int | None = None
+    weights: str | None = None
+
+    def __post_init__(self) -> None:
+        own = [name for name in ("levels", "image_size", "weights") if getattr(self, name) is not None]
+        if own and self.backbone is None:
+            raise ValueError(f"a member's {' and '.join(own)} are those of its backbone: name the backbone too")
+
+
+def _members() -> list[MemberConfig]:
+    return [MemberConfig("reconpatch", dataclasses.asdict(ENSEMBLE_320), network) for network in NETWORKS]
+
+
+@dataclass(frozen=True)
+class EnsembleConfig:
+    """An `Ensemble` by name.
+
+    Args:
+        members: the paper's three unless others are listed. Their photographs are prepared as those of the ensemble's
+            own backbone (the paper resizes to 366 pixels and cuts out 320; `--image-size 320` gives 320 of the whole).
+        options: for every member, in place of its own, such as {training: {epochs: 10}}. The paper's at 480 pixels
+            are `downstream.reconpatch.ENSEMBLE_480`: 512 channels, 5 x 5 patches, 120 epochs.
+    """
+
+    members: list[MemberConfig] = field(default_factory=_members)
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+DEFAULT = EnsembleConfig()
+
+
+@functools.lru_cache(maxsize=8)
+def _network(
+    name: str, image_size: int, levels: tuple[int, ...] | None, weights: str | None, device: torch.device
+) -> Backbone:
+    """Loaded once: frozen networks may be shared, and an evaluation builds the ensemble anew for every product."""
+    return load_backbone(name, weights=weights, image_size=image_size, levels=levels).to(device)
+
+
+def build_member(extract: Extract, config: MemberConfig, shared: dict[str, Any]) -> Detector:
+    """An unfitted member on its own network, or on ``extract``. ``shared``: options for every member.
+
+    Raises ValueError for a network of its own beside features that are not a raw backbone's.
+    """
+    options = merged(config.options, shared)
+    if config.backbone is not None:
+        if not isinstance(extract, Backbone):
+            raise ValueError(
+                f"a member of the ensemble has a backbone of its own, {config.backbone}, whose raw features are not "
+                "an extractor's: give the ensemble a raw backbone, or members without backbones"
+            )
+        images, levels = extract.preprocess, None if config.levels is None else tuple(config.levels)
+        size = config.image_size or images.image_size
+        extract = Adapted(_network(config.backbone, size, levels, config.weights, device_of(extract)), images)
+    return build_detector(config.detector, extract, options)
 
 
 @dataclass(frozen=True)
@@ -93,6 +180,11 @@ class Ensemble(Composite):
             raise ValueError("an ensemble of no detectors: give at least one")
         self.members = list(members)
         self._units: list[Units] = []
+
+    @classmethod
+    def of(cls, extract: Extract, options: EnsembleConfig) -> Self:
+        """The members that ``options`` list, unfitted; those without a network of their own see ``extract``."""
+        return cls([build_member(extract, member, options.options) for member in options.members])
 
     def fit(self, normal_batches: Iterable[Tensor]) -> Self:
         """Fit every member, then score the same images for their units: 2 M passes over batches [b, 3, S, S].

@@ -40,6 +40,10 @@ class FeatureNormOptions:
     top: float = 0.01
 
 
+DEFAULT = FeatureNormOptions()
+ADPRETRAIN = FeatureNormOptions(top=0.0)  # ADPretrain's evaluation: the maximum of the map is the image's score
+
+
 class FeatureNorm(Pretrained):
     """Feature norm -> level maps -> bilinear upsampling -> mean over levels -> Gaussian (sigma in pixels) -> score.
 

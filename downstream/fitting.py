@@ -5,7 +5,6 @@ Shapes: b images of a batch, S side in pixels.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +18,13 @@ from adpretrain.artefact import refuse_others
 from adpretrain.backbones import Backbone
 from adpretrain.extractor import ADExtractor
 from adpretrain.files import check_writable
-from adpretrain.parsing import from_dict
 from adpretrain.preprocess import Preprocess
-from downstream.detector import Detector
-from downstream.featurenorm import FeatureNormOptions
+from downstream.building import build_detector
+from downstream.composite import Composite
 from downstream.inspection.basis import Progress, silent
 from downstream.inspection.features import set_references
 from downstream.inspection.photos import Unreadable, find_images, printable, read_batches, relative_name
-from downstream.saving import EXTRACTOR
-from downstream.table import find_detector
+from downstream.saving import EXTRACTOR, member
 
 
 @dataclass(frozen=True)
@@ -72,18 +69,6 @@ class NormalBatches:
             self.progress("normal photographs", done, len(self.paths))
 
 
-def build_detector(name: str, model: Backbone | ADExtractor, settings: Mapping[str, Any]) -> Detector:
-    """A detector by name, with ``settings`` in place of its defaults. Raises ValueError naming a wrong one."""
-    entry = find_detector(name)
-    if issubclass(entry.options(), FeatureNormOptions):
-        if name != "featurenorm" and not isinstance(model, ADExtractor):
-            raise ValueError(f"{name} needs an extractor: a raw backbone has no references")
-        settings = {"image_size": model.preprocess.image_size, **settings}
-        options = from_dict(entry.options(), settings, f"options of {name}")
-        return entry.load()(model, **dataclasses.asdict(options))
-    return entry.load()(model, from_dict(entry.options(), settings, f"options of {name}"))
-
-
 def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
     """["embedding.patch=1", "amount=0.01"] -> nested keys and values, read as YAML. ValueError for another form."""
     settings: dict[str, Any] = {}
@@ -123,9 +108,12 @@ def fit_folder(
     Raises ValueError for unreadable photographs, too few of them, or wrong settings.
     """
     device = device or torch.device("cpu")
-    refuse_others(out, "detector", [EXTRACTOR] if isinstance(model, ADExtractor) else [])
-    check_writable(out)  # before the fitting, which may take hours
     detector = build_detector(name, model, settings)
+    parts = [EXTRACTOR] if isinstance(model, ADExtractor) else []
+    if isinstance(detector, Composite):
+        parts = [member(number) for number in range(len(detector.members))]
+    refuse_others(out, "detector", parts)
+    check_writable(out)  # before the fitting, which may take hours
     paths = find_images(normal, exclude=out)
     references: list[str] = []
     if isinstance(model, ADExtractor) and name != "aligned-featurenorm":

@@ -28,7 +28,7 @@ from downstream.detector import (
     normal_features,
     not_fitted,
 )
-from downstream.embedding import Embedding, EmbeddingConfig, chosen_levels
+from downstream.embedding import Embedding, EmbeddingConfig, chosen_levels, settle_levels
 from downstream.gaussians import Gaussians, Moments, size_bytes
 from downstream.maps import SIGMA, gaussian_blur, upsample
 from downstream.memory import expected_images, hold, memory_limit
@@ -47,12 +47,14 @@ class PaDiMConfig:
     """Options of `PaDiM`.
 
     Args:
-        embedding: levels and channels. The default is the paper's for ResNet-18, 100 random channels of all levels;
-            it takes 550 of WideResNet-50. "orthogonal" instead of "choose" is the semi-orthogonal embedding of Kim
-            et al. 2021.
+        embedding: levels and channels. The default is the paper's for ResNet-18, 100 random channels of the first
+            three stages; it takes 550 of WideResNet-50. "orthogonal" instead of "choose" is the semi-orthogonal
+            embedding of Kim et al. 2021.
         per_level: one Gaussian per position and level instead of one of the concatenation; the map is the mean of the
             levels' maps, each upsampled from its own grid.
         eps: added to the diagonal of every covariance.
+        align_corners: how the distances are upsampled: the corners of the grid become the corners of the map, as in
+            ADPretrain's evaluation, instead of the grid's cells covering it evenly.
         sigma: of the smoothing, in pixels.
         max_bytes: largest size of the Gaussians; null = half of the memory.
     """
@@ -60,6 +62,7 @@ class PaDiMConfig:
     embedding: EmbeddingConfig = field(default_factory=_embedding)
     per_level: bool = False
     eps: float = 0.01
+    align_corners: bool = False
     sigma: float = SIGMA
     max_bytes: int | None = None
 
@@ -69,8 +72,9 @@ class PaDiMConfig:
 
 
 DEFAULT = PaDiMConfig()
-# ADPretrain's evaluation: every level on its own with all its channels.
-ADPRETRAIN = PaDiMConfig(EmbeddingConfig(patch=1), per_level=True)
+STAGES = (1, 2, 3)  # of a ResNet, those that the paper takes
+# ADPretrain's evaluation: every level on its own with all its channels, upsampled with aligned corners.
+ADPRETRAIN = PaDiMConfig(EmbeddingConfig(levels=None, patch=1), per_level=True, align_corners=True)
 
 
 class PaDiM(Pretrained):
@@ -80,7 +84,7 @@ class PaDiM(Pretrained):
 
     def __init__(self, extract: Extract, config: PaDiMConfig = DEFAULT) -> None:
         self.extract = self._given = extract
-        self.config = config
+        self.config = replace(config, embedding=settle_levels(config.embedding, extract, STAGES))
         self._embeddings: list[Embedding] = []
         self._gaussians: list[Gaussians] = []
         self._grids: list[tuple[int, int]] = []
@@ -120,7 +124,7 @@ class PaDiM(Pretrained):
         rows = self._embed(extracted(self.extract, images))
         for level, gaussians, grid in zip(rows, self._gaussians, self._grids, strict=True):
             distances = gaussians.distances(level.flatten(1, 2)).unflatten(1, grid)
-            total += upsample(distances, self._side)
+            total += upsample(distances, self._side, self.config.align_corners)
         maps = gaussian_blur(total / len(rows), self.config.sigma)
         return Prediction(maps.flatten(1).amax(1), maps)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ from downstream.detector import (
     normal_features,
     not_fitted,
 )
-from downstream.embedding import Embedding, EmbeddingConfig
+from downstream.embedding import Embedding, EmbeddingConfig, settle_levels
 from downstream.maps import SIGMA, pixel_maps
 from downstream.neighbours import Neighbours, nearest
 from downstream.pretrained import Pretrained
@@ -47,7 +47,7 @@ class PatchCoreConfig:
 
     Args:
         embedding: hierarchies (levels), patch size, stride and channels. The paper's are two levels of
-            WideResNet-50 (blocks 2 and 3), 3 x 3 patches, stride 1.
+            WideResNet-50 (stages 2 and 3), 3 x 3 patches, stride 1.
         amount: what subsampling leaves of the bank: a share (PatchCore-10% is 0.1) or a number of rows.
         method: "greedy" coreset (Alg. 1), "random" rows, or "none" (PatchCore-100%).
         projection_dim: channels that the greedy choice looks at after a random projection; null = all of them, as are
@@ -57,6 +57,9 @@ class PatchCoreConfig:
         reweight: b of Eq. 7, the neighbours of the nearest patch that weigh the image's score; 0 = the plain maximum.
         reweight_all: weigh every patch, not the farthest alone; the image's score is the largest then (ReConPatch Eq. 9
             and 10).
+        squared: maps and scores of squared distances instead of Euclidean ones, as ADPretrain's evaluation has them:
+            its faiss index returns squares. Ranks of patches stay, but the smoothing of the maps and the mean over
+            products do not; where scores are weighed (Eq. 7), the weights come from the Euclidean distances.
         search: "exact", or "ivfpq" for banks that are too large for it (faiss; approximate).
         sigma: of the smoothing, in pixels.
         max_bank_bytes: largest size of the bank before subsampling, what the choice keeps of its rows included; null =
@@ -71,6 +74,7 @@ class PatchCoreConfig:
     keep: float = 1.0
     reweight: int = 9
     reweight_all: bool = False
+    squared: bool = False
     search: Literal["exact", "ivfpq"] = "exact"
     sigma: float = SIGMA
     max_bank_bytes: int | None = None
@@ -88,9 +92,11 @@ class PatchCoreConfig:
 
 
 DEFAULT = PatchCoreConfig()
-# ADPretrain's evaluation: the last three levels, 1024 channels of each and of all, no re-weighting.
+STAGES = (2, 3)  # of a ResNet, those that the paper takes
+# ADPretrain's evaluation: the last three levels, 1024 channels of each and of all, no re-weighting, squared distances.
+# Its greedy choice of the bank is approximate, ours exact: the patches that remain are not the same ones.
 ADPRETRAIN = PatchCoreConfig(
-    EmbeddingConfig(levels=[-3, -2, -1], level_dim=1024, target_dim=1024, form="released"), reweight=0
+    EmbeddingConfig(levels=[-3, -2, -1], level_dim=1024, target_dim=1024, form="released"), reweight=0, squared=True
 )
 
 
@@ -105,8 +111,8 @@ class PatchCore(Pretrained):
 
     def __init__(self, extract: Extract, config: PatchCoreConfig = DEFAULT) -> None:
         self.extract = self._given = extract
-        self.config = config
-        self.embedding = Embedding(config.embedding)
+        self.config = replace(config, embedding=settle_levels(config.embedding, extract, STAGES))
+        self.embedding = Embedding(self.config.embedding)
         self.bank_ND: Tensor | None = None
         self._search: Neighbours | ApproximateNeighbours | None = None
         self.side = 0
@@ -201,6 +207,8 @@ class PatchCore(Pretrained):
         batch, height, width, _ = rows_BHWD.shape
         rows_ND = rows_BHWD.flatten(0, 2)
         distance_N, index_N = self._nearest(rows_ND)
+        if self.config.squared:
+            distance_N = distance_N.square()
         if self.config.reweight and self.config.reweight_all:
             steps = zip(rows_ND.split(WEIGHED), index_N.split(WEIGHED), strict=True)
             distance_N = distance_N * torch.cat([self._weights(rows, index) for rows, index in steps])

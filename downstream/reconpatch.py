@@ -52,9 +52,8 @@ class ReConPatchConfig:
     """Options of `ReConPatch`.
 
     Args:
-        memory: embedding, coreset, neighbours and smoothing, as for `PatchCore`. The paper: levels 2 and 3 of a
-            WideResNet (`EmbeddingConfig.levels` [1, 2] of its four), 3 x 3 patches, 1 % of the patches. b of Eq. 10 is
-            not given.
+        memory: embedding, coreset, neighbours and smoothing, as for `PatchCore`. The paper: stages 2 and 3 of a
+            WideResNet, 3 x 3 patches, 1 % of the patches. b of Eq. 10 is not given.
         training: how the representation is trained.
         cache_bytes: embeddings of the normal images are kept up to this size, on the features' device; beyond it they
             are computed anew in every epoch, and a fit takes ``epochs`` + 2 passes over the images.
@@ -86,10 +85,10 @@ class ReConPatch(Pretrained):
 
     def __init__(self, extract: Extract, config: ReConPatchConfig = DEFAULT) -> None:
         self.extract = self._given = extract
-        self.config = config
+        self._core = PatchCore(extract, config.memory)
+        self.config = replace(config, memory=self._core.config)
         self.representation: Representation | None = None
         self.losses: list[float] = []
-        self._core = PatchCore(extract, config.memory)
 
     def fit(self, normal_batches: Iterable[Tensor], progress: Progress | None = None) -> Self:
         """Train on batches [b, 3, S, S] of normal images, and remember them. ``progress(what, done, total)`` is told.

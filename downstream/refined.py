@@ -11,20 +11,43 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from adpretrain.backbones import Extract
 from adpretrain.parsing import from_dict
+from downstream.building import build_detector
 from downstream.composite import Composite, LoadedComposite, save_composite
 from downstream.coreset import Progress
 from downstream.detector import Detector, Prediction, not_fitted
 from downstream.ensemble import ScoreUnit, Units, training_units
-from downstream.refinement import DEFAULT, RefinementConfig, RefinementNetwork, build_network, refinement_loss
+from downstream.refinement import DEFAULT as NETWORK
+from downstream.refinement import RefinementConfig, RefinementNetwork, build_network, refinement_loss
 from downstream.simulation import simulate
+
+
+@dataclass(frozen=True)
+class RefinedConfig:
+    """A `Refined` by name.
+
+    Args:
+        detector: name of the detector whose maps are sharpened (the paper's is "reconpatch").
+        options: its options, in place of its own.
+        network: the refinement network and its training.
+    """
+
+    detector: str = "reconpatch"
+    options: dict[str, Any] = field(default_factory=dict)
+    network: RefinementConfig = field(default_factory=RefinementConfig)
+
+
+DEFAULT = RefinedConfig()
 
 
 class Refined(Composite):
@@ -36,11 +59,17 @@ class Refined(Composite):
 
     saved_as = "refined"
 
-    def __init__(self, detector: Detector, config: RefinementConfig = DEFAULT, textures: Tensor | None = None) -> None:
+    def __init__(self, detector: Detector, config: RefinementConfig = NETWORK, textures: Tensor | None = None) -> None:
         self.detector, self.config, self.textures = detector, config, textures
+        self.members = [detector]
         self.losses: list[float] = []
         self._network: RefinementNetwork | None = None
         self._units: Units | None = None
+
+    @classmethod
+    def of(cls, extract: Extract, options: RefinedConfig) -> Self:
+        """The detector that ``options`` name on ``extract``, unfitted, and a network for its maps."""
+        return cls(build_detector(options.detector, extract, options.options), options.network)
 
     def fit(self, normal_batches: Iterable[Tensor], progress: Progress | None = None) -> Self:
         """Fit the detector, then the network, on batches [b, 3, S, S]; n images, all kept until both are fitted.
@@ -112,7 +141,7 @@ class Refined(Composite):
         tensors = {"units": torch.tensor(rows, dtype=torch.float64)}
         tensors |= {f"network.{name}": value for name, value in self._network.state_dict().items()}
         facts = {"losses": self.losses}
-        return save_composite(folder, self.saved_as, self.config, [self.detector], tensors, units.side, facts)
+        return save_composite(folder, self.saved_as, self.config, self.members, tensors, units.side, facts)
 
     @classmethod
     def _restored(cls, loaded: LoadedComposite) -> Self:

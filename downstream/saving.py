@@ -138,7 +138,7 @@ def save_detector(
         image_size=image_size,
         tensors={key: list(value.shape) for key, value in tensors.items()},
         facts=facts or {},
-        probe=probe(extract, image_size, _device(extract, tensors)),
+        probe=probe(extract, image_size, device_of(extract, tensors)),
         backbone=backbone,
         preprocess=preprocess,
         images=images,
@@ -197,7 +197,7 @@ def load_detector(
     if config.detector != name:
         raise ValueError(f"{folder} holds a {config.detector!r} detector, not {name!r}: load it with its own class")
     chosen = from_dict(options, config.options, f"options in {folder / 'config.json'}")
-    device = device if device is not None else _device(extract, {})
+    device = device if device is not None else device_of(extract)
     tensors = {key: value.to(device) for key, value in read_tensors(folder, config).items()}
     with put_together(folder):
         references = [tensors.pop(key) for key in _reference_keys(tensors)]
@@ -205,7 +205,7 @@ def load_detector(
     if isinstance(extract, ADExtractor) and extract.references is None and references:
         extract.set_references(references)
     with put_together(folder):
-        where = _device(extract, tensors, device)
+        where = device_of(extract, tensors, device)
         found = probe(extract, config.image_size, where)
     _compare(found, config.probe, folder)
     return Loaded(chosen, extract, tensors, config.facts, config.image_size, where)
@@ -222,8 +222,8 @@ def _reference_keys(tensors: Mapping[str, Tensor]) -> list[str]:
     return sorted((key for key in tensors if key.startswith(REFERENCES)), key=lambda key: int(key.rpartition(".")[2]))
 
 
-def _device(
-    extract: Extract | None, fitted: Mapping[str, Tensor], otherwise: str | torch.device = "cpu"
+def device_of(
+    extract: Extract | None, fitted: Mapping[str, Tensor] = {}, otherwise: str | torch.device = "cpu"
 ) -> torch.device:
     """Where an extract works: with its own tensors; a plain function, with those that were fitted on its features."""
     own = (*extract.parameters(), *extract.buffers()) if isinstance(extract, nn.Module) else ()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from downstream.detector import (
     normal_features,
     not_fitted,
 )
-from downstream.embedding import Embedding, EmbeddingConfig
+from downstream.embedding import Embedding, EmbeddingConfig, settle_levels
 from downstream.maps import SIGMA, pixel_maps
 from downstream.memory import expected_images
 from downstream.neighbours import Neighbours, nearest
@@ -47,7 +47,7 @@ class SPADEConfig:
 
     Args:
         embedding: levels and channels of a patch. The paper's are the first three stages of WideResNet-50 on the
-            grid of the first, whose last stage describes the image.
+            grid of the first. The image is described by the last level that the extract gives, chosen here or not.
         images: K, normal images that an image is compared with; all of them where there are fewer.
         patches: nearest patches whose distances are averaged.
         sigma: of the smoothing, in pixels.
@@ -67,6 +67,7 @@ class SPADEConfig:
 
 
 DEFAULT = SPADEConfig()
+STAGES = (1, 2, 3)  # of a ResNet, those that the paper takes
 
 
 class SPADE(Pretrained):
@@ -76,8 +77,8 @@ class SPADE(Pretrained):
 
     def __init__(self, extract: Extract, config: SPADEConfig = DEFAULT) -> None:
         self.extract = self._given = extract
-        self.config = config
-        self.embedding = Embedding(config.embedding)
+        self.config = replace(config, embedding=settle_levels(config.embedding, extract, STAGES))
+        self.embedding = Embedding(self.config.embedding)
         self.descriptors_NC: Tensor | None = None
         self.patches_NTD: Tensor | None = None
         self._search: Neighbours | None = None

@@ -17,7 +17,7 @@ from downstream.saving import HubOptions, locate_model, read_detector_config
 
 @dataclass(frozen=True)
 class DetectorEntry:
-    """``module`` and ``name`` of the class; ``config``: the dataclass of its options, "" if it takes arguments."""
+    """``module`` and ``name`` of the class; ``config``: the dataclass of its options, beside it."""
 
     module: str
     name: str
@@ -25,13 +25,17 @@ class DetectorEntry:
     summary: str
     paper: str
 
+    def place(self) -> Any:
+        """The module, which has the default options as DEFAULT."""
+        return importlib.import_module(self.module)
+
     def load(self) -> Any:
         """The class."""
-        return getattr(importlib.import_module(self.module), self.name)
+        return getattr(self.place(), self.name)
 
     def options(self) -> Any:
         """The dataclass of its options."""
-        return getattr(importlib.import_module(self.module), self.config)
+        return getattr(self.place(), self.config)
 
 
 DETECTORS: dict[str, DetectorEntry] = {
@@ -77,10 +81,21 @@ DETECTORS: dict[str, DetectorEntry] = {
         "nearest normal images, then their nearest patches; a baseline",
         "Sub-Image Anomaly Detection, Cohen & Hoshen 2020",
     ),
+    "ensemble": DetectorEntry(
+        "downstream.ensemble",
+        "Ensemble",
+        "EnsembleConfig",
+        "the mean of several detectors' standardised scores",
+        "ReConPatch, Hyun et al. 2024, Sec. 3.3",
+    ),
+    "refined": DetectorEntry(
+        "downstream.refined",
+        "Refined",
+        "RefinedConfig",
+        "a detector and a network that sharpens its maps",
+        "ReConPatch, Hyun et al. 2024, suppl. D",
+    ),
 }
-
-# Made of other detectors: no options of their own, so they are loaded by name but not fitted by it.
-COMPOSITES = {"ensemble": ("downstream.ensemble", "Ensemble"), "refined": ("downstream.refined", "Refined")}
 
 
 def find_detector(name: str) -> DetectorEntry:
@@ -101,8 +116,4 @@ def detector_from_pretrained(
     `downstream.saving.load_detector`.
     """
     folder = locate_model(folder, **hub).folder
-    name = read_detector_config(folder).detector
-    if name in COMPOSITES:
-        module, cls = COMPOSITES[name]
-        return getattr(importlib.import_module(module), cls).from_pretrained(folder, extract, device, weights)
-    return find_detector(name).load().from_pretrained(folder, extract, device, weights)
+    return find_detector(read_detector_config(folder).detector).load().from_pretrained(folder, extract, device, weights)

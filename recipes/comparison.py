@@ -30,7 +30,8 @@ from adpretrain.backbones.fingerprint import fingerprint
 from adpretrain.data import Sample
 from adpretrain.extractor import backbone_config
 from adpretrain.parsing import read_yaml
-from downstream.evaluation.contenders import PRETRAINED, RAW, Networks, build, contenders
+from downstream.building import build_detector
+from downstream.evaluation.contenders import PRETRAINED, RAW, Networks, contenders
 from downstream.evaluation.protocols import ProtocolOptions, trials
 from downstream.evaluation.tables import in_order
 from downstream.evaluation.trial import Settings, run_trial
@@ -58,8 +59,8 @@ def run(options: argparse.Namespace, samples: Sequence[Sample], console: Console
     )
     rows = contenders(options.detectors, features, networks)
     for row in rows:  # a mistake in the options is told before anything is computed
-        size = networks.backbone.preprocess.image_size
-        build(row, networks.extract(row), size, settings.settings, settings.options.get(row.detector, {}))
+        own = settings.options.get(row.detector, {})
+        build_detector(row.detector, networks.extract(row), own, settings.settings)
     jobs = jobs_of(planned, rows)
     configuration = configuration_of(options, folders, samples, networks, protocol, settings, features)
     folder = options.out or default_folder(options, protocol, configuration)

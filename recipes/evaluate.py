@@ -28,7 +28,8 @@ from rich.console import Console
 from adpretrain.data import DATASETS, Sample, index_dataset
 from adpretrain.hub.locating import EMBEDDED
 from adpretrain.preprocess import RESIZES
-from downstream.evaluation.contenders import CONDITIONED, FEATURES, PRETRAINED, SETTINGS
+from downstream.building import SETTINGS
+from downstream.evaluation.contenders import CONDITIONED, FEATURES, PRETRAINED
 from downstream.evaluation.protocols import PROTOCOLS
 from downstream.table import DETECTORS
 from downstream.terminal import tell_memory

@@ -8,25 +8,18 @@ adpretrain   the extractor's features
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from adpretrain.backbones import Backbone
 from adpretrain.extractor import ADExtractor
-from adpretrain.parsing import from_dict
 from downstream.aligned import NAME as ALIGNED
-from downstream.detector import Detector
 from downstream.evaluation.evaluate import same_residuals
 from downstream.evaluation.withheld import Withheld
-from downstream.featurenorm import NAME as FEATURENORM
 from downstream.table import DETECTORS
 
 FEATURES = ("raw", "residual", "conditioned", "adpretrain")
 RAW, RESIDUAL, CONDITIONED, PRETRAINED = FEATURES
-SETTINGS = ("default", "adpretrain")
 
 
 @dataclass(frozen=True)
@@ -90,47 +83,3 @@ def contenders(detectors: Sequence[str], features: Sequence[str], networks: Netw
         for number in range(counts[name])
         if (detector, name) != (ALIGNED, RAW)
     ]
-
-
-def build(
-    contender: Contender, extract: Backbone | Withheld, size: int, settings: str, options: Mapping[str, Any]
-) -> Detector:
-    """An unfitted detector. ``settings``: its "default", or those of ADPretrain's evaluation where it has them;
-    ``options`` replace single ones. ``size``: side of the maps of the FeatureNorms, in pixels.
-    """
-    if settings not in SETTINGS:
-        raise ValueError(f"settings {settings!r} are unknown; choose one of {', '.join(SETTINGS)}")
-    entry = DETECTORS[contender.detector]
-    kind = entry.load()
-    if contender.detector in (FEATURENORM, ALIGNED):
-        return _norm(kind, contender, extract, {"image_size": size, **_own(settings), **options})
-    module = importlib.import_module(entry.module)
-    config = getattr(module, "ADPRETRAIN", module.DEFAULT) if settings == "adpretrain" else module.DEFAULT
-    merged = _merged(dataclasses.asdict(config), options)
-    detector: Detector = kind(extract, from_dict(entry.options(), merged, f"options of {contender.detector}"))
-    return detector
-
-
-def _own(settings: str) -> dict[str, Any]:
-    return {"top": 0.0} if settings == "adpretrain" else {}
-
-
-def _norm(kind: Any, contender: Contender, extract: Backbone | Withheld, options: Mapping[str, Any]) -> Detector:
-    """The FeatureNorms take arguments instead of a configuration, and know the norm of an `ADExtractor` only."""
-    given = dict(options)
-    if isinstance(extract, Withheld):
-        given.setdefault("norm", extract.extractor.config.norm)
-    features = extract.extractor if contender.detector == ALIGNED and isinstance(extract, Withheld) else extract
-    try:
-        detector: Detector = kind(features, **given)
-    except TypeError as error:
-        raise ValueError(f"options of {contender.detector}: {error}") from error
-    return detector
-
-
-def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    out = dict(base)
-    for key, value in changes.items():
-        inner = out.get(key)
-        out[key] = _merged(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
-    return out

@@ -19,12 +19,15 @@ from torch import Tensor
 from adpretrain.data import ImageDataset, Sample, TooFewImages
 from adpretrain.preprocess import Preprocess
 from downstream.aligned import AlignedOptions
-from downstream.evaluation.contenders import ALIGNED, FEATURENORM, RAW, Contender, Networks, build
+from downstream.building import build_detector
+from downstream.evaluation.contenders import ALIGNED, RAW, Contender, Networks
 from downstream.evaluation.protocols import Part, Trial
 from downstream.evaluation.showing import Shown, choose_shown
 from downstream.evaluation.withheld import Withheld
+from downstream.featurenorm import NAME as FEATURENORM
 from downstream.ground_truth import region_weights
 from downstream.metrics import Metrics, aupro, d_prime, evaluate_maps
+from downstream.refined import Refined
 from downstream.streaming import StreamingMetrics
 from downstream.thresholds import count, pro_curve
 
@@ -100,7 +103,12 @@ def run_trial(trial: Trial, contender: Contender, networks: Networks, settings: 
     """
     extract, preprocess = networks.extract(contender), networks.backbone.preprocess
     options, adapted = _options(trial, contender, settings)
-    detector = build(contender, extract, preprocess.image_size, settings.settings, options)
+    detector = build_detector(contender.detector, extract, options, settings.settings)
+    if len(trial.parts) > 1 and isinstance(extract, Withheld) and isinstance(detector, Refined):
+        raise ValueError(
+            f"{contender} keeps the normal images of all products while its network learns, without the references of "
+            "each: leave it out of multi-class, or take raw features"
+        )
     began = time.perf_counter()
     if contender.detector != FEATURENORM:
         try:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adpretrain.backbones import FeatureMaps
+from adpretrain.backbones import Backbone, FeatureMaps
 from adpretrain.extractor import ADExtractor
 from adpretrain.preprocess import Preprocess
 
@@ -32,6 +32,11 @@ class Withheld:
     def preprocess(self) -> Preprocess:
         """Photograph -> network input."""
         return self.extractor.preprocess
+
+    @property
+    def backbone(self) -> Backbone:
+        """The network below."""
+        return self.extractor.backbone
 
     def set_references(self, images: Tensor) -> Withheld:
         """Keep the references of every later call: images [K, 3, S, S]."""

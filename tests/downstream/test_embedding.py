@@ -9,8 +9,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adpretrain.backbones import load_backbone
+from adpretrain.backbones import FeatureMaps, load_backbone
+from adpretrain.extractor import ADExtractor
+from downstream.adapted import Adapted
 from downstream.embedding import Embedding, EmbeddingConfig, pool_channels, random_reducer
+from downstream.padim import PaDiM
+from downstream.patchcore import PatchCore, PatchCoreConfig
+from downstream.reconpatch import ReConPatch
+from downstream.spade import SPADE
 
 
 def two_levels(seed: int = 0) -> list[Tensor]:
@@ -189,3 +195,27 @@ def test_a_reduction_drawn_for_other_features_is_refused() -> None:
         embedding(two_levels()[:1])
     with pytest.raises(ValueError, match=r"features must be \[B, C, H, W\] floats"):
         embedding([torch.zeros(1, 2, 3)])
+
+
+def test_levels_of_the_papers() -> None:
+    """Stages 2 and 3 of a residual network for PatchCore and ReConPatch, 1 to 3 for PaDiM and SPADE, whatever wraps it;
+    elsewhere all, as they were until now."""
+    whole = load_backbone("timm/resnet18", pretrained=False, image_size=64)
+    late = load_backbone("timm/resnet18", pretrained=False, image_size=64, levels=[2, 4])
+
+    def chosen(extract: object) -> list[list[int] | str | None]:
+        kinds = [kind(extract).config for kind in (PatchCore, PaDiM, SPADE)]  # type: ignore[operator]
+        return [config.embedding.levels for config in (*kinds, ReConPatch(extract).config.memory)]  # type: ignore[arg-type]
+
+    for extract in (whole, ADExtractor(whole), Adapted(whole, whole.preprocess)):
+        assert chosen(extract) == [[1, 2], [0, 1, 2], [0, 1, 2], [1, 2]]
+    assert chosen(late) == [[0], [0], [0], [0]]
+    vit = load_backbone("timm/vit_tiny_patch16_224", pretrained=False, image_size=64)
+
+    def function(images: Tensor) -> FeatureMaps:
+        return whole(images)
+
+    for extract in (vit, load_backbone("filterbank", image_size=64), function):
+        assert chosen(extract) == [None] * 4
+    everything = PatchCore(whole, PatchCoreConfig(EmbeddingConfig(levels=None)))
+    assert everything.config.embedding.levels is None

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +15,11 @@ from torch import Tensor
 
 from adpretrain.backbones import load_backbone
 from adpretrain.extractor import ADExtractor
+from downstream.adapted import Adapted
+from downstream.building import build_detector
 from downstream.cli import main
 from downstream.embedding import EmbeddingConfig
+from downstream.ensemble import EnsembleConfig, ScoreUnit
 from downstream.featurenorm import FeatureNorm
 from downstream.fitting import parse_settings
 from downstream.inspection.photos import Photo, find_images, read_batches
@@ -64,6 +70,64 @@ def test_an_extractor_takes_its_references_first(
     torch.testing.assert_close(norm.maps, by_hand.predict(pixels(good)).maps)
 
 
+MEMBERS = "members=[{detector: patchcore, backbone: filterbank, image_size: 64}, {detector: padim}]"
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("ensemble", [MEMBERS, "options.sigma=2"]),
+        ("refined", ["detector=padim", "options.sigma=2", "network.width=8", "network.rates=[1]", "network.epochs=1"]),
+    ],
+)
+def test_detectors_made_of_others_are_fitted_saved_and_score(
+    write_tiles: Callable[..., Path], tmp_path: Path, name: str, settings: list[str]
+) -> None:
+    """They go the way of all others; fitted twice, the second replaces the first."""
+    normal, bad, more = (
+        write_tiles("normal", range(7)),
+        write_tiles("bad", (60,), blob=True),
+        write_tiles("x", (70, 71)),
+    )
+    out = tmp_path / "out"
+    raw = ["--backbone", "filterbank", "--image-size", "96", "--device", "cpu", "--set", *settings]
+    for _ in range(2):
+        assert main(["fit", "--detector", name, "--normal", str(normal), "--out", str(out), *raw]) == 0
+    detector = detector_from_pretrained(out)
+    backbone = load_backbone("filterbank", image_size=96)
+    photos, defective = pixels(normal, 96), pixels(bad, 96)
+    padim = PaDiM(backbone, dataclasses.replace(PaDiM(backbone).config, sigma=2.0)).fit([photos])
+    if name == "ensemble":
+        small, same = detector.members  # type: ignore[attr-defined]
+        assert isinstance(small.extract, Adapted)
+        assert small.extract.backbone.image_size == 64
+        expected = padim.predict(defective).maps
+        torch.testing.assert_close(same.predict(defective).maps, expected, rtol=1e-3, atol=1e-3)
+    else:
+        unit = ScoreUnit.of(padim.predict(photos).maps[:, ::4, ::4])
+        assert detector._units.pixels.median == pytest.approx(unit.median, rel=1e-3)  # type: ignore[attr-defined]
+    score = ["--detector", str(out), "--normal", str(more), "--images", str(bad), "--device", "cpu"]
+    assert main(["score", *score, "--out", str(tmp_path / "scored")]) in (0, 1)
+    (found,) = csv.DictReader((tmp_path / "scored" / "scores.csv").open())
+    assert float(found["score"]) == pytest.approx(float(detector.predict(defective).scores[0]), rel=1e-3)
+
+
+def test_the_members_of_the_paper() -> None:
+    """ReConPatch on the three networks of PatchCore's ensemble, torchvision's first ImageNet weights of each."""
+    members = EnsembleConfig().members
+    assert [member.backbone for member in members] == [
+        "timm/wide_resnet101_2.tv_in1k",
+        "timm/resnext101_32x8d.tv_in1k",
+        "timm/densenet201.tv_in1k",
+    ]
+    backbone = load_backbone("filterbank", image_size=64)
+    for member in members:
+        single: Any = build_detector(member.detector, backbone, member.options)
+        training, memory = single.config.training, single.config.memory
+        assert (training.dim, training.epochs, training.learning_rate) == (384, 60, 1e-6)
+        assert (memory.amount, memory.embedding.patch) == (0.01, 3)
+
+
 def test_mistakes_are_one_line(
     write_tiles: Callable[..., Path], extractor_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -77,6 +141,10 @@ def test_mistakes_are_one_line(
         ([*raw, "--set", "amount"], "setting 'amount' must be key=value"),
         ([*raw, "--set", "keep=2"], "keep 2.0 must be a share"),
         ([*raw, "--detector", "aligned-featurenorm"], "aligned-featurenorm needs an extractor"),
+        ([*raw, "--detector", "ensemble", "--set", "members=[{levels: [1]}]"], "name the backbone too"),
+        ([*raw, "--detector", "ensemble", "--set", "members=[]"], "an ensemble of no detectors"),
+        ([*raw, "--detector", "refined", "--set", "detector=unet"], "detector 'unet' is unknown"),
+        (["--extractor", str(extractor_dir), "--detector", "ensemble"], "a backbone of its own, timm/wide_resnet101"),
         (["--extractor", str(extractor_dir)], "3 normal photographs, of which 8 are references"),
         (["--extractor", str(extractor_dir), "--levels", "[1]"], "--levels cannot be given with --extractor"),
     ):

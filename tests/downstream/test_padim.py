@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
-from adpretrain.backbones import Backbone
+from adpretrain.backbones import Backbone, FeatureMaps
 from downstream.embedding import Embedding, EmbeddingConfig
 from downstream.padim import ADPRETRAIN, PaDiM, PaDiMConfig
 
 
-def naive_map(normal_nHWD: Tensor, query_HWD: Tensor, eps: float) -> NDArray[np.float64]:
-    """Mahalanobis distances position by position, upsampled to the image: [S, S]."""
+def naive_grid(normal_nHWD: Tensor, query_HWD: Tensor, eps: float) -> NDArray[np.float64]:
+    """Mahalanobis distances position by position: [H, W]."""
     height, width, channels = query_HWD.shape
     out = np.empty((height, width))
     for h in range(height):
@@ -26,8 +26,20 @@ def naive_map(normal_nHWD: Tensor, query_HWD: Tensor, eps: float) -> NDArray[np.
             inverse = np.linalg.inv(np.cov(normal, rowvar=False) + eps * np.eye(channels))
             delta = query_HWD[h, w].double().numpy() - normal.mean(0)
             out[h, w] = np.sqrt(delta @ inverse @ delta)
-    grid = torch.from_numpy(out)[None, None]
+    return out
+
+
+def naive_map(normal_nHWD: Tensor, query_HWD: Tensor, eps: float) -> NDArray[np.float64]:
+    """The distances, upsampled to the image: [S, S]."""
+    grid = torch.from_numpy(naive_grid(normal_nHWD, query_HWD, eps))[None, None]
     return F.interpolate(grid, (SIZE, SIZE), mode="bilinear", align_corners=False)[0, 0].numpy()
+
+
+def corner_to_corner(grid_HW: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Bilinear upsampling whose corners are the grid's corners, one axis after the other: [S, S]."""
+    rows, columns = (np.linspace(0, side - 1, SIZE) for side in grid_HW.shape)
+    wide = np.array([np.interp(columns, np.arange(grid_HW.shape[1]), row) for row in grid_HW])
+    return np.array([np.interp(rows, np.arange(grid_HW.shape[0]), column) for column in wide.T]).T
 
 
 @pytest.mark.parametrize("images", [6, 40])
@@ -44,13 +56,17 @@ def test_equals_the_loop(backbone: Backbone, images: int, reduction: str) -> Non
         assert float(found.scores[index]) == pytest.approx(expected.max(), rel=1e-3)
 
 
-def test_levels_on_their_own_are_averaged(backbone: Backbone) -> None:
-    """ADPretrain's evaluation: all channels of each level, the mean of the maps."""
+def test_the_evaluation_of_adpretrain(backbone: Backbone) -> None:
+    """Every level on its own with all its channels, covariance + 0.01 I, corners aligned, mean of the maps, sigma 4."""
+
+    def pyramid(images: Tensor) -> FeatureMaps:
+        return [F.avg_pool2d(level, 2**number) for number, level in enumerate(backbone(images)[:3])]
+
     normal, query = photographs(5, 0), photographs(1, 1)
-    found = PaDiM(backbone, ADPRETRAIN).fit([normal]).predict(query)
+    found = PaDiM(pyramid, ADPRETRAIN).fit([normal]).predict(query)
     maps = [
-        naive_map(n.permute(0, 2, 3, 1), q[0].permute(1, 2, 0), 0.01)
-        for n, q in zip(backbone(normal), backbone(query), strict=True)
+        corner_to_corner(naive_grid(n.permute(0, 2, 3, 1), q[0].permute(1, 2, 0), 0.01))
+        for n, q in zip(pyramid(normal), pyramid(query), strict=True)
     ]
     expected = ndimage.gaussian_filter(np.mean(maps, 0), 4)
     np.testing.assert_allclose(found.maps[0].numpy(), expected, rtol=1e-3)

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from drawn import SIZE, photographs
 from numpy.typing import NDArray
 from scipy import ndimage
+from torch import Tensor
 
-from adpretrain.backbones import Backbone, load_backbone
+from adpretrain.backbones import Backbone, FeatureMaps, load_backbone
 from adpretrain.extractor import ADExtractor
 from downstream.coreset import greedy_coreset
 from downstream.embedding import Embedding, EmbeddingConfig
-from downstream.patchcore import PatchCore, PatchCoreConfig
+from downstream.patchcore import ADPRETRAIN, PatchCore, PatchCoreConfig
 
 
 def naive(
@@ -61,6 +62,59 @@ def test_equals_the_equations(backbone: Backbone, method: str, neighbours: int) 
         np.testing.assert_allclose(found.maps[index].numpy(), expected, rtol=1e-4)
 
 
+def released_patches(levels: list[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """Patch vectors of one image as the released evaluation makes them, patch by patch: [H * W, 1024].
+
+    The 3 x 3 neighbourhood of a level (zeros beyond the border), C * 9 values in the order channel, row, column, cut
+    into 1024 windows that are averaged; levels upsampled to the finest grid; the windows of all levels one after the
+    other, cut into 1024 windows again.
+    """
+
+    def windows(values: NDArray[np.float64], count: int) -> NDArray[np.float64]:
+        size = len(values)
+        bounds = [(size * i // count, -(-size * (i + 1) // count)) for i in range(count)]
+        return np.array([values[first:last].mean() for first, last in bounds])
+
+    finest = max(level.shape[1] for level in levels)
+    joined = []
+    for level_CHW in levels:
+        _, height, width = level_CHW.shape
+        padded = np.pad(level_CHW, ((0, 0), (1, 1), (1, 1)))
+        pooled_HWD = np.array(
+            [[windows(padded[:, h : h + 3, w : w + 3].ravel(), 1024) for w in range(width)] for h in range(height)]
+        )
+        grid = torch.from_numpy(pooled_HWD).permute(2, 0, 1)[None]
+        same = F.interpolate(grid, (finest, finest), mode="bilinear", align_corners=False)[0]
+        joined.append(same.flatten(1).T.numpy())
+    return np.array([windows(np.concatenate(patch), 1024) for patch in zip(*joined, strict=True)])
+
+
+def test_the_evaluation_of_adpretrain(backbone: Backbone) -> None:
+    """The last three levels, 1024 channels, one neighbour, squared distances, bilinear, sigma 4."""
+
+    def pyramid(images: Tensor) -> FeatureMaps:  # 8 x 8, 4 x 4, 2 x 2 and 1 x 1 patches
+        return [F.avg_pool2d(level, 2**number) for number, level in enumerate(backbone(images))]
+
+    normal, queries = photographs(4, 0), photographs(2, 1)
+    detector = PatchCore(pyramid, ADPRETRAIN).fit([normal])
+    found = detector.predict(queries)
+    rows = [
+        [released_patches([level[i].double().numpy() for level in pyramid(images)[-3:]]) for i in range(len(images))]
+        for images in (normal, queries)
+    ]
+    assert detector.bank_ND is not None
+    bank, everything = detector.bank_ND.double().numpy(), np.concatenate(rows[0])
+    to_bank = np.array([np.linalg.norm(everything - row, axis=1).min() for row in bank])
+    assert to_bank.max() < 1e-4 * np.linalg.norm(everything, axis=1).mean()  # the bank is made of these patches
+    for index, patches in enumerate(rows[1]):
+        squares = np.array([((bank - patch) ** 2).sum(1).min() for patch in patches])
+        side = int(len(squares) ** 0.5)
+        grid = torch.from_numpy(squares).view(1, 1, side, side)
+        pixels = F.interpolate(grid, (SIZE, SIZE), mode="bilinear", align_corners=False)[0, 0].numpy()
+        np.testing.assert_allclose(found.maps[index].numpy(), ndimage.gaussian_filter(pixels, 4), rtol=1e-3)
+        assert float(found.scores[index]) == pytest.approx(squares.max(), rel=1e-3)
+
+
 def test_reweighting_is_stable(backbone: Backbone) -> None:
     """Distances of thousands, whose exponentials overflow even in float64: the weight is the others' share."""
     config = PatchCoreConfig(method="none", reweight=3)
@@ -101,11 +155,12 @@ def test_one_swapped_argument(backbone: Backbone) -> None:
 def test_the_papers_hierarchies() -> None:
     """Blocks 2 and 3 of a residual network at 64 pixels: 8 x 8 patches of 128 + 256 channels."""
     torch.manual_seed(0)
-    network = load_backbone("timm/resnet18", pretrained=False, image_size=SIZE, levels=[2, 3])
+    network = load_backbone("timm/resnet18", pretrained=False, image_size=SIZE)
     detector = PatchCore(network, PatchCoreConfig(amount=20)).fit([photographs(3, 0)])
     assert detector.bank_ND is not None
     assert detector.bank_ND.shape == (20, 384)
-    released = PatchCore(network, PatchCoreConfig(EmbeddingConfig(level_dim=100, target_dim=70, form="released")))
+    pooled = EmbeddingConfig([1, 2], level_dim=100, target_dim=70, form="released")
+    released = PatchCore(network, PatchCoreConfig(pooled))
     assert released.fit([photographs(3, 0)]).predict(photographs(1, 1)).maps.isfinite().all()
     assert released.bank_ND is not None
     assert released.bank_ND.shape == (19, 70)

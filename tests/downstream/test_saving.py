@@ -5,6 +5,7 @@ One subprocess loads all of them and writes what they predict.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -181,6 +182,25 @@ def test_other_weights_are_noticed(tmp_path: Path) -> None:
     wider = load_backbone("timm/resnet18", pretrained=False, image_size=64, levels=[2, 3])
     with pytest.raises(ValueError, match="was fitted on features of 1 levels"):
         PatchCore.from_pretrained(folder, extract=wider)
+
+
+@pytest.mark.parametrize("kind", [PatchCore, PaDiM])
+def test_folders_of_earlier_versions(kind: Any, tmp_path: Path) -> None:
+    """They name no `squared` or `align_corners`, and null levels of a residual network were all of them."""
+    torch.manual_seed(0)
+    network = load_backbone("timm/resnet18", pretrained=False, image_size=64)
+    images = photographs(3, 0)[:, :, :64, :64]
+    config = dataclasses.replace(kind(network).config, embedding=EmbeddingConfig(levels=None, target_dim=20))
+    detector = kind(network, config).fit([images])
+    folder = detector.save_pretrained(tmp_path / "old")
+    options = json.loads((folder / "config.json").read_text())["options"]
+    assert options["embedding"]["levels"] is None
+    edit(folder, options={key: value for key, value in options.items() if key not in ("squared", "align_corners")})
+    assert len(json.loads((folder / "config.json").read_text())["options"]) == len(options) - 1
+    assert torch.equal(kind.from_pretrained(folder, network).predict(images).maps, detector.predict(images).maps)
+    new = kind(network).fit([images]).save_pretrained(tmp_path / "new")
+    stages = json.loads((new / "config.json").read_text())["options"]["embedding"]["levels"]
+    assert stages == ([1, 2] if kind is PatchCore else [0, 1, 2])
 
 
 def test_references_are_those_of_the_fit(

@@ -15,8 +15,9 @@ import torch
 
 from adpretrain.data import Sample, index_dataset
 from adpretrain.extractor import ADExtractor
+from downstream.building import build_detector
 from downstream.evaluation import plots, trial
-from downstream.evaluation.contenders import Contender, Networks, build, contenders
+from downstream.evaluation.contenders import Contender, Networks, contenders
 from downstream.evaluation.evaluate import encode_samples, few_shot
 from downstream.evaluation.patches import in_two_dimensions, sampled_patches
 from downstream.evaluation.protocols import Part, ProtocolOptions, Trial, trials
@@ -131,7 +132,7 @@ def test_an_anomaly_among_the_references_is_scored_as_the_extractor_in_use_would
         assert record["scores"][row] == min(record["scores"])
     else:
         fitted = Withheld(extractor).set_references(references)
-        padim: Any = build(Contender(detector, "adpretrain"), fitted, 64, "default", {"sigma": 0.0})
+        padim: Any = build_detector(detector, fitted, {"sigma": 0.0})
         padim.fit(Images(part.train, extractor.preprocess, settings))
         padim.extract = extractor
         assert record["scores"] == pytest.approx(padim.predict(images).scores.tolist(), rel=1e-4)
@@ -179,13 +180,15 @@ def test_contenders_are_every_detector_on_every_kind_of_features(networks: Netwo
 
 
 def test_options_replace_single_ones_and_settings_are_adpretrains(networks: Networks) -> None:
-    padim: Any = build(Contender("padim", "raw"), networks.backbone, 64, "adpretrain", {"embedding": {"patch": 3}})
+    padim: Any = build_detector("padim", networks.backbone, {"embedding": {"patch": 3}}, "adpretrain")
     assert padim.config.per_level
     assert padim.config.embedding.patch == 3
-    norm: Any = build(Contender("featurenorm", "raw"), networks.backbone, 64, "adpretrain", {})
+    norm: Any = build_detector("featurenorm", networks.backbone, {}, "adpretrain")
     assert norm.top == 0.0
     with pytest.raises(ValueError, match="options of padim"):
-        build(Contender("padim", "raw"), networks.backbone, 64, "default", {"epsilon": 1})
+        build_detector("padim", networks.backbone, {"epsilon": 1})
+    with pytest.raises(ValueError, match="settings 'papers' are unknown; choose one of default, adpretrain"):
+        build_detector("padim", networks.backbone, {}, "papers")
 
 
 def test_patches_are_the_same_whatever_the_features(samples: list[Sample], networks: Networks) -> None:
