@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+UV     := .uv/bin/uv
 # Small networks on few cores: one torch thread per process is faster than several fighting over the cores.
 export OMP_NUM_THREADS ?= 1
 # glibc: keep freed tensors' memory instead of returning it to the system after every step (a fifth of the CPU time).
@@ -11,28 +12,48 @@ export MALLOC_MMAP_THRESHOLD_ ?= 4294967296
 # Without bytecode files every process would compile torch and the others anew, about 9 seconds each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check format bench clean help
+.PHONY: demo test test-long test-newest test-oldest check format bench clean help
 help:
 	@echo "make demo    pretrain on synthetic products, score unseen ones, print one table (DATA=folder: real photographs too)"
-	@echo "make test    every test"
+	@echo "make test    every test but the long ones        make test-long    those: crashes and soaks, minutes each"
+	@echo "make test-newest, make test-oldest   every quick test, with the newest and the oldest packages that are allowed"
 	@echo "make check   ruff and mypy          make format  ruff, in place"
 	@echo "make bench   speed and memory ratios against named baselines"
-	@echo "make clean   remove the environment, caches and runs/demo"
+	@echo "make clean   remove the environments, caches and runs/demo"
 
-# The environment is built once and reused while pyproject.toml is unchanged. uv comes from pip into a folder
-# of its own (no venv module, no system package needed) and shares its cache between clones.
-$(READY): pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "python 3.10 or newer is needed; set PYTHON=")'
-	test -x .uv/bin/uv || $(PYTHON) -m pip install --quiet --disable-pip-version-check --target .uv uv
-	test -x $(BIN)/python || .uv/bin/uv venv --quiet --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" $(VENV)
-	.uv/bin/uv pip install --python $(BIN)/python -e '.[dev]'
+# The environment is built once, of the versions in uv.lock, and reused while the lock is unchanged. uv comes from pip
+# into a folder of its own (no venv module, no system package needed) and shares its cache between clones.
+$(READY): pyproject.toml uv.lock | $(UV)
+	UV_PROJECT_ENVIRONMENT=$(VENV) $(UV) sync --locked --extra dev --python "$(THIS)"
 	touch $@
+
+THIS = $$($(PYTHON) -c 'import sys; print(sys.executable)')
+$(UV):
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "python 3.10 or newer is needed; set PYTHON=")'
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --target .uv uv
 
 demo: $(READY)
 	$(BIN)/python recipes/demo.py $(if $(DATA),--data "$(DATA)")
 
+PYTEST := -m pytest -n auto --dist worksteal --durations=10
+
 test: $(READY)
-	$(BIN)/python -m pytest -m "not benchmark" -n auto --dist worksteal
+	$(BIN)/python $(PYTEST) -m "not benchmark and not long"
+
+test-long: $(READY)
+	$(BIN)/python $(PYTEST) -m long
+
+# Made anew every time: what is allowed today, and nothing that an earlier resolution left behind.
+test-newest test-oldest: test-%: $(UV)
+	$(UV) venv --quiet --clear --python "$(PYTHON_$*)" .venv-$*
+	$(UV) pip install --python .venv-$*/bin/python --resolution $(RESOLUTION_$*) -e '.[dev]'
+	.venv-$*/bin/python $(PYTEST) -m "not benchmark and not long and not slow"
+
+PYTHON_newest = $(THIS)
+# pyenv's, if it has one; else uv finds it, or fetches it where it can.
+PYTHON_oldest = $(or $(firstword $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python)),3.10)
+RESOLUTION_newest := highest
+RESOLUTION_oldest := lowest-direct
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -47,5 +68,5 @@ bench: $(READY)
 	$(BIN)/python -m pytest tests/benchmarks -m benchmark -s -q
 
 clean:
-	rm -rf $(VENV) .uv build *.egg-info .pytest_cache .mypy_cache .ruff_cache runs/demo
+	rm -rf $(VENV) .venv-newest .venv-oldest .uv build *.egg-info .pytest_cache .mypy_cache .ruff_cache runs/demo
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -265,6 +265,9 @@ def _with_crop_from(content: Any, where: str) -> Any:
 def read_weights(folder: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
     """model.safetensors of a saved model: exactly the tensors of ``expected``, same shapes, all finite.
 
+    They are copied out of the file, where they lie at any address: some processors' products differ in their last bits
+    with the alignment of what is multiplied, and these are to be the bits of the tensors that were saved.
+
     Raises ValueError that names what differs, or the type of numbers that no saved model has.
     """
     path = folder / WEIGHTS_NAME
@@ -286,6 +289,7 @@ def read_weights(folder: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]
             raise ValueError(f"{path}: {name} holds {weights[name].dtype}; expected one of {valid}")
         if not weights[name].isfinite().all():
             raise ValueError(f"{path}: {name} holds NaN or infinite values")
+        weights[name] = weights[name].clone(memory_format=torch.contiguous_format)
     return weights
 
 

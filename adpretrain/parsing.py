@@ -14,7 +14,7 @@ import re
 import sys
 import typing
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ import yaml
 
 T = TypeVar("T")
 DEEPEST = 32  # collections within collections
+TOO_DEEP = f"more than {DEEPEST} collections"
 LARGEST = 64 << 20  # bytes of a JSON file; the longest lists of images have a tenth of it
 SAID = 2000  # characters of the parser's messages, which repeat what a file holds
 YAML = "checked-yaml"  # mode of our parsers
@@ -62,7 +63,7 @@ def check_yaml(text: str) -> None:
     """
     outer: list[set[str] | None] = []  # the keys of every open collection so far; None for a sequence
     at_key: list[bool] = []
-    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    for event in _events(text):
         if isinstance(event, yaml.CollectionEndEvent):
             outer.pop()
             at_key.pop()
@@ -79,9 +80,24 @@ def check_yaml(text: str) -> None:
             at_key[-1] = not at_key[-1]
         if isinstance(event, yaml.CollectionStartEvent):
             if len(outer) == DEEPEST:
-                raise yaml.YAMLError(f"{where} lies in more than {DEEPEST} collections")
+                raise yaml.YAMLError(f"{where} lies in {TOO_DEEP}")
             outer.append(set() if isinstance(event, yaml.MappingStartEvent) else None)
             at_key.append(True)
+
+
+def _events(text: str) -> Iterator[yaml.Event]:
+    """PyYAML's events. Raises yaml.YAMLError, in our words where some versions stop at a nesting depth of their own.
+
+    They may stop before the first event, since many open brackets are read ahead of it.
+    """
+    try:
+        yield from yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        before = text[: mark.index] if mark else ""
+        if mark and sum(map(before.count, "[{")) - sum(map(before.count, "]}")) > DEEPEST:
+            raise yaml.YAMLError(f"line {mark.line + 1} lies in {TOO_DEEP}") from error
+        raise
 
 
 def load_yaml(text: str) -> Any:
@@ -172,7 +188,9 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file. Raises ValueError that names it if it cannot be read."""
     try:
         return json.loads(_text(path), object_pairs_hook=_once)
-    except (OSError, ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise ValueError(f"cannot read {path}: too many collections lie in one another") from error
+    except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
 
 

@@ -189,4 +189,5 @@ def random_reducer(width: int, dim: int, reduction: str, seed: int = 0) -> Tenso
     if reduction == "project":
         return (matrix / dim**0.5).float()
     basis, triangle = torch.linalg.qr(matrix)
-    return (basis * triangle.diagonal().sign()).float()
+    # QR's matrix lies column by column, a loaded one row by row, and products of the two differ in their last bits.
+    return (basis * triangle.diagonal().sign()).float().contiguous()

@@ -144,13 +144,13 @@ class Moments:
             self._fold()
             mean_PD, factor_PFD = self._sums.cholesky(self.count, eps)
         else:
-            mean_PD, factor_PFD = _low_rank(self._kept(), eps)
+            mean_PD, factor_PFD = _low_rank(self._kept(), self.count, eps)
         low_rank = self._sums is None
         self._room_PND, self._sums = None, None
         return Gaussians(self._shift_PD + mean_PD, factor_PFD, eps, low_rank)
 
     def _kept(self) -> Tensor:
-        """All images [P, n, D]."""
+        """Room for all images [P, at least n, D], of which the first n are in it."""
         if self._room_PND is None:
             positions, width = self._shift_PD.shape
             self._room_PND = self._shift_PD.new_empty(positions, self.count, width)
@@ -159,19 +159,24 @@ class Moments:
                 self._room_PND[:, done : done + len(rows)] = rows.transpose(0, 1)
                 done += len(rows)
             self._batches = []
-        return self._room_PND[:, : self.count]
+        return self._room_PND
 
 
-def _low_rank(rows_PnD: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Mean [P, D] and V [P, n, D], which takes the place of the rows."""
-    mean_PD = torch.empty_like(rows_PnD[:, 0])
-    for chunk in _chunks(len(rows_PnD), rows_PnD.shape[2]):
-        rows = rows_PnD[chunk].double()
+def _low_rank(room_PND: Tensor, count: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean [P, D] and V [P, n, D] of the first n = ``count`` rows of every position.
+
+    V takes the place of the rows, without the gaps that unused room leaves: as it will be after loading.
+    """
+    positions, _, width = room_PND.shape
+    mean_PD = room_PND.new_empty(positions, width)
+    factor_PnD = room_PND.flatten()[: positions * count * width].view(positions, count, width)
+    for chunk in _chunks(positions, width):
+        rows = room_PND[chunk, :count].double()
         mean = rows.mean(1)
         rows = rows.sub_(mean[:, None]).div_((rows.shape[1] - 1) ** 0.5)
         mean_PD[chunk] = mean
-        rows_PnD[chunk] = torch.linalg.solve_triangular(_cholesky(rows @ rows.mT, eps), rows, upper=False)
-    return mean_PD, rows_PnD
+        factor_PnD[chunk] = torch.linalg.solve_triangular(_cholesky(rows @ rows.mT, eps), rows, upper=False)
+    return mean_PD, factor_PnD
 
 
 def _panels(width: int) -> tuple[list[tuple[int, int, slice]], int]:

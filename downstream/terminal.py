@@ -54,9 +54,10 @@ class ProgressBars:
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             console=console,
-            disable=not console.is_terminal,
         )
         self._tasks: dict[str, object] = {}
+        if not console.is_terminal:
+            return lambda what, done, total: None
         self._bars.start()
         return self._show
 
@@ -66,4 +67,5 @@ class ProgressBars:
         self._bars.update(self._tasks[what], completed=done)  # type: ignore[arg-type]
 
     def __exit__(self, *_: object) -> None:
-        self._bars.stop()
+        if self._bars.live.is_started:  # stopped, bars that were never shown print an empty line
+            self._bars.stop()

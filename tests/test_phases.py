@@ -15,14 +15,14 @@ CPU = torch.device("cpu")
 
 
 def test_every_moment_belongs_to_the_phase_that_began_last() -> None:
-    watch = Stopwatch(CPU)
     began = time.perf_counter()
+    watch = Stopwatch(CPU)
     for phase, wait in (("data", 0.02), ("backbone", 0.06), ("data", 0.03), ("loss", 0.01)):
         watch(phase)
         time.sleep(wait)
     seconds = watch.seconds()
     elapsed = time.perf_counter() - began
-    assert sum(seconds.values()) == pytest.approx(elapsed, rel=0.2)
+    assert 0.12 <= sum(seconds.values()) <= elapsed  # a busy machine may stop us between any two lines
     for phase, wait in (("data", 0.05), ("backbone", 0.06), ("loss", 0.01)):
         assert wait <= seconds[phase] <= wait + elapsed - 0.12  # sleep never wakes early
     time.sleep(0.01)
@@ -33,20 +33,21 @@ def test_rates_and_shares_of_a_line_and_of_all_lines() -> None:
     speed = Throughput(Stopwatch(CPU), peak=1e6)
     layer, images = torch.nn.Linear(10, 20), torch.zeros(5, 10)
     speed.count(lambda: layer(images[:1]), lambda: layer(images))
+    began = first = time.perf_counter()
     speed.restart()
-    seconds = []
     for wait, encoded in ((0.05, 30), (0.1, 60)):
-        began = time.perf_counter()
         speed.watch("projector")
         speed.add(images=8, encoded=encoded)
         time.sleep(wait)
+        before = time.perf_counter()
         line = speed.line()
-        seconds.append(time.perf_counter() - began)
-        assert line["images_per_s"] == pytest.approx(8 / seconds[-1], rel=0.2)
+        after = time.perf_counter()
+        elapsed, began = after - began, before  # with all that a busy machine may have added to the wait
+        assert 8 / elapsed <= line["images_per_s"] <= 8 / wait
         flops = 2 * 10 * 20 * (encoded + 3 * 5)  # a multiply-add is two; the backward pass twice the forward
-        assert line["mfu"] == pytest.approx(flops / seconds[-1] / 1e6, rel=0.2)
+        assert flops / elapsed / 1e6 <= line["mfu"] <= flops / wait / 1e6
         assert sum(share for key, share in line.items() if key.startswith("time_")) == pytest.approx(1)
-    assert float(speed.summary().split()[0]) == pytest.approx(16 / sum(seconds), rel=0.2)
+    assert 0.99 * 16 / (after - first) <= float(speed.summary().split()[0]) <= 1.01 * 16 / 0.15  # it is rounded
     assert "time: projector" in speed.summary()
     assert "MFU unknown" not in speed.summary()
 

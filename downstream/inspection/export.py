@@ -29,6 +29,7 @@ from downstream.inspection.photos import Unreadable, find_images, read_batches
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OPSET, OPSETS = 20, range(18, 24)  # 20: ONNX Runtime 1.17 or newer
+ANY_BATCH = {"images": {0: torch.export.Dim("batch", max=2**31 - 1)}}  # torch 2.6 refuses a size without a bound
 CHECKED = 16  # photographs that a folder's export is verified on
 TOLERANCE = 1e-4
 LARGEST_FILE = 2**31 - 2**24  # protobuf's 2 GiB, less some room for the graph itself
@@ -120,7 +121,7 @@ def _trace(inspector: Inspector, opset: int) -> Any:
             (torch.zeros(2, 3, side, side),),
             input_names=["images"],
             output_names=["scores", "maps"],
-            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+            dynamic_shapes=ANY_BATCH,
             opset_version=opset,
             dynamo=True,
             verbose=False,

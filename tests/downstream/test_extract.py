@@ -59,7 +59,8 @@ def test_the_features_are_the_backbone_s(images: Path, name: str, tmp_path: Path
     found = stored(out)
     assert list(found) == [f"a/tile_{i}.png" for i in (10, 11, 12)] + [f"b/tile_{i}.png" for i in range(4)]
     for row, levels in enumerate(found.values()):
-        assert all(torch.equal(level, whole[row]) for level, whole in zip(levels, expected, strict=True))
+        for level, whole in zip(levels, expected, strict=True):  # of a batch of another size
+            torch.testing.assert_close(level, whole[row], rtol=1e-4, atol=1e-6)
     index = json.loads((out / "index.json" if out.is_dir() else out.with_suffix(".json")).read_text())
     assert index["backbone"]["levels"] == [2, 4]
     assert [(level["number"], level["channels"], level["grid"]) for level in index["levels"]] == [

@@ -118,17 +118,19 @@ def test_a_value_of_any_type_is_taken_or_a_valueerror(cls: type, key: int, value
 BOMB = "a: &a [x, x]\n" + "".join(
     f"{chr(98 + i)}: &{chr(98 + i)} [*{chr(97 + i)}, *{chr(97 + i)}]\n" for i in range(24)
 )
+IN_PYTHONS_WORDS = "cannot read configuration"  # what follows changes with the versions of Python and PyYAML
 TEXTS = {
     "aliases": (BOMB, "write the value itself"),
     "merged": ("data: &d {name: a}\nbackbone: {<<: *d}", "write the value itself"),
     "deep": ("shots: " + "[" * 300_000, f"more than {DEEPEST} collections"),
+    "deep pairs": ("shots: " + "[{a: " * 300_000, f"line 1 lies in more than {DEEPEST} collections"),
     "deep mappings": ("\n".join(" " * i + "a:" for i in range(2000)), f"more than {DEEPEST} collections"),
     "twice": ("seed: 1\nseed: 2", "gives seed a second time"),
     "twice inside": ("optim:\n  lr: 1\n  lr: 2", "gives lr a second time"),
-    "code": ("run: !!python/object/apply:os.mkdir [pwned]", "could not determine a constructor"),
-    "digits": ("seed: 1" + "0" * 5000, "4300 digits"),
-    "tab": ("a:\t- b", "not allowed in this context|cannot start any token"),
-    "control": ("run: \x07", "control characters are not allowed"),
+    "code": ("run: !!python/object/apply:os.mkdir [pwned]", IN_PYTHONS_WORDS),
+    "digits": ("seed: 1" + "0" * 5000, IN_PYTHONS_WORDS),
+    "tab": ("a:\t- b", IN_PYTHONS_WORDS),
+    "control": ("run: \x07", IN_PYTHONS_WORDS),
     "list": ("- 1", "must be a mapping"),
     "empty": ("", "must be a mapping"),
 }
@@ -150,16 +152,16 @@ def test_yaml_that_no_one_writes_by_hand_is_named(name: str, tmp_path: Path, mon
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"[" * 100_000, "recursion|nest"),
+        (b"[" * 100_000, "too many collections lie in one another"),
         (b'{"a": 1, "a": 2}', "'a' is given twice"),
-        (b"\xff\xfe", "decode"),
-        (b"1" * 5000, "4300 digits"),
-        (b"{", "Expecting"),
+        (b"\xff\xfe", ""),  # the rest in Python's words, which change
+        (b"1" * 5000, ""),
+        (b"{", ""),
     ],
 )
 def test_json_that_cannot_be_read_is_named(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "c.json").write_bytes(content)
-    with pytest.raises(ValueError, match=rf"c\.json: .*(?:{message})"):
+    with pytest.raises(ValueError, match=rf"cannot read .*c\.json: .*{message}"):
         read_json(tmp_path / "c.json")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.integrate import trapezoid
 
 from adpretrain.data import Sample, index_dataset
 from adpretrain.extractor import ADExtractor
@@ -103,7 +104,7 @@ def test_a_reference_is_compared_with_the_others_only(samples: list[Sample], net
     others = extractor.encode_references(images[[0, 2]])
     for level, new, alone in zip(features, extractor(mixed[:1]), extractor(mixed[1:], others), strict=True):
         assert torch.allclose(level[0], new[0], atol=1e-5)
-        assert torch.equal(level[1], alone[0])
+        assert torch.allclose(level[1], alone[0], atol=1e-5)
         assert level[1].norm() > 0
     assert extractor(mixed)[0][1].norm() < 1e-3 * features[0][1].norm()  # what happens without
 
@@ -214,7 +215,7 @@ def test_averaged_roc_has_the_area_of_the_exact_one() -> None:
     scores = np.round(rng.normal(size=400) + labels, 1)  # with ties
     curve = plots._roc({"labels": labels.tolist(), "scores": scores.tolist()})
     assert curve is not None
-    assert float(np.trapezoid(curve, plots.RATES)) == pytest.approx(auroc(scores, labels), abs=0.005)
+    assert float(trapezoid(curve, plots.RATES)) == pytest.approx(auroc(scores, labels), abs=0.005)
     assert curve[-1] == 1.0
     assert plots._roc({"labels": [1, 1], "scores": [0.1, 0.2]}) is None
 

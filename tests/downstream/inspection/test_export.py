@@ -35,7 +35,7 @@ from downstream.calibration import calibrate
 from downstream.cli import main
 from downstream.commands.export import snippet
 from downstream.featurenorm import FeatureNorm
-from downstream.inspection.export import NOTICE, Agreement, _judge, export_onnx, verify
+from downstream.inspection.export import ANY_BATCH, NOTICE, Agreement, _judge, export_onnx, verify
 from downstream.inspection.inspector import Inspector
 
 MTD = Path(__file__).resolve().parents[4] / "shared" / "data" / "mtd"
@@ -269,7 +269,7 @@ def test_torch_export(
         program = torch.export.export(
             Inspector(detector),
             (photographs["normal"][:2],),
-            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+            dynamic_shapes=ANY_BATCH,
         )
         for images in (photographs["defects"][:1], photographs["defects"]):
             scores, maps = program.module()(images)
