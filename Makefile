@@ -11,10 +11,10 @@ export MALLOC_MMAP_THRESHOLD_ ?= 4294967296
 # Without bytecode files every process would compile torch and the others anew, about 9 seconds each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check format bench clean help
+.PHONY: demo test test-long check format bench clean help
 help:
 	@echo "make demo    pretrain on synthetic products, score unseen ones, print one table (DATA=folder: real photographs too)"
-	@echo "make test    every test"
+	@echo "make test    every test but the long ones        make test-long    those: crashes and soaks, minutes each"
 	@echo "make check   ruff and mypy          make format  ruff, in place"
 	@echo "make bench   speed and memory ratios against named baselines"
 	@echo "make clean   remove the environment, caches and runs/demo"
@@ -31,8 +31,13 @@ $(READY): pyproject.toml
 demo: $(READY)
 	$(BIN)/python recipes/demo.py $(if $(DATA),--data "$(DATA)")
 
+PYTEST := -m pytest -n auto --dist worksteal --durations=10
+
 test: $(READY)
-	$(BIN)/python -m pytest -m "not benchmark" -n auto --dist worksteal
+	$(BIN)/python $(PYTEST) -m "not benchmark and not long"
+
+test-long: $(READY)
+	$(BIN)/python $(PYTEST) -m long
 
 check: $(READY)
 	$(BIN)/ruff check .
