@@ -9,7 +9,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.cluster import KMeans
 from torch import Tensor
 
 from adpretrain.data.samples import TooFewImages
@@ -39,6 +38,8 @@ def kmeans_references(features_PCHW: Tensor, shots: int, clusters: int = 0, seed
     clusters, 0 = K (then one image from each). If a cluster holds fewer images than its share, the rest goes to the
     other clusters in turn (ADPretrain App. C). Raises ValueError if K > P or clusters > P.
     """
+    from sklearn.cluster import KMeans  # a second of imports, which other choices need not wait for
+
     pool = features_PCHW.shape[0]
     _check_count(shots, pool)
     clusters = clusters or shots
@@ -76,6 +77,8 @@ class AlignedReferences:
     """
 
     def __init__(self, features_PCHW: Tensor, cells: int = CELLS, centres: int = CENTRES, seed: int = 0) -> None:
+        from sklearn.cluster import KMeans
+
         if features_PCHW.ndim != 4 or features_PCHW.shape[0] == 0:
             raise ValueError(f"the pool must be [P, C, H, W] with P > 0, got {tuple(features_PCHW.shape)}")
         if min(features_PCHW.shape[2:]) < cells:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-WAIT = 120  # seconds
+WAIT = 300  # seconds
 
 
 @functools.cache
@@ -80,6 +80,7 @@ def _run(rank: int, count: int, port: int, log: Path, target: Callable[..., Any]
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.chdir(ROOT)
+    multiprocessing.current_process().daemon = False  # so that it may start loader workers
     sys.path.insert(0, str(ROOT / "recipes"))
     if count > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}

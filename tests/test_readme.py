@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from adpretrain.data.synthetic import make_synthetic
+from downstream.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -63,12 +64,19 @@ def test_every_command_is_known_to_this_test() -> None:
     assert {command.split()[1] for command in commands() if command.startswith("make ")} <= targets
 
 
+def adpretrain(command: str, expected: tuple[int, ...] = (0,)) -> None:
+    """A console command in this process: importing torch anew for each takes longer than what they do."""
+    assert main(shlex.split(command)[1:]) in expected, command
+
+
 @pytest.mark.slow
-def test_pretrain_and_inspect_commands(tmp_path: Path) -> None:
+def test_pretrain_and_inspect_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The README's own commands, with smaller numbers appended where a flag may be repeated."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     make, launch = (next(c for c in commands() if c.startswith(start)) for start in ("python -m", "accelerate"))
-    small = ["--products", "6", "--samples", "6", "--defects", "3", "--size", "128", "--workers", "2"]
+    small = ["--products", "6", "--samples", "6", "--defects", "3", "--size", "128", "--workers", "1"]
     run([*shlex.split(make), *small], tmp_path)
     settings = ["--shots", "[1,3]", "--optim.steps", "4", "--optim.batch_size", "8", "--cache.folder", ""]
     output = run([*shlex.split(launch), *settings], tmp_path)
@@ -84,34 +92,35 @@ def test_pretrain_and_inspect_commands(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "report.html").is_file()
     assert (tmp_path / "out" / "scores.csv").read_text().startswith("path,score,p_value,verdict")
     for name in ("extract", "export", "backbones", "fit", "detectors", "info"):
-        run(shlex.split(next(c for c in commands() if c.startswith(f"adpretrain {name}"))), tmp_path)
-    run(shlex.split(fitted), tmp_path, expected=(0, 1))
+        adpretrain(next(c for c in commands() if c.startswith(f"adpretrain {name}")))
+    adpretrain(fitted, expected=(0, 1))
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["detector"] == "fitted/"
     assert (tmp_path / "features" / "index.json").is_file()
     assert (tmp_path / "product.onnx").stat().st_size > 0
-    compare = [c for c in commands() if c.startswith("accelerate")][1]
-    run([*shlex.split(compare), "--categories", "p000*", "--detectors", "patchcore,featurenorm"], tmp_path)
+    from evaluate import main as evaluate
+
+    program, _, compare = [c for c in commands() if c.startswith("accelerate")][1].partition("recipes/evaluate.py")
+    assert program == "accelerate launch "
+    assert evaluate([*shlex.split(compare), "--categories", "p000*", "--detectors", "patchcore,featurenorm"]) == 0
     assert {"table.md", "table.csv", "report.html"} <= {path.name for path in (tmp_path / "runs/compare").iterdir()}
     check = next(span for span in re.findall(r"`(adpretrain check-data .*?)`", README))
-    run([*shlex.split(check.replace("path/to/set", "data/synthetic"))], tmp_path)
+    adpretrain(check.replace("path/to/set", "data/synthetic"))
 
 
 @pytest.mark.slow
-def test_evaluate_prints_every_row_on_the_same_references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluate_prints_every_row_on_the_same_references(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = make_synthetic(tmp_path / "set", 1, 6, 4, size=128, seed=2, workers=1, progress=False)
     scope: dict[str, object] = {}
     monkeypatch.chdir(tmp_path)
     exec(blocks("python")[0], scope)  # an untrained extractor
-    command = [
-        sys.executable,
-        "recipes/evaluate.py",
-        "--extractors",
-        str(tmp_path / "my-extractor"),
-        "--root",
-        str(root),
-    ]
-    output = run([*command, "--shots", "2", "4", "--per-defect", "--json", str(tmp_path / "t.json")], ROOT)
-    rows = [line.split() for line in output.splitlines() if " norm" in line or "FeatureNorm" in line]
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    from evaluate import main as evaluate
+
+    flags = ["--extractors", "my-extractor", "--root", str(root), "--shots", "2", "4"]
+    assert evaluate([*flags, "--per-defect", "--json", "t.json"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if " norm" in line or "FeatureNorm" in line]
     assert len(rows) >= 8
     # An untrained projector returns its input: the last two rows must agree.
     conditioned = [row[-3:] for row in rows if "conditioned" in row]

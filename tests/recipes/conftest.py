@@ -1,26 +1,23 @@
-"""A tiny synthetic set and the pretraining command as a user runs it: in a process of its own."""
+"""A tiny synthetic set and the flags of the pretraining command on it."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from running import LAUNCH, ROOT
+from running import ROOT
 
 from adpretrain.data.synthetic import make_synthetic
 
 
 @pytest.fixture(scope="session")
 def tiny_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_synthetic(tmp_path_factory.mktemp("tiny"), 6, 6, 4, size=128, seed=3, workers=2, progress=False)
+    return make_synthetic(tmp_path_factory.mktemp("tiny"), 6, 6, 4, size=128, seed=3, workers=1, progress=False)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def arguments(tiny_set: Path) -> Callable[..., list[str]]:
     """The pretraining command's flags for the tiny set, with further ones."""
 
@@ -46,25 +43,6 @@ def refusal(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
         return said
 
     return run
-
-
-@pytest.fixture
-def pretrain(arguments: Callable[..., list[str]]) -> Callable[..., subprocess.Popen[str]]:
-    """Start recipes/pretrain.py on the tiny set with further flags, in a process group of its own."""
-
-    def start(run: Path, *flags: str, launch: bool = False) -> subprocess.Popen[str]:
-        command = [*(LAUNCH if launch else [sys.executable]), "recipes/pretrain.py", *arguments(run, *flags)]
-        return subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-
-    return start
 
 
 @pytest.fixture

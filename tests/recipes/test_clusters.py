@@ -10,7 +10,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -22,7 +21,7 @@ from hub_server import Hub
 from hub_server.fixture import environment, settings
 from huggingface_hub import constants
 from processes import output, start, wait
-from running import ROOT, finish
+from running import ROOT, finish, pretrain, train, until
 
 CONFIGS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
 LAUNCHER = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
@@ -54,12 +53,6 @@ show) echo localhost; echo elsewhere ;;
 *) echo "$@" >>"$REQUEUED" ;;
 esac
 """
-
-
-def pretrain(rank: int, argv: list[str]) -> int:
-    from pretrain import main
-
-    return main(argv)
 
 
 def pretrain_on_hub(rank: int, known: dict[str, object], given: dict[str, str], argv: list[str]) -> int:
@@ -107,7 +100,7 @@ def test_a_configuration_is_what_accelerate_takes_it_for(config: Path) -> None:
     assert f"accelerate launch --config_file recipes/accelerate/{config.name}" in config.read_text(encoding="utf-8")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_machines_find_each_other_by_the_configuration(tmp_path: Path) -> None:
     """One launcher for each machine."""
     script = tmp_path / "meet.py"
@@ -138,12 +131,11 @@ def test_a_stream_trained_by_two_processes_and_resumed_inside_an_epoch_is_bit_eq
     """Twelve steps an epoch; the last two of 16 are run again. Both losses, conditioning, new views every epoch."""
     log, run = tmp_path / "log", tmp_path / "run"
     command = argv(run, "--augment", "epoch", "--loss.lambda_", "1.0", "--optim.steps", "16", "--checkpoint_every", "7")
-    wait(start(2, log, pretrain, command), log)
+    train(log, command, 2)
     whole = weights(run)
     (run / "checkpoints" / "step_0000016.pt").unlink()
     (run / "extractor" / "model.safetensors").unlink()
-    wait(start(2, log, pretrain, command), log)
-    assert "at step 14 of 16" in " ".join(output(log).split())
+    assert "at step 14 of 16" in train(log, command, 2)
     assert weights(run) == whole
     config = (run / "extractor" / "config.json").read_text()
     assert '"images": 50' in config
@@ -169,7 +161,7 @@ def test_training_from_the_hub_is_training_from_the_folder_even_if_resumed_after
     repository.write(dict.fromkeys(files, b"{}"))
     wait(start(2, log, pretrain_on_hub, *there, command), log)
     assert "at step 3 of 4" in " ".join(output(log).split())
-    wait(start(2, log, pretrain, argv(tmp_path / "folder", *steps)), log)
+    train(log, argv(tmp_path / "folder", *steps), 2)
     assert weights(run) == weights(tmp_path / "folder")
     wait(start(2, log, pretrain_on_hub, *there, [*command, "--data.root", "hf://factory/bolts"]), log, expected=2)
     for rank in range(2):
@@ -224,12 +216,39 @@ def slurm(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
     return submit
 
 
+def learns(run: Path) -> bool:
+    """Whether it has got to its first step."""
+    metrics = run / "metrics.jsonl"
+    return metrics.exists() and '"loss"' in metrics.read_text()
+
+
+def terminate(pids: list[int]) -> None:
+    """SIGTERM to processes and to their loader workers, as SLURM sends it."""
+    workers = [Path(f"/proc/{pid}/task/{pid}/children").read_text().split() for pid in pids]
+    assert all(workers)
+    for pid in (*chain(*workers), *pids):
+        os.kill(int(pid), signal.SIGTERM)
+
+
 @pytest.mark.slow
+def test_terminated_processes_save_and_end_with_the_same_bits(argv: Callable[..., list[str]], tmp_path: Path) -> None:
+    log, run = tmp_path / "log", tmp_path / "cut"
+    flags = ["--optim.steps", "12", "--checkpoint_every", "10", "--data.workers", "1"]
+    train(log, argv(tmp_path / "whole", *flags), 2)
+    processes = start(2, log, pretrain, argv(run, *flags))
+    assert until(lambda: learns(run), processes[0].is_alive)
+    terminate([process.pid or 0 for process in processes])
+    wait(processes, log, expected=130)
+    assert "stopped at step" in " ".join(output(log).split())
+    assert "resuming" in train(log, argv(run, *flags), 2)
+    assert weights(run) == weights(tmp_path / "whole")
+
+
+@pytest.mark.long
 def test_a_preempted_job_saves_is_queued_again_and_ends_with_the_same_bits(
     argv: Callable[..., list[str]], slurm: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
-    """SIGTERM to both tasks and their loader workers, as SLURM sends it; the uninterrupted run was started by
-    accelerate's launcher."""
+    """SIGTERM to both tasks; the uninterrupted run was started by accelerate's launcher."""
     flags = ["--optim.steps", "12", "--checkpoint_every", "10", "--data.workers", "1"]
     command = [*LAUNCHER, "recipes/accelerate/cpu_two_processes.yaml", "recipes/pretrain.py"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -241,15 +260,8 @@ def test_a_preempted_job_saves_is_queued_again_and_ends_with_the_same_bits(
     place = given.index("--run")  # the script's first argument instead
     job = [str(run), *given[:place], *given[place + 2 :]]
     process = slurm(*job)
-    metrics = run / "metrics.jsonl"
-    while not (metrics.exists() and '"loss"' in metrics.read_text()):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
-    tasks = (tmp_path / "tasks").read_text().split()
-    workers = [Path(f"/proc/{pid}/task/{pid}/children").read_text().split() for pid in tasks]
-    assert all(workers)
-    for pid in chain(*workers, tasks):
-        os.kill(int(pid), signal.SIGTERM)
+    assert until(lambda: learns(run), lambda: process.poll() is None)
+    terminate([int(pid) for pid in (tmp_path / "tasks").read_text().split()])
     assert "queued again" in finish(process)
     assert (tmp_path / "requeued").read_text() == f"requeue {os.getpid()}\n"
     logs = {path.name: path.read_text() for path in (tmp_path / "work" / "logs").iterdir()}

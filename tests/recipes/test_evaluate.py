@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 from hub_server.server import Hub
+from processes import output, start, wait
+from running import until
 
 from adpretrain.artefact import folder_digest
 from adpretrain.backbones import load_backbone
@@ -20,10 +19,6 @@ from adpretrain.extractor import ADExtractor
 from adpretrain.hub.locating import EMBEDDED_FOLDER
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPE = str(ROOT / "recipes" / "evaluate.py")
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-PROCESSES = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-PROCESSES += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +44,14 @@ def evaluate(*flags: str, monkeypatch: pytest.MonkeyPatch) -> int:
     from evaluate import main
 
     return main([*flags, "--device", "cpu"])
+
+
+def alone(rank: int, argv: list[str]) -> int:
+    """The command in a process of its own, or of several, without a GPU."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    from evaluate import main
+
+    return main(argv)
 
 
 def table(folder: Path) -> list[dict[str, object]]:
@@ -82,16 +85,11 @@ def test_one_run_gives_all_files_and_every_contender(uninterrupted: Path) -> Non
 def test_killed_and_started_again_it_computes_nothing_twice(
     given: list[str], uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "out"
-    command = [sys.executable, RECIPE, *given, "--out", str(out), "--device", "cpu"]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 240
-    while len(finished := sorted((out / "cells").glob("*/*.json"))) < 2:
-        assert process.poll() is None, "it ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    log, out = tmp_path / "log", tmp_path / "out"
+    (process,) = start(1, log, alone, [*given, "--out", str(out), "--device", "cpu"])
+    assert until(lambda: len(list((out / "cells").glob("*/*.json"))) >= 2, process.is_alive)
+    process.kill()
+    wait([process], log, expected=-signal.SIGKILL)
     finished = sorted((out / "cells").glob("*/*.json"))
     assert 2 <= len(finished) < 12
     written = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in finished}
@@ -105,18 +103,10 @@ def test_killed_and_started_again_it_computes_nothing_twice(
 def test_two_processes_share_the_products_and_give_the_table_of_one(
     given: list[str], uninterrupted: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "out"
-    done = subprocess.run(
-        [*PROCESSES, RECIPE, *given, "--out", str(out), "--device", "cpu"],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    for number in (1, 2):
-        assert f"process {number} of 2" in done.stderr + done.stdout
+    log, out = tmp_path / "log", tmp_path / "out"
+    wait(start(2, log, alone, [*given, "--out", str(out), "--device", "cpu"]), log)
+    for rank in (0, 1):
+        assert f"process {rank + 1} of 2" in output(log, rank)
     assert table(out) == table(uninterrupted)
 
 

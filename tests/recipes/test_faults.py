@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -16,17 +17,11 @@ from typing import Any
 
 import pytest
 from processes import output, start, wait
-from running import ROOT
+from running import ROOT, pretrain, train, until
 
 Arguments = Callable[..., list[str]]
 STEPS = 24
 BOUND = 60  # seconds in which a job that lost a process must be over
-
-
-def pretrain(rank: int, argv: list[str]) -> int:
-    from pretrain import main
-
-    return main(argv)
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +29,7 @@ def residuals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("residuals")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def quick(arguments: Arguments, residuals: Path) -> Arguments:
     """Flags of a run of a few milliseconds a step, with both losses and a checkpoint every other step."""
 
@@ -68,38 +63,53 @@ def torn(run: Path) -> list[Path]:
     return list((run / "checkpoints").glob(".step_*.tmp.pt"))
 
 
-def until(happened: Callable[[], object], alive: Callable[[], bool]) -> bool:
-    """Wait for it, nearly without a pause; False if the process ended before."""
-    while not happened():
-        if not alive():
-            return False
-        time.sleep(1e-4)
-    return True
+Whole = Callable[[int], tuple[bytes, dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def whole(quick: Arguments, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """What a run of one or two processes makes that nothing happened to; it leaves its residuals to the others."""
+    folder = tmp_path_factory.mktemp("whole")
+
+    @functools.cache
+    def run(count: int) -> tuple[bytes, dict[str, Any]]:
+        train(folder / "log", quick(folder / str(count), *batch(count)), count)
+        return made(folder / str(count))
+
+    return run
+
+
+def batch(count: int) -> list[str]:
+    """The same images a step for any number of processes."""
+    return ["--optim.batch_size", str(8 // count)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "wanted"), [(1, 20), (2, 20)])
+@pytest.mark.parametrize(
+    ("count", "wanted"),
+    [(1, 4), (2, 4), pytest.param(1, 20, marks=pytest.mark.long), pytest.param(2, 20, marks=pytest.mark.long)],
+)
 def test_killed_again_and_again_ends_with_the_same_bytes(
-    quick: Arguments, tmp_path: Path, count: int, wanted: int
+    quick: Arguments, whole: Whole, tmp_path: Path, count: int, wanted: int
 ) -> None:
-    """SIGKILL to all processes, one after the other, at a moment drawn at random or while it saves."""
+    """SIGKILL to all processes, one after the other, at a moment drawn at random or while it saves: ``wanted`` times,
+    and until it was hit in a save."""
     log, rng = tmp_path / "log", random.Random(count)
-    size = ("--optim.batch_size", str(8 // count))
-    wait(start(count, log, pretrain, quick(tmp_path / "warm", *size, "--optim.steps", "2")), log)
+    expected = whole(count)
     began = time.perf_counter()
-    wait(start(count, log, pretrain, quick(tmp_path / "whole", *size)), log)
+    train(log, quick(tmp_path / "again", *batch(count)), count)
     duration = time.perf_counter() - began
-    wait(start(count, log, pretrain, quick(tmp_path / "again", *size)), log)
-    assert made(tmp_path / "again") == made(tmp_path / "whole")  # the same seed, the same bytes
+    assert made(tmp_path / "again") == expected  # the same seed, the same bytes
 
     kills = resumed = in_a_save = told = finished = 0
     while True:
         run = tmp_path / f"killed{finished}"
         stale = set(torn(run))  # left by the kill before, until the next run sweeps it away
-        processes = start(count, log, pretrain, quick(run, *size))
-        if kills == wanted:
+        processes = start(count, log, pretrain, quick(run, *batch(count)))
+        enough = kills >= wanted and (in_a_save or kills >= 5 * wanted)
+        if enough:
             wait(processes, log)
-        elif rng.random() < 0.5:
+        elif kills % 2 == 0:
             before = last(run) + 2 * rng.randrange(4)
             until(lambda: last(run) >= before and set(torn(run)) - stale, processes[0].is_alive)  # noqa: B023
         else:
@@ -110,9 +120,9 @@ def test_killed_again_and_again_ends_with_the_same_bytes(
         resumed += "resuming" in output(log)
         told += "is unreadable" in " ".join(output(log).split())
         if not any(codes):  # it was faster
-            assert made(run) == made(tmp_path / "whole")
+            assert made(run) == expected
             finished += 1
-            if kills == wanted:
+            if enough:
                 break
             continue
         assert -signal.SIGKILL in codes
@@ -166,11 +176,10 @@ def trouble(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Trouble]
 
 @pytest.mark.slow
 def test_what_cannot_be_written_leaves_the_checkpoint_before_and_says_what_to_do(
-    quick: Arguments, tmp_path: Path, trouble: Trouble
+    quick: Arguments, whole: Whole, tmp_path: Path, trouble: Trouble
 ) -> None:
     folder, strike, mend, words = trouble
-    log, run = tmp_path / "log", folder / "run"
-    wait(start(1, log, pretrain, quick(tmp_path / "whole")), log)
+    log, run, expected = tmp_path / "log", folder / "run", whole(1)
     (process,) = start(1, log, pretrain, quick(run))
     assert until(lambda: len(checkpoints(run)) == 2, process.is_alive)
     strike(process.pid or 0)
@@ -181,10 +190,9 @@ def test_what_cannot_be_written_leaves_the_checkpoint_before_and_says_what_to_do
     assert f"the checkpoint {newest.name} is whole: make room" in said
     assert "Traceback" not in said
     mend()
-    wait(start(1, log, pretrain, quick(run)), log)
-    assert f"at step {int(newest.stem[5:])} of" in " ".join(output(log).split())
+    assert f"at step {int(newest.stem[5:])} of" in train(log, quick(run))
     assert not torn(run)
-    assert made(run) == made(tmp_path / "whole")
+    assert made(run) == expected
 
 
 FAILING = """
@@ -216,24 +224,30 @@ def launch(script: str | Path, argv: list[str]) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.slow
-def test_launched_processes_end_together_and_resume(quick: Arguments, tmp_path: Path) -> None:
-    """One process raises, then one is killed: the job ends and says why, and its checkpoints are there to resume."""
-    run, script = tmp_path / "run", tmp_path / "failing.py"
-    script.write_text(FAILING)
-    argv = quick(run, "--optim.batch_size", "4", "--optim.steps", "2000", "--checkpoint_every", "20")
+@pytest.fixture
+def endless(quick: Arguments, tmp_path: Path) -> list[str]:
+    return quick(tmp_path / "run", "--optim.batch_size", "4", "--optim.steps", "2000", "--checkpoint_every", "20")
 
-    job = launch(script, argv)
+
+@pytest.mark.long
+def test_launched_processes_of_which_one_raises_end_together(endless: list[str], tmp_path: Path) -> None:
+    """The job ends and says why."""
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    job = launch(script, endless)
     said = job.communicate(timeout=BOUND)[0]
     assert job.returncode not in (0, None)
     assert "RuntimeError: the network card of process 1 is on fire" in said
 
-    job = launch("recipes/pretrain.py", argv)
-    seen = len(checkpoints(run)) and checkpoints(run)[-1]
-    assert until(lambda: checkpoints(run) and checkpoints(run)[-1] != seen, lambda: job.poll() is None)
+
+@pytest.mark.slow
+def test_launched_processes_of_which_one_is_killed_end_together(endless: list[str], tmp_path: Path) -> None:
+    """The job ends and says why, and its checkpoints are there to resume."""
+    job = launch("recipes/pretrain.py", endless)
+    assert until(lambda: checkpoints(tmp_path / "run"), lambda: job.poll() is None)
     workers = [int(child) for child in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()]
     os.kill(workers[-1], signal.SIGKILL)
     said = job.communicate(timeout=BOUND)[0]
     assert job.returncode not in (0, None)
     assert "Signal 9 (SIGKILL)" in said
-    assert checkpoints(run)
+    assert checkpoints(tmp_path / "run")

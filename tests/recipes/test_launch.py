@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
-from running import ROOT
+from processes import output, start, wait
+from running import ROOT, pretrain
 
 
 @pytest.fixture(autouse=True)
@@ -106,11 +106,14 @@ def test_the_recipes_look_at_the_launchers_precision(
     assert "--mixed_precision fp16" in " ".join(capfd.readouterr().err.split())
 
 
-@pytest.mark.slow
-def test_the_recipe_refuses_to_be_one_of_two(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    command += ["recipes/pretrain.py", "--run", str(tmp_path / "run"), "--tracker", "false"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode != 0
-    assert "several processes were asked for" in " ".join(result.stderr.split())
+def pretrain_in(rank: int, environment: dict[str, str], argv: list[str]) -> int:
+    os.environ.update(environment)
+    return pretrain(rank, argv)
+
+
+def test_the_recipe_refuses_to_be_one_of_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = left_by_accelerate(monkeypatch, "--cpu", "--num_processes", "2")
+    argv = ["--run", str(tmp_path / "run"), "--tracker", "false"]
+    wait(start(1, tmp_path / "log", pretrain_in, environment, argv), tmp_path / "log", expected=2)
+    assert "several processes were asked for" in " ".join(output(tmp_path / "log").split())
     assert not (tmp_path / "run").exists()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +12,9 @@ from unittest import mock
 
 import pytest
 import torch
+from processes import output, start, wait
 from rich.console import Console
-from running import ROOT, finish
+from running import ROOT, pretrain, train
 
 from adpretrain.backbones import load_backbone
 from adpretrain.config import BackboneConfig, DataConfig, OptimConfig, PretrainConfig
@@ -30,26 +30,24 @@ RUNS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
-def test_what_is_said_is_what_is_taken(
-    pretrain: Callable[..., subprocess.Popen[str]], tmp_path: Path, name: str
-) -> None:
-    process = pretrain(tmp_path / "run", *RUNS[name], "--optim.steps", "1", "--optim.epochs", "1")
+def test_what_is_said_is_what_is_taken(arguments: Callable[..., list[str]], tmp_path: Path, name: str) -> None:
+    log = tmp_path / "log"
+    argv = arguments(tmp_path / "run", *RUNS[name], "--optim.steps", "1", "--optim.epochs", "1")
+    (process,) = start(1, log, pretrain, argv)
     peak = 0  # not rusage's: that of a new process begins with what the one that started it held
-    while process.poll() is None:
+    while process.is_alive():
         found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
         peak = 1024 * int(found[1]) if found else peak
         time.sleep(0.02)
-    said = finish(process)
-    number, unit = re.findall(r"will hold about ([\d.]+) (\w+)", said)[0]
+    wait([process], log)
+    number, unit = re.findall(r"will hold about ([\d.]+) (\w+)", output(log))[0]
     print(name, number, unit, "measured", peak >> 20)
     assert peak / FACTOR <= float(number) * UNITS[unit] <= FACTOR * peak
 
 
-def test_what_cannot_fit_is_refused_with_a_remedy(
-    pretrain: Callable[..., subprocess.Popen[str]], tmp_path: Path
-) -> None:
+def test_what_cannot_fit_is_refused_with_a_remedy(arguments: Callable[..., list[str]], tmp_path: Path) -> None:
     flags = [*ONLINE, "--optim.batch_size", "100000"]
-    said = " ".join(finish(pretrain(tmp_path / "run", *flags), expected=2).split())
+    said = train(tmp_path / "log", arguments(tmp_path / "run", *flags), expected=2)
     assert re.search(r"pretraining \(.*step [\d.]+ GiB.*\) needs [\d.]+ GiB, more than [\d.]+ GiB: ", said)
     assert "optim.batch_size, or tokens: N" in said
     assert not (tmp_path / "run" / "config.yaml").exists()

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from processes import output
 from rich.console import Console
-from running import ROOT
+from running import ROOT, train
 
 from adpretrain.config import PretrainConfig
 
@@ -98,13 +99,12 @@ def test_a_comparison_says_where_it_lies_and_what_is_no_share(
 
 @pytest.mark.slow
 def test_a_run_in_brackets_is_named_when_it_ends_and_when_it_is_resumed(
-    pretrain: Callable[..., object], tmp_path: Path
+    arguments: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    from running import finish
-
-    run = tmp_path / "[red]" / "[" / "b]"
+    log, run = tmp_path / "log", tmp_path / "[red]" / "[" / "b]"
     flags = ["--optim.steps", "1", "--optim.epochs", "1", "--cache.draws", "0", "--data.held_out", "[]"]
     for start in ("memory", f"resuming {run} at step 1"):
-        said = finish(pretrain(run, *flags)).replace("\n", "")
+        train(log, arguments(run, *flags))
+        said = output(log).replace("\n", "")
         assert start in said
         assert f"from_pretrained('{run}/extractor')" in said

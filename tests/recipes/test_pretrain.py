@@ -11,11 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from running import finish
+from running import LAUNCH, ROOT, train
 
 from adpretrain import ADExtractor
 
-Start = Callable[..., subprocess.Popen[str]]
+Arguments = Callable[..., list[str]]
 
 
 def lines(run: Path) -> list[dict[str, float]]:
@@ -23,11 +23,20 @@ def lines(run: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.slow
-def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(pretrain: Start, tmp_path: Path) -> None:
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(arguments: Arguments, tmp_path: Path) -> None:
     """Ctrl-C as a terminal sends it, to `accelerate launch` and the training below it at once."""
     flags = ("--optim.steps", "40", "--checkpoint_every", "5")
-    finish(pretrain(tmp_path / "whole", *flags))
-    process = pretrain(tmp_path / "cut", *flags, launch=True)
+    log, argv = tmp_path / "log", arguments(tmp_path / "cut", *flags)
+    train(log, arguments(tmp_path / "whole", *flags))
+    process = subprocess.Popen(
+        [*LAUNCH, "recipes/pretrain.py", *argv],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     while not list((tmp_path / "cut" / "checkpoints").glob("step_*.pt")):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
@@ -35,7 +44,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(pretrain: Star
     output = process.communicate(timeout=300)[0]
     assert "the same command resumes" in output
     assert not (tmp_path / "cut" / "extractor").exists()
-    assert "resuming" in finish(pretrain(tmp_path / "cut", *flags))
+    assert "resuming" in train(log, argv)
     weights = [(tmp_path / name / "extractor" / "model.safetensors").read_bytes() for name in ("whole", "cut")]
     assert weights[0] == weights[1]
     losses = [[line["loss"] for line in lines(tmp_path / name) if "loss" in line] for name in ("whole", "cut")]
@@ -45,11 +54,12 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(pretrain: Star
 
 @pytest.mark.slow
 def test_run_folder_holds_what_the_readme_says_and_the_extractor_knows_its_origin(
-    pretrain: Start, tmp_path: Path
+    arguments: Arguments, tmp_path: Path
 ) -> None:
-    run = tmp_path / "run"
-    output = finish(pretrain(run, "--optim.steps", "6", "--eval.every", "3", "--tracker", "true"))
-    assert "held-out image AUROC" in output
+    log, run = tmp_path / "log", tmp_path / "run"
+    flags = ["--backbone.image_size", "64", "--eval.every", "3", "--tracker", "true"]
+    said = train(log, arguments(run, *flags, "--optim.steps", "6"))
+    assert "held-out image AUROC" in said
     for name in ("config.yaml", "metrics.jsonl", "curves.png", "tensorboard", "extractor/config.json"):
         assert (run / name).exists(), name
     assert len(list((run / "heatmaps").glob("p000*/*.png"))) == 1  # one held-out product, one kind of its defects
@@ -62,25 +72,16 @@ def test_run_folder_holds_what_the_readme_says_and_the_extractor_knows_its_origi
     first = next(line for line in lines(run) if "image_auroc" in line)
     # Before training the projector returns its input: the same features, hence the same scores.
     assert first["image_auroc"] == pytest.approx(first["raw_image_auroc"], abs=1e-9)
-    other = finish(pretrain(run, "--optim.steps", "7", "--eval.every", "3"), expected=2)
-    assert "optim.steps was 6, now 7" in other.replace("\n", " ")
+    other = train(log, arguments(run, *flags, "--optim.steps", "7"), expected=2)
+    assert "optim.steps was 6, now 7" in other
 
 
 @pytest.mark.slow
-def test_both_losses_online_with_new_views_every_epoch(pretrain: Start, tmp_path: Path) -> None:
-    flags = [
-        "--augment",
-        "epoch",
-        "--cache.draws",
-        "0",
-        "--loss.lambda_",
-        "1.0",
-        "--tokens",
-        "0",
-        "--data.workers",
-        "1",
-    ]
-    finish(pretrain(tmp_path / "run", *flags, "--optim.steps", "3", "--optim.precision", "bf16"))
+def test_both_losses_online_with_new_views_every_epoch(arguments: Arguments, tmp_path: Path) -> None:
+    flags = ["--augment", "epoch", "--cache.draws", "0", "--loss.lambda_", "1.0", "--tokens", "0"]
+    flags += ["--data.workers", "1", "--optim.steps", "3", "--optim.precision", "bf16"]
+    flags += ["--backbone.image_size", "64", "--optim.batch_size", "4", "--data.held_out", "[]"]
+    train(tmp_path / "log", arguments(tmp_path / "run", *flags))
     logged = [line for line in lines(tmp_path / "run") if "loss" in line]
     assert all(line["angle"] != 0 and line["norm"] > 0 for line in logged)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import start, wait
+from running import pretrain, train
 from safetensors.torch import load_file
 
 Arguments = Callable[..., list[str]]
@@ -25,12 +26,6 @@ BOTH_LOSSES = [
     "[]",
 ]
 BOTH_LOSSES += ["--backbone.image_size", "64"]
-
-
-def pretrain(rank: int, argv: list[str]) -> int:
-    from pretrain import main
-
-    return main(argv)
 
 
 def pretrain_in_float64(rank: int, argv: list[str]) -> int:
@@ -58,9 +53,9 @@ def test_twenty_steps_of_two_and_three_processes_equal_one(
     each takes its negatives from its own images only."""
     log = tmp_path / "log"
     cache = ["--cache.folder", str(tmp_path / "cache")]  # filled in float32, as ever
-    wait(start(1, log, pretrain, arguments(tmp_path / "0", *BOTH_LOSSES, *cache, "--optim.steps", "1")), log)
+    train(log, arguments(tmp_path / "0", *BOTH_LOSSES, *cache, "--optim.steps", "1"))
 
-    def train(count: int, *more: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    def parameters(count: int, *more: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         run = tmp_path / f"{count}{len(more)}"
         size = ["--optim.steps", "20", "--optim.batch_size", str(12 // count)]
         argv = arguments(run, *BOTH_LOSSES, *flags, *cache, *size, *more)
@@ -71,10 +66,10 @@ def test_twenty_steps_of_two_and_three_processes_equal_one(
     def furthest(found: dict[str, torch.Tensor]) -> float:
         return max(float((found[name] - value).abs().max()) for name, value in one.items())
 
-    one, losses = train(1)
+    one, losses = parameters(1)
     assert {value.dtype for value in one.values()} == {torch.float64}
     for count in (2, 3):
-        weights, found = train(count)
+        weights, found = parameters(count)
         assert furthest(weights) < 1e-6
         torch.testing.assert_close(found, losses, rtol=1e-9, atol=1e-9)
-    assert furthest(train(2, "--loss.cross_process", "false")[0]) > 1e-4
+    assert furthest(parameters(2, "--loss.cross_process", "false")[0]) > 1e-4

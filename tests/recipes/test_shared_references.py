@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from running import finish
+from processes import start, wait
+from running import pretrain, train, until
 
 FLAGS = ["--augment", "epoch", "--cache.draws", "0", "--loss.lambda_", "1.0", "--conditioning", "false"]
 FLAGS += ["--backbone.image_size", "64", "--eval.keep", "last", "--data.held_out", "[]", "--data.workers", "1"]
@@ -19,20 +17,16 @@ FLAGS += ["--references.together", "2", "--references.pool", "5", "--optim.steps
 
 
 @pytest.mark.slow
-def test_resumed_with_another_limit_of_kept_features(
-    pretrain: Callable[..., subprocess.Popen[str]], tmp_path: Path
-) -> None:
+def test_resumed_with_another_limit_of_kept_features(arguments: Callable[..., list[str]], tmp_path: Path) -> None:
     """Killed within an epoch, when features are kept that the resumed run has to make anew."""
-    said = finish(pretrain(tmp_path / "whole", *FLAGS))
-    assert "images/s; time:" in said.replace("\n", " ")
-    process = pretrain(tmp_path / "cut", *FLAGS)
-    while not list((tmp_path / "cut" / "checkpoints").glob("step_*.pt")):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    log, argv = tmp_path / "log", arguments(tmp_path / "cut", *FLAGS)
+    assert "images/s; time:" in train(log, arguments(tmp_path / "whole", *FLAGS))
+    (process,) = start(1, log, pretrain, argv)
+    assert until(lambda: list((tmp_path / "cut" / "checkpoints").glob("step_*.pt")), process.is_alive)
+    process.kill()
+    wait([process], log, expected=-signal.SIGKILL)
     assert not (tmp_path / "cut" / "extractor").exists()
-    assert "resuming" in finish(pretrain(tmp_path / "cut", *FLAGS, "--references.cache_mb", "3"))
+    assert "resuming" in train(log, [*argv, "--references.cache_mb", "3"])
     weights = [(tmp_path / name / "extractor" / "model.safetensors").read_bytes() for name in ("whole", "cut")]
     assert weights[0] == weights[1]
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]

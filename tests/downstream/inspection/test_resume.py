@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from processes import output, start, wait
 
 from adpretrain.files import sweep
 from downstream.cli import main
@@ -234,7 +235,27 @@ def resident(process: subprocess.Popen[str]) -> int:
     return int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.mark.slow
+def score_in_process(rank: int, scene: Scene, out: Path) -> int:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job, `make test &`, ignores it
+    return score(scene, out, "--resume")
+
+
+def test_a_process_that_is_stopped_then_killed_loses_nothing(scene: Scene, tmp_path: Path) -> None:
+    """Ctrl-C, then SIGKILL, to a process as a user has it; the last of three ends with the bytes of a whole run."""
+    log, out = tmp_path / "log", tmp_path / "out"
+    score(scene, tmp_path / "whole")
+    for number, how, code in ((2, signal.SIGINT, 130), (3, signal.SIGKILL, -signal.SIGKILL)):
+        (process,) = start(1, log, score_in_process, scene, out)
+        while process.is_alive() and lines(out) < number:
+            time.sleep(1e-3)
+        os.kill(process.pid or 0, how)
+        wait([process], log, expected=code)
+        assert ("with --resume goes on" in output(log)) == (how is signal.SIGINT)
+    score(scene, out, "--resume")
+    assert content(out) == content(tmp_path / "whole")
+
+
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc to read the memory from")
 def test_memory_stays_and_nothing_is_lost(scene: Scene, tmp_path: Path, write_tiles: Write) -> None:
     """100 images: the memory held after 36 of them is that after 80, within 0.25 MB an image (a picture that was kept
