@@ -187,11 +187,16 @@ def set_up(config: PretrainConfig, console: Console, accelerator: Accelerator) -
 
 
 def learner(config: PretrainConfig, extractor: ADExtractor, console: Console) -> nn.Module:
-    """The part of the extractor that learns, with weights of the configured precision."""
+    """The part of the extractor that learns, with weights of the configured precision.
+
+    Raises ValueError for a backbone without weights, where that is to learn.
+    """
     if extractor.projector is None:
+        network = extractor.backbone.network
+        if network is None or not list(network.parameters()):
+            raise ValueError(f"learns 'backbone', but backbone {config.backbone.name!r} has no weights to learn")
         extractor.backbone.unfreeze()
-        assert extractor.backbone.network is not None
-        return extractor.backbone.network
+        return network
     if config.optim.weight_decay and config.optim.weights == "float32":
         console.print(
             f"[yellow]optim.weight_decay {config.optim.weight_decay} on float32 weights erases the learnable "

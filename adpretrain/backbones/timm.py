@@ -138,7 +138,15 @@ def _whole(name: str, model: str, weights: Weights, sized: dict[str, Any]) -> tu
 
     if weights.random:
         return timm.create_model(model, pretrained=False, **sized), None
-    state, where, revision = weights.read()
+    return _loaded(name, model, weights.read(), sized)
+
+
+def _loaded(
+    name: str, model: str, read: tuple[StateDict, str, str | None], sized: dict[str, Any]
+) -> tuple[Any, str | None]:
+    import timm
+
+    state, where, revision = read
     overlay = {"state_dict": as_float32(state)}
     try:
         network: Any = timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay, **sized)
@@ -152,16 +160,20 @@ def _whole(name: str, model: str, weights: Weights, sized: dict[str, Any]) -> tu
 def _features(
     name: str, model: str, weights: Weights, sized: dict[str, Any], indices: list[int]
 ) -> tuple[Any, str | None]:
-    """The network up to its last wanted stage. timm loads such a part without checking, hence the detour."""
+    """The network up to its last wanted stage. timm loads such a part without checking, hence the detour. A file may
+    also hold just that part, as a run that trains the backbone leaves it."""
     import timm
 
     network: Any = timm.create_model(model, pretrained=False, features_only=True, out_indices=indices, **sized)
     if weights.random:
         return network, None
-    whole, revision = _whole(name, model, weights, sized)
+    wanted, read = network.state_dict(), weights.read()
+    if read[0].keys() == wanted.keys():
+        load_strictly(network, read[0], read[1], name)
+        return network, read[2]
+    whole, revision = _loaded(name, model, read, sized)
     # features_only renames what it flattens: "features.conv0" becomes "features_conv0".
     tensors: StateDict = {_plain(key): value for key, value in whole.state_dict().items()}
-    wanted = network.state_dict()
     part = {key: tensors[_plain(key)] for key in wanted if _plain(key) in tensors}
     load_strictly(network, part, name, name)
     return network, revision
