@@ -28,4 +28,4 @@ def device(request: pytest.FixtureRequest) -> Iterator[Device]:
     if there:
         pytest.skip("a real CUDA device is here: nothing to pretend")
     with pretend_device() as state:
-        yield Device(torch.device("cuda"), state.syncs, state.uploads)
+        yield Device(torch.device("cuda"), state.syncs, state.uploads, state.launches)

@@ -13,11 +13,12 @@ from torch.utils._pytree import tree_leaves
 
 @dataclass(frozen=True)
 class Device:
-    """``place``: what to move things to. ``syncs``, ``uploads``: what was counted so far; None on a GPU."""
+    """``place``: what to move things to. ``syncs``, ``uploads``, ``launches``: counted so far; None on a GPU."""
 
     place: torch.device
     syncs: Counter[str] | None = None
     uploads: Counter[str] | None = None
+    launches: Counter[str] | None = None
 
     @property
     def pretended(self) -> bool:

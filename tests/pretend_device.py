@@ -3,8 +3,8 @@
 For machines without a GPU. Inside `pretend_device()` whatever is made for or moved to "cuda" becomes a `PretendTensor`,
 which holds a CPU tensor and runs every operation on it. What CUDA refuses is refused with its errors: operations that
 mix devices, a CPU generator, `numpy()`. What CUDA does without a word is counted: the host waiting for a number
-(``syncs``), tensors sent to the device (``uploads``). Memory that was not written holds NaN or the smallest integer,
-and random numbers without a generator are others than the CPU's.
+(``syncs``), tensors sent to the device (``uploads``), work it is given (``launches``: at least one kernel each). Memory
+that was not written holds NaN or the smallest integer; random numbers without a generator are others than the CPU's.
 
 How: the wrapper is a tensor of device "meta" to C++, where autograd, views and version counters work as ever; Python
 sees "cuda:0". A dispatch mode sees every operation, below autograd; a function mode sees what Python asks for, above.
@@ -129,12 +129,13 @@ def _name(func: Any) -> str:
 
 
 class State:
-    """What one pretended device counts: ``syncs`` and ``uploads`` by operation. ``depth``: of the calls under way that
-    concern the device, within which C++ code that asks for "meta" means it."""
+    """What one pretended device counts: ``syncs``, ``uploads`` and ``launches`` by operation. ``depth``: of the calls
+    under way that concern the device, within which C++ code that asks for "meta" means it."""
 
     def __init__(self) -> None:
         self.syncs: Counter[str] = Counter()
         self.uploads: Counter[str] = Counter()
+        self.launches: Counter[str] = Counter()
         self.local = threading.local()
         self.random = torch.Generator().manual_seed(20_260_101).get_state()
 
@@ -180,6 +181,8 @@ class State:
             raise RuntimeError(f"Expected a '{DEVICE.type}' device type for generator but found 'cpu'")
         if pretended:
             self._count_syncs(func, name, args)
+        if not _view(func) and name not in EMPTY:
+            self.launches[name] += 1
         inner_args, inner_kwargs = _map(lambda x: x.inner if isinstance(x, PretendTensor) else x, (args, kwargs))
         if ours:
             inner_kwargs["device"] = CPU
@@ -246,6 +249,13 @@ def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Any]:
 def _places(func: Any) -> list[tuple[int, str]]:
     places = enumerate(func._schema.arguments)
     return [(n, a.name) for n, a in places if a.alias_info is not None and a.alias_info.is_write]
+
+
+@cache
+def _view(func: Any) -> bool:
+    """Whether an operation only looks at memory in another way, for which the device does nothing."""
+    first = func._schema.returns[0].alias_info if func._schema.returns else None
+    return first is not None and not first.is_write
 
 
 @cache

@@ -69,3 +69,65 @@ def test_deterministic_runs_agree_to_the_last_bit(tmp_path: Path, monkeypatch: p
     assert asked == (True, ":4096:8")
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("family", ["paper", "released"])
+def test_a_step_waits_for_nothing_and_launches_no_more_for_more_images(
+    device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """From the loaded photographs to the updated weights, as both families of configurations train. Matching takes a
+    few operations for each level and each of the three numbers of references, however many images there are."""
+    if device.syncs is None or device.launches is None:
+        pytest.skip("a GPU does not count")
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    import pretrain
+    from rich.console import Console
+
+    data = make_synthetic(tmp_path / "set", 1, 30, 10, size=64, seed=3, workers=1, progress=False)
+    launches = {}
+    with mock.patch.object(PartialState, "default_device", device.place):
+        for size in (6, 24):
+            for state in (PartialState, AcceleratorState, GradientState):
+                state._reset_state()
+            path = "dinov2-base.yaml" if family == "paper" else "released/dinov2-base.yaml"
+            flags = ["--config", str(ROOT / "recipes/configs" / path), "--run", str(tmp_path / str(size))]
+            flags += [
+                "--data.root",
+                str(data),
+                "--backbone.name",
+                "filterbank",
+                "--backbone.image_size",
+                "64",
+                "--backbone.resize",
+                "squeeze",
+            ]
+            flags += ["--projector.references", "8", "--optim.batch_size", str(size), "--data.workers", "0"]
+            flags += [
+                "--tracker",
+                "false",
+                "--optim.precision",
+                "no",
+                "--optim.weights",
+                "float32",
+                "--shots",
+                "[1,4,8]",
+            ]
+            config = pretrain.parse_command_line(pretrain.PretrainConfig, flags)
+            run = pretrain.set_up(config, Console(quiet=True), pretrain.start(config))
+            run.model.train()
+            marks: list[tuple[str, int]] = []
+            run.speed.watch = lambda phase, marks=marks: marks.append((phase, device.launches.total()))
+            source = iter(pretrain.make_batches(run)(run.schedule(0, 2)))
+            pretrain.advance(run, next(source), first=True)  # Adam's state is made
+            before = device.syncs.copy()
+            marks.clear()
+            _, losses = pretrain.advance(run, next(source), first=False)
+            assert device.syncs == before
+            assert losses.values()[0] > 0
+            starts = dict(reversed(marks))
+            launches[size] = starts["loss"] - starts["matching"]
+    levels, numbers = 4, len(config.shots)
+    assert launches[24] <= 35 * levels * numbers
+    assert (
+        launches[24] <= numbers * launches[6]
+    )  # six images may lack a number of references, four times as many do not
