@@ -35,6 +35,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+from downstream.ground_truth import real_numbers
+
 # floor(alpha (n + 1)) must not lose a step to the rounding of, say, 0.07 * 100 = 7.000000000000001 or 0.29 *
 # 100.
 _ROUNDING = 1e-9
@@ -63,8 +65,13 @@ class Calibration:
 
 
 def conformal_p_values(calibration: ArrayLike, scores: ArrayLike) -> NDArray[np.float64]:
-    """p = (1 + #{calibration >= s}) / (n + 1) for every s of scores [B] -> [B], in O((n + B) log n)."""
-    ascending = np.sort(_finite(calibration, "calibration scores"))
+    """p = (1 + #{calibration >= s}) / (n + 1) for every s of scores [B] -> [B], in O((n + B) log n).
+
+    calibration: [n], n > 0. Raises ValueError without any, and for NaN or infinite ones on either side.
+    """
+    ascending = np.sort(_several(calibration, "calibration scores"))
+    if len(ascending) == 0:
+        raise ValueError("no calibration scores: a p-value compares with those of at least one normal photograph")
     below = np.searchsorted(ascending, _finite(scores, "scores"), side="left")
     return np.asarray(1.0 + len(ascending) - below, dtype=np.float64) / (len(ascending) + 1)
 
@@ -74,7 +81,7 @@ def photographs_needed(rate: float) -> int:
     return math.ceil(1.0 / _rate(rate) - 1.0 - _ROUNDING)
 
 
-def calibrate(leave_one_out: ArrayLike, rate: float = 0.05, extra: ArrayLike = ()) -> Calibration:
+def calibrate(leave_one_out: ArrayLike = (), rate: float = 0.05, extra: ArrayLike = ()) -> Calibration:
     """A threshold for the false-alarm rate `rate` in (0, 1).
 
     leave_one_out: [K] scores of the references, each against the other K - 1 (may be empty). extra: [M]
@@ -84,7 +91,7 @@ def calibrate(leave_one_out: ArrayLike, rate: float = 0.05, extra: ArrayLike = (
     ValueError without any score, for a rate outside (0, 1) and for NaN or infinite scores.
     """
     needed = photographs_needed(rate)
-    loo, more = _finite(leave_one_out, "leave-one-out scores"), _finite(extra, "extra scores")
+    loo, more = _several(leave_one_out, "leave-one-out scores"), _several(extra, "extra scores")
     pooled = more if len(more) >= needed else np.concatenate([loo, more])
     if len(pooled) == 0:
         raise ValueError(
@@ -123,15 +130,21 @@ def percent(rate: float) -> str:
 
 
 def _rate(rate: float) -> float:
-    if not 0 < rate < 1:  # also refuses NaN
-        raise ValueError(f"false-alarm rate {rate}; expected a share between 0 and 1, e.g. 0.05 for 5 %")
+    if not isinstance(rate, int | float | np.number) or not 0 < rate < 1:  # also refuses NaN
+        raise ValueError(f"false-alarm rate {rate!r}; expected a share between 0 and 1, e.g. 0.05 for 5 %")
     return rate
 
 
+def _several(scores: ArrayLike | Sequence[float], name: str) -> NDArray[np.float64]:
+    """Finite scores, none or more, where a single number would be a mistake."""
+    array = _finite(scores, name)
+    if array.ndim == 0:
+        raise ValueError(f"{name} are the single number {array}; expected a list of one score per photograph")
+    return array
+
+
 def _finite(scores: ArrayLike | Sequence[float], name: str) -> NDArray[np.float64]:
-    array = np.asarray(scores, dtype=np.float64)
+    array = real_numbers(scores, name).astype(np.float64)
     if array.ndim > 1:
         raise ValueError(f"{name} have shape {array.shape}; expected one dimension")
-    if not np.isfinite(array).all():
-        raise ValueError(f"{name} contain NaN or infinite values: no p-value exists for them")
     return array

@@ -70,13 +70,18 @@ def subsample(
     return greedy_coreset(features_ND, k, start, projection_dim, seed, progress)
 
 
+def check_amount(amount: float) -> None:
+    """Raises ValueError unless it is a share in (0, 1], if it is a float, or a number of rows, at least 1."""
+    if isinstance(amount, bool) or not (0 < amount <= 1 or (isinstance(amount, int) and amount > 0)):
+        raise ValueError(f"amount {amount!r}; expected a share in (0, 1] as a float or a number of rows as an int")
+
+
 def _count(amount: float, rows: int) -> int:
-    if isinstance(amount, int) and not isinstance(amount, bool):
+    check_amount(amount)
+    if isinstance(amount, int):
         if not 1 <= amount <= rows:
             raise ValueError(f"{amount} rows of {rows}; choose 1 to {rows}, or a share such as 0.1")
         return amount
-    if isinstance(amount, bool) or not 0 < amount <= 1:
-        raise ValueError(f"amount {amount!r}; expected a share in (0, 1] as a float or a number of rows as an int")
     return max(1, round(amount * rows))
 
 

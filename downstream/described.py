@@ -1,17 +1,23 @@
-"""What a saved model is, from its config.json and the headers of its files: neither weights nor backbone are loaded."""
+"""What a saved model is, from its config.json and the headers of its files: no weights are loaded."""
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from adpretrain.artefact import WEIGHTS_NAME, read_config
+from adpretrain.artefact import WEIGHTS_NAME, ExtractorConfig, read_config, saved_projector
+from adpretrain.backbones import load_backbone
 from adpretrain.backbones.table import find_entry
 from adpretrain.card import FEATURENORM, METRICS, held_out_results, provenance_of
+from adpretrain.residual import tokens
+from adpretrain.speed import count_flops
 from downstream.fitting_together import part
 from downstream.publishing import is_detector
 from downstream.saving import locate_model, parts_of, read_detector_config
@@ -44,6 +50,7 @@ def _extractor(folder: Path) -> dict[str, Any]:
         "photographs": config.preprocess.in_words,
         "projector": config.projector.architecture if config.projector else "none",
         "parameters": _parameters(folder),
+        **projector_cost(config, folder),
         "matching": config.matching,
         "conditioning": config.conditioning,
         "training data": data.get("set") or data.get("name"),
@@ -54,6 +61,36 @@ def _extractor(folder: Path) -> dict[str, Any]:
         "held-out metrics, %": metrics,
         "git commit": provenance.get("git_commit"),
         "library version": config.library_version,
+    }
+
+
+def projector_cost(config: ExtractorConfig, folder: Path) -> dict[str, int]:
+    """Parameters and FLOPs of the projector (ADPretrain Tab. 7); nothing without one.
+
+    FLOPs of its matrix products at the extractor's input size, a multiply-add being two: of one image, and of the keys
+    and values, which are computed once for given weights (of cross attention: once for the residuals of a reference).
+    Backbone and projector are made without memory, to learn how many tokens there are.
+    """
+    if config.projector is None:
+        return {}
+    projector, side = saved_projector(config.projector, config.channels, folder), config.preprocess.image_size
+    name, levels = config.backbone.name, config.backbone.levels or None
+    # The filter bank computes its filters, which the meta device cannot; fake tensors do not suit all the others.
+    nothing = FakeTensorMode(allow_non_fake_inputs=True) if find_entry(name).source is None else torch.device("meta")
+    try:
+        with nothing:
+            backbone = load_backbone(name, pretrained=False, image_size=side, levels=levels)
+            shapes = [level.shape[1:] for level in backbone(torch.empty(1, 3, side, side))]
+        with torch.device("meta"):
+            inputs = [[torch.empty(count, *shape) for shape in shapes] for count in (1, 2)]
+            references = [tokens(level) for level in inputs[0]]
+        one, two = (count_flops(functools.partial(projector, images, references)) for images in inputs)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{folder}: its projector and backbone do not fit together: {error}") from error
+    return {
+        "projector parameters": sum(parameter.numel() for parameter in projector.parameters()),
+        "projector FLOPs per image": two - one,
+        "projector FLOPs once": 2 * one - two,
     }
 
 

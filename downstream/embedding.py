@@ -128,6 +128,8 @@ def chosen_levels(features: FeatureMaps, levels: Sequence[int] | Literal["paper"
     """Some of the levels, in the order given; all for null, and for "paper", which nobody has settled: the network is
     not known here. Raises ValueError naming the valid numbers."""
     count = len(features)
+    if count == 0:
+        raise ValueError("features of no level: an embedding is made of at least one")
     if levels is None or levels == "paper":
         return list(features)
     if not levels or any(not -count <= level < count for level in levels):
@@ -137,8 +139,11 @@ def chosen_levels(features: FeatureMaps, levels: Sequence[int] | Literal["paper"
 
 def aggregate(feature_BCHW: Tensor, config: EmbeddingConfig) -> Tensor:
     """Neighbourhoods of one level, P_{s,p} (PatchCore Eq. 3), and its channels: [B, level_dim or C, H / s, W / s]."""
-    if not feature_BCHW.is_floating_point() or feature_BCHW.ndim != 4:
-        raise ValueError(f"features must be [B, C, H, W] floats, got {tuple(feature_BCHW.shape)} {feature_BCHW.dtype}")
+    if not feature_BCHW.is_floating_point() or feature_BCHW.ndim != 4 or 0 in feature_BCHW.shape[1:]:
+        raise ValueError(
+            f"features must be [B, C, H, W] floats, C, H and W at least 1, got {tuple(feature_BCHW.shape)} "
+            f"{feature_BCHW.dtype}"
+        )
     feature_BCHW = feature_BCHW.to(torch.promote_types(feature_BCHW.dtype, torch.float32))
     patch, stride, dim, width = config.patch, config.stride, config.level_dim, feature_BCHW.shape[1]
     if config.form == "released" and dim is not None and width % dim and patch > 1:
@@ -154,7 +159,9 @@ def aggregate(feature_BCHW: Tensor, config: EmbeddingConfig) -> Tensor:
 
 
 def pool_channels(feature_BCHW: Tensor, dim: int) -> Tensor:
-    """Adaptive average pooling of the channels (repeating some if dim > C): [B, dim, H, W]."""
+    """Adaptive average pooling of the channels (repeating some if dim > C): [B, dim, H, W]. ValueError for dim < 1."""
+    if dim < 1:
+        raise ValueError(f"{feature_BCHW.shape[1]} channels pooled to {dim}: expected at least 1")
     if feature_BCHW.shape[1] == dim:
         return feature_BCHW
     height, width = feature_BCHW.shape[2:]
@@ -178,10 +185,11 @@ def random_reducer(width: int, dim: int, reduction: str, seed: int = 0) -> Tenso
 
     "choose": [dim] ascending channel numbers; "project": Gaussian [width, dim] with entries of variance 1 / dim, which
     keeps squared distances in expectation; "orthogonal": [width, dim] with orthonormal columns. Raises ValueError if
-    ``dim`` is larger than ``width``.
+    ``dim`` is larger than ``width``, or below 1.
     """
-    if dim > width:
-        raise ValueError(f"target_dim {dim} is more than the {width} channels there are; choose 1 to {width}")
+    if not 1 <= dim <= width:
+        found = f"is more than the {width} channels there are" if dim > width else "keeps no channel"
+        raise ValueError(f"target_dim {dim} {found}; choose 1 to {width}")
     generator = torch.Generator().manual_seed(seed)
     if reduction == "choose":
         return torch.randperm(width, generator=generator)[:dim].sort().values

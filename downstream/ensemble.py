@@ -163,6 +163,8 @@ def training_units(detector: Detector, batches: Iterable[Tensor]) -> Units:
         scores.append(prediction.scores.flatten())
         pixels.append(prediction.maps[:, ::PIXEL_STEP, ::PIXEL_STEP].flatten())
         side = int(prediction.maps.shape[2])
+    if not scores:
+        raise ValueError("no training images to take the unit of scores from: batches is empty")
     return Units(ScoreUnit.of(torch.cat(scores)), ScoreUnit.of(torch.cat(pixels)), side)
 
 

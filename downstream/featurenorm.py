@@ -22,7 +22,7 @@ from adpretrain.extractor import ADExtractor
 from adpretrain.leave_one_out import leave_one_out
 from adpretrain.preprocess import Preprocess
 from downstream.detector import Prediction, check_images, extracted, keeping_references, not_fitted
-from downstream.maps import gaussian_blur, upsample
+from downstream.maps import check_sigma, gaussian_blur, upsample
 from downstream.pretrained import Pretrained
 from downstream.saving import Loaded, save_detector
 
@@ -72,6 +72,9 @@ class FeatureNorm(Pretrained):
             norm = extract.config.norm if isinstance(extract, ADExtractor) else "l2"
         if norm not in NORMS:
             raise ValueError(f"norm {norm!r} is unknown; choose one of {NORMS}")
+        check_sigma(sigma)
+        if image_size < 1:
+            raise ValueError(f"image_size {image_size}, the side of the maps in pixels, must be at least 1")
         if not 0 <= top <= 1:
             raise ValueError(f"top {top} must be a share of the map's pixels, between 0 (the maximum) and 1")
         self.extract = self._given = extract

@@ -75,7 +75,7 @@ def real_numbers(values: ArrayLike, name: str) -> NDArray[Any]:
         array = array.astype(np.float64 if array.dtype.kind in "iu" else np.float32)
     bad = array.size - int(np.isfinite(array).sum())
     if bad:
-        raise ValueError(f"{name} contain {bad} NaN or infinite values of {array.size}; metrics need finite ones")
+        raise ValueError(f"{name} contain {bad} NaN or infinite values of {array.size}; all of them must be finite")
     return array
 
 

@@ -5,11 +5,19 @@ Shapes: B images, H x W patches, S side of the network's input in pixels.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 SIGMA = 4.0  # pixels; PatchCore, PaDiM, SPADE and ADPretrain all use it
+
+
+def check_sigma(sigma: float) -> None:
+    """Raises ValueError unless ``sigma`` is a number of pixels: 0 (no smoothing) or more."""
+    if not 0 <= sigma < math.inf:
+        raise ValueError(f"sigma {sigma} must be a number of pixels, such as 4, or 0 for no smoothing")
 
 
 def pixel_maps(grid_BHW: Tensor, size: int, sigma: float = SIGMA, align_corners: bool = False) -> Tensor:
@@ -18,16 +26,21 @@ def pixel_maps(grid_BHW: Tensor, size: int, sigma: float = SIGMA, align_corners:
 
 
 def upsample(grid_BHW: Tensor, size: int, align_corners: bool = False) -> Tensor:
-    """Bilinear upsampling: [B, H, W] -> [B, S, S]."""
+    """Bilinear upsampling: [B, H, W] -> [B, S, S]. Raises ValueError for a grid or a map without pixels."""
+    if size < 1 or min(grid_BHW.shape[1:]) < 1:
+        raise ValueError(
+            f"a grid of {tuple(grid_BHW.shape[1:])} patches to a map of {size} pixels: both need at least 1"
+        )
     return F.interpolate(grid_BHW[:, None], (size, size), mode="bilinear", align_corners=align_corners)[:, 0]
 
 
 def gaussian_blur(maps_BSS: Tensor, sigma: float) -> Tensor:
     """Gaussian smoothing in pixels, truncated at 4 sigma with reflected borders, as scipy.ndimage does: [B, S, S].
 
-    Raises ValueError for a sigma larger than the map, or NaN.
+    Raises ValueError for a sigma larger than the map, negative or NaN.
     """
-    if sigma <= 0:
+    check_sigma(sigma)
+    if sigma == 0:
         return maps_BSS
     if not sigma <= maps_BSS.shape[-1]:
         raise ValueError(f"sigma {sigma} is wider than the map of {maps_BSS.shape[-1]} pixels")

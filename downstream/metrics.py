@@ -118,6 +118,16 @@ def max_f1(scores: ArrayLike, labels: ArrayLike) -> float:
     return thresholds.max_f1(count(*paired(scores, labels)))
 
 
+def errors_at_best_f1(scores: ArrayLike, labels: ArrayLike) -> tuple[int, int] | None:
+    """False positives and false negatives at the threshold with the best F1 on these very scores, as PatchCore counts
+    its misclassified images (Tab. 1, suppl. C.4).
+
+    The threshold is chosen on labelled test data: a number to compare with the paper's, not what a threshold from
+    normal images (`calibration`) gives. Equal shapes; None without both classes.
+    """
+    return thresholds.errors_at_best_f1(count(*paired(scores, labels)))
+
+
 def aupro(maps_NHW: ArrayLike, masks_NHW: ArrayLike, limit: float = LIMIT, form: str = "exact") -> float:
     """Area under the per-region-overlap curve up to the pixel false-positive rate ``limit``, divided by it.
 

@@ -30,7 +30,7 @@ from downstream.detector import (
 )
 from downstream.embedding import Embedding, EmbeddingConfig, chosen_levels, settle_levels
 from downstream.gaussians import Gaussians, Moments, size_bytes
-from downstream.maps import SIGMA, gaussian_blur, upsample
+from downstream.maps import SIGMA, check_sigma, gaussian_blur, upsample
 from downstream.memory import expected_images, hold, memory_limit
 from downstream.pretrained import Pretrained
 from downstream.saving import Loaded, save_detector
@@ -67,6 +67,7 @@ class PaDiMConfig:
     max_bytes: int | None = None
 
     def __post_init__(self) -> None:
+        check_sigma(self.sigma)
         if not self.eps > 0:
             raise ValueError(f"eps {self.eps} must be positive: without it few images give no distance")
 

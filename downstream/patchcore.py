@@ -19,7 +19,7 @@ from typing_extensions import Self
 from adpretrain.backbones import Extract
 from downstream.approximate import ApproximateNeighbours
 from downstream.bank import GrowingBank
-from downstream.coreset import METHODS, Progress, subsample
+from downstream.coreset import METHODS, Progress, check_amount, subsample
 from downstream.detector import (
     Prediction,
     check_images,
@@ -30,7 +30,7 @@ from downstream.detector import (
     not_fitted,
 )
 from downstream.embedding import Embedding, EmbeddingConfig, settle_levels
-from downstream.maps import SIGMA, pixel_maps
+from downstream.maps import SIGMA, check_sigma, pixel_maps
 from downstream.neighbours import Neighbours, nearest
 from downstream.pretrained import Pretrained
 from downstream.saving import Loaded, save_detector
@@ -85,6 +85,11 @@ class PatchCoreConfig:
             raise ValueError(f"subsampling method {self.method!r} is unknown; choose one of {METHODS}")
         if self.search not in SEARCHES:
             raise ValueError(f"search {self.search!r} is unknown; choose one of {SEARCHES}")
+        check_amount(self.amount)
+        check_sigma(self.sigma)
+        for name, value, least in (("projection_dim", self.projection_dim, 1), ("seed", self.seed, 0)):
+            if value is not None and value < least:
+                raise ValueError(f"{name} {value} must be at least {least}")
         if not 0 < self.keep <= 1:
             raise ValueError(f"keep {self.keep} must be a share of an image's patches, above 0 and at most 1")
         if self.reweight < 0 or self.reweight == 1:

@@ -63,6 +63,10 @@ class ReConPatchConfig:
     training: RepresentationConfig = field(default_factory=RepresentationConfig)
     cache_bytes: int = 2 << 30
 
+    def __post_init__(self) -> None:
+        if self.cache_bytes < 0:
+            raise ValueError(f"cache_bytes {self.cache_bytes} must be at least 0, which keeps nothing")
+
 
 DEFAULT = ReConPatchConfig()
 # A member of the paper's ensemble (WideResNet-101, ResNeXt-101, DenseNet-201) at 320 pixels, and at 480.

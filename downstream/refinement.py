@@ -62,7 +62,7 @@ class RefinementConfig:
         for name in ("stride", "batch_size", "epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
-        for name in ("focusing", "l1", "weight_decay"):
+        for name in ("focusing", "l1", "weight_decay", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} {getattr(self, name)} must not be negative")
         if not 0 < self.learning_rate < math.inf or not 0 <= self.momentum < 1:

@@ -73,8 +73,9 @@ class RepresentationConfig:
         for name in ("sigma", "margin", "learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} {getattr(self, name)} must be positive")
-        if self.epochs < 0 or self.weight_decay < 0:
-            raise ValueError(f"epochs {self.epochs} and weight_decay {self.weight_decay} must not be negative")
+        for name in ("epochs", "weight_decay", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} {getattr(self, name)} must not be negative")
         if self.neighbours > self.patches_per_step:
             raise ValueError(f"neighbours {self.neighbours} exceed patches_per_step {self.patches_per_step}")
         if self.scale not in SCALES:

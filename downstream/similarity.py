@@ -120,8 +120,10 @@ def relaxed_contrastive_loss(z_ND: Tensor, similarity_NN: Tensor, margin: float 
 
     delta_ij = ||z_i - z_j|| / mean over n of ||z_i - z_n||, n = i included, so the loss does not depend on the unit of
     ``z_ND``, and no collapse to a point can lower it. The gradient passes through the mean, as the equation has it.
-    The pairs i = j add the constant m^2 (1 - w_ii) / N.
+    The pairs i = j add the constant m^2 (1 - w_ii) / N. Raises ValueError without patches.
     """
+    if len(z_ND) == 0:
+        raise ValueError("no patches: the loss is a mean over at least one")
     with torch.autocast(z_ND.device.type, enabled=False):
         distance_NN = distance_matrix(z_ND)
         mean_N1 = distance_NN.mean(1, keepdim=True).clamp_min(torch.finfo(z_ND.dtype).tiny)

@@ -85,6 +85,8 @@ def simulate(
     whatever the batch or the device. ``textures`` [T, 3, S, S], normalised like the images, for "textural".
     Raises ValueError if keys or textures do not fit the images.
     """
+    if len(images) == 0:
+        raise ValueError("no images to make defects in: give a batch [B, 3, S, S] with B > 0")
     if len(keys) != len(images):
         raise ValueError(f"{len(keys)} keys for {len(images)} images; give one for each")
     if textures is not None and (len(textures) == 0 or textures.shape[1:] != images.shape[1:]):

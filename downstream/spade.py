@@ -32,7 +32,7 @@ from downstream.detector import (
     not_fitted,
 )
 from downstream.embedding import Embedding, EmbeddingConfig, settle_levels
-from downstream.maps import SIGMA, pixel_maps
+from downstream.maps import SIGMA, check_sigma, pixel_maps
 from downstream.memory import expected_images
 from downstream.neighbours import Neighbours, nearest
 from downstream.pretrained import Pretrained
@@ -61,6 +61,7 @@ class SPADEConfig:
     max_bank_bytes: int | None = None
 
     def __post_init__(self) -> None:
+        check_sigma(self.sigma)
         for name, value in (("images", self.images), ("patches", self.patches)):
             if value < 1:
                 raise ValueError(f"{name} {value} must be at least 1")

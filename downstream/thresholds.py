@@ -92,6 +92,17 @@ def max_f1(counts: Thresholds) -> float:
     return float((2 * counts.hits_T / (counts.hits_T + counts.false_T + counts.n_anomalous)).max())
 
 
+def errors_at_best_f1(counts: Thresholds) -> tuple[int, int] | None:
+    """False positives and false negatives at the threshold with the best F1, the fewest of those that tie; None without
+    both classes."""
+    if not (counts.n_anomalous and counts.n_normal):
+        return None
+    missed_T = counts.n_anomalous - counts.hits_T
+    f1_T = 2 * counts.hits_T / (counts.hits_T + counts.false_T + counts.n_anomalous)
+    best = np.lexsort((counts.false_T + missed_T, -f1_T))[0]
+    return int(counts.false_T[best]), int(missed_T[best])
+
+
 def roc_curve(counts: Thresholds) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The corners of the ROC curve, from (0, 0) to (1, 1): false and true positive rates, ascending."""
     return _corners(counts, counts.hits_T / counts.n_anomalous)

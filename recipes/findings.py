@@ -18,7 +18,7 @@ from downstream.evaluation.patches import in_two_dimensions, sampled_patches
 from downstream.evaluation.plots import scatter
 from downstream.evaluation.protocols import Part, Trial
 from downstream.evaluation.report import write_comparison
-from downstream.evaluation.tables import summarise, summary_table, write_tables
+from downstream.evaluation.tables import ABOUT_ERRORS, UNITS, summarise, summary_table, write_tables
 from downstream.evaluation.trial import Images, Settings, give_references
 from downstream.inspection.report import Fact
 
@@ -49,7 +49,8 @@ def write_findings(
         Fact("Computing time", f"{seconds / 60:.1f} min", "all processes together"),
     ]
     title = f"{Path(configuration['root']).name}: {', '.join(configuration['detectors'])}"
-    footer = f"adpretrain {__version__}. Nothing was chosen on the scored images; max-F1 is at the best threshold."
+    footer = f"adpretrain {__version__}. Nothing was chosen on the scored images, but the thresholds of max-F1 and of "
+    footer += ABOUT_ERRORS
     write_comparison(folder, records, title, configuration["root"], facts, pictures, footer)
 
 
@@ -93,7 +94,7 @@ def show(records: Sequence[dict[str, Any]], console: Console) -> None:
     """The summary on the terminal."""
     heading, lines = summary_table(summarise(records))
     products = len({record["product"] for record in records})
-    title = f"mean over {products} product(s), in % (d' is a ratio)"
+    title = f"mean over {products} product(s), {UNITS}"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for position, column in enumerate(heading):
         table.add_column(column, justify="left" if position < 3 else "right", overflow="fold")

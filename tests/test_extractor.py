@@ -3,16 +3,15 @@
 import dataclasses
 import json
 import os
+import resource
 import shutil
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import output, start, together, wait
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -60,15 +59,19 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def in_new_process(script: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+def features_of(rank: int, folder: Path, references: Tensor, query: Tensor) -> list[Tensor]:
+    extractor = ADExtractor.from_pretrained(folder).set_references(references)
+    assert not extractor.training
+    return extractor(query)
+
+
+def save_zeros(rank: int, folder: Path, limit: int) -> None:
+    """Over an extractor, where no file may have more bytes."""
+    extractor = ADExtractor.from_pretrained(folder)
+    for parameter in extractor.projector.parameters():
+        torch.nn.init.zeros_(parameter)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    extractor.save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -82,25 +85,12 @@ def folder(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "extractor"))
 
 
-@pytest.mark.slow  # imports the library in a new process
 def test_a_new_process_gives_bit_equal_features(saved: Path, tmp_path: Path) -> None:
     query, references = images(2, 2), images(2, 1)
-    save_file({"query": query, "references": references}, tmp_path / "in.safetensors")
-    script = """
-        import sys, torch
-        from safetensors.torch import load_file, save_file
-        from adpretrain import ADExtractor
-        folder, source, target = sys.argv[1:]
-        data = load_file(source)
-        extractor = ADExtractor.from_pretrained(folder).set_references(data["references"])
-        assert not extractor.training
-        save_file({str(i): x.contiguous() for i, x in enumerate(extractor(data["query"]))}, target)
-    """
-    done = in_new_process(script, saved, tmp_path / "in.safetensors", tmp_path / "out.safetensors")
-    assert done.returncode == 0, done.stderr
-    theirs = load_file(tmp_path / "out.safetensors")
+    (theirs,) = together(1, tmp_path, features_of, saved, references, query)
     ours = make().set_references(references)(query)
-    assert same(ours, [theirs[str(level)] for level in range(4)])
+    assert len(theirs) == 4
+    assert same(ours, theirs)
     assert all(x.std() > 0 for x in ours)
 
 
@@ -275,24 +265,14 @@ def test_a_parent_that_is_a_file_is_named(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["file"]
 
 
-@pytest.mark.slow  # imports the library in a new process
-def test_a_save_that_runs_out_of_space_leaves_the_earlier_extractor(folder: Path) -> None:
+def test_a_save_that_runs_out_of_space_leaves_the_earlier_extractor(folder: Path, tmp_path: Path) -> None:
     """The file size limit stops the write of the weights after 20 kB, as a full disk would."""
     before = {name: (folder / name).read_bytes() for name in (CONFIG, WEIGHTS)}
-    script = """
-        import resource, sys, torch
-        from adpretrain import ADExtractor
-        extractor = ADExtractor.from_pretrained(sys.argv[1])
-        for parameter in extractor.projector.parameters():
-            torch.nn.init.zeros_(parameter)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-        extractor.save_pretrained(sys.argv[1])
-    """
-    done = in_new_process(script, folder)
-    assert done.returncode == 1, done.stderr
-    assert "File too large" in done.stderr
+    log = tmp_path / "log"
+    wait(start(1, log, save_zeros, folder, 20_000), log, expected=1)
+    assert "File too large" in output(log)
     assert {name: (folder / name).read_bytes() for name in (CONFIG, WEIGHTS)} == before
-    assert os.listdir(folder.parent) == ["extractor"]
+    assert sorted(os.listdir(folder.parent)) == ["extractor", "log.0"]
     ADExtractor.from_pretrained(folder)
 
 

@@ -28,7 +28,7 @@ def test_every_short_name_is_the_object_itself(package: str) -> None:
 
 
 def test_a_name_costs_nothing_before_it_is_used() -> None:
-    code = "import sys, adpretrain, downstream; assert 'torch' not in sys.modules; from downstream import PatchCore"
+    code = "import sys, adpretrain, downstream; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 

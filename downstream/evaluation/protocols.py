@@ -1,11 +1,16 @@
-"""What is fitted on what, and scored on what: the protocols of ADPretrain Sec. 4, as lists of trials.
+"""What is fitted on what, and scored on what: the protocols of ADPretrain Sec. 4 and ReConPatch Tab. 4, as lists of
+trials.
 
   full                   every normal training image (Tab. 1)
   few-shot               K of them, for each K (Tab. 5)
   sample-efficiency      a share of them, 10 % in the paper (Tab. 3a)
-  contamination          all of them and test anomalies, 0.1 per normal image, as if they were normal (Tab. 3b)
+  contamination          all of them and test anomalies, 0.1 per normal image, as if they were normal (Tab. 3b); the
+                         references are drawn from this set too, anomalies among them: whoever took the anomalies for
+                         normal would do so
   reference-sensitivity  as full, with several draws of the extractor's references (Tab. 4)
   multi-class            one detector for all products
+  robustness             as full, scored as photographed and again with turned, shifted, relit and blurred images
+                         (ReConPatch Tab. 4; `perturbation`)
 
 A product is a category, or one camera view of it where a set has views. Everything random derives from the number of
 the draw; nothing is ever chosen by looking at a score.
@@ -14,7 +19,7 @@ the draw; nothing is ever chosen by looking at a score.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -22,8 +27,13 @@ import numpy as np
 from adpretrain.data import Sample
 from adpretrain.references import random_references
 from downstream.evaluation.evaluate import by_product, normals, queries
+from downstream.evaluation.perturbation import SAID
 
-PROTOCOLS = ("full", "few-shot", "sample-efficiency", "contamination", "reference-sensitivity", "multi-class")
+PROTOCOLS = (
+    *("full", "few-shot", "sample-efficiency", "contamination", "reference-sensitivity", "multi-class"),
+    "robustness",
+)
+PERTURBED = "perturbed images"
 EVERYTHING = "all products"
 HELD_OUT = 5  # where a set has no test split, every fifth normal image is one
 FROM_TEST = "no normal images but the test split's: those learnt from are of it, and are not scored"
@@ -40,8 +50,8 @@ class ProtocolOptions:
     Args:
         protocol: one of `PROTOCOLS`.
         shots: numbers of training images K, for few-shot.
-        draws: how often what is random is drawn anew: the K images, the share, the anomalies, the references. 0 = the
-            protocol's own: 3 for reference-sensitivity, else 1.
+        draws: how often what is random is drawn anew: the K images, the share, the anomalies, the references, the
+            changes of images. 0 = the protocol's own: 3 for reference-sensitivity, else 1.
         references: the extractor's references in the other protocols, drawn from the training images.
         share: of the normal training images, for sample-efficiency.
         noise: anomalies per normal training image, for contamination; at most half of a product's anomalies.
@@ -49,7 +59,7 @@ class ProtocolOptions:
     """
 
     protocol: Literal[
-        "full", "few-shot", "sample-efficiency", "contamination", "reference-sensitivity", "multi-class"
+        "full", "few-shot", "sample-efficiency", "contamination", "reference-sensitivity", "multi-class", "robustness"
     ] = "full"
     shots: tuple[int, ...] = (1, 2, 4, 8, 16)
     draws: int = 0
@@ -81,6 +91,7 @@ class Part:
     """One product's share of a trial: what is learnt from, the extractor's references, what is scored.
 
     ``notes`` are for the reader of its numbers; ``reference_notes`` only where the features use the references.
+    ``perturbed``: seed of the changes of the images to score; None = as they were photographed.
     """
 
     product: str
@@ -89,6 +100,7 @@ class Part:
     test: tuple[Sample, ...]
     notes: tuple[str, ...] = ()
     reference_notes: tuple[str, ...] = ()
+    perturbed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -130,12 +142,20 @@ def trials(samples: Sequence[Sample], options: ProtocolOptions) -> list[Trial]:
         ]
     settings: Sequence[int | None] = options.shots if options.protocol == "few-shot" else (None,)
     only_references = options.protocol in ("full", "reference-sensitivity")
-    return [
+    found = [
         Trial(name, _setting(options, shots), draw, (_part(name, group, options, draw, shots),), only_references)
         for name, group in products.items()
         for shots in settings
         for draw in range(options.repeats)
     ]
+    if options.protocol == "robustness":  # the maps shown are the last setting's: those that lie on the photographs
+        return [each for trial in found for each in (_perturbed(trial), trial)]
+    return found
+
+
+def _perturbed(trial: Trial) -> Trial:
+    parts = [replace(part, perturbed=trial.draw, notes=(*part.notes, SAID)) for part in trial.parts]
+    return replace(trial, setting=PERTURBED, parts=tuple(parts))
 
 
 def _check_pools(products: Mapping[str, Sequence[Sample]], shots: int) -> None:
@@ -152,7 +172,8 @@ def _setting(options: ProtocolOptions, shots: int | None) -> str:
         return f"K={shots}"
     return {
         "sample-efficiency": f"{100 * options.share:g} % of the training images",
-        "contamination": f"noise {options.noise:g}" + (", overlap" if options.overlap else ", no overlap"),
+        "robustness": "as photographed",
+        "contamination": f"noise {options.noise:g}, in the references too, {'' if options.overlap else 'no '}overlap",
     }.get(options.protocol, options.protocol)
 
 

@@ -2,6 +2,7 @@
 
 A record is what `trial.run_trial` returns. A repeat is one draw with one extractor; its mean over products is one
 number, and the spread is the standard deviation (n - 1) of these numbers. Metrics in tables are per cent, but d'.
+Wrongly classified images are not averaged over products but counted, as in PatchCore Tab. 1.
 """
 
 from __future__ import annotations
@@ -20,7 +21,21 @@ from adpretrain.card import METRICS
 from adpretrain.files import atomic_path
 from downstream.evaluation.contenders import RAW
 
-TITLES = {**METRICS, "aupro_official": "AUPRO, 200 steps", "d_prime": "d'"}
+FALSE_POSITIVES, FALSE_NEGATIVES = COUNTS = ("false_positives_at_best_f1", "false_negatives_at_best_f1")
+TITLES = {
+    **METRICS,
+    "aupro_official": "AUPRO, 200 steps",
+    "d_prime": "d'",
+    FALSE_POSITIVES: "false positives at best F1",
+    FALSE_NEGATIVES: "false negatives at best F1",
+}
+ERRORS = "errors at best F1"
+UNITS = "in % (d' is a ratio, errors are images)"
+ABOUT_ERRORS = (
+    "errors at best F1: images of all products on the wrong side of each product's own threshold, false positives + "
+    "false negatives. That threshold has the best F1 on the scored images themselves, as in PatchCore's paper: for "
+    "comparison with it only, it is no threshold to work with"
+)
 D_PRIME = "d_prime"  # a ratio without an upper end, the only one that is no share
 MAIN = ("image_auroc", "pixel_auroc", "aupro")  # what the paper reports
 COLUMNS = ("product", "setting", "draw", "detector", "features", "extractor", *TITLES, "trained_on", "notes")
@@ -30,7 +45,8 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: metric -> mean over products and repeats, and spread between repeats (0 for one)."""
+    """One line of the table: metric -> mean over products and repeats, and spread between repeats (0 for one); of
+    errors, the sum over products."""
 
     setting: str
     detector: str
@@ -90,17 +106,22 @@ def _repeats(group: Sequence[Record]) -> dict[str, list[float]]:
             value = record["metrics"].get(name)
             if value is not None:
                 by_repeat.setdefault((record["draw"], record["extractor"]), []).append(shown(name, value))
-        out[name] = [_mean(values) for values in by_repeat.values()]
+        over_products = _sum if name in COUNTS else _mean
+        out[name] = [over_products(values) for values in by_repeat.values()]
     return out
 
 
 def shown(name: str, value: float) -> float:
-    """A metric as tables show it: in %, but d'."""
-    return value if name == D_PRIME else 100 * value
+    """A metric as tables show it: in %, but d' and errors."""
+    return value if name in (D_PRIME, *COUNTS) else 100 * value
 
 
 def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if len(values) else float("nan")
+
+
+def _sum(values: Sequence[float]) -> float:
+    return float(np.sum(values))
 
 
 def _spread(values: Sequence[float]) -> float:
@@ -154,16 +175,29 @@ def summary_table(rows: Sequence[Row], metrics: Sequence[str] = (*MAIN, D_PRIME)
     products says of how many: rows of other products cannot be compared."""
     lines = []
     for row in rows:
-        lines.append([row.setting, row.detector, row.features, *(_summary_cell(row, name) for name in metrics)])
+        cells = (_summary_cell(row, name) for name in metrics)
+        lines.append([row.setting, row.detector, row.features, *cells, _errors_cell(row)])
         if row.gain is not None:
-            lines.append(["", "", "gain over raw", *(number(row.gain[name], sign=True) for name in metrics)])
-    return ["setting", "detector", "features", *(TITLES[name] for name in metrics)], lines
+            lines.append(["", "", "gain over raw", *(number(row.gain[name], sign=True) for name in metrics), ""])
+    return ["setting", "detector", "features", *(TITLES[name] for name in metrics), ERRORS], lines
 
 
 def _summary_cell(row: Row, name: str) -> str:
     spread = f" ± {number(row.spread[name])}" if row.repeats > 1 else ""
-    partial = f" ({row.defined[name]} of {row.products})" if 0 < row.defined[name] < row.products else ""
-    return number(row.mean[name]) + spread + partial
+    return number(row.mean[name]) + spread + _partial(row, name)
+
+
+def _errors_cell(row: Row) -> str:
+    """False positives + false negatives, of all products together; their mean over repeats."""
+    digits = 1 if row.repeats > 1 else 0
+    wrong, missed = row.mean[FALSE_POSITIVES], row.mean[FALSE_NEGATIVES]
+    if wrong != wrong:
+        return number(wrong)
+    return f"{number(wrong, digits)} + {number(missed, digits)}" + _partial(row, FALSE_POSITIVES)
+
+
+def _partial(row: Row, name: str) -> str:
+    return f" ({row.defined[name]} of {row.products})" if 0 < row.defined[name] < row.products else ""
 
 
 def all_notes(records: Sequence[Record]) -> list[str]:
@@ -205,7 +239,7 @@ def _json(records: Sequence[Record], rows: Sequence[Row], configuration: dict[st
     summary = [
         {**vars(row), **{part: _defined(getattr(row, part)) for part in ("mean", "spread", "gain")}} for row in rows
     ]
-    content = {"configuration": configuration, "summary": summary, "records": kept}
+    content = {"configuration": configuration, "about": [ABOUT_ERRORS], "summary": summary, "records": kept}
     return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
 
@@ -229,14 +263,14 @@ def _csv(records: Sequence[Record]) -> str:
 def _document(records: Sequence[Record], rows: Sequence[Row], render: Any, bullet: str) -> str:
     """The summary, then a table of all products for each setting and metric, then the notes, a line each."""
     products = len({record["product"] for record in records})
-    title = f"Mean over {products} product(s), in % (d' is a ratio)"
+    title = f"Mean over {products} product(s), {UNITS}"
     parts = [render(title, *summary_table(rows))]
     for setting in dict.fromkeys(row.setting for row in rows):
         for metric in MAIN:
             heading, lines = products_table(records, metric, setting)
             text = [[line[0], *(number(value) for value in line[1:])] for line in lines]
             parts.append(render(f"{TITLES[metric]} in %, {setting}", heading, text))
-    parts += [bullet + " ".join(note.split()) for note in all_notes(records)]
+    parts += [bullet + " ".join(note.split()) for note in (ABOUT_ERRORS, *all_notes(records))]
     return "\n".join(parts).rstrip() + "\n"
 
 

@@ -21,17 +21,19 @@ from adpretrain.preprocess import Preprocess
 from downstream.aligned import AlignedOptions
 from downstream.building import build_detector
 from downstream.evaluation.contenders import ALIGNED, RAW, Contender, Networks
+from downstream.evaluation.perturbation import PerturbedImages
 from downstream.evaluation.protocols import Part, Trial
 from downstream.evaluation.showing import Shown, choose_shown
 from downstream.evaluation.withheld import Withheld
 from downstream.featurenorm import NAME as FEATURENORM
 from downstream.ground_truth import region_weights
-from downstream.metrics import Metrics, aupro, d_prime, evaluate_maps
+from downstream.metrics import Metrics, aupro, d_prime, errors_at_best_f1, evaluate_maps
 from downstream.refined import Refined
 from downstream.streaming import StreamingMetrics
 from downstream.thresholds import count, pro_curve
 
-METRICS = (*(field.name for field in fields(Metrics) if field.name != "notes"), "aupro_official", "d_prime")
+ERRORS = ("false_positives_at_best_f1", "false_negatives_at_best_f1")
+METRICS = (*(field.name for field in fields(Metrics) if field.name != "notes"), "aupro_official", "d_prime", *ERRORS)
 OF_PIXELS = tuple(name for name in METRICS if name.startswith(("pixel", "aupro")))
 WHOLE = 150_000_000  # pixels of a product's maps that are kept and measured at once; more are measured in a stream
 OWN = "one detector for all products, but every image is compared with references of its own product"
@@ -53,10 +55,17 @@ class Settings:
 
 
 class Images:
-    """Samples as batches [b, 3, S, S] on the device; can be read again and knows its number of batches."""
+    """Samples as batches [b, 3, S, S] on the device; can be read again and knows its number of batches.
 
-    def __init__(self, samples: Sequence[Sample], preprocess: Preprocess, settings: Settings) -> None:
+    ``perturbed``: seed of `perturbation`'s changes; None = as they were photographed.
+    """
+
+    def __init__(
+        self, samples: Sequence[Sample], preprocess: Preprocess, settings: Settings, perturbed: int | None = None
+    ) -> None:
         data = ImageDataset(samples, preprocess)
+        if perturbed is not None:
+            data = PerturbedImages(samples, preprocess, perturbed)
         self.device = settings.device
         self._loader = torch.utils.data.DataLoader(data, settings.batch_size, num_workers=settings.workers)
 
@@ -123,7 +132,8 @@ def run_trial(trial: Trial, contender: Contender, networks: Networks, settings: 
         if isinstance(extract, Withheld):
             extract.compare_with_all()
         began = time.perf_counter()
-        scored = _scored(detector, part, Images(part.test, preprocess, settings), settings, preprocess.image_size)
+        images = Images(part.test, preprocess, settings, part.perturbed)
+        scored = _scored(detector, part, images, settings, preprocess.image_size)
         records.append(
             {
                 **_heading(trial, part, contender),
@@ -181,7 +191,8 @@ def _scored(detector: Any, part: Part, images: Images, settings: Settings, size:
     """Metrics, image scores, the PRO curve and the maps to show (`Shown`, under "shown")."""
     labels = np.array([sample.anomalous for sample in part.test])
     streaming = StreamingMetrics() if len(labels) * size * size > WHOLE else None
-    shown = Shown(choose_shown(part.test, settings.pictures))
+    # A map of a changed image would not lie on its photograph.
+    shown = Shown(choose_shown(part.test, settings.pictures) if part.perturbed is None else [])
     maps, masks, scores = [], [], []
     done = 0
     for batch, mask in images.with_masks():
@@ -206,6 +217,7 @@ def _scored(detector: Any, part: Part, images: Images, settings: Settings, size:
         metrics, notes = evaluate_maps(all_maps, all_masks, np.concatenate(scores), labels), []
         swept, curve = aupro(all_maps, all_masks, form="official"), _pro_curve(all_maps, all_masks)
     values = {**asdict(metrics), "aupro_official": swept, "d_prime": d_prime(out["scores"], labels)}
+    values |= dict(zip(ERRORS, errors_at_best_f1(out["scores"], labels) or (None, None), strict=True))
     notes += list(values.pop("notes"))
     if bare := [sample.image.name for sample in part.test if sample.anomalous and not sample.mask_files]:
         notes = [note for note in notes if "pixel" not in note]

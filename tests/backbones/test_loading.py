@@ -262,12 +262,13 @@ def test_contradictions_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.slow  # a new process
 def test_offline_every_backbone_says_what_to_do(tmp_path: Path) -> None:
+    """And neither their libraries nor those of data sets are imported before they are needed."""
     script = """
         import sys
-        import adpretrain
+        import adpretrain.data
         from adpretrain.backbones import BACKBONES, list_backbones, load_backbone
         list_backbones()
-        heavy = {"transformers", "timm", "open_clip"} & set(sys.modules)
+        heavy = {"transformers", "timm", "open_clip", "datasets", "pyarrow", "sklearn"} & set(sys.modules)
         assert not heavy, heavy
         for name in BACKBONES:
             try:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -287,11 +285,6 @@ def test_a_repository_is_asked_for_with_its_revision(tmp_path: Path, monkeypatch
 def test_without_the_hub_the_error_names_the_set() -> None:
     with pytest.raises(ValueError, match=r"cannot load Hugging Face data set hf://org/absent: .*"):
         index_dataset("auto", "hf://org/absent")
-
-
-def test_the_library_is_imported_only_for_such_sets() -> None:
-    code = "import sys, adpretrain.data; sys.exit('datasets' in sys.modules or 'pyarrow' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0
 
 
 def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["fork", "forkserver"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("forkserver", marks=pytest.mark.long)])
 def test_workers_outlive_requests_to_stop_but_not_the_process_that_trains(method: str, tmp_path: Path) -> None:
     """Python 3.14 starts them from a fork server."""
     script = tmp_path / "training.py"

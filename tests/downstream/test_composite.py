@@ -6,12 +6,11 @@ Shapes: B images, S side in pixels.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import together
 from torch import Tensor
 
 from adpretrain.backbones import Backbone, load_backbone
@@ -25,6 +24,7 @@ from downstream.reconpatch import ReConPatch, ReConPatchConfig
 from downstream.refined import Refined
 from downstream.refinement import RefinementConfig
 from downstream.representation import RepresentationConfig
+from downstream.table import detector_from_pretrained
 
 SIZE = 64
 MEMORY = PatchCoreConfig(amount=0.1, reweight=3, reweight_all=True)
@@ -53,22 +53,9 @@ def ensemble(backbone: Backbone) -> Ensemble:
     return Ensemble(members).fit(photographs(8, 0).split(3))
 
 
-LOAD = """
-import sys, torch
-from downstream.table import detector_from_pretrained
-from pathlib import Path
-images = torch.load(sys.argv[2], weights_only=True)
-found = detector_from_pretrained(Path(sys.argv[1])).predict(images)
-torch.save([found.scores, found.maps], sys.argv[3])
-"""
-
-
-def in_another_process(folder: Path, images: Tensor, scratch: Path) -> list[Tensor]:
-    torch.save(images, scratch / "images.pt")
-    arguments = [str(folder), str(scratch / "images.pt"), str(scratch / "found.pt")]
-    subprocess.run([sys.executable, "-c", LOAD, *arguments], check=True)
-    found: list[Tensor] = torch.load(scratch / "found.pt", weights_only=True)
-    return found
+def predict(rank: int, folder: Path, images: Tensor) -> list[Tensor]:
+    found = detector_from_pretrained(folder).predict(images)
+    return [found.scores, found.maps]
 
 
 def test_a_refined_ensemble_gives_the_same_bits_in_another_process(ensemble: Ensemble, tmp_path: Path) -> None:
@@ -79,7 +66,7 @@ def test_a_refined_ensemble_gives_the_same_bits_in_another_process(ensemble: Ens
     assert {path.name for path in (folder / "member-0").iterdir() if path.is_dir()} == {f"member-{i}" for i in range(3)}
     images = photographs(3, 1)
     expected = refined.predict(images)
-    scores, maps = in_another_process(folder, images, tmp_path)
+    [(scores, maps)] = together(1, tmp_path, predict, folder, images)
     assert torch.equal(scores, expected.scores)
     assert torch.equal(maps, expected.maps)
     loaded = Refined.from_pretrained(folder)

@@ -14,7 +14,16 @@ from scipy import ndimage
 from scipy.integrate import trapezoid
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
-from downstream.metrics import aupro, auroc, average_precision, d_prime, evaluate_maps, max_f1, region_weights
+from downstream.metrics import (
+    aupro,
+    auroc,
+    average_precision,
+    d_prime,
+    errors_at_best_f1,
+    evaluate_maps,
+    max_f1,
+    region_weights,
+)
 from downstream.streaming import StreamingMetrics
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "metrics.npz"
@@ -260,3 +269,18 @@ def test_labels_keep_a_defect_whose_mask_vanished_in_resizing() -> None:
         evaluate_maps(maps, masks, labels=[False, False, False, True])
     with pytest.raises(ValueError, match=r"labels have shape \(2,\); expected \[4\]"):
         evaluate_maps(maps, masks, labels=[True, False])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_errors_at_the_best_f1_equal_every_threshold_tried(seed: int) -> None:
+    """Scores with ties; of thresholds with the same F1 the one with the fewest errors."""
+    rng = np.random.default_rng(seed)
+    scores, labels = rng.integers(0, 12, 40), rng.random(40) < 0.4
+    tried = []
+    for threshold in np.unique(scores):
+        called = scores >= threshold
+        wrong, missed = int((called & ~labels).sum()), int((~called & labels).sum())
+        hits = int((called & labels).sum())
+        tried.append((-2 * hits / (2 * hits + wrong + missed), wrong + missed, wrong, missed))
+    assert errors_at_best_f1(scores, labels) == min(tried)[2:]
+    assert errors_at_best_f1(scores, np.zeros(40, dtype=bool)) is None

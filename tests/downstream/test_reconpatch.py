@@ -5,8 +5,6 @@ Shapes: B images, S side in pixels, N rows of the bank.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import together
 from scipy import ndimage
 from torch import Tensor
 
@@ -142,23 +141,16 @@ def test_an_iterator_is_enough_if_its_embeddings_fit(backbone: Backbone) -> None
         ReConPatch(backbone, replace(SMALL, cache_bytes=1)).fit(batches())
 
 
-LOAD = """
-import sys, torch
-from downstream.reconpatch import ReConPatch
-images = torch.load(sys.argv[2], weights_only=True)
-found = ReConPatch.from_pretrained(sys.argv[1]).predict(images)
-torch.save([found.scores, found.maps], sys.argv[3])
-"""
+def predict(rank: int, folder: Path, images: torch.Tensor) -> list[torch.Tensor]:
+    found = ReConPatch.from_pretrained(folder).predict(images)
+    return [found.scores, found.maps]
 
 
 def test_saved_and_loaded_in_another_process_it_gives_the_same_bits(detector: ReConPatch, tmp_path: Path) -> None:
     images = photographs(3, 1)
-    torch.save(images, tmp_path / "images.pt")
     folder = detector.save_pretrained(tmp_path / "detector")
     assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "README.md"}
-    command = [sys.executable, "-c", LOAD, str(folder), str(tmp_path / "images.pt"), str(tmp_path / "found.pt")]
-    subprocess.run(command, check=True)
-    scores, maps = torch.load(tmp_path / "found.pt", weights_only=True)
+    [(scores, maps)] = together(1, tmp_path, predict, folder, images)
     expected = detector.predict(images)
     assert torch.equal(scores, expected.scores)
     assert torch.equal(maps, expected.maps)

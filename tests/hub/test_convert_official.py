@@ -24,6 +24,7 @@ WIDTH, LEVELS = 384, 4  # dinov2-small
 
 
 def convert(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The command as a user starts it."""
     command = [sys.executable, "hub/convert_official.py", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 

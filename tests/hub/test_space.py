@@ -59,6 +59,9 @@ def test_the_app_answers_to_any_name_on_a_space_only(tmp_path: Path) -> None:
             assert "frame-ancestors 'self' https://huggingface.co" in policy  # the Hub shows a Space in a frame
             lines = Path("/proc/net/tcp").read_text().splitlines() if sys.platform == "linux" else []
             assert not lines or any(f"00000000:{port:04X} 00000000:0000 0A" in line for line in lines)
-        finally:
             process.terminate()
-            process.wait(30)
+            assert process.wait(30) == 0
+            assert not [path for path in Path(folder).rglob("*") if "adpretrain" in path.name]
+        finally:
+            process.kill()
+            process.wait()

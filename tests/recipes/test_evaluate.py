@@ -128,9 +128,10 @@ def test_another_configuration_is_refused_and_nothing_is_written(
     [
         ("few-shot", {"K=1", "K=2"}, 2 * 3 * 2),
         ("sample-efficiency", {"50 % of the training images"}, 3 * 2),
-        ("contamination", {"noise 0.5, overlap"}, 3 * 2),
+        ("contamination", {"noise 0.5, in the references too, overlap"}, 3 * 2),
         ("reference-sensitivity", {"reference-sensitivity"}, 3 * (1 + 3)),
         ("multi-class", {"multi-class"}, 3 * 2),
+        ("robustness", {"perturbed images", "as photographed"}, 2 * 3 * 2),
     ],
 )
 def test_every_protocol_runs(

@@ -94,7 +94,7 @@ def test_a_comparison_says_where_it_lies_and_what_is_no_share(
     said = capsys.readouterr()
     assert "/[red]/table.md" in (shown := said.err.replace("\n", ""))
     assert "/[red]/report.html" in shown
-    assert "in % (d' is a ratio)" in said.out
+    assert "in % (d' is a ratio, errors are images)" in said.out
 
 
 @pytest.mark.slow

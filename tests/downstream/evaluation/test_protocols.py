@@ -143,6 +143,29 @@ def test_reference_sensitivity_changes_nothing_but_the_references() -> None:
     assert all(trial.only_references for trial in found)
 
 
+def test_robustness_scores_the_same_images_changed_and_as_they_are() -> None:
+    found = trials(product("cap"), ProtocolOptions("robustness", draws=2))
+    assert [(trial.setting, trial.draw) for trial in found] == [
+        ("perturbed images", 0),
+        ("as photographed", 0),
+        ("perturbed images", 1),
+        ("as photographed", 1),
+    ]
+    for trial in found:
+        (part,) = trial.parts
+        changed = trial.setting == "perturbed images"
+        assert part.perturbed == (trial.draw if changed else None)
+        assert any("turned by up to 5 degrees, shifted by up to 1%" in note for note in part.notes) == changed
+        assert part.test == only(trials(product("cap"), ProtocolOptions())).test
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_contamination_says_in_every_row_that_references_come_from_it(overlap: bool) -> None:
+    (trial,) = trials(product("cap"), ProtocolOptions("contamination", overlap=overlap))
+    assert trial.setting == f"noise 0.1, in the references too, {'' if overlap else 'no '}overlap"
+    assert set(trial.parts[0].references) <= set(trial.parts[0].train)
+
+
 def test_multi_class_is_one_trial_of_all_products_with_references_of_each() -> None:
     samples = [*product("cap"), *product("nut"), *product("pcb", view="C1"), *product("pcb", view="C2")]
     (trial,) = trials(samples, ProtocolOptions("multi-class", references=4))

@@ -119,7 +119,7 @@ def test_markdown_and_latex_hold_the_same_cells(records: list[dict[str, Any]], t
     assert [[re.sub(r"\\([&%$#_{}])", r"\1", cell) for cell in line] for line in table] == expected
     summary = latex.split(r"\midrule")[1].split(r"\bottomrule")[0].strip().splitlines()
     assert len(summary) == len(summary_table(summarise(records))[1])
-    assert all((line.count("&") == 6 and r"$\pm$" in line) or "gain" in line for line in summary)
+    assert all((line.count("&") == 7 and r"$\pm$" in line) or "gain" in line for line in summary)
 
 
 def test_a_loss_too_small_to_be_shown_has_no_sign_of_one() -> None:
@@ -141,8 +141,8 @@ def test_a_mean_that_is_not_of_all_products_says_of_how_many(tmp_path: Path) -> 
     found[0]["metrics"]["d_prime"] = found[1]["metrics"]["d_prime"] = None
     write_tables(tmp_path, found, {})
     _, (raw, ours, _) = summary_table(summarise(found))
-    assert raw[3:] == ["70.0", "70.0", "70.0", "0.9 (1 of 3)"]
-    assert ours[3:] == ["60.0 (2 of 3)", "60.0 (2 of 3)", "60.0 (2 of 3)", "0.6 (2 of 3)"]
+    assert raw[3:7] == ["70.0", "70.0", "70.0", "0.9 (1 of 3)"]
+    assert ours[3:7] == ["60.0 (2 of 3)", "60.0 (2 of 3)", "60.0 (2 of 3)", "0.6 (2 of 3)"]
     assert "Mean over 3 product(s)" in (tmp_path / "table.md").read_text()
     for name in ("table.md", "table.tex"):
         assert (tmp_path / name).read_text().count("60.0 (2 of 3)") == 3
@@ -187,4 +187,21 @@ def test_d_prime_is_no_percentage() -> None:
     (row,) = summarise([record("nut", "raw", 2.5), record("cap", "raw", 1.5)])
     assert row.mean["d_prime"] == pytest.approx(2.0)
     heading, (line,) = summary_table([row])
-    assert (heading[-1], line[-1]) == ("d'", "2.0")
+    assert (heading[-2], line[-2]) == ("d'", "2.0")
+
+
+def test_errors_are_counted_over_products(tmp_path: Path) -> None:
+    """As PatchCore's 19 + 23 of all of MVTec; the mean of two draws; every file says where the threshold is from."""
+    found = [record(name, "raw", 0.5, draw) for name in ("cap", "nut") for draw in (0, 1)]
+    for entry, wrong, missed in zip(found, (1, 2, 18, 18), (3, 3, 20, 20), strict=True):
+        entry["metrics"] |= {"false_positives_at_best_f1": wrong, "false_negatives_at_best_f1": missed}
+    heading, (line,) = summary_table(summarise(found))
+    assert (heading[-1], line[-1]) == ("errors at best F1", "19.5 + 23.0")
+    assert summary_table(summarise(found[::2]))[1][0][-1] == "19 + 23"
+    found[0]["metrics"] |= {"false_positives_at_best_f1": None, "false_negatives_at_best_f1": None}
+    assert summary_table(summarise(found[::2]))[1][0][-1] == "18 + 20 (1 of 2)"
+    write_tables(tmp_path, found, {})
+    for name in ("table.md", "table.tex"):
+        assert "That threshold has the best F1 on the scored images themselves" in (tmp_path / name).read_text()
+    assert "the scored images themselves" in json.loads((tmp_path / "table.json").read_text())["about"][0]
+    assert "false_negatives_at_best_f1" in (tmp_path / "table.csv").read_text().splitlines()[0]

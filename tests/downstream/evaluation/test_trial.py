@@ -157,6 +157,37 @@ def test_training_meets_every_product_with_its_own_references(samples: list[Samp
         assert all(torch.equal(bank, expected) for _, bank in rows)
 
 
+def test_robustness_scores_images_that_a_detector_has_not_seen(samples: list[Sample], networks: Networks) -> None:
+    """PaDiM expects every part in its place: scores of changed normal images rise, those as photographed are those of
+    the full protocol."""
+    group = product(samples)
+    (full,) = trials(group, ProtocolOptions())
+    changed, same = trials(group, ProtocolOptions("robustness"))
+    contender, settings = Contender("padim", "raw"), Settings(pictures=1)
+    (usual,), (moved,), (plain,) = (run_trial(trial, contender, networks, settings) for trial in (full, changed, same))
+    assert plain["scores"] == usual["scores"]
+    good = [index for index, label in enumerate(usual["labels"]) if not label]
+    assert sum(moved["scores"][index] for index in good) > 1.2 * sum(usual["scores"][index] for index in good)
+    assert moved["metrics"]["pixel_auroc"] > 0.5  # masks moved along
+    assert (len(plain["shown"].maps), len(moved["shown"].maps)) == (1, 0)
+
+
+def test_detectors_made_of_others_are_compared(samples: list[Sample], networks: Networks) -> None:
+    """The mean of two standardised PaDiMs that differ in nothing ranks as one does."""
+    group = product(samples)
+    (full,) = trials(group, ProtocolOptions())
+    options = {"ensemble": {"members": [{"detector": "padim"}, {"detector": "padim"}]}}
+    settings = Settings(pictures=0, options=options)
+    for features in ("raw", "adpretrain"):
+        single, joined = (
+            run_trial(full, Contender(name, features), networks, settings)[0] for name in ("padim", "ensemble")
+        )
+        assert np.argsort(single["scores"]).tolist() == np.argsort(joined["scores"]).tolist()
+    (every,) = trials(samples, ProtocolOptions("multi-class"))
+    with pytest.raises(ValueError, match="refined on adpretrain keeps the normal images of all products"):
+        run_trial(every, Contender("refined", "adpretrain"), networks, settings)
+
+
 def test_contenders_are_every_detector_on_every_kind_of_features(networks: Networks) -> None:
     two = Networks(networks.backbone, networks.extractors * 2)
     found = contenders(["padim", "featurenorm"], ["raw", "adpretrain"], two)
