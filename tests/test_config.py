@@ -7,7 +7,7 @@ import pytest
 from adpretrain.config import LEAST, PretrainConfig, ProjectorConfig
 from adpretrain.parsing import from_dict, parse_command_line, read_yaml, to_yaml
 
-CONFIGS = sorted((Path(__file__).parents[1] / "recipes" / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[1] / "recipes" / "configs").rglob("*.yaml"))
 
 
 def written(folder: Path, text: str) -> str:

@@ -96,7 +96,7 @@ class Bench:
                 batch = next(source, None)
             if batch is None:
                 return
-            yield float(pretrain.advance(run, batch, first).total)
+            yield pretrain.advance(run, batch, first)[1].values()[0]
             first = False
 
     def parts(self, workers: int) -> Iterator[None]:
@@ -131,7 +131,7 @@ class Bench:
                 levels = self.extractor.projector.levels
                 out = [[per_sample(level, x) for level, x in zip(levels, view, strict=True)] for view in views]
             side = round(out[0][0].shape[1] ** 0.5)
-            label = token_labels(batch.masks, (side, side)).flatten()
+            label = token_labels(batch.masks, (side, side)).flatten().to(self.device)
             losses = []
             for level, pair in enumerate(zip(*out, strict=True)):
                 first, second = (view.flatten(0, 1).float() for view in pair)
