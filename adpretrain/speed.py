@@ -132,9 +132,13 @@ class Throughput:
         rates = {"images_per_s": sums["images"] / elapsed, **{key: value / elapsed for key, value in phases.items()}}
         return rates if self.peak is None else {**rates, "mfu": sums["flops"] / elapsed / self.peak}
 
+    def overall(self) -> dict[str, float]:
+        """What `line` says, of all lines since the start."""
+        return self._rates(self._whole)
+
     def summary(self) -> str:
         """One readable sentence about all lines."""
-        rates = self._rates(self._whole)
+        rates = self.overall()
         shares = sorted((-value, key.removeprefix("time_")) for key, value in rates.items() if key.startswith("time_"))
         parts = ", ".join(f"{phase} {-100 * share:.0f} %" for share, phase in shares)
         mfu = f"; MFU {100 * rates['mfu']:.0f} %" if "mfu" in rates else ""

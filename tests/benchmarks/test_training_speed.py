@@ -7,6 +7,8 @@ of DINOv2-base geometry as well. Times do not depend on the weights' values, so 
 from __future__ import annotations
 
 import copy
+import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -238,11 +240,16 @@ def measure(bench: Bench, workers: int, rounds: int) -> None:
         for name, seconds in step_seconds(bench.device, works, speeds).items():
             best[name] = list(map(min, seconds, best.get(name, seconds)))
     total = {name: sum(seconds) for name, seconds in best.items()}
-    for name, seconds in total.items():
+    rates = {name: len(best[name]) * bench.batch / seconds for name, seconds in total.items()}
+    for name, rate in rates.items():
         shares = f"; {speeds[name].summary().partition('; ')[2]}" if name in speeds else ""
-        print(f"\n{name}: {len(best[name]) * bench.batch / seconds:.2f} images/s{shares}", end="")
+        print(f"\n{name}: {rate:.2f} images/s{shares}", end="")
     over = total["each its own"] / total["unavoidable parts"]
     times = {name: total["released loop"] / total[name] for name in WAYS}
+    if path := os.environ.get("GPU_JSON"):  # tests/gpu.sh
+        phases = {name: speed.overall() for name, speed in speeds.items()}
+        found = {"images_per_s": rates, "phases": phases, "step_over_parts": over, "released_over_ours": times}
+        Path(path).write_text(json.dumps(found, indent=2), encoding="utf-8")
     print(f"\nstep over its unavoidable parts: {over:.3f}; released loop over ours:", times)
     assert over <= 1.15
     assert times["each its own"] >= 1.3
