@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,19 +25,15 @@ ROOT = Path(__file__).resolve().parents[2]
 WIDTH, LEVELS = 384, 4  # dinov2-small
 
 
-def convert(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """The command as a user starts it."""
-    command = [sys.executable, "hub/convert_official.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-
-
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(checkpoint, extractor folder), through the command."""
     folder = tmp_path_factory.mktemp("released")
     path = folder / "checkpoints_pro_norm.pth"
     torch.save({"projectors": released_state(WIDTH, LEVELS), "img_auc": 0.5, "pix_auc": 0.6, "pix_pro": 0.7}, path)
-    done = convert(path, "--backbone", "dinov2-small", "--out", folder / "extractor")
+    command = [sys.executable, "hub/convert_official.py", str(path), "--backbone", "dinov2-small"]
+    command += ["--out", str(folder / "extractor")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "from_pretrained" in done.stdout
     return path, folder / "extractor"
@@ -104,7 +102,15 @@ class Harmful:
         return exec, ("raise SystemExit('executed')",)
 
 
-def test_files_that_are_no_checkpoint_are_refused_and_nothing_is_executed(tmp_path: Path) -> None:
+@pytest.fixture
+def convert_official(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "hub"))
+    return importlib.import_module("convert_official")
+
+
+def test_files_that_are_no_checkpoint_are_refused_and_nothing_is_executed(
+    convert_official: Any, tmp_path: Path
+) -> None:
     torch.save({"model": {"weight": torch.zeros(2)}, "epoch": 3}, tmp_path / "other.pth")
     torch.save({"projectors": {"l1_proj.weight": torch.zeros(2)}}, tmp_path / "keys.pth")
     torch.save({"projectors": Harmful()}, tmp_path / "harmful.pth")
@@ -118,11 +124,6 @@ def test_files_that_are_no_checkpoint_are_refused_and_nothing_is_executed(tmp_pa
         "cut.pth": "cut.pth",
         "absent.pth": "no such file",
     }
-    sys.path.insert(0, str(ROOT / "hub"))
-    try:
-        import convert_official
-    finally:
-        sys.path.pop(0)
     for name, message in cases.items():
         with pytest.raises(ValueError, match=r"\w") as caught:
             convert_official.convert(tmp_path / name, "dinov2-small", tmp_path / "out")
@@ -130,7 +131,11 @@ def test_files_that_are_no_checkpoint_are_refused_and_nothing_is_executed(tmp_pa
         assert not (tmp_path / "out").exists()
 
 
-def test_the_command_ends_with_2_and_one_line(tmp_path: Path) -> None:
-    done = convert(tmp_path / "absent.pth", "--backbone", "dinov2-small", "--out", tmp_path / "out")
-    assert done.returncode == 2
-    assert done.stderr.strip().splitlines() == [f"convert_official: error: no such file: {tmp_path / 'absent.pth'}"]
+def test_the_command_ends_with_2_and_one_line(
+    convert_official: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absent = tmp_path / "absent.pth"
+    assert convert_official.main([str(absent), "--backbone", "dinov2-small", "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.strip().splitlines() == [
+        f"convert_official: error: no such file: {tmp_path / 'absent.pth'}"
+    ]

@@ -41,19 +41,21 @@ def run(code: str, *arguments: str, env: dict[str, str]) -> str:
 
 
 @pytest.mark.slow
-def test_another_process_with_an_empty_cache_gets_the_same_features_to_the_last_bit(hub: Hub, tmp_path: Path) -> None:
+def test_an_empty_cache_and_another_process_get_the_same_features_to_the_last_bit(hub: Hub, tmp_path: Path) -> None:
     extractor = make_extractor(7)
     commit = extractor.push_to_hub("factory/tiles", private=True, tag="v1").commit or ""
     expected = extractor.set_references(pictures(2, 1))(pictures(3, 2))
     assert all(level.std() > 0 for level in expected)
-    there = environment(hub, tmp_path / "two")
-    run(LOAD, str(tmp_path / "online.pt"), "v1", env=there)
+    hub.requests.clear()
+    loaded = ADExtractor.from_pretrained("factory/tiles", revision="v1")
+    online = loaded.set_references(pictures(2, 1))(pictures(3, 2))
+    assert any("model.safetensors" in request for request in hub.requests)
     hub.requests.clear()
     hub.stop()
-    run(LOAD, str(tmp_path / "offline.pt"), commit, env={**there, "HF_HUB_OFFLINE": "1"})
+    there = {**environment(hub, tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    run(LOAD, str(tmp_path / "offline.pt"), commit, env=there)
     assert hub.requests == []
-    for name in ("online", "offline"):
-        found = torch.load(tmp_path / f"{name}.pt")
+    for found in (online, torch.load(tmp_path / "offline.pt")):
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
 
 
