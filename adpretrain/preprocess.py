@@ -23,6 +23,7 @@ from torchvision.transforms.v2 import functional as F
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # none runs another program, as EPS
+LOSSY = ("JPEG", "JPEG2000", "WEBP")
 LARGEST_SIDE = 4096  # of a network's input: a config that asks for more would take all memory
 INTERPOLATIONS = ("bilinear", "bicubic")
 RESIZES = ("squeeze", "crop")
@@ -55,7 +56,9 @@ def _open(path: str | os.PathLike[str] | IO[bytes], side: int | None = None) -> 
         if side is not None:
             image.draft(None, (side, side))  # does nothing to what is not a JPEG
         image.load()
-        return ImageOps.exif_transpose(image)
+        upright = ImageOps.exif_transpose(image)
+        upright.format = image.format  # which copies lose
+        return upright
 
 
 def picture_size(path: str | os.PathLike[str] | IO[bytes]) -> tuple[int, int]:
@@ -107,14 +110,34 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def read_mask(path: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
-    """Read a defect mask as 8-bit gray: any value above zero is a defect. Errors as in `read_image`."""
-    mask = _open(path)
-    if mask.mode in ("P", "PA", "LA"):  # the colour counts, not the palette's index, and never the opacity
-        mask = mask.convert("RGB")
-    values = np.asarray(mask)
-    if values.ndim == 3:  # RGB or RGBA masks: a pixel is marked if any colour channel is
+    """Read a defect mask as 8-bit gray, 255 where a defect is marked. Rules and errors as in `examine_mask`."""
+    return examine_mask(path)[0]
+
+
+def examine_mask(path: str | os.PathLike[str] | IO[bytes]) -> tuple[Image.Image, str]:
+    """A defect mask as 8-bit gray, 255 where a defect is marked, and a remark on a file that is an unusual mask, or "".
+
+    Every colour but black marks a defect: some sets store the number of its kind. Lossy formats put a fringe of nearly
+    black around it, so there it takes more than half of white. Where the colours mark everything or nothing, the mask
+    was painted on a transparent layer: then whatever is not wholly transparent is marked. Errors as in `read_image`.
+    """
+    image = _open(path)
+    lossy = image.format in LOSSY
+    try:
+        layered = "A" in image.getbands() or ("transparency" in image.info and image.mode in ("P", "L", "RGB"))
+        opaque = np.asarray(image.convert("RGBA"))[..., 3] > 0 if layered else np.ones(image.size[::-1], bool)
+        if image.mode in ("P", "PA", "LA", "CMYK"):  # the colour counts, not the palette's index
+            image = image.convert("RGB")
+        values = np.asarray(_to_8_bit(image) if lossy else image)
+    except ValueError as error:  # of a colour space that Pillow cannot convert
+        raise ValueError(f"cannot read image {path}: {error}") from error
+    if values.ndim == 3:  # a pixel is marked if any colour channel is
         values = values[..., :3].max(axis=2)
-    return Image.fromarray(((values > 0) * 255).astype(np.uint8))
+    marked = values > (127 if lossy else 0)
+    remark = f"mask {path} is in a lossy format: what is brighter than half of white counts as marked" if lossy else ""
+    if marked.all() == marked.any() and opaque.all() != opaque.any():
+        marked, remark = opaque, f"mask {path} is of one colour: what is not transparent counts as marked"
+    return Image.fromarray((marked * 255).astype(np.uint8)), remark
 
 
 def crop_side(image_size: int, resize: str = "squeeze", crop_from: int | None = None) -> int | None:

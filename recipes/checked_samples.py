@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from adpretrain.config import DataConfig
-from adpretrain.data import MissingMasks, Sample, index_dataset
+from adpretrain.data import Sample, index_with_bare
 from adpretrain.data.checking import check_samples
 from adpretrain.files import atomic_path
 
@@ -24,15 +24,7 @@ STAMP = "checked.json"  # in the run's folder: what was checked, and what was wr
 
 def checked_samples(config: DataConfig, run: Path, console: Console, main: bool) -> list[Sample]:
     """The samples of a data set, `checked`."""
-    return checked(config, *indexed(config), run, console, main)
-
-
-def indexed(config: DataConfig) -> tuple[list[Sample], Mapping[Path, str]]:
-    """(samples of a data set, why some of them have no mask)."""
-    try:
-        return index_dataset(config.name, config.root, config.columns), {}
-    except MissingMasks as error:
-        return error.samples, error.missing
+    return checked(config, *index_with_bare(config.name, config.root, config.columns), run, console, main)
 
 
 def checked(
@@ -77,7 +69,10 @@ def _problems(
         found = check_samples(
             samples, os.cpu_count() or 1, lambda _, done, total: bar.update(task, completed=done, total=total), missing
         )
-    problems = [[_relative(problem.image, root), problem.reason] for problem in found]
+    problems = [[_relative(problem.image, root), problem.reason] for problem in found if not problem.doubtful]
+    if doubts := [problem.reason for problem in found if problem.doubtful]:
+        told = f"[yellow]{len(doubts)} masks are doubtful[/] (`adpretrain check-data` lists all): {escape(doubts[0])}"
+        console.print(told, highlight=False, soft_wrap=True)
     with atomic_path(stamp) as temporary:
         temporary.write_text(json.dumps({"files": digest, "problems": problems}), encoding="utf-8")
     return problems, False

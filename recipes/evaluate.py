@@ -25,7 +25,7 @@ from flags import Help
 from launch import complain, refuse_other_precision
 from rich.console import Console
 
-from adpretrain.data import DATASETS, Sample, index_dataset
+from adpretrain.data import DATASETS, Sample, index_with_bare
 from adpretrain.hub.locating import EMBEDDED
 from adpretrain.preprocess import RESIZES
 from downstream.building import SETTINGS
@@ -115,7 +115,7 @@ def _names(text: str) -> list[str]:
 def chosen_samples(options: argparse.Namespace) -> list[Sample]:
     """The samples asked for. Raises ValueError if a pattern matches nothing."""
     columns = {role: name for role, _, name in (pair.partition("=") for pair in options.columns)}
-    samples = index_dataset(options.dataset, options.root, columns, options.split)
+    samples, _ = index_with_bare(options.dataset, options.root, columns, options.split)
     names = sorted({sample.category for sample in samples})
     matched = {pattern: fnmatch.filter(names, pattern) for pattern in options.categories}
     unmatched = [pattern for pattern, found in matched.items() if not found]

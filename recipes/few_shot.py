@@ -31,9 +31,9 @@ from adpretrain.hub import locate
 from adpretrain.references import random_references
 from downstream.evaluation.evaluate import (
     FeatureSet,
+    about_masks,
     backbone_norm,
     by_product,
-    check_masks,
     encode_samples,
     measure,
     same_residuals,
@@ -162,7 +162,8 @@ def show(results: Sequence[Result], options: argparse.Namespace, console: Consol
                 seeds = [f"{spread:.2f}" for spread in cells["between_seeds"]]
                 table.add_row("", f"  spread of {len(options.extractors)} training seeds", *seeds)
         console.print(table)
-        if bare := sorted({result.product for result in shown if any(value != value for value in result.values)}):
+        bare = sorted({result.product for result in shown if any(value != value for value in result.values)})
+        if 0 < len(bare) < products:
             told = f"some metrics are not defined for {', '.join(bare)}: their means are of the other products"
             console.print(told, highlight=False, markup=False)
         console.print()
@@ -171,13 +172,15 @@ def show(results: Sequence[Result], options: argparse.Namespace, console: Consol
 def run(options: argparse.Namespace, samples: Sequence[Sample], console: Console) -> None:
     """Score every product, print the tables, write the JSON file if one is asked for."""
     options.shots, options.draws = options.shots or [4], options.draws or 1
-    check_masks(samples)  # before hours of other products, as the numbers of images
+    # Before hours of other products.
     trials(samples, ProtocolOptions("few-shot", shots=tuple(options.shots), draws=options.draws))
     device = options.device or "cpu"
     extractors = load_extractors(located(options.extractors), device, options.weights)
     results: list[Result] = []
     with Progress(console=console) as bar:
         for name, group in bar.track(list(by_product(samples).items()), description="products"):
+            if note := about_masks(group):
+                console.print(f"{name}: {note}", highlight=False, markup=False, soft_wrap=True)
             images = encode_samples(group, extractors[0].backbone, device)
             results += evaluate_product(name, images, extractors, options)
     show(results, options, Console(width=max(100, console.width)))

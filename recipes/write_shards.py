@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from checked_samples import checked, indexed
+from checked_samples import checked
 from launch import complain
 from progress import progress_bar
 from rich.console import Console
 from run_data import split_samples
 
 from adpretrain.config import DataConfig
+from adpretrain.data import index_with_bare
 from adpretrain.data.samples import to_learn_from
 from adpretrain.data.shard_writer import check_target, write_shards
 from adpretrain.parsing import parse_command_line
@@ -47,7 +48,7 @@ class ShardConfig:
 
 def write(config: ShardConfig, console: Console) -> None:
     """Check every file, then write. Raises ValueError for what cannot be used, unless it is to be skipped."""
-    samples, missing = indexed(config.data)
+    samples, missing = index_with_bare(config.data.name, config.data.root, config.data.columns)
     training, _ = split_samples(samples, config.data.held_out)
     check_target(config.out, config.shards, len(to_learn_from(training)))  # before hours of reading
     with TemporaryDirectory() as scratch:

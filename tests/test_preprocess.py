@@ -20,6 +20,7 @@ from adpretrain.preprocess import (
     Preprocess,
     TwoViews,
     crop_side,
+    examine_mask,
     gaussian_blur,
     picture_size,
     read_image,
@@ -168,6 +169,43 @@ def test_a_mask_is_what_is_not_black_in_any_mode(tmp_path: Path, mode: str, mark
     read = read_mask(tmp_path / "m.png")
     assert read.mode == "L"
     assert np.array_equal(np.asarray(read), defect * 255)
+
+
+@pytest.mark.parametrize("name", ["m.jpg", "m.webp"])
+def test_a_lossy_mask_keeps_its_shape(tmp_path: Path, name: str) -> None:
+    """Though nearly black pixels around the defect are above zero (in a JPEG, hundreds)."""
+    defect = np.zeros((64, 64), bool)
+    defect[20:31, 30:43] = True
+    Image.fromarray(defect.astype(np.uint8) * 255).save(tmp_path / name, quality=30)
+    with Image.open(tmp_path / name) as stored:
+        assert (np.asarray(stored.convert("L")) > 0).sum() > defect.sum()
+    read, remark = examine_mask(tmp_path / name)
+    assert np.array_equal(np.asarray(read), defect * 255)
+    assert "lossy" in remark
+
+
+@pytest.mark.parametrize("mark", [(255, 0, 0), (0, 0, 0), (255, 255, 255)])
+@pytest.mark.parametrize("around", [(255, 255, 255), (0, 0, 0)])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_a_mask_painted_on_a_transparent_layer(
+    tmp_path: Path, mark: tuple[int, int, int], around: tuple[int, int, int], mode: str
+) -> None:
+    """Whatever colours lie there: if they are alike, the paint is the mask, and else what is not black."""
+    defect = np.zeros((6, 8), bool)
+    defect[1:3, 2:7] = True
+    if mode == "P":
+        layer = Image.fromarray(defect.astype(np.uint8)).convert("P")
+        layer.putpalette([*around, *mark])
+        layer.save(tmp_path / "m.png", transparency=0)
+    else:
+        colours = np.where(defect[..., None], mark, around).astype(np.uint8)
+        layer = Image.fromarray(np.dstack([colours, defect.astype(np.uint8) * 255]))
+        layer.convert(mode).save(tmp_path / "m.png")
+    read, remark = examine_mask(tmp_path / "m.png")
+    inverted = mark == (0, 0, 0) and around == (255, 255, 255)  # black paint beside white: the colours say it
+    assert np.array_equal(np.asarray(read) > 0, ~defect if inverted else defect)
+    told = (sum(mark) > 0 and sum(around) > 0) or sum(mark) == sum(around) == 0
+    assert bool(remark) == told
 
 
 def test_the_tensor_is_the_normalised_picture() -> None:

@@ -14,7 +14,7 @@ from adpretrain.data.mvtec import index_mvtec
 from adpretrain.data.mvtec_3d import index_mvtec_3d
 from adpretrain.data.mvtec_loco import index_mvtec_loco
 from adpretrain.data.realiad import index_realiad
-from adpretrain.data.samples import GOOD, ImageDataset, LeftOut, MissingMasks, Sample, TooFewImages
+from adpretrain.data.samples import GOOD, ImageDataset, Junk, LeftOut, MissingMasks, Sample, TooFewImages
 from adpretrain.data.visa import index_visa
 
 __all__ = [
@@ -22,12 +22,14 @@ __all__ = [
     "GOOD",
     "SPLIT_LISTINGS",
     "ImageDataset",
+    "Junk",
     "LeftOut",
     "MissingMasks",
     "Sample",
     "TooFewImages",
     "detect_layout",
     "index_dataset",
+    "index_with_bare",
 ]
 
 DATASETS: dict[str, Callable[..., list[Sample]]] = {
@@ -72,3 +74,14 @@ def index_dataset(
     if columns:
         raise ValueError(f"columns {dict(columns)} are for 'hf' data sets only; {root} is read as {layout!r}")
     return DATASETS[layout](root, protocol=split) if split else DATASETS[layout](root)
+
+
+def index_with_bare(
+    name: str, root: str | Path, columns: Mapping[str, str] | None = None, split: str = ""
+) -> tuple[list[Sample], dict[Path, str]]:
+    """As `index_dataset`, for uses that need no mask: defects without one are in the samples too, and a line for each
+    says where it was expected, if the layout knows."""
+    try:
+        return index_dataset(name, root, columns, split), {}
+    except MissingMasks as error:
+        return error.samples, error.missing

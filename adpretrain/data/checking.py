@@ -9,23 +9,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adpretrain.data.samples import Sample, check_size
-from adpretrain.preprocess import read_image, read_mask
+from adpretrain.preprocess import examine_mask, read_image
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with one image."""
+    """What is wrong with one image; ``doubtful``: it can be used as it is, but should be looked at."""
 
     image: Path
     reason: str
+    doubtful: bool = False
 
 
 def check_sample(sample: Sample, no_mask: str = "") -> list[Problem]:
     """Whatever is wrong with a sample's files: unreadable, of two sizes, marks that contradict the label.
 
+    If nothing is, what is doubtful about its masks: an unusual file, or more than half of the pixels marked.
+
     ``no_mask`` says what its missing mask should have been, if its layout knows.
     """
-    reasons = []
+    reasons, doubts = [], []
     size = None
     try:
         size = read_image(sample.image).size
@@ -34,8 +37,11 @@ def check_sample(sample: Sample, no_mask: str = "") -> list[Problem]:
     marked = readable = False
     for file in sample.mask_files:
         try:
-            mask = read_mask(file)
+            mask, remark = examine_mask(file)
             readable = True
+            doubts += [remark] if remark else []
+            if (share := mask.histogram()[255] / (mask.width * mask.height)) > 0.5:
+                doubts.append(f"mask {file} marks {share:.0%} of the pixels as defective: is it inverted?")
             marked = marked or mask.getbbox() is not None
             if size is not None:
                 check_size(file, mask, sample.image, size)
@@ -48,7 +54,9 @@ def check_sample(sample: Sample, no_mask: str = "") -> list[Problem]:
         reasons.append(f"{sample.image} is a defect of kind {sample.defect!r} but nothing is marked in {names}")
     if not sample.anomalous and marked:
         reasons.append(f"{sample.image} is normal but pixels are marked in {names}")
-    return [Problem(sample.image, reason) for reason in reasons]
+    if reasons:
+        return [Problem(sample.image, reason) for reason in reasons]
+    return [Problem(sample.image, doubt, doubtful=True) for doubt in doubts]
 
 
 def check_samples(

@@ -15,7 +15,7 @@ PATTERNS: dict[str, tuple[str, ...]] = {
     "realiad": ("realiad_*/*/OK",),
     "visa": ("split_csv/*.csv", "Data/Images"),
     "mvtec_3d": ("*/train/good/rgb", "train/good/rgb"),
-    "mvtec_loco": (f"*/ground_truth/*/*/{_PNG}", f"ground_truth/*/*/{_PNG}"),
+    "mvtec_loco": (f"*/ground_truth/*/[!.]*/{_PNG}", f"ground_truth/*/[!.]*/{_PNG}"),  # no .ipynb_checkpoints
     "btad": ("*/train/ok", "train/ok"),
     "mvtec": ("*/train/good", "train/good"),
     "mtd": ("MT_Free/Imgs",),

@@ -55,6 +55,10 @@ class LeftOut(UserWarning):
     """Files of a data set that are not used."""
 
 
+class Junk(LeftOut):
+    """Files among a data set's masks that are hidden (also of hidden folders) or no pictures: nobody misses them."""
+
+
 class TooFewImages(ValueError):
     """Fewer normal images than a method needs: more of them mend it, no other mistake does."""
 

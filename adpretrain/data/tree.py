@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from adpretrain.data.samples import GOOD, LeftOut, MissingMasks, Sample, is_image
+from adpretrain.data.samples import GOOD, Junk, LeftOut, MissingMasks, Sample, is_image
 
 SPLITS = ("train", "validation", "test")
 Masks = Mapping[str, Path | tuple[Path, ...]]  # image stem -> its mask, or the masks to be merged
@@ -88,8 +88,8 @@ def index_splits(
     ``find_masks`` is called with a category's and a defect's folder; ``expected`` says in errors where a mask should
     have been, e.g. "ground_truth/{defect}/{stem}.png" below the category's folder.
 
-    A category without an image is named in a warning. Raises ValueError if there is no image at all, `MissingMasks` if
-    a defect has no mask.
+    A category without an image, and junk among the masks, are named in warnings. Raises ValueError if there is no image
+    at all, `MissingMasks` if a defect has no mask.
     """
     samples: list[Sample] = []
     missing: dict[Path, str] = {}
@@ -108,9 +108,19 @@ def index_splits(
         raise ValueError(f"no images in {', '.join(str(folder) for folder in categories.values())}")
     if empty := sorted(set(categories) - {sample.category for sample in samples}):
         _warn_left_out([f"{categories[name]}: there are no images" for name in empty])
+    if junk := [file for folder in categories.values() for file in _junk(folder / "ground_truth")]:
+        told = f"{len(junk)} hidden or foreign files among the masks are ignored, such as {junk[0]}"
+        warnings.warn(told, Junk, stacklevel=3)
     if missing:
         raise MissingMasks(samples, missing)
     return samples
+
+
+def _junk(masks: Path) -> list[Path]:
+    """Files below a folder of masks that are hidden, lie in a hidden folder (.ipynb_checkpoints) or are no pictures."""
+    files = sorted(file for file in masks.rglob("*") if file.is_file())
+    hidden = lambda file: any(part.startswith(".") for part in file.relative_to(masks).parts)  # noqa: E731
+    return [file for file in files if hidden(file) or not is_image(file)]
 
 
 def _warn_left_out(lines: Sequence[str]) -> None:

@@ -16,8 +16,10 @@ from downstream.terminal import ProgressBars, plain
 if TYPE_CHECKING:
     from adpretrain.data import Sample
 
+SHOWN = 20  # warnings
+
 EXIT_CODES = """exit codes:
-  0  every image and mask was read, and masks agree with labels
+  0  every image and mask was read, and masks agree with labels; there may be warnings
   1  problems, each on a line of its own
   2  wrong usage, or no data set of a known layout: nothing was checked"""
 
@@ -43,34 +45,41 @@ def _check_data(options: Namespace) -> int:
     from adpretrain.data.checking import check_samples
 
     layout = detect_layout(options.root) if options.dataset == "auto" else options.dataset
-    samples, missing, notes = _index(layout, options.root, options.columns)
+    samples, missing, left_out, junk = _index(layout, options.root, options.columns)
     with ProgressBars() as progress:
-        problems = check_samples(samples, options.workers, progress, missing)
-    lines = notes + [problem.reason for problem in problems]
+        found = check_samples(samples, options.workers, progress, missing)
+    lines = [*left_out, *(problem.reason for problem in found if not problem.doubtful)]
+    warned = [*junk, *(problem.reason for problem in found if problem.doubtful)]
     if options.json:
         report = {"dataset": layout, "root": options.root, "images": len(samples)}
-        print(json.dumps({**report, "categories": count(samples), "problems": [plain(line) for line in lines]}))
+        told = {"problems": [plain(line) for line in lines], "warnings": [plain(line) for line in warned]}
+        print(json.dumps({**report, "categories": count(samples), **told}))
     else:
         print(f"{plain(options.root)}: {len(samples)} images in the {layout} layout")
         print(table(samples))
         print(f"{len(lines)} problems" + (":" if lines else ""))
         for line in lines:
             print(f"  {plain(line)}")
+        if warned:
+            print(f"{len(warned)} warnings, of what can be used as it is:")
+        for line in warned[:SHOWN]:
+            print(f"  {plain(line)}")
+        if len(warned) > SHOWN:
+            print(f"  and {len(warned) - SHOWN} more; --json lists all")
     return 1 if lines else 0
 
 
-def _index(layout: str, root: str, columns: dict[str, str]) -> tuple[list[Sample], dict[Path, str], list[str]]:
-    """Samples, the line of every missing mask, and the files that were left out."""
-    from adpretrain.data import LeftOut, MissingMasks, index_dataset
+def _index(
+    layout: str, root: str, columns: dict[str, str]
+) -> tuple[list[Sample], dict[Path, str], list[str], list[str]]:
+    """Samples, the line of every missing mask, files that were left out, and files that nobody misses."""
+    from adpretrain.data import Junk, LeftOut, index_with_bare
 
-    missing: dict[Path, str] = {}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", LeftOut)
-        try:
-            samples = index_dataset(layout, root, columns)
-        except MissingMasks as error:
-            samples, missing = error.samples, error.missing
-    return samples, missing, [str(item.message) for item in caught if item.category is LeftOut]
+        samples, missing = index_with_bare(layout, root, columns)
+    left_out, junk = ([str(item.message) for item in caught if item.category is kind] for kind in (LeftOut, Junk))
+    return samples, missing, left_out, junk
 
 
 def count(samples: Sequence[Sample]) -> dict[str, dict[str, dict[str, int]]]:

@@ -5,9 +5,10 @@ Shapes: n images of a group, L levels, S side in pixels, K references.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from downstream.featurenorm import FeatureNorm
 from downstream.metrics import Metrics, evaluate_maps
 
 BATCH = 16
+PIXEL_METRICS = tuple(field.name for field in fields(Metrics) if field.name.startswith(("pixel", "aupro")))
 
 
 @dataclass(frozen=True)
@@ -72,15 +74,16 @@ def queries(samples: Sequence[Sample], references: Sequence[int]) -> list[int]:
     return held or rest
 
 
-def check_masks(samples: Sequence[Sample]) -> None:
-    """Raises ValueError for a defect without a mask: it would be scored as normal."""
-    if bare := [sample.image for sample in samples if sample.anomalous and not sample.mask_files]:
-        raise ValueError(f"{len(bare)} defects have no mask, such as {bare[0]}: pixel metrics need one for each")
+def about_masks(samples: Sequence[Sample]) -> str:
+    """Why the samples have no pixel metrics: a defect without a mask would count as normal pixels. "" if they have."""
+    bare = [sample.image.name for sample in samples if sample.anomalous and not sample.mask_files]
+    if not bare:
+        return ""
+    return f"{len(bare)} defects have no mask, such as {bare[0]}: no pixel metrics, which need one for each"
 
 
 def encode_samples(samples: Sequence[Sample], backbone: Backbone, device: torch.device | str = "cpu") -> FeatureSet:
-    """Run a backbone once over samples. Raises ValueError as `check_masks` does."""
-    check_masks(samples)
+    """Run a backbone once over samples."""
     data = ImageDataset(samples, backbone.preprocess)
     features: list[list[Tensor]] = [[] for _ in backbone.channels]
     masks = []
@@ -158,10 +161,13 @@ def backbone_norm(images: FeatureSet, queries: Sequence[int], image_size: int) -
 
 
 def measure(prediction: Prediction, images: FeatureSet, queries: Sequence[int]) -> Metrics:
-    """Metrics of a prediction of ``queries``."""
-    masks = images.masks[list(queries)]
-    labels = [images.samples[index].anomalous for index in queries]
-    return evaluate_maps(prediction.maps.cpu().numpy(), masks.numpy(), prediction.scores.cpu().numpy(), labels)
+    """Metrics of a prediction of ``queries``; those of pixels are nan if a defect has no mask."""
+    masks, samples = images.masks[list(queries)], [images.samples[index] for index in queries]
+    labels = [sample.anomalous for sample in samples]
+    found = evaluate_maps(prediction.maps.cpu().numpy(), masks.numpy(), prediction.scores.cpu().numpy(), labels)
+    if note := about_masks(samples):
+        return replace(found, **dict.fromkeys(PIXEL_METRICS, math.nan), notes=(note,))
+    return found
 
 
 def few_shot(extractor: ADExtractor, images: FeatureSet, shots: int, seed: int = 0) -> Metrics:

@@ -21,6 +21,7 @@ from adpretrain.preprocess import Preprocess
 from downstream.aligned import AlignedOptions
 from downstream.building import build_detector
 from downstream.evaluation.contenders import ALIGNED, RAW, Contender, Networks
+from downstream.evaluation.evaluate import PIXEL_METRICS, about_masks
 from downstream.evaluation.perturbation import PerturbedImages
 from downstream.evaluation.protocols import Part, Trial
 from downstream.evaluation.showing import Shown, choose_shown
@@ -34,7 +35,6 @@ from downstream.thresholds import count, pro_curve
 
 ERRORS = ("false_positives_at_best_f1", "false_negatives_at_best_f1")
 METRICS = (*(field.name for field in fields(Metrics) if field.name != "notes"), "aupro_official", "d_prime", *ERRORS)
-OF_PIXELS = tuple(name for name in METRICS if name.startswith(("pixel", "aupro")))
 WHOLE = 150_000_000  # pixels of a product's maps that are kept and measured at once; more are measured in a stream
 OWN = "one detector for all products, but every image is compared with references of its own product"
 UNDRAWN = "chooses its references itself: the draws change nothing, and there is one"
@@ -219,10 +219,9 @@ def _scored(detector: Any, part: Part, images: Images, settings: Settings, size:
     values = {**asdict(metrics), "aupro_official": swept, "d_prime": d_prime(out["scores"], labels)}
     values |= dict(zip(ERRORS, errors_at_best_f1(out["scores"], labels) or (None, None), strict=True))
     notes += list(values.pop("notes"))
-    if bare := [sample.image.name for sample in part.test if sample.anomalous and not sample.mask_files]:
-        notes = [note for note in notes if "pixel" not in note]
-        notes.append(f"{len(bare)} defects have no mask, such as {bare[0]}: no pixel metrics, which need one for each")
-        values, curve = {**values, **dict.fromkeys(OF_PIXELS)}, None
+    if bare := about_masks(part.test):
+        notes = [*(note for note in notes if "pixel" not in note), bare]
+        values, curve = {**values, **dict.fromkeys((*PIXEL_METRICS, "aupro_official"))}, None
     out |= {"metrics": {name: _number(value) for name, value in values.items()}, "notes": notes}
     return {**out, "pro": curve, "shown": shown}
 

@@ -177,8 +177,15 @@ def prepare_photos(
         description=_describe(extractor, detector, options),
         score=f"the mean of the heatmap's highest {percent(detector.top)}",
         promise=promise(calibration, options),
-        notes=tuple(warnings),
+        notes=(*warnings, *unseen(preprocess)),
     )
+
+
+def unseen(preprocess: Preprocess) -> list[str]:
+    """What to say where the network sees the centre of a photograph only."""
+    if preprocess.crop_from is None:
+        return []
+    return [f"Every photograph is {preprocess.in_words}: what lies outside of them is not inspected."]
 
 
 def _detector(extractor: ADExtractor, options: Options, pool: int) -> FeatureNorm:

@@ -23,6 +23,7 @@ from downstream.inspection.basis import (
     promise,
     score_normals,
     silent,
+    unseen,
 )
 from downstream.inspection.photos import Photo, Unreadable, find_images, printable, read_batches
 from downstream.saving import member, read_detector_config
@@ -70,7 +71,7 @@ def prepare_fitted(
         description=_describe(folder),
         score="the detector's, in its own unit",
         promise=(*promise(calibration, options), *([SEEN] if options.threshold is None else [])),
-        notes=tuple(notes),
+        notes=(*notes, *unseen(preprocess)),
     )
 
 

@@ -53,6 +53,20 @@ def test_every_contradiction_is_found(defect: Sample, tmp_path: Path) -> None:
     )
 
 
+def test_doubtful_masks_are_told_if_nothing_is_wrong(defect: Sample, tmp_path: Path) -> None:
+    inverted = mask(tmp_path / "inverted.png", (0, 0, 12, 7))
+    lossy = tmp_path / "lossy.jpg"
+    Image.open(defect.mask).save(lossy)
+    problems = check_sample(replace(defect, mask=(inverted, lossy)))
+    assert all(problem.doubtful for problem in problems)
+    assert [problem.reason for problem in problems] == [
+        f"mask {inverted} marks 88% of the pixels as defective: is it inverted?",
+        f"mask {lossy} is in a lossy format: what is brighter than half of white counts as marked",
+    ]
+    (contradiction,) = check_sample(replace(defect, defect="good", mask=inverted))
+    assert not contradiction.doubtful
+
+
 def test_a_missing_mask_is_told_as_the_layout_tells_it(mvtec_3d: Path) -> None:
     (mvtec_3d / "bagel/test/crack/gt/001.png").unlink()
     with pytest.raises(MissingMasks) as caught:

@@ -64,6 +64,26 @@ def test_every_problem_is_listed(bottles: Path, capsys: pytest.CaptureFixture[st
     assert len(report["problems"]) == 3
 
 
+def test_warnings_are_listed_and_are_no_problems(bottles: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An inverted mask, and a notebook's checkpoints among the masks, which once passed for MVTec LOCO's layout."""
+    truth = bottles / "bottle/ground_truth/crack/tile_20_mask.png"
+    Image.open(truth).point(lambda value: 255 - value).save(truth)
+    junk = bottles / "cable/ground_truth/crack/.ipynb_checkpoints/tile_20-checkpoint.png"
+    junk.parent.mkdir()
+    junk.write_bytes(truth.read_bytes())
+    (bottles / "cable/ground_truth/Thumbs.db").touch()
+    assert check(bottles) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("in the mvtec layout")
+    assert lines[5:7] == ["0 problems", "2 warnings, of what can be used as it is:"]
+    assert lines[7].startswith("  2 hidden or foreign files among the masks are ignored, such as ")
+    assert lines[8].startswith(f"  mask {truth} marks 9")
+    assert lines[8].endswith("is it inverted?")
+    assert check(bottles, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["problems"], len(report["warnings"])) == ([], 2)
+
+
 def test_files_that_the_index_leaves_out_are_problems(
     write_tiles: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -43,23 +44,23 @@ def test_mistakes_are_named_and_leave_no_folder(
         assert not out.exists()
 
 
-def test_the_few_shot_table_misses_a_mask_before_it_computes_anything(
-    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_few_shot_table_of_a_set_without_masks_has_image_metrics_and_dashes(
+    photographs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of the last product; asked for before the extractor, which is not there."""
-    rows = [
-        {"file_name": f"{category}/{place}", "label": label, "category": category}
-        for category in ("bolt", "nut")
-        for place, label in (("train/good/0.png", 0), ("train/good/1.png", 0), ("test/dent/3.png", 1))
-    ]
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (photographs / "metadata.jsonl").write_text(lines)
-    flags = ["--dataset", "hf", "--root", str(photographs), "--extractors", str(tmp_path / "absent"), "--device", "cpu"]
+    for category in ("bolt", "nut"):
+        shutil.rmtree(photographs / category / "ground_truth")
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     from evaluate import main
 
-    assert main(flags) == 2
-    assert "2 defects have no mask, such as" in " ".join(capsys.readouterr().err.split())
+    assert main(["--root", str(photographs), "--shots", "1"]) == 0
+    captured = capsys.readouterr()
+    said = " ".join(captured.err.split())
+    assert said.count("no pixel metrics, which need one for each") == 2
+    assert "bolt: " in said
+    rows = [line.split() for line in captured.out.splitlines() if "FeatureNorm" in line]
+    assert len(rows) == 1
+    assert rows[0][-2:] == ["–", "–"]
+    assert 0 <= float(rows[0][-3]) <= 100
 
 
 def test_the_few_shot_table_names_the_product_with_too_few_images_before_it_computes_anything(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from adpretrain.backbones import load_backbone
 from adpretrain.data import Sample
 from adpretrain.extractor import ADExtractor
-from downstream.evaluation.evaluate import FeatureSet, encode_samples, same_residuals
+from downstream.detector import Prediction
+from downstream.evaluation.evaluate import FeatureSet, measure, same_residuals
 
 
 def images(*kinds: str) -> FeatureSet:
@@ -48,10 +51,21 @@ def test_nothing_to_score_is_an_error(kinds: tuple[str, ...]) -> None:
         group.queries(group.normals())
 
 
-def test_a_defect_without_a_mask_is_not_scored_as_normal(tmp_path: Path) -> None:
-    bare = Sample(tmp_path / "bad.png", None, "cap", "dent", None, "test")
-    with pytest.raises(ValueError, match=r"1 defects have no mask, such as .*bad\.png"):
-        encode_samples([bare], load_backbone("filterbank", image_size=64))
+def test_a_defect_without_a_mask_leaves_image_metrics_alone() -> None:
+    """Its pixels would be scored as normal; whether it is found needs no mask."""
+    maps = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0))
+    prediction = Prediction(torch.tensor([0.1, 0.9, 0.8]), maps)
+    group = images("test good", "test dent", "test dent")
+    masks = torch.zeros(3, 8, 8, dtype=torch.bool)
+    masks[1, 2:4, 2:4] = True
+    good, marked, bare = (*group.samples[:2], replace(group.samples[2], mask=None))
+    found = measure(prediction, FeatureSet([good, marked, bare], [], masks), [0, 1, 2])
+    assert found.image_auroc == 1.0
+    assert all(np.isnan([found.pixel_auroc, found.pixel_ap, found.pixel_f1, found.aupro]))
+    assert len(found.notes) == 1
+    assert "1 defects have no mask" in found.notes[0]
+    whole = measure(Prediction(prediction.scores[:2], maps[:2]), FeatureSet([good, marked], [], masks), [0, 1])
+    assert not np.isnan(whole.pixel_auroc)
 
 
 @pytest.mark.parametrize("changed", [{"norm": "released"}, {"matching": "cosine"}])
