@@ -26,6 +26,7 @@ from adpretrain.data.streaming import StreamedBatches, StreamedSet
 from adpretrain.extractor import ADExtractor, build_projector
 from adpretrain.objective import Objective
 from adpretrain.projector import FeatureProjector
+from adpretrain.shared import local_processes
 from adpretrain.speed import Stopwatch, Throughput, peak_flops
 from downstream.evaluation.evaluate import FeatureSet, by_product, encode_samples
 
@@ -194,4 +195,5 @@ def make_batches(run: Run) -> CachedBatches | OnlineBatches:
             config.cache.folder,
             config.cache.threads,
             track=lambda items, total: bar.track(items, total=total, description=next(stages)),
+            local=local_processes(run.folder.path, device, dist.group.WORLD),
         )
