@@ -66,6 +66,17 @@ def test_processes_share_the_work_and_the_memory_and_get_the_bytes_of_one(tmp_pa
     assert [left for *_, left in shared] == [[]] * 3
 
 
+def test_threads_give_the_bytes_of_one(tmp_path: Path) -> None:
+    """The views are drawn from torch's generator, which all threads have in common."""
+    root = make_synthetic(tmp_path / "set", 2, 5, 3, size=128, seed=1, workers=1, progress=False)
+    backbone = load_backbone("filterbank", image_size=64)
+    data = PretrainingSet(index_realiad(root), backbone.preprocess, [1], seed=5, augment="once")
+    one, *others = (
+        digests(CachedBatches(ADExtractor(backbone), data, CPU, draws=1, threads=threads)) for threads in (1, 8, 8)
+    )
+    assert others == [one, one]
+
+
 def test_a_disk_without_room_is_told_before_anything_is_mapped(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"MiB are needed\): '.*shared\.0\.tmp'"):
         LocalProcesses(0, 2, folder=tmp_path).empty((1 << 40, 1 << 10), torch.float32)
