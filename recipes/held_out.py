@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from run_setup import Run
 
@@ -22,6 +24,11 @@ def report_held_out(run: Run, step: int) -> None:
     shots = run.config.eval.shots
     if not run.baseline:
         raw = evaluate_held_out(run.extractor.without_projector(), run.held_out, shots)
+        if any(math.isnan(value) for value in raw.values()):
+            raise ValueError(
+                "no held-out product has a marked pixel where the network looks, so that AUPRO is not defined: choose "
+                "other data.held_out, or []"
+            )
         run.baseline.update({f"raw_{name}": value for name, value in raw.items()})
     line = {**evaluate_held_out(run.extractor, run.held_out, shots), **run.baseline}
     run.model.train()

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from memory_plan import check_memory
 from progress import progress_bar
 from rich.console import Console
-from run_data import CONDITIONING_IMAGES, digest_of, find_samples, step_batches, training_set
+from run_data import CONDITIONING_IMAGES, digest_of, find_samples, held_out_products, step_batches, training_set
 from run_folder import RunFolder
 
 from adpretrain.backbones import load_backbone
@@ -141,11 +141,13 @@ class Run:
 def set_up(config: PretrainConfig, console: Console, accelerator: Accelerator) -> Run:
     """Index the data, build the networks, the optimiser and the run's folder."""
     shards, samples, held_out = find_samples(config, console, accelerator.is_main_process)
+    products = held_out_products(held_out, config.eval.shots, console)
     torch.manual_seed(config.seed)
     extractor = build_extractor(config, samples, accelerator.device)
     data = training_set(config, shards, samples, extractor.preprocess)
     rank, processes = accelerator.process_index, accelerator.num_processes
-    check_memory(config, len(data), len(held_out), processes, accelerator.device, console)
+    scored = sum(len(group) for group in products.values())
+    check_memory(config, len(data), scored, processes, accelerator.device, console)
     per_epoch = step_batches(data, config, 0, 0, rank, processes).per_epoch
     steps = config.optim.steps or per_epoch * config.optim.epochs
     folder = RunFolder(config, console, accelerator.is_main_process)  # after everything a mistake could stop
@@ -157,9 +159,9 @@ def set_up(config: PretrainConfig, console: Console, accelerator: Accelerator) -
     scheduler = torch.optim.lr_scheduler.MultiStepLR(adam, [round(share * steps) for share in config.optim.milestones])
     optimizer = accelerator.prepare(adam)
     objective = Objective(config.loss, extractor, dist.group.WORLD)
-    products = by_product(held_out) if accelerator.is_main_process else {}
     with progress_bar(console) as bar:
-        groups = bar.track(list(products.values()), description="held-out products")
+        mine = list(products.values()) if accelerator.is_main_process else []
+        groups = bar.track(mine, description="held-out products")
         sets = [encode_samples(group, extractor.backbone, accelerator.device) for group in groups]
     half = config.optim.precision != "no"
     speed = Throughput(Stopwatch(accelerator.device), peak_flops(accelerator.device, half))
