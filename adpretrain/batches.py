@@ -29,6 +29,7 @@ from adpretrain.device import upload
 from adpretrain.extractor import ADExtractor
 from adpretrain.files import atomic_path
 from adpretrain.residual import as_map, residual_tokens, tokens
+from adpretrain.shared import ALONE, LocalProcesses
 
 
 @dataclass(frozen=True)
@@ -168,8 +169,8 @@ class CachedBatches:
 
     Epoch e uses draw e mod D. The views of an image stay the same (augment "once" or "none"), so a step costs only
     the projector: the way to pretrain a small projector on a CPU. ``folder`` keeps the cache on disk for the next run
-    with the same images and settings. ``threads`` images are prepared at a time. Of several processes, each computes
-    and holds all of it.
+    with the same images and settings. ``threads`` images are prepared at a time. Of several processes on a machine
+    (``local``), each computes its share of the images, and all of them map the result.
     """
 
     def __init__(
@@ -181,14 +182,15 @@ class CachedBatches:
         folder: str = "",
         threads: int = 1,
         track: Callable[[Iterable[Any], int], Iterable[Any]] = lambda items, total: items,
+        local: LocalProcesses = ALONE,
     ) -> None:
         self.data, self.device, self.draws = data, device, draws
         self.views = 1 if data.augment == "none" else 2
         path = Path(folder) / f"residuals-{self._fingerprint(extractor)}.safetensors" if folder else None
         stored = _load(path) if path is not None else None
-        if stored is None:
-            stored = self._compute(extractor, threads, track)
-            if path is not None:
+        if not local.everywhere(stored is not None) or stored is None:
+            stored = self._compute(extractor, threads, track, local)
+            if path is not None and local.rank == 0:
                 with atomic_path(path) as temporary:
                     save_tensors(stored, temporary)
         self.levels = [stored[f"level_{level}"] for level in range(len(extractor.channels))]  # [n, D, V, C, H, W]
@@ -209,31 +211,41 @@ class CachedBatches:
                 digest.update(value.cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def _compute(self, extractor: ADExtractor, threads: int, track: Any) -> dict[str, Tensor]:
-        count = len(self.data)
-        with ThreadPoolExecutor(threads) as pool:
-            encode = lambda index: self._encode(extractor, index)  # noqa: E731
-            plain = list(track(pool.map(encode, range(count)), count))
-            match = lambda index: self._match(extractor, plain, index)  # noqa: E731
-            matched = list(track(pool.map(match, range(count)), count))
-        levels = {f"level_{level}": torch.stack(maps) for level, maps in enumerate(zip(*matched, strict=True))}
-        return {**levels, "masks": torch.stack([self.data.mask(index) for index in range(count)])}
+    def _compute(self, extractor: ADExtractor, threads: int, track: Any, local: LocalProcesses) -> dict[str, Tensor]:
+        def fill(compute: Callable[[int], list[Tensor]]) -> list[Tensor]:
+            """What is computed of every image, stacked; each process computes that of its share."""
+            own = local.share(len(self.data))
+            with ThreadPoolExecutor(threads) as pool:
+                rows = iter(track(pool.map(compute, own), len(own)))
+                first = next(rows, None)
+                like = compute(0) if first is None else first  # more processes than images
+                whole = [local.empty((len(self.data), *part.shape), part.dtype) for part in like]
+                for row, index in zip(chain([like], rows), own, strict=False):
+                    for stacked, part in zip(whole, row, strict=True):
+                        stacked[index] = part
+            local.everywhere(True)
+            return whole
+
+        plain = fill(lambda index: self._encode(extractor, index))
+        *levels, masks = fill(lambda index: [*self._match(extractor, plain, index), self.data.mask(index)])
+        return {**{f"level_{number}": level for number, level in enumerate(levels)}, "masks": masks}
 
     @torch.no_grad()
-    def _encode(self, extractor: ADExtractor, index: int) -> FeatureMaps:
-        return [level.cpu() for level in encode(extractor, self.data.pixels(index)[None].to(self.device))]
+    def _encode(self, extractor: ADExtractor, index: int) -> list[Tensor]:
+        """L levels [C, H, W] of one image."""
+        return [level[0].cpu() for level in encode(extractor, self.data.pixels(index)[None].to(self.device))]
 
     @torch.no_grad()
-    def _match(self, extractor: ADExtractor, plain: list[FeatureMaps], index: int) -> list[Tensor]:
+    def _match(self, extractor: ADExtractor, plain: FeatureMaps, index: int) -> list[Tensor]:
         """L levels [D, V, C, H, W] of one image."""
-        views = plain[index]
+        views = [level[index : index + 1] for level in plain]
         if self.data.augment != "none":
             views = encode(extractor, self.data.views(index, epoch=0).to(self.device))
         views = [level.to(self.device) for level in views]
         draws = []
         for draw in range(self.draws):
             references = self.data.draw_references(index, draw)
-            chosen = [torch.cat([plain[other][level] for other in references]) for level in range(len(views))]
+            chosen = [level[list(references)] for level in plain]
             banks = [tokens(level.to(self.device)).flatten(0, 1)[None] for level in chosen]
             draws.append(extractor.residuals(views, banks, extractor.scales(views, banks)))
         return [torch.stack(level).half().cpu() for level in zip(*draws, strict=True)]

@@ -9,6 +9,7 @@ import contextlib
 import math
 import os
 import stat
+import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import IO, Any
@@ -264,6 +265,9 @@ class Preprocess:
         return asdict(self)
 
 
+_DRAWING = threading.Lock()
+
+
 class TwoViews:
     """Two independent photometric views of one picture (ADPretrain Sec. 3.2, parameters of the released code).
 
@@ -288,8 +292,8 @@ class TwoViews:
         """Photograph -> uint8 tensor [2, 3, S, S]; the same seed gives the same views."""
         placed = self.preprocess.pixels(image)
         # torchvision draws from torch's global generator: fork it, so that nobody else's numbers change
-        # (torch.manual_seed would reseed the GPUs too, which are not forked).
-        with torch.random.fork_rng(devices=[]):
+        # (torch.manual_seed would reseed the GPUs too, which are not forked). All threads have this one generator.
+        with _DRAWING, torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             return torch.stack([self.augment(placed) for _ in range(2)])
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from panels import save_panels
+from panels import product_folder, save_panels
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
@@ -28,12 +28,12 @@ from adpretrain.data import Sample
 from adpretrain.extractor import ADExtractor
 from adpretrain.files import atomic_path
 from adpretrain.hub import locate
-from adpretrain.references import random_references
 from downstream.evaluation.evaluate import (
     FeatureSet,
     about_masks,
     backbone_norm,
     by_product,
+    draw_shots,
     encode_samples,
     measure,
     same_residuals,
@@ -71,11 +71,9 @@ def evaluate_product(
     if extractors[0].conditioning is not None:
         rows.insert(0, (CONDITIONED, 0))
         candidates.insert(0, extractors[0].without_projector())
-    pool = images.normals()
     for shots in options.shots:
         for draw in range(options.draws):
-            references = [pool[index] for index in random_references(len(pool), shots, seed=draw)]
-            queries = images.queries(references)
+            references, queries = draw_shots(images.samples, shots, seed=draw)
             predictions = [(BACKBONE, 0, backbone_norm(images, queries, size))]
             predictions.append((RAW, 0, score([raw], images, references, queries)[0]))
             scored = score(candidates, images, references, queries)
@@ -87,7 +85,7 @@ def evaluate_product(
                     values = tuple(100 * getattr(metrics, metric) for metric in METRICS)
                     yield Result(row, name, shots, draw, defect, seed, values)
             if options.panels and draw == 0:
-                folder = options.panels / name / f"K{shots}"
+                folder = options.panels / product_folder(images.samples[0]) / f"K{shots}"
                 save_panels(folder, extractors[0], images, references, queries, predictions[-len(extractors)][2])
 
 

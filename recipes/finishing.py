@@ -6,12 +6,11 @@ import dataclasses
 import platform
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import torch
 import torchvision
 from held_out import published, refreshed
-from panels import save_panels
+from panels import product_folder, save_panels
 from run_data import count_categories
 from run_folder import git_commit
 from run_setup import Run
@@ -19,11 +18,9 @@ from run_setup import Run
 from adpretrain._version import __version__
 from adpretrain.artefact import save_tensors
 from adpretrain.backbones.fingerprint import fingerprint
-from adpretrain.data import Sample
 from adpretrain.extractor import ADExtractor
 from adpretrain.files import atomic_path
-from adpretrain.references import random_references
-from downstream.evaluation.evaluate import score
+from downstream.evaluation.evaluate import draw_shots, score
 
 EXAMPLES = 3  # held-out products whose heatmaps are drawn
 
@@ -62,21 +59,14 @@ def provenance(run: Run) -> dict[str, Any]:
     }
 
 
-def folder_name(sample: Sample) -> str:
-    """Of the product that a sample shows: its category and, if it has several, its camera view."""
-    return "@".join(quote(part, safe="") for part in (sample.category, sample.view) if part)
-
-
 def draw_examples(run: Run, extractor: ADExtractor) -> None:
     """Heatmaps of a few held-out products, for whoever looks at the run or at its page on the Hub."""
     shots = max(2, run.config.eval.shots)  # two, at least, give a colour scale
     for images in [images for images in run.held_out if len(images.normals()) >= shots][:EXAMPLES]:
         images = refreshed(run, images)
-        pool = images.normals()
-        references = [pool[index] for index in random_references(len(pool), shots)]
-        queries = images.queries(references)
+        references, queries = draw_shots(images.samples, shots)
         prediction = score([extractor], images, references, queries)[0]
-        folder = run.folder.path / "heatmaps" / folder_name(images.samples[0])
+        folder = run.folder.path / "heatmaps" / product_folder(images.samples[0])
         save_panels(folder, extractor, images, references, queries, prediction, kinds=1)
 
 

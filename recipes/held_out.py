@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 from run_setup import Run
@@ -38,6 +39,11 @@ def report_held_out(run: Run, step: int) -> None:
     sets = [refreshed(run, images) for images in run.held_out]
     if not run.baseline:
         raw = evaluate_held_out(extractor.without_projector(), sets, shots)
+        if any(math.isnan(value) for value in raw.values()):
+            raise ValueError(
+                "no held-out product has a marked pixel where the network looks, so that AUPRO is not defined: choose "
+                "other data.held_out, or []"
+            )
         run.baseline.update({f"raw_{name}": value for name, value in raw.items()})
     line = {**evaluate_held_out(extractor, sets, shots), **run.baseline}
     run.extractor.train()

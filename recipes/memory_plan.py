@@ -63,8 +63,8 @@ def on_host(config: PretrainConfig, counts: Counts, images: int) -> dict[str, fl
     batch = config.optim.batch_size * pictures * 3 * config.backbone.image_size**2  # 8-bit
     workers = 0 if draws else config.data.workers
     return {
-        # Half precision, twice while it is put together, beside the plain features it is made of.
-        "residual cache": images * values * (4 + 2 * 2 * draws * views) if draws else 0,
+        # Half precision, beside the plain features it is made of.
+        "residual cache": images * values * (4 + 2 * draws * views) if draws else 0,
         "loader": workers * (WORKER + QUEUED * batch),
         "reservoir": config.data.reservoir_mb << 20 if config.data.name == SHARDS else 0,
         "process": PROCESS,
@@ -80,13 +80,14 @@ def check_memory(
     device_parts, host_parts = on_device(config, counts, processes), on_host(config, counts, images)
     values = sum(tokens * width for tokens, width in zip(counts.tokens, counts.widths, strict=True))
     first_parts = {"held-out features": 4 * held_out * values}
+    shared_parts = {"residual cache": host_parts.pop("residual cache")}  # by the processes of a machine
     if device.type == "cuda":
         _check(device_parts | first_parts, "the GPU", total_memory(device), console)
         first_parts = {}
     else:
         host_parts |= device_parts
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine, by its launcher
-    together = {name: here * part for name, part in host_parts.items()} | first_parts
+    together = {name: here * part for name, part in host_parts.items()} | first_parts | shared_parts
     _check(together, "the machine", total_memory(torch.device("cpu")), console, here)
 
 

@@ -7,15 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 import torch
 
+from adpretrain.data import Sample
 from adpretrain.extractor import ADExtractor
 from adpretrain.preprocess import read_image
 from downstream.detector import Prediction
 from downstream.evaluation.evaluate import FeatureSet
 from downstream.featurenorm import FeatureNorm
 from downstream.visualise import ColourScale, panel, save_png, shown_region
+
+
+def file_name(*parts: str | None) -> str:
+    """A name for a file or folder that no other parts have: %XX for what is no letter or digit, joined by "@", parts
+    that are missing left out."""
+    name = "@".join(quote(part, safe="") for part in parts if part)
+    return name.replace(".", "%2E") if name in (".", "..") else name
+
+
+def product_folder(sample: Sample) -> str:
+    """The name of the folder of the product that a sample shows: its category and, if it has several, its view."""
+    return file_name(sample.category, sample.view)
 
 
 def save_panels(
@@ -43,4 +57,6 @@ def save_panels(
         photo = shown_region(read_image(sample.image), extractor.preprocess)
         mask = images.masks[queries[median]].cpu().numpy()
         title = f"{kind}: {sample.image.name}, score {float(prediction.scores[median]):.2f}"
-        save_png(panel(photo, prediction.maps[median].cpu().numpy(), scale, mask, title), folder / f"{kind}.png")
+        save_png(
+            panel(photo, prediction.maps[median].cpu().numpy(), scale, mask, title), folder / f"{file_name(kind)}.png"
+        )

@@ -22,6 +22,7 @@ from adpretrain.data.shards import Shards, pinned
 from adpretrain.data.streaming import StreamedBatches, StreamedSet
 from adpretrain.files import atomic_path
 from adpretrain.preprocess import Preprocess
+from downstream.evaluation.evaluate import by_product, draw_shots
 
 SHARDS = "shards"  # the data.name that streams
 COMMITS = "data_commits.json"  # in the run's folder: data.root -> the same at the commit of the run's start
@@ -98,6 +99,27 @@ def find_samples(
         return shards, *samples_of_shards(shards, config.data.held_out, main)
     checked = checked_samples(config.data, Path(config.run), console, main)
     return None, *split_samples(checked, config.data.held_out)
+
+
+def held_out_products(samples: Sequence[Sample], shots: int, console: Console) -> dict[str, list[Sample]]:
+    """The held-out samples by product, those left out and named that have no metrics: a product needs normal and
+    defective images beside its ``shots`` references.
+
+    Raises ValueError naming a product with fewer normal images than shots, or if no product has metrics.
+    """
+    products = by_product(samples)
+    scored = {name: draw_shots(group, shots)[1] for name, group in products.items()}
+    kinds = {name: {products[name][index].anomalous for index in queries} for name, queries in scored.items()}
+    bare = [name for name in products if len(kinds[name]) < 2]
+    if bare and len(bare) == len(products):
+        raise ValueError(
+            f"none of the held-out products can be scored ({', '.join(bare)}): each needs normal and defective images "
+            f"beside its {shots} references. Choose other data.held_out, or []"
+        )
+    if bare:
+        told = f"held out, but not scored for want of normal or of defective images: {', '.join(bare)}"
+        console.print(told, style="yellow", markup=False, soft_wrap=True)
+    return {name: group for name, group in products.items() if name not in bare}
 
 
 def training_set(

@@ -14,7 +14,15 @@ from accelerate import Accelerator
 from memory_plan import check_memory
 from progress import progress_bar
 from rich.console import Console
-from run_data import CONDITIONING_IMAGES, digest_of, find_samples, normal_images, step_batches, training_set
+from run_data import (
+    CONDITIONING_IMAGES,
+    digest_of,
+    find_samples,
+    held_out_products,
+    normal_images,
+    step_batches,
+    training_set,
+)
 from run_folder import RunFolder
 from torch import nn
 
@@ -28,6 +36,7 @@ from adpretrain.data.samples import to_learn_from
 from adpretrain.data.streaming import StreamedBatches, StreamedSet
 from adpretrain.extractor import ADExtractor, build_projector
 from adpretrain.objective import Objective
+from adpretrain.shared import local_processes
 from adpretrain.speed import Stopwatch, Throughput, peak_flops
 from downstream.evaluation.evaluate import FeatureSet, by_product, encode_samples
 
@@ -147,13 +156,15 @@ class Run:
 def set_up(config: PretrainConfig, console: Console, accelerator: Accelerator) -> Run:
     """Index the data, build the networks, the optimiser and the run's folder."""
     shards, samples, held_out = find_samples(config, console, accelerator.is_main_process)
+    products = held_out_products(held_out, config.eval.shots, console)
     torch.manual_seed(config.seed)
     extractor = build_extractor(config, samples, accelerator.device)
     data = training_set(config, shards, samples, extractor.preprocess)
     if unmarked := len(samples) - len(to_learn_from(samples)):
         console.print(f"{unmarked} unmarked views of defective parts are not trained on", highlight=False)
     rank, processes = accelerator.process_index, accelerator.num_processes
-    check_memory(config, len(data), len(held_out), processes, accelerator.device, console)
+    scored = sum(len(group) for group in products.values())
+    check_memory(config, len(data), scored, processes, accelerator.device, console)
     per_epoch = step_batches(data, config, 0, 0, rank, processes).per_epoch
     steps = config.optim.steps or per_epoch * config.optim.epochs
     folder = RunFolder(config, console, accelerator.is_main_process)  # after everything a mistake could stop
@@ -163,9 +174,9 @@ def set_up(config: PretrainConfig, console: Console, accelerator: Accelerator) -
     # its gradients are summed by `sum_gradients`.
     optimizer = accelerator.prepare(adam)
     objective = Objective(config.loss, extractor, dist.group.WORLD)
-    products = by_product(held_out) if accelerator.is_main_process else {}
     with progress_bar(console) as bar:
-        groups = bar.track(list(products.values()), description="held-out products")
+        mine = list(products.values()) if accelerator.is_main_process else []
+        groups = bar.track(mine, description="held-out products")
         sets = [encode_samples(group, extractor.backbone, accelerator.device) for group in groups]
     half = config.optim.precision != "no"
     speed = Throughput(Stopwatch(accelerator.device), peak_flops(accelerator.device, half))
@@ -238,4 +249,5 @@ def make_batches(run: Run) -> CachedBatches | OnlineBatches:
             config.cache.folder,
             config.cache.threads,
             track=lambda items, total: bar.track(items, total=total, description=next(stages)),
+            local=local_processes(run.folder.path, dist.group.WORLD),
         )

@@ -82,6 +82,24 @@ def about_masks(samples: Sequence[Sample]) -> str:
     return f"{len(bare)} defects have no mask, such as {bare[0]}: no pixel metrics, which need one for each"
 
 
+def draw_shots(samples: Sequence[Sample], shots: int, seed: int = 0) -> tuple[list[int], list[int]]:
+    """Indices of K random references of one product, and of the images to score against them.
+
+    Raises ValueError naming the product if it has fewer than K normal images, or if nothing is left to score.
+    """
+    pool, product = normals(samples), product_of(samples[0])
+    if shots > len(pool):
+        raise ValueError(
+            f"{product}: {shots} references (shots) cannot be drawn from its pool of {len(pool)} normal images; choose "
+            "fewer shots, or leave this product out"
+        )
+    references = [pool[index] for index in random_references(len(pool), shots, seed)]
+    try:
+        return references, queries(samples, references)
+    except ValueError as error:
+        raise ValueError(f"{product}: {error}") from error
+
+
 def encode_samples(samples: Sequence[Sample], backbone: Backbone, device: torch.device | str = "cpu") -> FeatureSet:
     """Run a backbone once over samples."""
     data = ImageDataset(samples, backbone.preprocess)
@@ -96,11 +114,16 @@ def encode_samples(samples: Sequence[Sample], backbone: Backbone, device: torch.
     return FeatureSet(list(samples), [torch.cat(level) for level in features], torch.stack(masks))
 
 
+def product_of(sample: Sample) -> str:
+    """The name of what shares references: its category and, if it has several, its camera view."""
+    return f"{sample.category}/{sample.view}" if sample.view else sample.category
+
+
 def by_product(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
     """Samples grouped by category and camera view, the unit that shares references."""
     groups: dict[str, list[Sample]] = defaultdict(list)
     for sample in samples:
-        groups[f"{sample.category}/{sample.view}" if sample.view else sample.category].append(sample)
+        groups[product_of(sample)].append(sample)
     return dict(sorted(groups.items()))
 
 
@@ -171,8 +194,6 @@ def measure(prediction: Prediction, images: FeatureSet, queries: Sequence[int]) 
 
 
 def few_shot(extractor: ADExtractor, images: FeatureSet, shots: int, seed: int = 0) -> Metrics:
-    """Metrics with K random references. Raises ValueError if the group has fewer than K normal images to draw from."""
-    pool = images.normals()
-    references = [pool[index] for index in random_references(len(pool), shots, seed)]
-    queries = images.queries(references)
+    """Metrics with K random references. Raises ValueError as `draw_shots` does."""
+    references, queries = draw_shots(images.samples, shots, seed)
     return measure(score([extractor], images, references, queries)[0], images, queries)

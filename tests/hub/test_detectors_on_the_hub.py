@@ -14,6 +14,7 @@ import torch
 from hub_server.fixture import settings
 from hub_server.server import Hub
 from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 
 from adpretrain.backbones import load_backbone
 from adpretrain.extractor import ADExtractor
@@ -159,3 +160,19 @@ def test_mistakes_are_a_line(
     (tmp_path / "config.json").write_text("[1")
     assert run("push", str(tmp_path), "--repo-id", "a/b") == 2
     assert "cannot read" in capsys.readouterr().err
+
+
+def test_damaged_weights_are_found_before_any_request(
+    hub: Hub, patchcore: PatchCore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = patchcore.save_pretrained(tmp_path / "fitted")
+    whole = load_file(folder / "model.safetensors")
+    name = next(name for name, value in whole.items() if value.is_floating_point() and value.ndim > 1)
+    for damaged, words in (
+        (whole[name] * torch.nan, f"{name} holds NaN or infinite values"),
+        (whole[name][:-1], f"{name} is {[len(whole[name]) - 1, *whole[name].shape[1:]]}, its config says"),
+    ):
+        save_file({**whole, name: damaged.contiguous()}, folder / "model.safetensors")
+        assert run("push", str(folder), "--repo-id", "factory/line") == 2
+        assert words in " ".join(capsys.readouterr().err.split())
+    assert hub.requests == []

@@ -12,10 +12,11 @@ from adpretrain.data import Sample
 
 def test_views_and_categories_of_any_name_have_heatmaps_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    from finishing import folder_name
+    from panels import product_folder
 
     products = [("nut", "C1"), ("nut", "C2"), ("nut", None), ("nut@C1", None), ("a/b", None), ("a", "b"), ("..", "/")]
-    names = [folder_name(Sample(Path("x.png"), None, category, "good", view, "")) for category, view in products]
+    products += [(".", None), ("..", None), ("%2E", None)]
+    names = [product_folder(Sample(Path("x.png"), None, category, "good", view, "")) for category, view in products]
     assert len(set(names)) == len(products)
-    assert not any("/" in name for name in names)
+    assert not any("/" in name or name in (".", "..") for name in names)
     assert names[2] == "nut"

@@ -19,7 +19,7 @@ from rich.console import Console
 from running import ROOT, finish, train
 
 from adpretrain.backbones import load_backbone
-from adpretrain.config import BackboneConfig, DataConfig, OptimConfig, PretrainConfig
+from adpretrain.config import BackboneConfig, CacheConfig, DataConfig, OptimConfig, PretrainConfig
 
 UNITS = {"MiB": 1 << 20, "GiB": 1 << 30}
 FACTOR = 1.5  # between what is said and what is measured
@@ -77,6 +77,14 @@ def test_all_processes_of_a_machine_and_their_reservoirs_count(
         check_memory(config, 10, 0, processes, cpu, said)
         held.append(float(re.findall(r"about ([\d.]+) GiB", said.file.getvalue())[-1]))
     assert held[1] == pytest.approx(2 * held[0], rel=0.02)  # what is printed is rounded
+    cached = PretrainConfig(cache=CacheConfig(draws=1), augment="once", optim=OptimConfig(batch_size=1))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    check_memory(cached, 10_000, 0, 1, cpu, said)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    check_memory(cached, 10_000, 0, 2, cpu, said)
+    one, two = (float(number) for number in re.findall(r"about ([\d.]+) GiB", said.file.getvalue())[-2:])
+    cache = on_host(cached, count(cached), 10_000)["residual cache"] / (1 << 30)
+    assert two == pytest.approx(2 * one - cache, rel=0.02)  # the cache is shared
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
     with pytest.raises(ValueError, match=r"\(1000 processes: .*data.reservoir_mb.*fewer processes on this machine"):
         check_memory(config, 10, 0, 1, cpu, said)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -11,9 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from running import LAUNCH, ROOT, train
 
-from adpretrain import ADExtractor
+from adpretrain import ADExtractor, load_backbone
+from adpretrain.data import ImageDataset, index_dataset
 
 Arguments = Callable[..., list[str]]
 
@@ -91,6 +94,7 @@ def test_both_losses_online_with_new_views_every_epoch(arguments: Arguments, tmp
     [
         (["--data.held_out", '["screw"]'], "held-out category 'screw' matches none of"),
         (["--shots", "[8]"], "K = 8 references need 9 normal images"),
+        (["--eval.shots", "70"], "/C1: 70 references (shots) cannot be drawn from its pool of 6 normal images"),
         (["--backbone.name", "resnet"], "backbone 'resnet' is unknown; choose one of"),
         (["--data.root", "nowhere"], "not found: nowhere"),
         (["--optim.batch_size", "4000"], "exceeds"),
@@ -107,3 +111,22 @@ def test_mistakes_are_named_in_a_sentence(
 ) -> None:
     assert words in refusal(arguments(tmp_path / "run", *flags))
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_held_out_masks_that_the_network_does_not_see_are_refused_before_training(
+    tiny_set: Path, arguments: Callable[..., list[str]], tmp_path: Path, refusal: Callable[[list[str]], str]
+) -> None:
+    """One marked pixel in the corner is lost when the mask gets the network's size: AUPRO would be nan."""
+    root = shutil.copytree(tiny_set, tmp_path / "set")
+    held_out = [s for s in index_dataset("realiad", root) if s.category.startswith("p000") and s.anomalous]
+    for sample in held_out:
+        for file in sample.mask_files:
+            Image.new("L", Image.open(file).size).save(file)
+        with Image.open(sample.mask_files[0]) as mask:
+            mask.putpixel((0, 0), 255)
+            mask.save(sample.mask_files[0])
+    preprocess = load_backbone("filterbank", image_size=64).preprocess
+    assert not any(ImageDataset(held_out, preprocess)[i]["mask"].any() for i in range(len(held_out)))
+    quick = ["--data.root", str(root), "--backbone.image_size", "64", "--conditioning", "false", "--optim.steps", "1"]
+    said = refusal(arguments(tmp_path / "run", *quick, "--eval.shots", "2"))
+    assert "no held-out product has a marked pixel where the network looks" in said

@@ -38,6 +38,18 @@ def trained(run: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
+def test_two_processes_write_the_residual_cache_of_one(arguments: Arguments, tmp_path: Path) -> None:
+    log, files = tmp_path / "log", []
+    for count in (1, 2):
+        folder = tmp_path / f"cache{count}"
+        flags = [*BOTH_LOSSES, "--cache.folder", str(folder), "--optim.steps", "1"]
+        wait(start(count, log, pretrain, arguments(tmp_path / f"run{count}", *flags)), log)
+        files += folder.iterdir()
+    one, two = files
+    assert (one.name, one.read_bytes()) == (two.name, two.read_bytes())
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [

@@ -1,5 +1,6 @@
 """Which samples of a benchmark a pretraining run takes."""
 
+import io
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ from PIL import Image
 from rich.console import Console
 
 from adpretrain.config import DataConfig, PretrainConfig
-from adpretrain.data import index_dataset
+from adpretrain.data import Sample, index_dataset
 from adpretrain.data.shard_writer import write_shards
 from adpretrain.data.shards import Shards
 from adpretrain.preprocess import Preprocess
@@ -61,3 +62,26 @@ def test_pretraining_without_a_single_defect_is_refused(tmp_path: Path, monkeypa
     shards = Shards(write_shards(normal, tmp_path / "shards", 1, references=2))
     with pytest.raises(ValueError, match=r"the 3 training images of .*set show no defect"):
         training_set(config, shards, [], Preprocess(8))
+
+
+def product(name: str, good: int, defects: int) -> list[Sample]:
+    samples = [Sample(Path(f"{name}{i}.png"), None, name, "good", None, "train") for i in range(good)]
+    return samples + [
+        Sample(Path(f"{name}d{i}.png"), Path("m.png"), name, "dent", None, "train") for i in range(defects)
+    ]
+
+
+def test_held_out_products_without_metrics_are_named_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product needs both kinds of images; without any such product there is nothing to score."""
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    from run_data import held_out_products
+
+    console = Console(file=io.StringIO(), width=200)
+    bolt, nut, disc = product("bolt", 5, 1), product("nut", 5, 0), product("disc", 4, 2)
+    assert list(held_out_products([*bolt, *nut, *disc], 4, console)) == ["bolt"]
+    assert "not scored for want of normal or of defective images: disc, nut" in console.file.getvalue()
+    assert held_out_products([], 4, console) == {}
+    with pytest.raises(ValueError, match=r"none of the held-out products can be scored \(nut\)"):
+        held_out_products(nut, 4, console)
+    with pytest.raises(ValueError, match=r"disc: 5 references \(shots\) cannot be drawn from its pool of 4 normal"):
+        held_out_products([*bolt, *disc], 5, console)
