@@ -42,7 +42,7 @@ def test_workers_outlive_requests_to_stop_but_not_the_process_that_trains(method
     script.write_text(TRAINING)
     command, path = [sys.executable, str(script), method], os.pathsep.join(sys.path)
     run = subprocess.run(
-        command, capture_output=True, text=True, timeout=60, check=False, env={**os.environ, "PYTHONPATH": path}
+        command, capture_output=True, text=True, timeout=300, check=False, env={**os.environ, "PYTHONPATH": path}
     )
     assert run.returncode == 1
     assert "50 batches after the signals" in run.stdout
