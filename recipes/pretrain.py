@@ -31,6 +31,7 @@ from adpretrain.objective import Losses, measure_centers
 from adpretrain.parsing import parse_command_line
 
 PLOT_EVERY = 60.0  # seconds
+ERASED = 0.1  # standard deviation of learnable references, which start at 1, below which they are all alike
 CONSTANT = 1e-3  # an attention output that varies less than this share of its own size over tokens says nothing
 
 
@@ -106,8 +107,8 @@ def settle(steps: list[tuple[int, Losses]]) -> tuple[float, float, float]:
 
 
 def vitals(run: Run, batch: LabelledBatch) -> dict[str, float]:
-    """Per level, whether the learnable references are alive; warns once where the attention's output has become a
-    constant, to which they add nothing."""
+    """Per level, whether the learnable references are alive; warns once where they have been erased, or the attention's
+    output has become a constant: they add nothing then."""
     if run.extractor.projector is None:
         return {}
     with run.accelerator.autocast():
@@ -115,11 +116,12 @@ def vitals(run: Run, batch: LabelledBatch) -> dict[str, float]:
     line = {}
     for level, (deviation, spread, size) in enumerate(found):
         line |= {f"reference_std_{level}": deviation, f"attention_spread_{level}": spread}
-        if size > 0 and spread < CONSTANT * size and level not in run.warned:
+        dead = deviation < ERASED or (size > 0 and spread < CONSTANT * size)
+        if dead and level not in run.warned:
             run.warned.add(level)
             run.console.print(
                 f"[yellow]level {level}: the attention's output has become a constant (it varies by {spread:.2g} over "
-                f"tokens, its size is {size:.2g}; the references' standard deviation is {deviation:.2g}): the "
+                f"tokens, its size is {size:.2g}; the references' standard deviation is {deviation:.2g}, from 1): the "
                 "learnable references add nothing; lower optim.weight_decay"
             )
     return line
