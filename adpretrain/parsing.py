@@ -7,6 +7,7 @@ take all memory, overflow the stack, or mean another thing than a reader sees.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import difflib
 import json
@@ -138,7 +139,7 @@ def _checked(
     """A mapping with its keys and types checked. Raises ValueError naming the key that is wrong."""
     check_keys(cls, mapping, where)
     try:
-        return parser.parse_object(dict(mapping))
+        return parser.parse_object(copy.deepcopy(dict(mapping)))  # it would replace what lists hold
     except (jsonargparse.ArgumentError, RecursionError) as error:
         raise ValueError(f"{where}: {_in_words(error)}") from error
 

@@ -183,6 +183,7 @@ def test_detectors_made_of_others_are_compared(samples: list[Sample], networks: 
             run_trial(full, Contender(name, features), networks, settings)[0] for name in ("padim", "ensemble")
         )
         assert np.argsort(single["scores"]).tolist() == np.argsort(joined["scores"]).tolist()
+    assert options == {"ensemble": {"members": [{"detector": "padim"}, {"detector": "padim"}]}}  # JSON still
     (every,) = trials(samples, ProtocolOptions("multi-class"))
     with pytest.raises(ValueError, match="refined on adpretrain keeps the normal images of all products"):
         run_trial(every, Contender("refined", "adpretrain"), networks, settings)
