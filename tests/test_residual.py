@@ -13,6 +13,7 @@ from adpretrain.residual import (
     residual_features,
     residual_tokens,
     search_index,
+    similarities,
     tokens,
 )
 
@@ -198,3 +199,30 @@ def test_errors_name_what_does_not_fit() -> None:
     for images in (0, 4):
         with pytest.raises(ValueError, match=rf"6 reference tokens cannot come from {images} images"):
             leave_one_out_residuals(bank[0], images)
+
+
+@pytest.mark.parametrize("setting", ["high", "medium"])
+def test_matching_is_in_full_precision_whatever_the_process_allows(setting: str) -> None:
+    """Where the processor, or a GPU, multiplies in TF32 or bfloat16 on request, neighbours would change."""
+    query, bank = torch.randn(2, 64, 96), torch.randn(1, 300, 96)
+    expected = similarities(query.flatten(0, 1), search_index(bank[0]))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(setting)
+    try:
+        found = similarities(query.flatten(0, 1), search_index(bank[0]))
+        assert torch.get_float32_matmul_precision() == setting
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(found, expected)
+
+
+def test_a_bank_for_each_image_is_searched_in_one_product_and_chunks_change_nothing() -> None:
+    """Against image by image, over chunks of any size, and (L2) against all distances."""
+    query, banks = torch.randn(5, 30, 8, dtype=torch.float64), torch.randn(5, 70, 8, dtype=torch.float64)
+    expected = torch.stack([torch.cdist(q, b).argmin(1) for q, b in zip(query, banks, strict=True)])
+    for metric in ("l2", "cosine"):
+        alone = torch.stack([nearest_reference(q[None], b[None], metric)[0] for q, b in zip(query, banks, strict=True)])
+        for chunk_bytes in (1, 10_000, None):
+            assert torch.equal(nearest_reference(query, banks, metric, chunk_bytes), alone)
+        if metric == "l2":
+            assert torch.equal(alone, expected)
