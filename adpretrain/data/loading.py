@@ -5,10 +5,8 @@ Shapes: B images, V views, S side in pixels, P photographs of a unit.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
+import atexit
 import signal
-import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -167,27 +165,30 @@ def load_ahead(
         pin_memory=device.type == "cuda",
         worker_init_fn=_work_on,
     )
+    batches = _until_exit(loader)
     if device.type == "cuda" and torch.cuda.is_available():
-        return _copied_ahead(loader, device)
-    return (batch.to(device) for batch in loader)
+        return _copied_ahead(batches, device)
+    return (batch.to(device) for batch in batches)
 
 
 def _work_on(worker: int) -> None:
     """A request to stop, which a terminal, SLURM or a launcher sends to all processes, is for the one that trains: it
-    finishes its step, and its workers end when it tells them to."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_told, daemon=True).start()
+    finishes its step, and its workers end when it tells them to, or when they find it gone."""
+    for request in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(request, signal.SIG_IGN)
 
 
-def _end_when_told() -> None:
-    # Python ends its daemonic children like this after an error, and waits for them.
-    trains = multiprocessing.parent_process()  # os.getppid() is the fork server, where one starts the workers
-    assert trains is not None
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trains.pid:
-        pass
-    os._exit(0)
+def _until_exit(loader: DataLoader[ImageBatch]) -> Iterator[ImageBatch]:
+    """The loader's batches. Its workers are told to end when nobody asks for more, and, should this process end in the
+    middle of them, before Python sends them the request to stop that they do not obey and waits for them."""
+    batches = iter(loader)
+    end = getattr(batches, "_shutdown_workers", lambda: None)  # without workers there is nothing to end
+    atexit.register(end)  # later than torch's own and Python's, so it comes first
+    try:
+        yield from batches
+    finally:
+        atexit.unregister(end)
+        end()
 
 
 def _copied_ahead(batches: Iterable[ImageBatch], device: torch.device) -> Iterator[ImageBatch]:
