@@ -202,7 +202,7 @@ def test_a_cache_without_links_is_checked_too(hub: Hub, saved: Saved, monkeypatc
 
 
 def parts_of(config: dict[str, Any]) -> list[str]:
-    return list(config.get("parts", []))
+    return list(config.get("provenance", {}).get("parts", []))
 
 
 def nested(saved: Saved, *parts: str) -> Path:
@@ -211,7 +211,7 @@ def nested(saved: Saved, *parts: str) -> Path:
     for part in ("", *parts):
         shutil.copytree(saved.folder, folder / part, dirs_exist_ok=True)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "parts": parts}))
+    (folder / "config.json").write_text(json.dumps({**config, "provenance": {"parts": parts}}))
     return folder
 
 
@@ -229,7 +229,7 @@ def test_the_parts_of_a_model_come_with_it(hub: Hub, saved: Saved) -> None:
 def test_a_part_that_is_missing_or_lies_elsewhere(hub: Hub, saved: Saved, tmp_path: Path) -> None:
     publish(nested(saved, "extractor"), "ada/one", private=False)
     with pytest.raises(ValueError, match=r"ada/one has no file lost/config\.json at commit"):
-        locate("ada/one", parts=lambda config: ["lost"] if "parts" in config else [])
+        locate("ada/one", parts=lambda config: ["lost"] if parts_of(config) else [])
     for part in ("../../../../out", "..", "/tmp", "a/b", ""):
         with pytest.raises(ValueError, match=r"names the part .*, which is no name of a folder"):
             locate("ada/one", parts=lambda _, part=part: [part])  # type: ignore[misc]
