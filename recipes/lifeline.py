@@ -8,6 +8,7 @@ connection: nobody is dead because he is slow.
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import os
 import secrets
 import socket
@@ -64,21 +65,32 @@ class Lifeline:
 
 def _accept(processes: int) -> dict[int, socket.socket]:
     """The first process's connections by rank."""
-    secret, both = secrets.token_bytes(SECRET), socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if both else socket.AF_INET
+    secret = secrets.token_bytes(SECRET)
     others: dict[int, socket.socket] = {}
-    with socket.create_server(("", 0), family=family, backlog=processes, dualstack_ipv6=both) as server:
+    with _listen(os.environ["MASTER_ADDR"], processes) as server:
         server.settimeout(JOINING)
         broadcast_object_list([(server.getsockname()[1], secret)])
         while len(others) < processes - 1:
             connection, _ = server.accept()
             connection.settimeout(JOINING)
-            greeting = connection.recv(SECRET + 4, socket.MSG_WAITALL)
+            greeting = b""
+            with contextlib.suppress(OSError):  # of a stranger who says nothing
+                greeting = connection.recv(SECRET + 4, socket.MSG_WAITALL)
             if greeting[:SECRET] == secret:
                 others[int.from_bytes(greeting[SECRET:], "big")] = _probed(connection)
             else:
                 connection.close()
     return others
+
+
+def _listen(address: str, processes: int) -> socket.socket:
+    """Where the processes meet: on this machine alone if all of them are here, else wherever others can reach it."""
+    known = socket.gethostbyname(address)
+    if ipaddress.ip_address(known).is_loopback:
+        return socket.create_server((known, 0), backlog=processes)
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    return socket.create_server(("", 0), family=family, backlog=processes, dualstack_ipv6=both)
 
 
 def _connect(rank: int) -> socket.socket:

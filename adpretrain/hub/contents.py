@@ -150,7 +150,14 @@ def _expected(folder: Path) -> dict[str, Tensor]:
     """The weights that a config.json describes: a detector's lists their shapes, an extractor's its networks' sizes."""
     content = read_json(folder / CONFIG_NAME)
     if "tensors" not in content:
-        return saved_tensors(read_config(folder), folder)
+        config = read_config(folder)
+        training = config.provenance.get("training")
+        if isinstance(training, dict) and training.get("learns") == "backbone":
+            raise ValueError(
+                f"{folder} is on a backbone that was trained with it (learns: backbone), whose weights are not in the "
+                "folder: nobody could load what would be published"
+            )
+        return saved_tensors(config, folder)
     try:
         return {name: torch.empty(shape, device="meta") for name, shape in content["tensors"].items()}
     except (TypeError, AttributeError, RuntimeError, OverflowError) as error:

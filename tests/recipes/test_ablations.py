@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from adpretrain import ADExtractor, load_backbone
 from adpretrain.data import index_dataset
 from adpretrain.data.pairs import PretrainingSet
+from adpretrain.hub.contents import files_to_publish
 from adpretrain.projector import FeatureProjector
 
 Arguments = Callable[..., list[str]]
@@ -100,6 +101,8 @@ def test_a_backbone_that_learns_itself(plain: Arguments, tmp_path: Path, matchin
     assert all(torch.equal(value, learnt[name]) for name, value in extractor.backbone.network.state_dict().items())
     with pytest.raises(ValueError, match="made with other weights"):
         ADExtractor.from_pretrained(folder, weights=weights)
+    with pytest.raises(ValueError, match="nobody could load what would be published"):
+        files_to_publish(folder)
     (tmp_path / "cut").mkdir()
     for name in ("config.yaml", "checked.json"):
         (tmp_path / "cut" / name).write_bytes((tmp_path / "run" / name).read_bytes())

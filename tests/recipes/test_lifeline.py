@@ -7,7 +7,9 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
 from processes import output, start, wait
+from running import ROOT
 
 
 def join(rank: int, count: int, grace: float) -> tuple[object, list[int]]:
@@ -54,3 +56,13 @@ def test_a_stopped_process_and_one_that_is_done_earlier_end_nobody(tmp_path: Pat
     log = tmp_path / "log"
     wait(start(2, log, stopped_then_done_before_the_other), log)
     assert "was killed" not in output(log, 0)
+
+
+def test_processes_of_one_machine_meet_on_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    from lifeline import _listen
+
+    with _listen("localhost", 2) as server:
+        assert server.getsockname()[0] == "127.0.0.1"
+    with _listen("0.0.0.0", 2) as server:  # others may come from anywhere
+        assert server.getsockname()[0] in ("::", "0.0.0.0")
