@@ -38,6 +38,6 @@ def until(happened: Callable[[], object], alive: Callable[[], bool]) -> bool:
 
 def finish(process: subprocess.Popen[str], expected: int = 0) -> str:
     """Wait; fail with the process's own words if it did not end as expected."""
-    output = process.communicate(timeout=300)[0]
-    assert process.returncode == expected, output
-    return output
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == expected, said
+    return said
