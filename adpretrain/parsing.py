@@ -169,7 +169,19 @@ def wrong_value(line: str) -> tuple[str, str, list[str]] | None:
     return key, value, list(dict.fromkeys(words))
 
 
+def _refuse_nulls(cls: type, parsed: Any, prefix: str = "") -> None:
+    """Raise ValueError naming a key that is null and may not be: the parser takes null for a value of any type."""
+    for key, hint in typing.get_type_hints(cls).items():
+        value, kinds = parsed.get(key), typing.get_args(hint) or (hint,)
+        if value is None and hint is not Any and type(None) not in kinds:
+            raise ValueError(f"{prefix}{key} null: expected a value; leave the key out to have its default")
+        inside = next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
+        if inside is not None and isinstance(value, jsonargparse.Namespace):
+            _refuse_nulls(typing.cast(type, inside), value, f"{prefix}{key}.")
+
+
 def _instantiate(cls: type[T], parser: jsonargparse.ArgumentParser, parsed: jsonargparse.Namespace) -> T:
+    _refuse_nulls(cls, parsed)
     values = vars(parser.instantiate(parsed))
     return cls(**{item.name: values[item.name] for item in dataclasses.fields(cls)})  # type: ignore[arg-type]
 

@@ -166,6 +166,7 @@ def test_a_saved_extractor_names_the_commit_and_levels_but_no_path(hub_cache: Pa
     folder = extractor.save_pretrained(tmp_path / "extractor")
     config = json.loads((folder / CONFIG_NAME).read_text())["backbone"]
     recorded = {"name": SMALL, "image_size": 64, "revision": SHA, "weights": None, "levels": [2, 3]}
+    recorded |= {"resize": "squeeze", "crop_from": None}
     assert config == recorded
     loaded = ADExtractor.from_pretrained(folder)
     assert loaded.config == extractor.config

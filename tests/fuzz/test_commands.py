@@ -104,9 +104,9 @@ def test_push_finds_mistakes_before_it_asks_the_network(here: Path, capsys: pyte
     assert "is not a folder" in refused(capsys, "push", "nowhere", "--repo-id=o/n")
     for model in ("extractor", "detector"):
         content = json.loads((here / model / "config.json").read_text())
-        assert "no token is set" in refused(capsys, "push", model, "--repo-id=o/" + "n" * 94, "--dry-run")
+        assert "no token is set" in refused(capsys, "push", model, "--repo-id=o/" + "n" * 94)
         (here / model / "README.md").unlink()  # is made anew
-        assert "no token is set" in refused(capsys, "push", model, "--repo-id=o/n", "--dry-run")
+        assert "no token is set" in refused(capsys, "push", model, "--repo-id=o/n")
         (here / model / "config.json").write_text(json.dumps({**content, "surplus": 1}))
         assert "surplus" in refused(capsys, "push", model, "--repo-id=o/n", "--dry-run")
         (here / model / "config.json").write_text(json.dumps(content))

@@ -24,6 +24,7 @@ def arguments(tiny_set: Path) -> Callable[..., list[str]]:
     def build(run: Path, *flags: str) -> list[str]:
         fixed = ["--config", str(ROOT / "recipes" / "configs" / "demo.yaml"), "--run", str(run)]
         fixed += ["--data.root", str(tiny_set), "--cache.folder", "", "--shots", "[1,3]", "--optim.batch_size", "8"]
+        fixed += ["--data.workers", "0"]
         return [*fixed, "--projector.references", "16", "--tracker", "false", "--log_every", "1", *flags]
 
     return build
