@@ -21,7 +21,7 @@ WAYS = {
 
 
 def run(dtype: torch.dtype, decay: float, steps: int = STEPS, every: int = EVERY) -> list[tuple[float, float]]:
-    """(standard deviation of the references, variation of the attention's output over its size), every so many steps."""
+    """(deviation of the references, variation of the attention's output over its size), every so many steps."""
     torch.manual_seed(0)
     model = FeatureProjector([32], references=64, heads=4, form="released").train().to(dtype)
     adam = torch.optim.Adam(model.parameters(), 1e-4, weight_decay=decay)
