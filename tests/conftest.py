@@ -29,3 +29,9 @@ def device(request: pytest.FixtureRequest) -> Iterator[Device]:
         pytest.skip("a real CUDA device is here: nothing to pretend")
     with pretend_device() as state:
         yield Device(torch.device("cuda"), state.syncs, state.uploads, state.launches)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: a process that is left with one at the end would keep the others waiting."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
