@@ -167,8 +167,8 @@ def set_up(config: PretrainConfig, console: Console, accelerator: Accelerator) -
     check_memory(config, len(data), scored, processes, accelerator.device, console)
     per_epoch = step_batches(data, config, 0, 0, rank, processes).per_epoch
     steps = config.optim.steps or per_epoch * config.optim.epochs
-    folder = RunFolder(config, console, accelerator.is_main_process)  # after everything a mistake could stop
     model = learner(config, extractor, console)
+    folder = RunFolder(config, console, accelerator.is_main_process)  # after everything a mistake could stop
     adam, scheduler = make_optimizer(config.optim, model, steps)
     # The scheduler is not prepared by accelerate: a prepared one steps once per process. The projector is not either:
     # its gradients are summed by `sum_gradients`.
