@@ -203,7 +203,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     try:
         save_file({name: value.contiguous() for name, value in tensors.items()}, path, metadata={"format": "pt"})
     except SafetensorError as error:
-        if (number := re.search(r"os error (\d+)", str(error))) is None:
+        if (number := re.search(r"(?:os error|code:) (\d+)", str(error))) is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
     path.chmod(0o644)  # safetensors makes private files
