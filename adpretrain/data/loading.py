@@ -6,7 +6,10 @@ Shapes: B images, V views, S side in pixels, P photographs of a unit.
 from __future__ import annotations
 
 import atexit
+import multiprocessing
+import os
 import signal
+import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -173,9 +176,18 @@ def load_ahead(
 
 def _work_on(worker: int) -> None:
     """A request to stop, which a terminal, SLURM or a launcher sends to all processes, is for the one that trains: it
-    finishes its step, and its workers end when it tells them to, or when they find it gone."""
+    finishes its step, and its workers end when it tells them to, or when it is gone."""
     for request in (signal.SIGINT, signal.SIGTERM):
         signal.signal(request, signal.SIG_IGN)
+    threading.Thread(target=_end_without_trainer, daemon=True).start()
+
+
+def _end_without_trainer() -> None:
+    # torch looks at the parent's number for this, which is the fork server's where one starts the workers.
+    trains = multiprocessing.parent_process()
+    assert trains is not None
+    trains.join()
+    os._exit(1)
 
 
 def _until_exit(loader: DataLoader[ImageBatch]) -> Iterator[ImageBatch]:

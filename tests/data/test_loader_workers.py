@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 TRAINING = """
-import multiprocessing, subprocess, sys
+import multiprocessing, os, signal, subprocess, sys
 import torch
 from adpretrain.data.loading import ImageBatch, Request, load_ahead
 
@@ -26,6 +27,9 @@ def train():
         for name in ("TERM", "INT"):
             subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
     print(len(list(zip(range(50), batches))), "batches after the signals")
+    print("worker", worker.pid, flush=True)
+    if sys.argv[2] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
     raise RuntimeError("this process is on fire")
 
 if __name__ == "__main__":
@@ -35,15 +39,23 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("end", ["raises", "killed"])
 @pytest.mark.parametrize("method", ["fork", pytest.param("forkserver", marks=pytest.mark.long)])
-def test_workers_outlive_requests_to_stop_but_not_the_process_that_trains(method: str, tmp_path: Path) -> None:
+def test_workers_outlive_requests_to_stop_but_not_the_process_that_trains(
+    method: str, end: str, tmp_path: Path
+) -> None:
     """Python 3.14 starts them from a fork server."""
     script = tmp_path / "training.py"
     script.write_text(TRAINING)
-    command, path = [sys.executable, str(script), method], os.pathsep.join(sys.path)
+    command, path = [sys.executable, str(script), method, end], os.pathsep.join(sys.path)
     run = subprocess.run(
         command, capture_output=True, text=True, timeout=300, check=False, env={**os.environ, "PYTHONPATH": path}
     )
-    assert run.returncode == 1
     assert "50 batches after the signals" in run.stdout
-    assert "this process is on fire" in run.stderr
+    if end == "raises":
+        assert run.returncode == 1
+        assert "this process is on fire" in run.stderr
+    worker, deadline = int(run.stdout.split()[-1]), time.monotonic() + 30
+    while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{worker}").exists()
