@@ -33,6 +33,8 @@ from adpretrain.parsing import parse_command_line
 PLOT_EVERY = 60.0  # seconds
 ERASED = 0.1  # standard deviation of learnable references, which start at 1, below which they are all alike
 CONSTANT = 1e-3  # an attention output that varies less than this share of its own size over tokens says nothing
+VARIED = 1e-2  # one that has varied more than this has had something to say
+SEEN = 4  # images of a batch whose attention is looked at for this
 
 
 def prepare(run: Run, batch: ResidualBatch) -> LabelledBatch:
@@ -107,22 +109,27 @@ def settle(steps: list[tuple[int, Losses]]) -> tuple[float, float, float]:
 
 
 def vitals(run: Run, batch: LabelledBatch) -> dict[str, float]:
-    """Per level, whether the learnable references are alive; warns once where they have been erased, or the attention's
-    output has become a constant: they add nothing then."""
+    """Per level, the standard deviation of the learnable references, and how much the attention's output varies over
+    tokens, as a share of its size. Warns once where the references have been erased, or an output that did vary has
+    become a constant: they add nothing then."""
     if run.extractor.projector is None:
         return {}
     with run.accelerator.autocast():
-        found = run.extractor.projector.vitals([level[:1] for level in batch.views[0]]).tolist()
+        found = run.extractor.projector.vitals([level[:SEEN] for level in batch.views[0]]).tolist()
     line = {}
     for level, (deviation, spread, size) in enumerate(found):
-        line |= {f"reference_std_{level}": deviation, f"attention_spread_{level}": spread}
-        dead = deviation < ERASED or (size > 0 and spread < CONSTANT * size)
+        variation = spread / size if size else 0.0
+        line |= {f"reference_std_{level}": deviation, f"attention_spread_{level}": variation}
+        if variation > VARIED:
+            run.varied.add(level)
+        dead = deviation < ERASED or (level in run.varied and variation < CONSTANT)
         if dead and level not in run.warned:
             run.warned.add(level)
+            advice = "; lower optim.weight_decay" if run.config.optim.weight_decay else ""
             run.console.print(
-                f"[yellow]level {level}: the attention's output has become a constant (it varies by {spread:.2g} over "
-                f"tokens, its size is {size:.2g}; the references' standard deviation is {deviation:.2g}, from 1): the "
-                "learnable references add nothing; lower optim.weight_decay"
+                f"[yellow]level {level}: the attention's output has become a constant (over tokens it varies by "
+                f"{variation:.2g} of its size; the references' standard deviation is {deviation:.2g}, from 1): the "
+                f"learnable references add nothing{advice}"
             )
     return line
 

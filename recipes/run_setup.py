@@ -36,6 +36,7 @@ from adpretrain.data.samples import to_learn_from
 from adpretrain.data.streaming import StreamedBatches, StreamedSet
 from adpretrain.extractor import ADExtractor, build_projector
 from adpretrain.objective import Objective
+from adpretrain.preprocess import Preprocess, crop_side
 from adpretrain.shared import local_processes
 from adpretrain.speed import Stopwatch, Throughput, peak_flops
 from downstream.evaluation.evaluate import FeatureSet, by_product, encode_samples
@@ -84,6 +85,7 @@ class Run:
     speed: Throughput
     baseline: dict[str, float] = field(default_factory=dict)  # the held-out metrics of untrained residuals
     best: dict[str, Any] = field(default_factory=dict)  # step, score and weights of the best projector so far
+    varied: set[int] = field(default_factory=set)  # levels whose attention has been seen to vary over tokens
     warned: set[int] = field(default_factory=set)  # levels whose references have been told of
 
     def schedule(self, start: int, stop: int) -> StepBatches | StreamedBatches:
@@ -155,6 +157,8 @@ class Run:
 
 def set_up(config: PretrainConfig, console: Console, accelerator: Accelerator) -> Run:
     """Index the data, build the networks, the optimiser and the run's folder."""
+    given = config.backbone  # a mistake in it is found before images are read
+    Preprocess(given.image_size, crop_side(given.image_size, given.resize, given.crop_from))
     shards, samples, held_out = find_samples(config, console, accelerator.is_main_process)
     products = held_out_products(held_out, config.eval.shots, console)
     torch.manual_seed(config.seed)

@@ -4,9 +4,9 @@
       --evaluate "--dataset visa --root data/VisA" --launch "accelerate launch --num_processes 8" \\
       -- --data.root data/Real-IAD
 
-What follows -- goes to every pretraining run, and --evaluate to recipes/evaluate.py. A finished run, or product, is
-kept: the same command goes on after a crash. --dry-run prints the commands. Variants with the same keys, such as the
-default of each table, are one run.
+What follows -- goes to every pretraining run, and --evaluate to recipes/evaluate.py. The same command goes on after a
+crash, from what each of the two keeps; a folder that holds another run, or other results, is refused by them. --dry-run
+prints the commands. Variants with the same keys, such as the default of each table, are one run.
 """
 
 from __future__ import annotations
@@ -135,8 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for row in {row.run: row for row in rows}.values():
         for command in commands(options, row):
             print("$", shlex.join(command), flush=True)
-            done = row.run / "extractor" if "--run" in command else row.run / "evaluation" / "table.json"
-            if options.dry_run or done.exists():
+            if options.dry_run:
                 continue
             if code := subprocess.run(command, check=False, env=os.environ).returncode:
                 console.print(f"[red]error:[/] it ended with exit code {code}; the same command goes on from there")

@@ -153,6 +153,6 @@ def shape_warning(odd: int, total: int) -> list[str]:
     if not odd:
         return []
     return [
-        f"{odd} of {total} images have a shape (width:height) unlike the normal photographs'. Every photograph "
-        "becomes the same square, so a difference in shape looks like an anomaly: crop them alike."
+        f"{odd} of {total} images have a shape (width:height) unlike the normal photographs'. They are "
+        "prepared like those, so what lies elsewhere in them looks like an anomaly: crop them alike."
     ]

@@ -180,20 +180,29 @@ def warned(rank: int, argv: list[str]) -> list[str]:
     config = pretrain.parse_command_line(pretrain.PretrainConfig, argv)
     run = pretrain.set_up(config, console, pretrain.start(config))
     batch = pretrain.prepare(run, next(iter(pretrain.make_batches(run)(run.schedule(0, 1)))))
+    layers = run.extractor.projector.levels
+    pretrain.vitals(run, batch)  # outputs of zero, at the start: nothing has died
+    for level in layers:
+        torch.nn.init.normal_(level.attention[0].out.weight)
+        level.references.data.mul_(100)  # keys far apart, whatever the residuals' scale
+    pretrain.vitals(run, batch)  # alive
     with torch.no_grad():
-        for level in run.extractor.projector.levels:
-            level.references.zero_()
-            torch.nn.init.normal_(level.attention[0].out.weight)
+        layers[0].references.fill_(0.5)  # erased
+        for level in layers[1:]:  # alive, but nothing is asked of them any more
+            level.attention[0].query.weight.zero_()
+    assert not console.export_text(clear=False).count("constant")
     pretrain.vitals(run, batch)
     pretrain.vitals(run, batch)
     return console.export_text().splitlines()
 
 
-def test_a_run_whose_references_have_died_says_so_once_a_level(plain: Arguments, tmp_path: Path) -> None:
-    (said,) = together(1, tmp_path, warned, plain(tmp_path / "run"))
+@pytest.mark.parametrize("decay", [True, False])
+def test_a_run_whose_references_have_died_says_so_once_a_level(plain: Arguments, tmp_path: Path, decay: bool) -> None:
+    flags = ["--optim.weight_decay", "0.0005"] if decay else []
+    (said,) = together(1, tmp_path, warned, plain(tmp_path / "run", *flags))
     found = [line for line in said if "has become a constant" in line]
     assert len(found) == 4
-    assert "lower optim.weight_decay" in found[0]
+    assert all(("lower optim.weight_decay" in line) == decay for line in found)
 
 
 def test_a_loss_that_is_not_finite_names_its_step_however_late_it_is_read(plain: Arguments, tmp_path: Path) -> None:
