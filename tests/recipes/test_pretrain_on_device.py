@@ -101,7 +101,16 @@ def test_a_step_waits_for_nothing_and_launches_no_more_for_more_images(
                 "--backbone.resize",
                 "squeeze",
             ]
-            flags += ["--projector.references", "8", "--optim.batch_size", str(size), "--data.workers", "0"]
+            flags += [
+                "--backbone.crop_from",
+                "null",
+                "--projector.references",
+                "8",
+                "--optim.batch_size",
+                str(size),
+                "--data.workers",
+                "0",
+            ]
             flags += [
                 "--tracker",
                 "false",
