@@ -8,7 +8,6 @@ from pathlib import Path
 
 from adpretrain.backbones import clip, dinov2, imagebind, lite, timm
 from adpretrain.backbones.base import Backbone
-from adpretrain.backbones.filterbank import build as build_filterbank
 from adpretrain.backbones.weights import Source, Weights
 
 Build = Callable[[str, Weights, int, list[int]], Backbone]  # name, weights, image size, levels
@@ -75,7 +74,6 @@ BACKBONES: dict[str, BackboneEntry] = {
     "lite0": _lite(0, "efficientnet-lite0-57934424.pth", (40, 112), LITE0),
     "lite1": _lite(1, "efficientnet-lite1-77cc7160.pth", (40, 112)),
     "lite2": _lite(2, "efficientnet-lite2-9656183e.pth", (48, 120)),
-    "filterbank": BackboneEntry(build_filterbank, (1, 2, 3, 4), (29, 29, 29, 30), "none needed"),
     "dinov2-small": _dinov2("small", (3, 6, 9, 12)),
     "dinov2-base": _dinov2("base", (3, 6, 9, 12)),
     "dinov2-large": _dinov2("large", (6, 12, 18, 24)),

@@ -80,9 +80,11 @@ def test_the_file_is_what_the_script_makes_of_the_package(tmp_path: Path) -> Non
     if spec is None or spec.origin is None:
         pytest.skip(f"the package {PACKAGE} is not installed")
     folder = Path(spec.origin).parent
-    built = tmp_path / "lite0.safetensors"
-    subprocess.run([sys.executable, ROOT / "hub" / "build_lite0.py", folder, "--out", built], check=True)
-    assert built.read_bytes() == LITE0.read_bytes()
+    subprocess.run([sys.executable, ROOT / "hub" / "build_embedded.py", folder, "--out", tmp_path], check=True)
+    assert (tmp_path / LITE0.name).read_bytes() == LITE0.read_bytes()
+    ours, built = (load_file(path / "model.safetensors") for path in (LITE0.parent, tmp_path))
+    assert ours.keys() == built.keys()
+    assert all(torch.allclose(ours[name], built[name], rtol=1e-3) for name in ours)
 
 
 def test_weights_as_a_run_that_trains_the_backbone_leaves_them(tmp_path: Path) -> None:
