@@ -10,7 +10,7 @@ from transformers import Dinov2Config, Dinov2Model
 from adpretrain.backbones import load_backbone
 from adpretrain.backbones.dinov2 import DinoV2
 from adpretrain.batches import CachedBatches, OnlineBatches, ResidualBatch, encode_batch, label, thin
-from adpretrain.conditioning import Conditioning
+from adpretrain.local_scale import LocalScale
 from adpretrain.config import ReferencesConfig
 from adpretrain.data import Sample, index_realiad
 from adpretrain.data.loading import Requests
@@ -25,14 +25,14 @@ CPU = torch.device("cpu")
 def data(tmp_path_factory: pytest.TempPathFactory) -> PretrainingSet:
     root = make_synthetic(tmp_path_factory.mktemp("set"), 2, 5, 3, size=128, seed=1, workers=1, progress=False)
     return PretrainingSet(
-        index_realiad(root), load_backbone("filterbank", image_size=64).preprocess, [1, 3], seed=5, augment="none"
+        index_realiad(root), load_backbone("lite0", image_size=64).preprocess, [1, 3], seed=5, augment="none"
     )
 
 
 @pytest.fixture(scope="module")
 def extractor() -> ADExtractor:
-    backbone = load_backbone("filterbank", image_size=64)
-    return ADExtractor(backbone, conditioning=Conditioning(backbone.channels))
+    backbone = load_backbone("lite0", image_size=64)
+    return ADExtractor(backbone, local_scale=LocalScale(len(backbone.channels)))
 
 
 def by_key(batches: list[ResidualBatch]) -> dict[tuple[int, int], list[torch.Tensor]]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from adpretrain.backbones import load_backbone
 from adpretrain.backbones.dinov2 import DinoV2
 from adpretrain.batches import CachedBatches, LabelledBatch, OnlineBatches, ResidualBatch, label, thin
-from adpretrain.conditioning import Conditioning
+from adpretrain.local_scale import LocalScale
 from adpretrain.config import LossConfig, ProjectorConfig
 from adpretrain.data import index_realiad
 from adpretrain.data.pairs import PretrainingSet, StepBatches
@@ -47,18 +47,18 @@ def photographs(count: int, seed: int = 0) -> Tensor:
     return torch.rand(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
 
 
-def make(architecture: str | None = "learnable_kv", conditioned: bool = True) -> ADExtractor:
+def make(architecture: str | None = "learnable_kv", scaled: bool = True) -> ADExtractor:
     """An extractor whose projector does something: its output layers do not start at zero."""
     torch.manual_seed(0)
-    backbone = load_backbone("filterbank", image_size=SIDE)
-    conditioning = Conditioning(backbone.channels) if conditioned else None
+    backbone = load_backbone("lite0", image_size=SIDE)
+    scale = LocalScale(len(backbone.channels)) if scaled else None
     if architecture is None:
-        return ADExtractor(backbone, conditioning=conditioning)
+        return ADExtractor(backbone, local_scale=scale)
     config = ProjectorConfig(architecture=architecture, references=16, heads=2)
     projector = build_projector(config, backbone.channels)
     for parameter in projector.parameters():
         nn.init.normal_(parameter, std=0.1)
-    return ADExtractor(backbone, projector, config, conditioning)
+    return ADExtractor(backbone, projector, config, scale)
 
 
 RESIDUALS: dict[str, Callable[[Tensor, Tensor], Any]] = {
@@ -169,7 +169,7 @@ def test_a_small_dinov2(device: Device) -> None:
     backbone = DinoV2(Dinov2Model(config), "tiny", 56, [1, 3])
     images = normal(0, 2, 3, 56, 56)
     expected = backbone(images)
-    extractor = ADExtractor(backbone, conditioning=Conditioning(backbone.channels))
+    extractor = ADExtractor(backbone, local_scale=LocalScale(len(backbone.channels)))
     residuals = extractor.set_references(images.flip(0))(images)
     extractor.to(device.place)
     device.equal(backbone(images.to(device.place)), expected, 1e-4, 1e-5)
@@ -241,7 +241,7 @@ def test_the_losses_do_not_wait_for_the_device(device: Device, loss: str, form: 
 def data(tmp_path_factory: pytest.TempPathFactory) -> PretrainingSet:
     root = make_synthetic(tmp_path_factory.mktemp("set"), 1, 3, 2, size=64, seed=1, workers=1, progress=False)
     return PretrainingSet(
-        index_realiad(root), load_backbone("filterbank", image_size=SIDE).preprocess, [1, 2], seed=5, augment="none"
+        index_realiad(root), load_backbone("lite0", image_size=SIDE).preprocess, [1, 2], seed=5, augment="none"
     )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from adpretrain import ADExtractor
 from adpretrain.artefact import FORMAT_VERSION
 from adpretrain.backbones import Backbone, FeatureMaps, load_backbone
-from adpretrain.conditioning import Conditioning
+from adpretrain.local_scale import LocalScale
 from adpretrain.config import ProjectorConfig
 from adpretrain.extractor import build_projector
 from adpretrain.preprocess import Preprocess
@@ -33,10 +33,10 @@ def images(count: int, seed: int = 0) -> Tensor:
     return torch.rand(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
 
 
-def make(architecture: str | None = "learnable_kv", conditioned: bool = True, **projector: Any) -> ADExtractor:
+def make(architecture: str | None = "learnable_kv", scaled: bool = True, **projector: Any) -> ADExtractor:
     torch.manual_seed(0)
-    backbone = load_backbone("filterbank", image_size=SIDE)
-    conditioning = Conditioning(backbone.channels) if conditioned else None
+    backbone = load_backbone("lite0", image_size=SIDE)
+    scale = LocalScale(len(backbone.channels)) if scaled else None
     if conditioning:
         conditioning.fit([backbone(images(3, seed=seed)) for seed in (10, 11)])
     config = None
@@ -49,7 +49,7 @@ def make(architecture: str | None = "learnable_kv", conditioned: bool = True, **
         backbone,
         projector=trained,
         projector_config=config,
-        conditioning=conditioning,
+        local_scale=scale,
         centers=[torch.randn(width) for width in backbone.channels],
         provenance={"seed": 0, "data": "noise"},
     )
@@ -118,16 +118,16 @@ def test_the_config_comes_back(saved: Path) -> None:
 
 
 @pytest.mark.parametrize("architecture", [None, *ARCHITECTURES])
-@pytest.mark.parametrize("conditioned", [False, True])
-def test_every_architecture_saves_and_loads(architecture: str | None, conditioned: bool, tmp_path: Path) -> None:
-    extractor = make(architecture, conditioned, references=16)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_every_architecture_saves_and_loads(architecture: str | None, scaled: bool, tmp_path: Path) -> None:
+    extractor = make(architecture, scaled, references=16)
     loaded = ADExtractor.from_pretrained(extractor.save_pretrained(tmp_path / "extractor"))
     banks, query = extractor.encode_references(images(2, 1)), images(2, 2)
     assert same(loaded(query, banks), extractor(query, banks))
 
 
 def test_a_crop_is_saved_with_the_extractor(tmp_path: Path) -> None:
-    backbone = load_backbone("filterbank", image_size=SIDE, resize="crop", crop_from=72)
+    backbone = load_backbone("lite0", image_size=SIDE, resize="crop", crop_from=72)
     loaded = ADExtractor.from_pretrained(ADExtractor(backbone).save_pretrained(tmp_path / "extractor"))
     assert loaded.preprocess == backbone.preprocess == Preprocess(SIDE, 72, interpolation="bilinear")
     content = json.loads((tmp_path / "extractor" / CONFIG).read_text())
@@ -281,7 +281,7 @@ def test_a_save_that_runs_out_of_space_leaves_the_earlier_extractor(folder: Path
 
 @pytest.mark.parametrize("matching", ["l2", "cosine"])
 def test_without_projector_and_conditioning_the_features_are_the_residuals(matching: str) -> None:
-    backbone = load_backbone("filterbank", image_size=SIDE)
+    backbone = load_backbone("lite0", image_size=SIDE)
     extractor = ADExtractor(backbone, matching=matching).set_references(images(3, 1))
     banks = [level.flatten(2).transpose(1, 2).reshape(1, -1, level.shape[1]) for level in backbone(images(3, 1))]
     assert same(extractor.references, banks)
@@ -346,7 +346,7 @@ def test_a_layer_can_train_on_the_features() -> None:
 
 
 def test_moving_moves_the_references() -> None:
-    extractor = make(None, conditioned=False).set_references(images(2, 1))
+    extractor = make(None, scaled=False).set_references(images(2, 1))
     extractor.to(torch.float64)
     assert {bank.dtype for bank in extractor.references} == {torch.float64}
 
@@ -403,7 +403,7 @@ def test_a_backbone_of_one_s_own_is_given_when_loading(tmp_path: Path) -> None:
 
 
 def test_impossible_parts_are_refused() -> None:
-    backbone = load_backbone("filterbank", image_size=SIDE)
+    backbone = load_backbone("lite0", image_size=SIDE)
     with pytest.raises(ValueError, match="'l3' is unknown"):
         ADExtractor(backbone, matching="l3")
     config = ProjectorConfig("linear")

@@ -20,7 +20,7 @@ def batch_of(extractor: ADExtractor) -> LabelledBatch:
 
 
 def test_total_is_the_sum_over_levels_of_eq_7() -> None:
-    extractor = ADExtractor(load_backbone("filterbank", image_size=64))
+    extractor = ADExtractor(load_backbone("lite0", image_size=64))
     batch = batch_of(extractor)
     losses, expected = Objective(LossConfig(lambda_=0.7), extractor)(batch.views, batch), 0.0
     for level, width in enumerate(extractor.channels):
@@ -32,7 +32,7 @@ def test_total_is_the_sum_over_levels_of_eq_7() -> None:
 
 
 def test_a_nan_names_its_level() -> None:
-    extractor = ADExtractor(load_backbone("filterbank", image_size=64))
+    extractor = ADExtractor(load_backbone("lite0", image_size=64))
     batch = batch_of(extractor)
     batch.views[0][2][0, 0, 0, 0] = torch.nan
     with pytest.raises(FloatingPointError, match="level 2"):
@@ -40,7 +40,7 @@ def test_a_nan_names_its_level() -> None:
 
 
 def test_centres_are_the_mean_normal_residual() -> None:
-    extractor = ADExtractor(load_backbone("filterbank", image_size=64))
+    extractor = ADExtractor(load_backbone("lite0", image_size=64))
     views = batch_of(extractor).views  # two batches of different sizes: every token counts the same
     parts = [views[0], [level[:1] for level in views[1]]]
     measure_centers(extractor, [ResidualBatch([part], torch.zeros(0), [], []) for part in parts])
@@ -50,7 +50,7 @@ def test_centres_are_the_mean_normal_residual() -> None:
 
 
 def test_running_centres_follow_the_projected_normals() -> None:
-    extractor = ADExtractor(load_backbone("filterbank", image_size=64))
+    extractor = ADExtractor(load_backbone("lite0", image_size=64))
     batch = batch_of(extractor)
     objective = Objective(LossConfig(center="projected"), extractor)
     for _ in range(1000):

@@ -47,7 +47,7 @@ FAMILIES: dict[str, Callable[[], Backbone]] = {
     "clip": tiny_clip,
     "timm stages": lambda: load_backbone(SMALL, pretrained=False),
     "timm blocks": lambda: load_backbone("timm/test_vit.r160_in1k", pretrained=False, image_size=224),
-    "filterbank": lambda: load_backbone("filterbank"),
+    "lite0": lambda: load_backbone("lite0"),
 }
 
 
@@ -66,7 +66,7 @@ def test_frozen_and_of_one_dtype(family: str) -> None:
         mixed = backbone(pixels)
     assert {level.dtype for level in mixed} == {torch.float32}
     assert plain.error(mixed, expected) < 0.05
-    assert plain.error(mixed, expected) > 1e-4 or family == "filterbank"  # autocast did reach the network
+    assert plain.error(mixed, expected) > 1e-4 or family == "lite0"  # autocast did reach the network
     for dtype, tolerance in ((torch.float64, 1e-5), (torch.bfloat16, 0.05)):
         features = seeded(family).to(dtype)(pixels)
         assert {level.dtype for level in features} == {dtype}
@@ -81,7 +81,7 @@ def seeded(family: str) -> Backbone:
 def test_the_filterbank_s_filters_survive_half_precision() -> None:
     """Flat images give the same features as in float32, rounded: a filter rounded to bfloat16 would see an edge."""
     flat = torch.tensor([0.2, 0.9, 0.4])[None, :, None, None].expand(1, 3, 64, 64)
-    exact, half = load_backbone("filterbank", image_size=64), load_backbone("filterbank", image_size=64).bfloat16()
+    exact, half = load_backbone("lite0", image_size=64), load_backbone("lite0", image_size=64).bfloat16()
     assert plain.error(half(flat), [level.bfloat16() for level in exact(flat)]) == 0
     back = half.float()(flat)
     assert all(torch.equal(a, b) for a, b in zip(back, exact(flat), strict=True))
@@ -91,7 +91,7 @@ def test_the_filterbank_s_filters_survive_half_precision() -> None:
 def test_an_extractor_moves_to_another_dtype(dtype: torch.dtype, rounding: float) -> None:
     """Its residuals are the float32 ones of its own features, up to the rounding of the result."""
     pixels = plain.images(64, count=3).sigmoid()
-    extractor = ADExtractor(load_backbone("filterbank", image_size=64)).to(dtype).set_references(pixels[:2].to(dtype))
+    extractor = ADExtractor(load_backbone("lite0", image_size=64)).to(dtype).set_references(pixels[:2].to(dtype))
     query = pixels[2:].to(dtype)
     features = extractor(query)
     assert {level.dtype for level in features} == {dtype}
@@ -103,14 +103,14 @@ def test_an_extractor_moves_to_another_dtype(dtype: torch.dtype, rounding: float
 
 def test_filterbank_levels_are_those_of_the_whole() -> None:
     pixels = plain.images(64).sigmoid()
-    everything = load_backbone("filterbank", image_size=64)(pixels)
+    everything = load_backbone("lite0", image_size=64)(pixels)
     for levels in ([1], [2, 4], [4], [1, 3]):
-        backbone = load_backbone("filterbank", image_size=64, levels=levels)
+        backbone = load_backbone("lite0", image_size=64, levels=levels)
         some = backbone(pixels)
         assert all(torch.equal(a, everything[level - 1]) for a, level in zip(some, levels, strict=True))
         assert backbone.channels == [level.shape[1] for level in some]
     with pytest.raises(ValueError, match="list some of its levels 1, 2, 3, 4, in"):
-        load_backbone("filterbank", levels=[0])
+        load_backbone("lite0", levels=[0])
 
 
 # Files of weights
@@ -152,7 +152,7 @@ def test_the_list_says_what_is_cached(hub_cache: Path) -> None:
     hub_cache.rename(hub_cache.with_name("models--facebook--dinov2-base"))
     cached = {entry.name: entry.cached for entry in list_backbones()}
     assert [name for name, there in cached.items() if there] == ["dinov2-base"]
-    assert cached["filterbank"] is None
+    assert cached["lite0"] is None
 
 
 def save(network: nn.Module, path: Path) -> Path:
@@ -248,7 +248,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 def test_contradictions_are_named(tmp_path: Path) -> None:
     for more in ({"weights": "w.pth"}, {"revision": "main"}):
         with pytest.raises(ValueError, match=rf"'filterbank' takes no {next(iter(more))}: it has no weights"):
-            load_backbone("filterbank", **more)
+            load_backbone("lite0", **more)
         with pytest.raises(ValueError, match="pretrained=False asks for random ones"):
             load_backbone("dinov2-base", pretrained=False, **more)
     with pytest.raises(ValueError, match="give one"):
@@ -256,7 +256,7 @@ def test_contradictions_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'imagebind' takes no revision.*imagebind_huge\.pth"):
         load_backbone("imagebind", revision="main")
     with pytest.raises(ValueError, match=r"pretrained must be True or False, got 64; a size is given as image_size="):
-        load_backbone("filterbank", 64)  # type: ignore[arg-type]
+        load_backbone("lite0", 64)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"'dinov3-base' is unknown; .*dinov2-base.*timm/<any model of timm>"):
         load_backbone("dinov3-base")
 

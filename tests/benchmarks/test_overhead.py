@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from adpretrain.backbones import load_backbone
-from adpretrain.conditioning import Conditioning
+from adpretrain.local_scale import LocalScale
 from adpretrain.config import ProjectorConfig
 from adpretrain.extractor import ADExtractor, build_projector
 
@@ -60,7 +60,7 @@ def test_extractor_over_bare_backbone(one_thread: None) -> None:
     assert [bank.shape[1] for bank in banks] == [SHOTS * 256] * 4
     residuals = extractor.residuals(features, banks)
     assert not any(torch.equal(a, b) for a, b in zip(projected, residuals, strict=True))
-    conditioning = Conditioning(backbone.channels)
+    scale = LocalScale(len(backbone.channels))
     # The references are the extractor's own list: a new one would be prepared for searching anew.
     kept = extractor.references
     seconds = interleaved_cpu_seconds(

@@ -46,7 +46,7 @@ def test_flops_of_the_papers_projectors() -> None:
 
 @pytest.mark.parametrize("architecture", ["linear", "mlp", "self_attention", "cross_attention"])
 def test_every_architecture_has_a_cost(architecture: str) -> None:
-    backbone = BackboneConfig("filterbank", 64, levels=[4])
+    backbone = BackboneConfig("lite0", 64, levels=[4])
     projector = ProjectorConfig(architecture, heads=2)
     found = projector_cost(ExtractorConfig(backbone, [30], Preprocess(64, 64), projector), Path("extractor"))
     patches, context = 64, 4 * 30 * 30 * 64  # keys and values of one reference's 8 x 8 residuals
@@ -61,7 +61,7 @@ def test_every_architecture_has_a_cost(architecture: str) -> None:
 
 
 def test_info_prints_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    backbone = load_backbone("filterbank", image_size=64)
+    backbone = load_backbone("lite0", image_size=64)
     config = ProjectorConfig(references=16, heads=2)
     ADExtractor(backbone, build_projector(config, backbone.channels), config).save_pretrained(tmp_path / "ours")
     assert main(["info", str(tmp_path / "ours"), "--json"]) == 0

@@ -33,7 +33,7 @@ SMALL = ReConPatchConfig(PatchCoreConfig(amount=0.2, reweight=4, reweight_all=Tr
 
 @pytest.fixture(scope="module")
 def backbone() -> Backbone:
-    return load_backbone("filterbank", image_size=SIZE)
+    return load_backbone("lite0", image_size=SIZE)
 
 
 def photographs(count: int, seed: int, defect: float = 0.0) -> Tensor:

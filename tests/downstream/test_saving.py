@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adpretrain.backbones import Backbone, FeatureMaps, load_backbone
-from adpretrain.conditioning import Conditioning
+from adpretrain.local_scale import LocalScale
 from adpretrain.extractor import ADExtractor
 from downstream.aligned import AlignedFeatureNorm
 from downstream.embedding import EmbeddingConfig
@@ -40,12 +40,12 @@ def photographs(count: int, seed: int) -> Tensor:
 
 
 def backbone() -> Backbone:
-    return load_backbone("filterbank", image_size=SIZE)
+    return load_backbone("lite0", image_size=SIZE)
 
 
 def extractor(references: bool = True) -> ADExtractor:
     network = backbone()
-    made = ADExtractor(network, conditioning=Conditioning(network.channels))
+    made = ADExtractor(network, local_scale=LocalScale(len(network.channels)))
     return made.set_references(photographs(2, 7)) if references else made
 
 

@@ -21,7 +21,7 @@ from adpretrain.hub.contents import files_to_publish
 from adpretrain.projector import FeatureProjector
 
 Arguments = Callable[..., list[str]]
-PLAIN = ["--conditioning", "false", "--augment", "epoch", "--cache.draws", "0", "--data.workers", "0"]
+PLAIN = ["--local_scale", "null", "--augment", "epoch", "--cache.draws", "0", "--data.workers", "0"]
 PLAIN += ["--backbone.image_size", "64", "--loss.lambda_", "1.0", "--optim.steps", "3", "--tokens", "0"]
 
 
@@ -44,7 +44,7 @@ def test_centres_are_those_of_all_normals_unaugmented(plain: Arguments, tiny_set
     """However the images are dealt: one process or two, and as a loop over the normal images gives them."""
     train(tmp_path / "log", plain(tmp_path / "one"))
     train(tmp_path / "log2", plain(tmp_path / "two", "--optim.batch_size", "4"), count=2)
-    backbone = load_backbone("filterbank", image_size=64)
+    backbone = load_backbone("lite0", image_size=64)
     normal = [sample for sample in index_dataset("realiad", tiny_set) if not sample.anomalous]
     data = PretrainingSet(normal, backbone.preprocess, [3], 0, "none")
     extractor = ADExtractor(backbone)

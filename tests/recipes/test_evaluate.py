@@ -26,7 +26,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Flags of three tiny products and an extractor without a projector."""
     folder = tmp_path_factory.mktemp("given")
     make_synthetic(folder / "set", 3, 5, 3, size=64, seed=4, workers=1, progress=False)
-    ADExtractor(load_backbone("filterbank", image_size=64)).save_pretrained(folder / "extractor")
+    ADExtractor(load_backbone("lite0", image_size=64)).save_pretrained(folder / "extractor")
     flags = [
         "--root",
         str(folder / "set"),

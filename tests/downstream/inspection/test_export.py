@@ -23,7 +23,7 @@ from torch import Tensor
 
 from adpretrain import __version__
 from adpretrain.backbones import load_backbone
-from adpretrain.conditioning import Conditioning
+from adpretrain.local_scale import LocalScale
 from adpretrain.config import ProjectorConfig
 from adpretrain.data.mtd import index_mtd
 from adpretrain.data.samples import ImageDataset
@@ -66,15 +66,15 @@ def extractor_of(
 ) -> ADExtractor:
     """The filterbank, conditioned on the photographs ``statistics`` if given, under a projector of random weights."""
     torch.manual_seed(0)
-    backbone = load_backbone("filterbank", image_size=side, levels=levels)
-    conditioning = Conditioning(backbone.channels).fit([backbone(statistics)]) if statistics is not None else None
+    backbone = load_backbone("lite0", image_size=side, levels=levels)
+    scale = LocalScale(len(backbone.channels)).fit([backbone(statistics)]) if statistics is not None else None
     if architecture is None:
-        return ADExtractor(backbone, conditioning=conditioning, matching=matching)
+        return ADExtractor(backbone, local_scale=scale, matching=matching)
     config = ProjectorConfig(architecture, references=64, heads=4, mlp_ratio=2.0)
     projector = build_projector(config, backbone.channels)
     for parameter in projector.parameters():  # untrained, it would return its input
         torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-    return ADExtractor(backbone, projector, config, conditioning, matching=matching, provenance={"data": "noise"})
+    return ADExtractor(backbone, projector, config, scale, matching=matching, provenance={"data": "noise"})
 
 
 def differences(path: Path, detector: FeatureNorm, images: Tensor) -> list[float]:
@@ -97,16 +97,16 @@ CASES: list[tuple[str | None, str, bool, int]] = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("architecture", "matching", "conditioned", "shots"), CASES)
+@pytest.mark.parametrize(("architecture", "matching", "scaled", "shots"), CASES)
 def test_onnx_runtime_gives_what_torch_gives(
     photographs: dict[str, Tensor],
     tmp_path: Path,
     architecture: str | None,
     matching: str,
-    conditioned: bool,
+    scaled: bool,
     shots: int,
 ) -> None:
-    extractor = extractor_of(photographs["other"] if conditioned else None, architecture, matching, levels=(1,))
+    extractor = extractor_of(photographs["other"] if scaled else None, architecture, matching, levels=(1,))
     detector = FeatureNorm(extractor, image_size=SIDE).fit([photographs["normal"][:shots]])
     done = export_onnx(detector, tmp_path / "model.onnx", [photographs["normal"]])
     assert done.size == (tmp_path / "model.onnx").stat().st_size
@@ -152,7 +152,7 @@ def test_what_the_file_tells(photographs: dict[str, Tensor], tmp_path: Path) -> 
     assert float(told["threshold"]) == calibration.threshold
     assert float(told["promised_false_alarm_rate"]) == calibration.rate
     assert json.loads(told["extractor"])["provenance"] == {"data": "noise"}
-    assert json.loads(told["extractor"])["backbone"]["name"] == "filterbank"
+    assert json.loads(told["extractor"])["backbone"]["name"] == "lite0"
     assert told["library_version"] == __version__
     assert told["notice"] == NOTICE
     # Keys and values are constants: what they are made from is not in the file.
@@ -260,13 +260,13 @@ def test_a_difference_is_excused_by_ties_in_few_images_only() -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "matching", "conditioned"),
+    ("architecture", "matching", "scaled"),
     [(None, "l2", False), ("learnable_kv", "cosine", True), ("self_cross_attention", "l2", True)],
 )
 def test_torch_export(
-    photographs: dict[str, Tensor], architecture: str | None, matching: str, conditioned: bool
+    photographs: dict[str, Tensor], architecture: str | None, matching: str, scaled: bool
 ) -> None:
-    extractor = extractor_of(photographs["other"] if conditioned else None, architecture, matching, levels=(1,))
+    extractor = extractor_of(photographs["other"] if scaled else None, architecture, matching, levels=(1,))
     detector = FeatureNorm(extractor, image_size=SIDE).fit([photographs["normal"][:4]])
     with torch.no_grad():
         program = torch.export.export(
