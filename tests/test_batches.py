@@ -10,13 +10,13 @@ from transformers import Dinov2Config, Dinov2Model
 from adpretrain.backbones import load_backbone
 from adpretrain.backbones.dinov2 import DinoV2
 from adpretrain.batches import CachedBatches, OnlineBatches, ResidualBatch, encode_batch, label, thin
-from adpretrain.local_scale import LocalScale
 from adpretrain.config import ReferencesConfig
 from adpretrain.data import Sample, index_realiad
 from adpretrain.data.loading import Requests
 from adpretrain.data.pairs import PretrainingSet, StepBatches, token_labels
 from adpretrain.data.synthetic import make_synthetic
 from adpretrain.extractor import ADExtractor
+from adpretrain.local_scale import LocalScale
 
 CPU = torch.device("cpu")
 

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from adpretrain.backbones import load_backbone
 from adpretrain.backbones.dinov2 import DinoV2
 from adpretrain.batches import CachedBatches, LabelledBatch, OnlineBatches, ResidualBatch, label, thin
-from adpretrain.local_scale import LocalScale
 from adpretrain.config import LossConfig, ProjectorConfig
 from adpretrain.data import index_realiad
 from adpretrain.data.pairs import PretrainingSet, StepBatches
 from adpretrain.data.synthetic import make_synthetic
 from adpretrain.extractor import ADExtractor, build_projector
 from adpretrain.leave_one_out import leave_one_out
+from adpretrain.local_scale import LocalScale
 from adpretrain.losses import angle_loss, norm_loss
 from adpretrain.objective import Objective, measure_centers
 from adpretrain.references import AlignedReferences, kmeans_references
@@ -73,16 +73,15 @@ RESIDUALS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "leave one out": lambda x, bank: leave_one_out_residuals(bank[0], 3),
     "within one": lambda x, bank: leave_one_out_residuals(bank[0], 1),
     "in each image": lambda x, bank: nearest_in_each_image(bank[0].unflatten(0, (3, 30)), 6),
-    "conditioning": lambda x, bank: _conditioned(x.mT.unflatten(2, (5, 4))),
+    "local scale": lambda x, bank: _local_scale(x.mT.unflatten(2, (5, 4))),
     "aligned": lambda x, bank: AlignedReferences(x.mT.unflatten(2, (4, 5)), 2, 2).distances(x.mT.unflatten(2, (4, 5))),
 }
 
 
-def _conditioned(feature_BCHW: Tensor) -> list[Tensor]:
-    made = Conditioning([int(feature_BCHW.shape[1])]).to(feature_BCHW.device).fit([[feature_BCHW]])
-    standard = made.standardise([feature_BCHW])
-    bank = standard[0].flatten(2).mT.flatten(0, 1)[None]
-    return [*standard, *made.scales([bank], [(5, 4)]), made.std_0, made.single]
+def _local_scale(feature_BCHW: Tensor) -> list[Tensor]:
+    made = LocalScale(1).to(feature_BCHW.device).fit([[feature_BCHW]])
+    bank = feature_BCHW.flatten(2).mT.flatten(0, 1)[None]
+    return [*made.scales([bank], [(5, 4)]), *made.scales([bank[:, :20]], [(5, 4)]), made.single]
 
 
 @pytest.mark.parametrize("name", RESIDUALS)

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from adpretrain.backbones import load_backbone
-from adpretrain.local_scale import LocalScale
 from adpretrain.config import ProjectorConfig
 from adpretrain.extractor import ADExtractor, build_projector
 from adpretrain.leave_one_out import leave_one_out
+from adpretrain.local_scale import LocalScale
 from adpretrain.residual import nearest_in_each_image
 
 

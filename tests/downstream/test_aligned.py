@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from adpretrain.backbones import load_backbone
-from adpretrain.local_scale import LocalScale
 from adpretrain.extractor import ADExtractor
+from adpretrain.local_scale import LocalScale
 from adpretrain.references import AlignedReferences
 from downstream.aligned import AlignedFeatureNorm
 from downstream.featurenorm import FeatureNorm

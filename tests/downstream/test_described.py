@@ -46,7 +46,7 @@ def test_flops_of_the_papers_projectors() -> None:
 
 @pytest.mark.parametrize("architecture", ["linear", "mlp", "self_attention", "cross_attention"])
 def test_every_architecture_has_a_cost(architecture: str) -> None:
-    backbone = BackboneConfig("lite0", 64, levels=[4])
+    backbone = BackboneConfig("lite0", 64, levels=[3])
     projector = ProjectorConfig(architecture, heads=2)
     found = projector_cost(ExtractorConfig(backbone, [30], Preprocess(64, 64), projector), Path("extractor"))
     patches, context = 64, 4 * 30 * 30 * 64  # keys and values of one reference's 8 x 8 residuals

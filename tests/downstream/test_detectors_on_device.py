@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from adpretrain.backbones import Backbone, FeatureMaps, load_backbone
 from adpretrain.backbones.fingerprint import fingerprint
-from adpretrain.local_scale import LocalScale
 from adpretrain.extractor import ADExtractor
+from adpretrain.local_scale import LocalScale
 from downstream.aligned import AlignedFeatureNorm
 from downstream.coreset import greedy_coreset, subsample
 from downstream.detector import Prediction

@@ -119,5 +119,5 @@ def test_maps_have_the_side_of_the_extract(backbone: Backbone) -> None:
 
 
 def test_aligned_references_need_an_extractor(backbone: Backbone) -> None:
-    with pytest.raises(ValueError, match="aligned-featurenorm needs an extractor, got a FilterBank"):
+    with pytest.raises(ValueError, match="aligned-featurenorm needs an extractor, got a Stages"):
         AlignedFeatureNorm(backbone)  # type: ignore[arg-type]

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adpretrain.backbones import Backbone, FeatureMaps, load_backbone
-from adpretrain.local_scale import LocalScale
 from adpretrain.extractor import ADExtractor
+from adpretrain.local_scale import LocalScale
 from downstream.aligned import AlignedFeatureNorm
 from downstream.embedding import EmbeddingConfig
 from downstream.featurenorm import FeatureNorm

@@ -27,7 +27,7 @@ PLAIN += ["--backbone.image_size", "64", "--loss.lambda_", "1.0", "--optim.steps
 
 @pytest.fixture
 def plain(arguments: Arguments) -> Arguments:
-    """Flags of three steps as the paper's: two views, both losses, no conditioning and no cache."""
+    """Flags of three steps as the paper's: two views, both losses, no local scale and no cache."""
     return lambda run, *flags: arguments(run, *PLAIN, "--data.held_out", "[]", *flags)
 
 

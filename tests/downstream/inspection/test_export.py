@@ -23,12 +23,12 @@ from torch import Tensor
 
 from adpretrain import __version__
 from adpretrain.backbones import load_backbone
-from adpretrain.local_scale import LocalScale
 from adpretrain.config import ProjectorConfig
 from adpretrain.data.mtd import index_mtd
 from adpretrain.data.samples import ImageDataset
 from adpretrain.data.synthetic import make_synthetic
 from adpretrain.extractor import ADExtractor, build_projector
+from adpretrain.local_scale import LocalScale
 from adpretrain.preprocess import Preprocess, read_image
 from downstream.aligned import AlignedFeatureNorm
 from downstream.calibration import calibrate
@@ -61,10 +61,10 @@ def extractor_of(
     statistics: Tensor | None,
     architecture: str | None = "learnable_kv",
     matching: str = "l2",
-    levels: tuple[int, ...] = (1, 4),
+    levels: tuple[int, ...] = (1, 3),
     side: int = SIDE,
 ) -> ADExtractor:
-    """The filterbank, conditioned on the photographs ``statistics`` if given, under a projector of random weights."""
+    """Lite0, with a local scale fitted to the photographs ``statistics`` if given, under a random projector."""
     torch.manual_seed(0)
     backbone = load_backbone("lite0", image_size=side, levels=levels)
     scale = LocalScale(len(backbone.channels)).fit([backbone(statistics)]) if statistics is not None else None
@@ -86,7 +86,7 @@ def differences(path: Path, detector: FeatureNorm, images: Tensor) -> list[float
     return [float(np.abs(theirs - ours).max() / np.abs(ours).max()) for theirs, ours in pairs]
 
 
-# Every pair of the four choices occurs: projector, metric, conditioning, number of references.
+# Every pair of the four choices occurs: projector, metric, local scale, number of references.
 # The first, ("learnable_kv", "l2", True, 4), is that of `test_what_the_file_tells`.
 CASES: list[tuple[str | None, str, bool, int]] = [
     (None, "cosine", True, 4),
@@ -129,7 +129,7 @@ def test_on_real_photographs(tmp_path: Path) -> None:
         data = ImageDataset(chosen, preprocess)
         return torch.stack([data[index]["image"] for index in range(count)])
 
-    extractor = extractor_of(load("good", 7, 3), levels=(1, 2, 3, 4), side=224)
+    extractor = extractor_of(load("good", 7, 3), levels=(1, 2, 3), side=224)
     detector = FeatureNorm(extractor).fit([load("good", 0, 4)])
     line = torch.cat([load("good", 3, 4), load("blowhole", 0, 3), load("break", 0, 3)])
     done = export_onnx(detector, tmp_path / "model.onnx", [line])
@@ -263,9 +263,7 @@ def test_a_difference_is_excused_by_ties_in_few_images_only() -> None:
     ("architecture", "matching", "scaled"),
     [(None, "l2", False), ("learnable_kv", "cosine", True), ("self_cross_attention", "l2", True)],
 )
-def test_torch_export(
-    photographs: dict[str, Tensor], architecture: str | None, matching: str, scaled: bool
-) -> None:
+def test_torch_export(photographs: dict[str, Tensor], architecture: str | None, matching: str, scaled: bool) -> None:
     extractor = extractor_of(photographs["other"] if scaled else None, architecture, matching, levels=(1,))
     detector = FeatureNorm(extractor, image_size=SIDE).fit([photographs["normal"][:4]])
     with torch.no_grad():
@@ -306,13 +304,13 @@ def test_torch_compile(photographs: dict[str, Tensor]) -> None:
 @pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
 def test_inductor_compiles_what_follows_the_backbone(photographs: dict[str, Tensor]) -> None:
-    """Conditioning, matching and projector; with the backbone's many kernels the compiler takes minutes."""
+    """Matching, local scale and projector; with the backbone's many kernels the compiler takes minutes."""
     torch.compiler.reset()
     extractor = extractor_of(photographs["other"], levels=(1,)).set_references(photographs["normal"][:4])
 
     @torch.no_grad()
     def after_backbone(features: list[Tensor]) -> list[Tensor]:
-        return extractor.from_encoded(extractor.condition(features), extractor.references)
+        return extractor.from_encoded(features, extractor.references)
 
     features = extractor.backbone(photographs["defects"])
     for a, b in zip(torch.compile(after_backbone)(features), extractor(photographs["defects"]), strict=True):
