@@ -177,7 +177,7 @@ def test_the_cache_on_disk_is_reused_and_another_setting_makes_another(
     stored, stamp = load_file(file), file.stat().st_mtime_ns
     again = CachedBatches(extractor, data, CPU, draws=1, folder=str(tmp_path))
     assert file.stat().st_mtime_ns == stamp
-    for level, a, b in zip(range(4), first.levels, again.levels, strict=True):
+    for level, (a, b) in enumerate(zip(first.levels, again.levels, strict=True)):
         assert torch.equal(a, b)
         assert torch.equal(stored[f"level_{level}"], a)
     CachedBatches(extractor, data, CPU, draws=2, folder=str(tmp_path))

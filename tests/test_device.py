@@ -50,7 +50,7 @@ def photographs(count: int, seed: int = 0) -> Tensor:
 def make(architecture: str | None = "learnable_kv", scaled: bool = True) -> ADExtractor:
     """An extractor whose projector does something: its output layers do not start at zero."""
     torch.manual_seed(0)
-    backbone = load_backbone("lite0", image_size=SIDE)
+    backbone = load_backbone("lite0", image_size=SIDE, levels=[1, 2])
     scale = LocalScale(len(backbone.channels)) if scaled else None
     if architecture is None:
         return ADExtractor(backbone, local_scale=scale)

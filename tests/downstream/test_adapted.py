@@ -19,7 +19,7 @@ CLIP = Preprocess(96, None, CLIP_MEAN, CLIP_STD, "bilinear")
 
 
 def network(size: int) -> Backbone:
-    """The weight-free backbone, made to expect another normalisation (it does not mind which)."""
+    """Lite0, made to expect another normalisation (it does not mind which)."""
     backbone = load_backbone("lite0", image_size=size)
     backbone.preprocess = Preprocess(size, None, IMAGENET_MEAN, IMAGENET_STD, "bilinear")
     return backbone

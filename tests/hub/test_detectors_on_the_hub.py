@@ -114,7 +114,7 @@ def test_the_commands_push_and_info(
     assert run("info", "ada/features", "--json") == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["commit"] == hub.repositories["ada/features"].head().sha
-    assert (facts["kind"], facts["backbone"], facts["levels"]) == ("extractor", "lite0", [1, 2, 3, 4])
+    assert (facts["kind"], facts["backbone"], facts["levels"]) == ("extractor", "lite0", [2, 3])
     assert facts["parameters"] == sum(v.numel() for k, v in extractor.state_dict().items() if "backbone." not in k)
     assert run("info", "factory/line", "--revision", "v1") == 0
     out = capsys.readouterr().out

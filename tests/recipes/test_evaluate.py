@@ -188,7 +188,7 @@ def test_the_backbones_weights_reach_the_extractors(
     few = [*given[:4], "--shots", "1"]
     for flags in (few, [*given, "--out", str(tmp_path / "out")]):
         assert evaluate(*flags, "--weights", "backbone.pth", monkeypatch=monkeypatch) == 2
-        assert "backbone 'filterbank' takes no weights" in " ".join(capsys.readouterr().err.split())
+        assert "weights file backbone.pth does not exist" in " ".join(capsys.readouterr().err.split())
 
 
 def test_flags_that_do_not_belong_together_are_refused(
