@@ -215,7 +215,8 @@ def test_levels_of_the_papers() -> None:
     def function(images: Tensor) -> FeatureMaps:
         return whole(images)
 
-    for extract in (vit, load_backbone("lite0", image_size=64), function):
+    assert chosen(load_backbone("lite0", image_size=64)) == [[0, 1]] * 4  # stages 2 and 3
+    for extract in (vit, function):
         assert chosen(extract) == [None] * 4
     everything = PatchCore(whole, PatchCoreConfig(EmbeddingConfig(levels=None)))
     assert everything.config.embedding.levels is None

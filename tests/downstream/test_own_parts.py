@@ -67,8 +67,8 @@ WRONG: dict[str, tuple[Callable[[list[Tensor]], Any], str]] = {
     "dictionary": (lambda levels: dict(enumerate(levels)), "a list of at least one level .* got dict"),
     "nothing": (lambda levels: [], "a list of at least one level"),
     "arrays": (lambda levels: [level.numpy() for level in levels], "level 0 .* must be a tensor, got ndarray"),
-    "tokens": (lambda levels: [level.flatten(2) for level in levels], r"floats \[3, C, H, W\], got \(3, 29, 64\)"),
-    "first image": (lambda levels: [level[:1] for level in levels], r"floats \[3, C, H, W\], got \(1, 29, 8, 8\)"),
+    "tokens": (lambda levels: [level.flatten(2) for level in levels], r"floats \[3, C, H, W\], got \(3, 40, 64\)"),
+    "first image": (lambda levels: [level[:1] for level in levels], r"floats \[3, C, H, W\], got \(1, 40, 8, 8\)"),
     "integers": (lambda levels: [level.int() for level in levels], r"floats .* of torch.int32"),
 }
 

@@ -47,7 +47,7 @@ Write = Callable[..., Path]
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     """Synthetic products: "normal" [8, 3, 64, 64] of one of them, "other" [3, ...] of another, "defects" [5, ...]."""
     root = make_synthetic(tmp_path_factory.mktemp("set"), 2, 8, 5, size=SIDE, seed=1, workers=1, progress=False)
-    preprocess = Preprocess(SIDE, interpolation="bilinear")
+    preprocess = load_backbone("lite0", image_size=SIDE).preprocess
     one, other = sorted(root.glob("realiad_256/*"))
 
     def load(folder: Path, pattern: str, count: int) -> Tensor:
@@ -66,7 +66,7 @@ def extractor_of(
 ) -> ADExtractor:
     """Lite0, with a local scale fitted to the photographs ``statistics`` if given, under a random projector."""
     torch.manual_seed(0)
-    backbone = load_backbone("lite0", image_size=side, levels=levels)
+    backbone = load_backbone("lite0", image_size=side, levels=levels, finest=8)
     scale = LocalScale(len(backbone.channels)).fit([backbone(statistics)]) if statistics is not None else None
     if architecture is None:
         return ADExtractor(backbone, local_scale=scale, matching=matching)
@@ -121,7 +121,7 @@ def test_onnx_runtime_gives_what_torch_gives(
 @pytest.mark.skipif(not MTD.is_dir(), reason=f"the Magnetic Tile photographs are not in {MTD}")
 def test_on_real_photographs(tmp_path: Path) -> None:
     samples = index_mtd(MTD)
-    preprocess = Preprocess(224, interpolation="bilinear")
+    preprocess = load_backbone("lite0", image_size=224).preprocess
 
     def load(defect: str, start: int, count: int) -> Tensor:
         chosen = [sample for sample in samples if sample.defect == defect]
@@ -157,15 +157,15 @@ def test_what_the_file_tells(photographs: dict[str, Tensor], tmp_path: Path) -> 
     assert told["notice"] == NOTICE
     # Keys and values are constants: what they are made from is not in the file.
     names = {tuple(initializer.dims) for initializer in model.graph.initializer}
-    assert (64, 29) not in names
-    assert (29, 64) not in names
+    assert (64, 24) not in names
+    assert (24, 64) not in names
 
     assert max(differences(path, detector, photographs["defects"][:1])) < 1e-5
     assert max(differences(path, detector, photographs["defects"])) < 1e-5
 
     # Verification: a constant changed by a thousandth is found, and so is a model of other outputs.
     assert verify(path, detector, [photographs["defects"]]).difference < 1e-5
-    bank = next(i for i in model.graph.initializer if tuple(i.dims) == (4 * 64, 29))
+    bank = next(i for i in model.graph.initializer if tuple(i.dims) == (4 * 64, 24))
     changed = onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bank) * np.float32(1.001), bank.name)
     bank.CopyFrom(changed)
     onnx.save(model, tmp_path / "changed.onnx")
