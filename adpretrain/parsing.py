@@ -130,7 +130,10 @@ def _parser(cls: type, description: str | None = None) -> jsonargparse.ArgumentP
 def from_dict(cls: type[T], mapping: Mapping[str, Any], where: str = "configuration") -> T:
     """A dataclass from nested mappings, with types checked. Raises ValueError naming the key that is wrong."""
     parser = _parser(cls)
-    return _instantiate(cls, parser, _checked(cls, parser, mapping, where))
+    found = _instantiate(cls, parser, _checked(cls, parser, mapping, where))
+    # The parser reads every text in a dict of anything as YAML: "none: why" would become a mapping.
+    free = [key for key, hint in typing.get_type_hints(cls).items() if hint == dict[str, Any] and key in mapping]
+    return dataclasses.replace(found, **{key: copy.deepcopy(mapping[key]) for key in free})  # type: ignore[type-var]
 
 
 def _checked(

@@ -15,7 +15,7 @@ from adpretrain import ADExtractor
 from adpretrain.artefact import ExtractorConfig
 from adpretrain.backbones import load_backbone
 from adpretrain.card import METRICS, Result, card, held_out_results
-from adpretrain.config import BackboneConfig, ProjectorConfig
+from adpretrain.config import BackboneConfig, LocalScaleConfig, ProjectorConfig
 from adpretrain.extractor import build_projector
 
 MEASURED = {"step": 40, "image_auroc": 0.912, "aupro": 0.805, "raw_image_auroc": 0.9, "raw_aupro": 0.75}
@@ -64,6 +64,17 @@ def test_the_text_says_what_it_is_and_how_it_was_made(extractor: ADExtractor) ->
     ):
         assert part in text
     assert "license:" not in text.split("---")[1]  # whoever publishes decides
+
+
+def test_without_a_projector_it_promises_none(extractor: ADExtractor) -> None:
+    for scaled in (False, True):
+        scale = LocalScaleConfig(share=0.25) if scaled else None
+        plain = dataclasses.replace(extractor.config, projector=None, local_scale=scale, provenance={})
+        text = card(plain, "org/name")
+        assert "It has no projector: nothing in it was trained on defects." in text
+        assert "feature projector" not in text
+        assert "pretrained on defects" not in text
+        assert ("divided by how much good parts vary" in text) == ("| local_scale.share | `0.25` |" in text) == scaled
 
 
 def test_a_backbone_is_named_with_its_repository_and_licence(extractor: ADExtractor) -> None:

@@ -11,8 +11,11 @@ from huggingface_hub import constants
 from sklearn.metrics import roc_auc_score
 
 from adpretrain import ADExtractor
+from adpretrain.card import card
+from adpretrain.config import BackboneConfig, LocalScaleConfig
 from adpretrain.data import ImageDataset, index_dataset
 from adpretrain.data.synthetic import make_synthetic
+from adpretrain.hub.locating import EMBEDDED_FOLDER
 from downstream.featurenorm import FeatureNorm
 
 
@@ -25,19 +28,24 @@ def test_it_loads_anywhere_without_a_network(tmp_path: Path, monkeypatch: pytest
         monkeypatch.setattr(socket, name, refuse)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
     monkeypatch.chdir(tmp_path)
-    assert len(ADExtractor.from_pretrained("embedded").config.provenance["git_commit"]) == 40
+    assert ADExtractor.from_pretrained("embedded").backbone.name == "lite0"
     assert not (tmp_path / "empty").exists()
 
 
-def test_it_is_small_and_knows_its_origin() -> None:
-    import adpretrain
-
-    folder = Path(adpretrain.__file__).parent / "embedded"
-    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "README.md"}
-    assert sum(path.stat().st_size for path in folder.iterdir()) < 8e6
-    provenance = ADExtractor.from_pretrained("embedded").config.provenance
-    assert provenance["data"]["set"] == "synthetic"
-    assert {"steps", "seed", "git_commit", "versions", "training", "held_out_metrics"} <= provenance.keys()
+def test_it_is_small_and_says_what_it_is() -> None:
+    files = {"config.json", "model.safetensors", "README.md", "lite0.safetensors"}
+    assert {path.name for path in EMBEDDED_FOLDER.iterdir()} == files
+    assert sum(path.stat().st_size for path in EMBEDDED_FOLDER.iterdir()) < 4e6
+    extractor = ADExtractor.from_pretrained("embedded")
+    config = extractor.config
+    assert config.backbone == BackboneConfig("lite0", 224, levels=[1, 2, 3], finest=8)
+    assert config.local_scale == LocalScaleConfig(share=0.5, weights=[0.5, 1.0, 2.0])
+    assert config.projector is None
+    assert config.provenance["projector"].startswith("none: ")
+    # Two photographs of a product differ about as much as one differs within itself; 1 exactly = never measured.
+    assert ((extractor.local_scale.single - 1).abs() < 0.5).all()
+    assert (extractor.local_scale.single != 1).all()
+    assert (EMBEDDED_FOLDER / "README.md").read_text(encoding="utf-8") == card(config, "embedded")
 
 
 def test_a_revision_makes_no_sense() -> None:
@@ -47,7 +55,7 @@ def test_a_revision_makes_no_sense() -> None:
 
 @pytest.mark.slow
 def test_four_photographs_of_an_unseen_product_find_its_defects(tmp_path: Path) -> None:
-    """Chance is 0.5; the README's mean over 16 products at K = 4 is 0.81, single products vary."""
+    """Chance is 0.5; single products vary."""
     root = make_synthetic(tmp_path / "set", 3, 12, 8, size=224, seed=77, workers=1, progress=False)
     extractor = ADExtractor.from_pretrained("embedded")
     samples = index_dataset("realiad", str(root))

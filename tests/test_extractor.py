@@ -26,6 +26,7 @@ from adpretrain.projector import ARCHITECTURES
 from adpretrain.residual import residual_features
 
 SIDE = 64
+PROVENANCE = {"seed": 0, "data": "noise", "note": "none: a text that YAML would take for a mapping"}
 HALF = (0.5, 0.5, 0.5)  # mean and std of the pixels of Lite0
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -52,7 +53,7 @@ def make(architecture: str | None = "learnable_kv", scaled: bool = True, **proje
         projector_config=config,
         local_scale=scale,
         centers=[torch.randn(width) for width in backbone.channels],
-        provenance={"seed": 0, "data": "noise"},
+        provenance=PROVENANCE,
     )
 
 
@@ -113,7 +114,7 @@ def test_the_folder_holds_no_references_and_no_backbone(saved: Path) -> None:
 def test_the_config_comes_back(saved: Path) -> None:
     loaded = ADExtractor.from_pretrained(saved)
     assert loaded.config == make().config
-    assert loaded.config.provenance == {"seed": 0, "data": "noise"}
+    assert loaded.config.provenance == PROVENANCE
     assert loaded.preprocess == loaded.backbone.preprocess
     assert json.loads((saved / CONFIG).read_text())["format_version"] == FORMAT_VERSION
 
