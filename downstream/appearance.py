@@ -7,7 +7,7 @@ before any network, and its nonconformity `unlike` is the largest of these dista
 - brightness: the mean of the gray values; contrast: the logarithm of their standard deviation;
 - colour: the means of two opponent axes, red - green and (red + green) / 2 - blue;
 - sharpness (and noise, its other side): the logarithm of the mean absolute Laplacian of the gray values;
-- layout: the root mean square distance between thumbnails of 8 x 8 gray values, to the nearest normal.
+- layout: the root mean square distance between thumbnails of 8 x 8 gray values less their mean, to the nearest normal.
 
 A distance is measured from the median of the normals. Its spread is sqrt(s^2 + f^2 (1 + 8 / n)), with s = 1.2533 times
 the mean absolute deviation (the standard deviation, if normal; one odd photograph counts for less) and a floor f, below
@@ -29,9 +29,9 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 MEASURES = ("brightness", "contrast", "colour", "colour", "sharpness", "layout")
-# Of brightness and layout 3 % of the range, of each colour axis 1 % (people see half of that side by side); of contrast
-# 10 %, of sharpness 15 %, as JPEG and the sensor's noise change by the kind of picture.
-FLOORS = np.array([0.03, 0.10, 0.01, 0.01, 0.15, 0.03])
+# Of brightness 3 % of the range, of layout half of that, of each colour axis 1 % (people see half of that side by side);
+# of contrast 10 %, of sharpness 15 %, as compression and the sensor's noise give by the kind of picture.
+FLOORS = np.array([0.03, 0.10, 0.01, 0.01, 0.15, 0.015])
 FEW = 8.0  # normals, at which the floor's square counts twice
 THUMBNAIL = 8
 _STEP = 1 / 255  # added before a logarithm: one gray level is nothing
@@ -55,7 +55,7 @@ def appearance(pixels: Tensor) -> NDArray[np.float64]:
         ]
     )
     thumbnail = F.adaptive_avg_pool2d(gray_SS[None], THUMBNAIL).flatten()
-    return torch.cat([values, thumbnail]).double().numpy()
+    return torch.cat([values, thumbnail - thumbnail.mean()]).double().numpy()
 
 
 @dataclass(frozen=True)

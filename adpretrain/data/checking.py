@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,10 +29,17 @@ def check_sample(sample: Sample, no_mask: str = "") -> list[Problem]:
 
     ``no_mask`` says what its missing mask should have been, if its layout knows.
     """
+    return _check(sample, no_mask)[0]
+
+
+def _check(sample: Sample, no_mask: str) -> tuple[list[Problem], bytes | None]:
+    """`check_sample`, and a digest of the image's pixels, which copies share in any lossless format."""
     reasons, doubts = [], []
-    size = None
+    size = digest = None
     try:
-        size = read_image(sample.image).size
+        image = read_image(sample.image)
+        size = image.size
+        digest = hashlib.sha256(repr(size).encode() + image.tobytes()).digest()
     except (ValueError, OSError) as error:
         reasons.append(str(error))
     marked = readable = False
@@ -55,8 +63,8 @@ def check_sample(sample: Sample, no_mask: str = "") -> list[Problem]:
     if not sample.anomalous and marked:
         reasons.append(f"{sample.image} is normal but pixels are marked in {names}")
     if reasons:
-        return [Problem(sample.image, reason) for reason in reasons]
-    return [Problem(sample.image, doubt, doubtful=True) for doubt in doubts]
+        return [Problem(sample.image, reason) for reason in reasons], digest
+    return [Problem(sample.image, doubt, doubtful=True) for doubt in doubts], digest
 
 
 def check_samples(
@@ -66,19 +74,21 @@ def check_samples(
     missing: Mapping[Path, str] | None = None,
 ) -> list[Problem]:
     """`check_sample` of all, in ``workers`` threads (decoding frees the interpreter), in the samples' order; then the
-    images that are listed in more than one split, as a test image must not be a training image.
+    images that are listed in more than one split or copied into another one under any name, as a test image must not be
+    a training image.
 
     At most ``workers`` images are in memory. ``progress`` gets (what, done, total) after every image; ``missing`` is
     that of a `MissingMasks`. Raises ValueError for fewer than one worker.
     """
     if workers < 1:
         raise ValueError(f"workers {workers}; expected at least 1")
-    problems: list[Problem] = []
+    problems, digests = list[Problem](), list[bytes | None]()
     pool = ThreadPoolExecutor(workers)
     try:
         lines = [(missing or {}).get(sample.image, "") for sample in samples]
-        for done, found in enumerate(pool.map(check_sample, samples, lines), start=1):
+        for done, (found, digest) in enumerate(pool.map(_check, samples, lines), start=1):
             problems += found
+            digests.append(digest)
             progress("checking images", done, len(samples))
     finally:
         pool.shutdown(cancel_futures=True)  # at Ctrl+C the images that wait are not read any more
@@ -87,4 +97,16 @@ def check_samples(
         if sample.split not in splits[sample.image]:
             splits[sample.image].append(sample.split)
     shared = {image: " and ".join(found) for image, found in splits.items() if len(found) > 1}
-    return problems + [Problem(image, f"{image} is in several splits: {names}") for image, names in shared.items()]
+    problems += [Problem(image, f"{image} is in several splits: {names}") for image, names in shared.items()]
+    return problems + _copies(samples, digests)
+
+
+def _copies(samples: Sequence[Sample], digests: Sequence[bytes | None]) -> list[Problem]:
+    """Images of a split that have the pixels of an image with another path in the training split."""
+    pairs = [(sample, digest) for sample, digest in zip(samples, digests, strict=True) if digest is not None]
+    train = {digest: sample.image for sample, digest in reversed(pairs) if sample.split == "train"}
+    return [
+        Problem(sample.image, f"{sample.image} ({sample.split}) is a copy of the training image {train[digest]}")
+        for sample, digest in pairs
+        if sample.split != "train" and digest in train and train[digest] != sample.image
+    ]

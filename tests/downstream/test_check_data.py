@@ -128,3 +128,17 @@ def test_wrong_usage(
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.out == ""
+
+
+def test_a_copied_training_image_among_those_to_test_on_is_a_problem(
+    bottles: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Under another name and in another format; copies within a split are not."""
+    train, test = bottles / "cable/train/good", bottles / "cable/test/good"
+    Image.open(train / "tile_2.png").save(test / "leak.bmp")
+    Image.open(train / "tile_1.png").save(train / "again.tif")
+    assert check(bottles) == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if "copy" in line]
+    # The tiles of the two categories are drawn from the same seeds: bottle's come first.
+    assert any(f"{test / 'leak.bmp'} (test) is a copy of the training image" in line for line in lines)
+    assert not any("again.tif" in line for line in lines)
