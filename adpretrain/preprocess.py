@@ -61,10 +61,10 @@ def _opened(path: str | os.PathLike[str] | IO[bytes]) -> Iterator[Image.Image]:
 def pixels_allowed(most: int) -> Iterator[None]:
     """Within it, pictures of up to ``most`` pixels are read (outside of it, `MOST_PIXELS`), by all threads.
 
-    Raises ValueError for a limit below 1.
+    Raises ValueError for a limit below `MOST_PIXELS`, which our own pictures need too.
     """
-    if most < 1:
-        raise ValueError(f"max_pixels {most}; expected at least 1, such as {MOST_PIXELS}")
+    if most < MOST_PIXELS:
+        raise ValueError(f"max_pixels {most}; expected at least {MOST_PIXELS}, which is always allowed")
     usual = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = (most + 1) // 2  # Pillow warns above this and refuses above twice as much
     try:

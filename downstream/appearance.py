@@ -29,8 +29,8 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 MEASURES = ("brightness", "contrast", "colour", "colour", "sharpness", "layout")
-# Of brightness 3 % of the range, of layout half of that, of each colour axis 1 % (people see half of that side by side);
-# of contrast 10 %, of sharpness 15 %, as compression and the sensor's noise give by the kind of picture.
+# Of brightness 3 % of the range, of layout half of that, of each colour axis 1 % (people see half of that in pairs); of
+# contrast 10 %, of sharpness 15 %, as compression and the sensor's noise give by the kind of picture.
 FLOORS = np.array([0.03, 0.10, 0.01, 0.01, 0.15, 0.015])
 FEW = 8.0  # normals, at which the floor's square counts twice
 THUMBNAIL = 8

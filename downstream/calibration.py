@@ -43,7 +43,7 @@ from downstream.ground_truth import real_numbers
 # floor(alpha (n + 1)) must not lose a step to the rounding of, say, 0.07 * 100 = 7.000000000000001 or 0.29 *
 # 100.
 _ROUNDING = 1e-9
-TAU = 2.0
+TAU, ODD = 2.5, 1.5  # see joint_thresholds
 DRIFT_LEVEL = 0.01
 _LARGEST_LOG = 700.0  # whose exponential is still a float
 
@@ -173,11 +173,12 @@ def joint_thresholds(scores: ArrayLike, unlike: ArrayLike, rank: int) -> tuple[f
     among the k highest, and the promise holds without approximation (the price: thresholds a little too high with few
     normals).
 
-    A typical normal has a = m_a and u = m_u. Normals vary more in u than in a: their highest u is 2 to 3 times the
-    median on Magnetic Tile Defects and five other products, their highest a 1.2 to 1.5 times. With TAU = 2 and f(x) = x
-    up to 1, 1 + log(x) beyond (or one odd normal would move the score's threshold as far as it is odd) the thresholds
-    of the score hardly move. m_u counts as 1 at least, the floor of a normal spread: products that hardly vary need not
-    alarm at what nobody sees.
+    f(x) is 0 up to x = 1: a photograph as like the normals as they are to each other is judged by its score alone, and
+    the score's threshold is the one it has without u. Beyond, f(x) = ODD (1 + log(x)): that far from the normals is as
+    odd as a score of ODD times the median, and one odd normal does not move the score's threshold as far as it is odd.
+    TAU = 2.5 and ODD = 1.5, as of the normals of Magnetic Tile Defects and five other products one in a hundred had a u
+    above 2.5 times the median, and few a score above 1.5 times. m_u counts as 1 at least, the floor of a normal spread:
+    products that hardly vary need not alarm at what nobody sees.
 
     scores, unlike: [n], n > 0. Where scores may be negative (an ensemble's) the unit of a starts at the lowest less the
     range, and the promise is approximate. Raises ValueError if the two have different lengths.
@@ -191,9 +192,9 @@ def joint_thresholds(scores: ArrayLike, unlike: ArrayLike, rank: int) -> tuple[f
     score_n = score_n - zero
     (low_a, high_a), (low_u, high_u) = _median_range(score_n), np.maximum(_median_range(unlike_n), 1.0)
     shares_n = unlike_n / (TAU * low_u)
-    as_scores = high_a * np.where(shares_n <= 1, shares_n, 1 + np.log(np.maximum(shares_n, 1)))
-    ratios_n = np.minimum(score_n / low_a, 1 + _LARGEST_LOG)
-    as_unlike = TAU * high_u * np.where(ratios_n <= 1, ratios_n, np.exp(ratios_n - 1))
+    as_scores = high_a * np.where(shares_n <= 1, 0.0, ODD * (1 + np.log(np.maximum(shares_n, 1))))
+    ratios_n = np.minimum(score_n / low_a / ODD, 1 + _LARGEST_LOG)
+    as_unlike = TAU * high_u * np.exp(np.maximum(ratios_n, 1) - 1)
     by_score, by_unlike = (
         float(np.sort(np.maximum(own, other))[::-1][rank - 1])
         for own, other in ((score_n, as_scores), (unlike_n, as_unlike))

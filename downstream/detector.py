@@ -59,7 +59,7 @@ class Detector(Protocol):
 
 
 def check_images(images: Tensor) -> None:
-    """Raises ValueError unless ``images`` are a tensor [B, 3, S, S] with B > 0, floating-point, finite and normalised."""
+    """Raises ValueError unless ``images`` are a tensor [B, 3, S, S], B > 0, floating-point, finite and normalised."""
     if not isinstance(images, Tensor):
         raise ValueError(
             f"images must be a tensor [B, 3, S, S], got a {type(images).__name__}: stack photographs that went through "

@@ -87,8 +87,8 @@ def score(parser: ArgumentParser) -> Callable[[Namespace], int]:
         "--max-pixels",
         type=int,
         default=MOST_PIXELS,
-        help="width times height of the largest picture to read; larger ones are unreadable, as a small file may "
-        "claim any size and take all memory",
+        help="width times height of the largest picture to read, to allow larger ones; others are unreadable, as a "
+        "small file may claim any size and take all memory",
     )
     parser.add_argument("--batch-size", type=int, default=16, help="images in memory at once")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, mps")
