@@ -150,7 +150,7 @@ def test_score_and_unlike_value_keep_the_promise_together(n: int, rate: float, t
         moved += calibration.threshold / calibrate([], rate, scores[:n]).threshold / TRIALS
     assert calibration.rate * 0.7 < alarms / TRIALS <= most_allowed(calibration.rate)
     assert by_score > 0
-    assert 1 <= moved < 1.1  # the threshold of the score
+    assert 1 - 1e-9 < moved < 1.1  # the threshold of the score
     assert by_unlike > 0
 
 

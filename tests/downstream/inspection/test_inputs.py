@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import tile
+from drawn import tile
 from PIL import Image
 
 from downstream.cli import main
