@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from adpretrain.backbones import FeatureMaps
-from adpretrain.conditioning import smoothed_scale
 from adpretrain.extractor import ADExtractor
 from adpretrain.residual import as_map, nearest_in_each_image, tokens
 
@@ -75,7 +74,7 @@ def leave_one_out(extractor: ADExtractor, images: Tensor) -> FeatureMaps:
         return _one_by_one(extractor, images)
     features = extractor.encode(images)
     residuals = [_level(extractor, feature) for feature in features]
-    return residuals if extractor.projector is None else extractor.projector(residuals)
+    return extractor.weighted(residuals if extractor.projector is None else extractor.projector(residuals))
 
 
 def _level(extractor: ADExtractor, feature_KCHW: Tensor) -> Tensor:
@@ -86,11 +85,11 @@ def _level(extractor: ADExtractor, feature_KCHW: Tensor) -> Tensor:
     parts = []
     for image in range(shots):
         residual, matched = table.residuals((image_N == image).nonzero()[:, 0])
-        if extractor.conditioning is not None:
+        if extractor.local_scale is not None:
             rest = (image_N != image).nonzero()[:, 0]
             norms, _ = table.residuals(rest, without=image)
             scale = torch.empty_like(image_N, dtype=norms.dtype)
-            scale[rest] = smoothed_scale(norms.norm(dim=1)[None], height, width)[0]
+            scale[rest] = extractor.local_scale.smoothed(norms.norm(dim=1)[None], height, width)[0]
             residual = residual / scale[matched][:, None]
         parts.append(residual)
     return as_map(torch.stack(parts), feature_KCHW)

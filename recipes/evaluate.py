@@ -29,7 +29,7 @@ from adpretrain.data import DATASETS, Sample, index_with_bare
 from adpretrain.hub.locating import EMBEDDED
 from adpretrain.preprocess import RESIZES
 from downstream.building import SETTINGS
-from downstream.evaluation.contenders import CONDITIONED, FEATURES, PRETRAINED
+from downstream.evaluation.contenders import FEATURES, PRETRAINED, SCALED
 from downstream.evaluation.protocols import PROTOCOLS
 from downstream.table import DETECTORS
 from downstream.terminal import tell_memory
@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         "--features", type=_names, help=f"of {', '.join(FEATURES)} (default: raw; raw,adpretrain with --extractors)"
     )
     table.add_argument("--protocol", choices=PROTOCOLS, help="what is fitted on what (default: full)")
-    table.add_argument("--backbone", default="filterbank", help="network of raw features, without --extractors")
+    table.add_argument("--backbone", default="lite0", help="network of raw features, without --extractors")
     table.add_argument("--image-size", type=int, default=224, help="its input in pixels, without --extractors")
     table.add_argument("--resize", choices=RESIZES, default="squeeze", help="photographs whole, or their centre")
     table.add_argument("--crop-from", type=int, help="shorter side before --resize crop, such as 256 for 224 pixels")
@@ -101,7 +101,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--per-defect, --panels and --json belong to the few-shot table, without --detectors")
     if options.random_weights is not None and (options.extractors or options.weights):
         parser.error("--random-weights needs no --weights, and no --extractors: they were trained on real ones")
-    needed = options.detectors is None or not {PRETRAINED, CONDITIONED}.isdisjoint(options.features or ())
+    needed = options.detectors is None or not {PRETRAINED, SCALED}.isdisjoint(options.features or ())
     own = options.backbone == parser.get_default("backbone") and options.random_weights is None
     if needed and own and not options.extractors:
         options.extractors = [EMBEDDED]

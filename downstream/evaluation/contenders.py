@@ -2,7 +2,7 @@
 
 raw          the backbone's own features, without references
 residual     feature minus nearest reference, nothing learnt
-conditioned  residuals standardised with the pretraining set's statistics (extractors that have them)
+scaled       residuals over the local scale (extractors that have one)
 adpretrain   the extractor's features
 """
 
@@ -18,8 +18,8 @@ from downstream.evaluation.evaluate import same_residuals
 from downstream.evaluation.withheld import Withheld
 from downstream.table import DETECTORS
 
-FEATURES = ("raw", "residual", "conditioned", "adpretrain")
-RAW, RESIDUAL, CONDITIONED, PRETRAINED = FEATURES
+FEATURES = ("raw", "residual", "scaled", "adpretrain")
+RAW, RESIDUAL, SCALED, PRETRAINED = FEATURES
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Networks:
         first = self.extractors[0]
         if contender.features == RESIDUAL:
             return Withheld(ADExtractor(self.backbone, matching=first.config.matching))
-        if contender.features == CONDITIONED:
+        if contender.features == SCALED:
             return Withheld(first.without_projector())
         return Withheld(self.extractors[contender.extractor])
 
@@ -73,8 +73,8 @@ def contenders(detectors: Sequence[str], features: Sequence[str], networks: Netw
         raise ValueError(f"features {unknown} are unknown; choose from {', '.join(FEATURES)}")
     if PRETRAINED in features and not networks.extractors:
         raise ValueError(f"features {PRETRAINED!r} need an extractor on that backbone: give --extractors")
-    if CONDITIONED in features and not (networks.extractors and networks.extractors[0].conditioning):
-        raise ValueError("features 'conditioned' need an extractor that was trained with conditioning")
+    if SCALED in features and not (networks.extractors and networks.extractors[0].local_scale):
+        raise ValueError("features 'scaled' need an extractor with a local scale")
     counts = {name: len(networks.extractors) if name == PRETRAINED else 1 for name in features}
     return [
         Contender(detector, name, number)
