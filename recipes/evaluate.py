@@ -32,7 +32,7 @@ from downstream.building import SETTINGS
 from downstream.evaluation.contenders import CONDITIONED, FEATURES, PRETRAINED
 from downstream.evaluation.protocols import PROTOCOLS
 from downstream.table import DETECTORS
-from downstream.terminal import tell_memory
+from downstream.terminal import one_line_warnings, tell_memory
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -138,7 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     tell_memory()
     try:
         refuse_other_precision("no", os.environ)
-        samples = chosen_samples(options)
+        with one_line_warnings():
+            samples = chosen_samples(options)
         if options.detectors is None:
             few_shot.run(options, samples, console)
         else:
