@@ -2,14 +2,15 @@
 
 raw          the backbone's own features, without references
 residual     feature minus nearest reference, nothing learnt
-conditioned  residuals standardised with the pretraining set's statistics (extractors that have them)
-adpretrain   the extractor's features
+scaled       residuals divided by the scale that the references have around them (extractors that do so)
+pretrained   the extractor's features
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from adpretrain.backbones import Backbone
 from adpretrain.extractor import ADExtractor
@@ -18,8 +19,9 @@ from downstream.evaluation.evaluate import same_residuals
 from downstream.evaluation.withheld import Withheld
 from downstream.table import DETECTORS
 
-FEATURES = ("raw", "residual", "conditioned", "adpretrain")
-RAW, RESIDUAL, CONDITIONED, PRETRAINED = FEATURES
+Kind = Literal["raw", "residual", "scaled", "pretrained"]
+FEATURES: tuple[str, ...] = get_args(Kind)
+RAW, RESIDUAL, SCALED, PRETRAINED = FEATURES
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Networks:
         first = self.extractors[0]
         if contender.features == RESIDUAL:
             return Withheld(ADExtractor(self.backbone, matching=first.config.matching))
-        if contender.features == CONDITIONED:
+        if contender.features == SCALED:
             return Withheld(first.without_projector())
         return Withheld(self.extractors[contender.extractor])
 
@@ -73,8 +75,8 @@ def contenders(detectors: Sequence[str], features: Sequence[str], networks: Netw
         raise ValueError(f"features {unknown} are unknown; choose from {', '.join(FEATURES)}")
     if PRETRAINED in features and not networks.extractors:
         raise ValueError(f"features {PRETRAINED!r} need an extractor on that backbone: give --extractors")
-    if CONDITIONED in features and not (networks.extractors and networks.extractors[0].conditioning):
-        raise ValueError("features 'conditioned' need an extractor that was trained with conditioning")
+    if SCALED in features and not (networks.extractors and networks.extractors[0].conditioning):
+        raise ValueError("features 'scaled' need an extractor that scales its residuals")
     counts = {name: len(networks.extractors) if name == PRETRAINED else 1 for name in features}
     return [
         Contender(detector, name, number)
