@@ -81,7 +81,7 @@ def test_a_run_becomes_a_page_and_the_page_an_extractor(
         "![",
         "assets/curves.png",
         "assets/heatmap-2.png",
-        "| MTD | test, full | padim on adpretrain features |",
+        "| MTD | test, full | padim on pretrained features |",
     ):
         assert shown in text
     data = ModelCard(text).data
