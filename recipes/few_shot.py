@@ -150,7 +150,7 @@ def show(results: Sequence[Result], options: argparse.Namespace, console: Consol
                 spread = cells["between_draws"] if options.draws > 1 else cells["between_seeds"]
                 marked = options.draws > 1 or (row == PRETRAINED and len(options.extractors) > 1)
                 values = [
-                    number(m) + (f" ± {number(s)}" if marked else "")
+                    number(m) + (f" ± {number(s)}" if marked and m == m else "")
                     for m, s in zip(cells["mean"], spread, strict=True)
                 ]
                 table.add_row(str(shots), row, *values)

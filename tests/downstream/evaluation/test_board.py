@@ -21,7 +21,9 @@ from adpretrain.extractor import ADExtractor
 from adpretrain.references import random_references
 from downstream import FeatureNorm, PatchCore, evaluate_maps
 from downstream.cli import main
+from downstream.evaluation.board import read_board
 from downstream.evaluation.remembered import Remembered
+from downstream.table import DETECTORS
 
 pytestmark = pytest.mark.filterwarnings("ignore:elsewhere is left out")
 METRICS = ("image_auroc", "pixel_auroc", "aupro")
@@ -223,6 +225,18 @@ def test_mistakes_are_told_before_anything_is_computed(
     assert "Traceback" not in said
     assert re.search(message, said), said
     assert not (board.parent / "out" / "cells").exists()
+
+
+def test_the_board_of_the_project_is_read() -> None:
+    """Its folders lie where the file says; only the solar cells may be absent."""
+    file = Path(__file__).parents[3] / "recipes" / "board.yaml"
+    board = read_board(file)
+    assert {Path(row.root).resolve().parent.name for row in board.sets} == {"data", "board"}
+    assert [row.name for row in board.sets if row.optional] == ["elpv_mono", "elpv_poly"]
+    assert (
+        [row.kind for row in board.extractors.values()] == list(board.extractors) == ["pretrained", "residual", "raw"]
+    )
+    assert set(board.detectors) <= set(DETECTORS)
 
 
 def test_a_remembered_backbone_gives_the_same_features_and_keeps_to_its_room() -> None:
