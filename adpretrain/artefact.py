@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from adpretrain._version import __version__
 from adpretrain.backbones import Backbone, load_backbone
 from adpretrain.backbones.fingerprint import fingerprint, same_weights
-from adpretrain.conditioning import Conditioning
-from adpretrain.config import BackboneConfig, ProjectorConfig
+from adpretrain.config import BackboneConfig, LocalScaleConfig, ProjectorConfig
 from adpretrain.files import atomic_folder
+from adpretrain.local_scale import LocalScale
 from adpretrain.parsing import from_dict, read_json
 from adpretrain.preprocess import Preprocess
 from adpretrain.projector import FeatureProjector
@@ -47,7 +47,7 @@ class ExtractorConfig:
         projector: the projector's sizes; null = none (raw residual features).
         matching: metric of the nearest reference.
         norm: the norm that scores a feature: "l2" = ||x||, or "released" = sqrt(||x|| + 1) - 1 (the authors' code).
-        conditioning: whether features and residuals are rescaled (`adpretrain.conditioning`).
+        local_scale: how residuals are scaled (`adpretrain.local_scale`); null = not at all.
         provenance: data, steps, seed, commit, versions, losses, metrics of the training run.
         format_version: version of this file's format.
         library_version: version of adpretrain that wrote it.
@@ -59,7 +59,7 @@ class ExtractorConfig:
     projector: ProjectorConfig | None = None
     matching: str = "l2"
     norm: str = "l2"
-    conditioning: bool = False
+    local_scale: LocalScaleConfig | None = None
     fingerprint: list[float] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
@@ -69,7 +69,9 @@ class ExtractorConfig:
 def backbone_config(backbone: Backbone) -> BackboneConfig:
     """What it takes to load the same backbone elsewhere: no local path, but the commit of the weights if known."""
     prepared, levels = backbone.preprocess, list(backbone.levels)
-    config = BackboneConfig(backbone.name, prepared.image_size, revision=backbone.revision, levels=levels)
+    config = BackboneConfig(
+        backbone.name, prepared.image_size, revision=backbone.revision, levels=levels, finest=backbone.finest
+    )
     if prepared.crop_from is None:
         return config
     return dataclasses.replace(config, resize="crop", crop_from=prepared.crop_from)
@@ -146,15 +148,24 @@ def saved_projector(config: ProjectorConfig, channels: list[int], folder: Path) 
         raise ValueError(f"{folder}: {(str(error).splitlines() or [''])[0]}") from error
 
 
+def saved_local_scale(config: ExtractorConfig, folder: Path) -> LocalScale | None:
+    """The local scale of a saved extractor, its tensors still to be read. Raises ValueError for weights that do not
+    fit, naming the folder."""
+    try:
+        return None if config.local_scale is None else LocalScale(len(config.channels), config.local_scale)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
 def saved_tensors(config: ExtractorConfig, folder: Path) -> dict[str, Tensor]:
     """Name, shape and type of every tensor in the model.safetensors of an extractor, without memory for the values:
-    projector, conditioning and centres. Raises ValueError as `saved_projector` does."""
+    projector, local scale and centres. Raises ValueError as `saved_projector` does."""
     saved = nn.Module()
     with torch.device("meta"):
         if config.projector is not None:
             saved.projector = saved_projector(config.projector, config.channels, folder)
-        if config.conditioning:
-            saved.conditioning = Conditioning(config.channels)
+        if (scale := saved_local_scale(config, folder)) is not None:
+            saved.local_scale = scale
         for level, width in enumerate(config.channels):
             saved.register_buffer(f"center_{level}", torch.zeros(width))
     return saved.state_dict()
@@ -244,15 +255,23 @@ def read_folder_config(folder: Path, cls: type[T], newest: int, writer: str) -> 
             f"adpretrain {__version__}, which reads up to version {newest}: upgrade adpretrain"
         )
     try:
-        return from_dict(cls, _with_crop_from(content, str(path)), str(path))
+        return from_dict(cls, _of_today(content, str(path)), str(path))
     except ValueError as error:
         raise ValueError(f"{error}; expected a folder written by {writer}") from error
 
 
-def _with_crop_from(content: Any, where: str) -> Any:
-    """config.json, also of earlier versions: they squeezed every photograph, to a side that they called ``resize``."""
+def _of_today(content: Any, where: str) -> Any:
+    """config.json, also of version 0.1: it squeezed every photograph, to a side that it called ``resize``, and knew
+    ``conditioning``, which is gone."""
     if not isinstance(content, dict):
         return content
+    if content.get("conditioning") is True:
+        raise ValueError(
+            f"{where} is of adpretrain 0.1, with conditioning: it centred every photograph on its own median, so that "
+            "whatever was wrong everywhere looked normal. That is gone; pretrain again with local_scale, or use the "
+            "extractor 'embedded'"
+        )
+    content = {name: value for name, value in content.items() if name != "conditioning"}
     for key in ("preprocess", "images"):  # of extractors and detectors
         old = content.get(key)
         if isinstance(old, dict) and "resize" in old:

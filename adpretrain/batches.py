@@ -50,7 +50,7 @@ class ResidualBatch:
 
 
 def encode(extractor: ADExtractor, pixels: Tensor) -> FeatureMaps:
-    """uint8 [B, 3, S, S] -> L levels of (conditioned) features, in as few forwards as the device is fastest with."""
+    """uint8 [B, 3, S, S] -> L levels of features, in as few forwards as the device is fastest with."""
     parts = pixels.split(16 if pixels.device.type == "cpu" else 128)  # more than 16 outgrow a CPU's caches
     encoded = [extractor.encode(extractor.preprocess.normalise(part)) for part in parts]
     return [torch.cat(level) for level in zip(*encoded, strict=True)]
@@ -197,18 +197,19 @@ class CachedBatches:
         self.masks = stored["masks"]
 
     def _fingerprint(self, extractor: ADExtractor) -> str:
-        """Identifies images (path, size, time), backbone, conditioning, matching and draws."""
+        """Identifies images (path, size, time), backbone, local scale, matching and draws."""
         digest = hashlib.sha256()
         files = [(str(s.image), s.image.stat().st_size, s.image.stat().st_mtime_ns) for s in self.data.samples]
         data = [self.data.shots, self.data.seed, self.data.augment, self.draws, extractor.config.matching]
         network = extractor.backbone
         backbone: list[Any] = [network.name, extractor.preprocess.to_dict(), network.levels, network.revision]
+        backbone.append(network.finest)
         if network.revision is None:  # local or random weights: told apart by their sums
             backbone.append([float(parameter.sum()) for parameter in network.parameters()])
         digest.update(json.dumps([files, data, backbone]).encode())
-        if extractor.conditioning is not None:
-            for value in extractor.conditioning.state_dict().values():
-                digest.update(value.cpu().numpy().tobytes())
+        if extractor.local_scale is not None:
+            digest.update(repr(extractor.local_scale.config).encode())
+            digest.update(extractor.local_scale.single.cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def _compute(self, extractor: ADExtractor, threads: int, track: Any, local: LocalProcesses) -> dict[str, Tensor]:

@@ -195,7 +195,8 @@ def _training(config: ExtractorConfig) -> str:
     if config.projector is not None:
         rows += _flat(json.loads(json.dumps(vars(config.projector))), "projector.")
     rows += [("matching", f"`{config.matching}`"), ("norm", f"`{config.norm}`")]
-    rows += [("conditioning", "yes" if config.conditioning else "no")]
+    if config.local_scale is not None:
+        rows += _flat(vars(config.local_scale), "local_scale.")
     rows += _flat({key: value for key, value in config.provenance.items() if key != "held_out_metrics"})
     return table(("what", "value"), rows)
 

@@ -39,15 +39,18 @@ class BackboneConfig:
         weights: a local file or folder of weights instead of the Hub's; never part of a saved extractor.
         levels: numbers of the blocks (vision transformers) or stages (others) that give the features, from 1; null =
             the paper's.
+        finest: stride in pixels; maps that are finer are averaged down to it, which saves time in every search for
+            nearest references. 0 = as the network gives them.
     """
 
-    name: str = "filterbank"
+    name: str = "lite0"
     image_size: int = 224
     revision: str | None = None
     weights: str | None = None
     levels: list[int] | None = None
     resize: Literal["squeeze", "crop"] = "squeeze"
     crop_from: int | None = None
+    finest: int = 0
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,26 @@ class ReferencesConfig:
     pool: int = 0
     refresh: int = 1
     cache_mb: int = 4096
+
+
+@dataclass(frozen=True)
+class LocalScaleConfig:
+    """Residuals divided by how much the product itself varies where the reference was matched.
+
+    Args:
+        share: of the scale that comes from the matched token's own neighbourhood; the rest is the mean over all
+            references.
+        weights: of the levels, multiplied into their scaled residuals; empty = 1 each.
+    """
+
+    share: float = 0.5
+    weights: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"local_scale.share {self.share} must be between 0 and 1")
+        if not all(0 < weight < float("inf") for weight in self.weights):
+            raise ValueError(f"local_scale.weights {self.weights} must be positive numbers")
 
 
 @dataclass(frozen=True)
@@ -243,7 +266,8 @@ class PretrainConfig:
             without references (the ablation of Tab. 2a).
         learns: the "projector" on a frozen backbone, or the "backbone" itself, without a projector (the ablation of
             Tab. 2a, which the paper and its own results advise against).
-        conditioning: remove drift between photographs and scale channels and residuals (`adpretrain.conditioning`).
+        local_scale: divide residuals by how much the product varies at the matched place (`adpretrain.local_scale`);
+            null = take them as they come, like the paper.
         augment: "epoch" draws new views every epoch; "once" keeps each image's first two views; "none" has one plain
             view (no angle loss).
         cache: keep the residuals of every image in memory instead of computing them step by step.
@@ -267,7 +291,7 @@ class PretrainConfig:
     references: ReferencesConfig = field(default_factory=ReferencesConfig)
     matching: Literal["l2", "cosine", "none"] = "l2"
     learns: Literal["projector", "backbone"] = "projector"
-    conditioning: bool = False
+    local_scale: LocalScaleConfig | None = None
     augment: Literal["epoch", "once", "none"] = "epoch"
     cache: CacheConfig = field(default_factory=CacheConfig)
     tokens: int = 0
@@ -304,17 +328,15 @@ class PretrainConfig:
             raise ValueError("cache.draws keeps each view once: set augment to 'once' or 'none'")
         if self.cache.draws and "cross" in self.projector.architecture:
             raise ValueError("cross attention needs the references themselves: set cache.draws to 0")
-        if self.matching == "none" and (
-            self.cache.draws or self.conditioning or "cross" in self.projector.architecture
-        ):
+        if self.matching == "none" and (self.cache.draws or self.local_scale or "cross" in self.projector.architecture):
             raise ValueError(
-                "matching 'none' has no references: leave out cache.draws, conditioning and cross attention, or choose "
+                "matching 'none' has no references: leave out cache.draws, local_scale and cross attention, or choose "
                 "l2 or cosine"
             )
-        if self.learns == "backbone" and (self.cache.draws or self.references.pool or self.conditioning):
+        if self.learns == "backbone" and (self.cache.draws or self.references.pool or self.local_scale):
             raise ValueError(
                 "learns 'backbone' changes the features at every step: leave out cache.draws, references.pool and "
-                "conditioning"
+                "local_scale"
             )
         if self.optim.weights == "bfloat16" and self.optim.precision != "bf16":
             raise ValueError(f"optim.weights bfloat16 needs optim.precision bf16, not {self.optim.precision!r}")

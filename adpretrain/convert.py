@@ -111,7 +111,7 @@ def projector_from_official(state_dict: Mapping[str, Tensor]) -> FeatureProjecto
 def extractor_from_official(checkpoint: Any, backbone: Backbone, source: Mapping[str, Any]) -> ADExtractor:
     """A released checkpoint file's content as a complete `ADExtractor` on ``backbone``, as its authors run it.
 
-    Cosine matching, the norm sqrt(||x|| + 1) - 1 and the released projector form; no conditioning; the centres stay
+    Cosine matching, the norm sqrt(||x|| + 1) - 1 and the released projector form; no local scale; the centres stay
     zero (the file has none, and scoring does not use them). A ``backbone`` that squeezes photographs is made to crop
     them as its authors' code does (256 -> 224 pixels). ``source`` (file name, sha256 ...) goes into the
     provenance, with the file's own metrics, which its authors took, and chose it by, on a test set.

@@ -22,6 +22,7 @@ from adpretrain.artefact import (
     place,
     read_config,
     read_weights,
+    saved_local_scale,
     saved_projector,
     saved_tensors,
     write_folder,
@@ -31,9 +32,9 @@ from adpretrain.backbones import Backbone, FeatureMaps, References
 from adpretrain.backbones.fingerprint import fingerprint
 from adpretrain.backbones.weights import as_float32
 from adpretrain.card import card
-from adpretrain.conditioning import Conditioning
 from adpretrain.config import ProjectorConfig
 from adpretrain.hub import Published, locate, publish
+from adpretrain.local_scale import LocalScale
 from adpretrain.preprocess import Preprocess
 from adpretrain.projector import FeatureProjector
 from adpretrain.residual import (
@@ -52,7 +53,7 @@ class ADExtractor(nn.Module):
     """Projected residual features: a drop-in for a raw backbone in every detector.
 
     ``extractor.set_references(images)`` with a few photographs of normal products, then ``extractor(images)``.
-    Without a projector the features are the (conditioned) residuals themselves, the baseline of every comparison.
+    Without a projector the features are the (scaled) residuals themselves, the baseline of every comparison.
     The reference features are never saved: they belong to whoever made the photographs.
     """
 
@@ -61,7 +62,7 @@ class ADExtractor(nn.Module):
         backbone: Backbone,
         projector: FeatureProjector | None = None,
         projector_config: ProjectorConfig | None = None,
-        conditioning: Conditioning | None = None,
+        local_scale: LocalScale | None = None,
         centers: list[Tensor] | None = None,
         matching: str = "l2",
         norm: str = "l2",
@@ -70,13 +71,13 @@ class ADExtractor(nn.Module):
         super().__init__()
         if matching not in MATCHING:
             raise ValueError(f"matching metric {matching!r} is unknown; choose one of {MATCHING}")
-        if matching == "none" and (conditioning is not None or (projector and projector.needs_reference_residuals)):
-            raise ValueError("matching 'none' has no references, which conditioning and cross attention need")
+        if matching == "none" and (local_scale is not None or (projector and projector.needs_reference_residuals)):
+            raise ValueError("matching 'none' has no references, which a local scale and cross attention need")
         if norm not in NORMS:
             raise ValueError(f"norm {norm!r} is unknown; choose one of {NORMS}")
         if (projector is None) != (projector_config is None):
             raise ValueError("projector and projector_config are given together or not at all")
-        self.backbone, self.projector, self.conditioning = backbone, projector, conditioning
+        self.backbone, self.projector, self.local_scale = backbone, projector, local_scale
         self.config = ExtractorConfig(
             backbone=backbone_config(backbone),
             channels=backbone.channels,
@@ -84,7 +85,7 @@ class ADExtractor(nn.Module):
             projector=projector_config,
             matching=matching,
             norm=norm,
-            conditioning=conditioning is not None,
+            local_scale=None if local_scale is None else local_scale.config,
             fingerprint=fingerprint(backbone.network),
             provenance=provenance or {},
         )
@@ -113,18 +114,14 @@ class ADExtractor(nn.Module):
     def without_projector(self) -> ADExtractor:
         """The same extractor up to the residuals: the baseline that the projector is measured against."""
         raw = ADExtractor(
-            self.backbone, conditioning=self.conditioning, matching=self.config.matching, norm=self.config.norm
+            self.backbone, local_scale=self.local_scale, matching=self.config.matching, norm=self.config.norm
         )
         raw._references, raw._scales, raw._indices = self._references, self._scales, self._indices
         return raw
 
     def encode(self, images: Tensor) -> FeatureMaps:
-        """[B, 3, S, S] -> L levels of (conditioned) backbone features [B, C_l, H_l, W_l]."""
-        return self.condition(self.backbone(images))
-
-    def condition(self, features: FeatureMaps) -> FeatureMaps:
-        """The backbone's features -> what is matched: standardised channels, or unchanged without conditioning."""
-        return self.conditioning.standardise(features) if self.conditioning else features
+        """[B, 3, S, S] -> L levels of backbone features [B, C_l, H_l, W_l]."""
+        return self.backbone(images)
 
     @torch.no_grad()
     def encode_references(self, images: Tensor) -> References:
@@ -158,17 +155,17 @@ class ADExtractor(nn.Module):
         return self
 
     def scales(self, features: FeatureMaps, references: References) -> list[Tensor] | None:
-        """The scale of every reference token, L levels of [R, N_l]; None without conditioning.
+        """The scale of every reference token, L levels of [R, N_l]; None without a local scale.
 
         Only the sizes of ``features`` are used. Those of the kept references are computed once.
         """
-        if self.conditioning is None:
+        if self.local_scale is None:
             return None
         if references is self._references and self._scales is not None:
             return self._scales
         images_in_bank(features, references)
         grids = [(int(level.shape[2]), int(level.shape[3])) for level in features]
-        scales = self.conditioning.scales(references, grids, self.config.matching)
+        scales = self.local_scale.scales(references, grids, self.config.matching)
         if references is self._references:
             self._scales = scales
         return scales
@@ -230,7 +227,7 @@ class ADExtractor(nn.Module):
         return self.from_encoded(self.encode(images), references)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
-        """Write config.json, model.safetensors (projector, centres, conditioning; never the backbone or references)
+        """Write config.json, model.safetensors (projector, centres, local scale; never the backbone or references)
         and README.md, its card. The folder appears, or is replaced, only when complete. Returns its path.
 
         Raises ValueError if ``folder`` holds other files: replacing it would delete them.
@@ -287,7 +284,7 @@ class ADExtractor(nn.Module):
             backbone,
             projector=saved_projector(config.projector, config.channels, folder) if config.projector else None,
             projector_config=config.projector,
-            conditioning=Conditioning(config.channels) if config.conditioning else None,
+            local_scale=saved_local_scale(config, folder),
             matching=config.matching,
             norm=config.norm,
             provenance=config.provenance,

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from adpretrain.backbones import FeatureMaps
-from adpretrain.conditioning import smoothed_scale
 from adpretrain.extractor import ADExtractor
 from adpretrain.residual import as_map, nearest_in_each_image, tokens
 
@@ -74,11 +73,11 @@ def leave_one_out(extractor: ADExtractor, images: Tensor) -> FeatureMaps:
     if shots == 2 or crossed:  # a single reference left has a scale of its own kind; crossed attention needs the rest
         return _one_by_one(extractor, images)
     features = extractor.encode(images)
-    residuals = [_level(extractor, feature) for feature in features]
+    residuals = [_level(extractor, feature, level) for level, feature in enumerate(features)]
     return residuals if extractor.projector is None else extractor.projector(residuals)
 
 
-def _level(extractor: ADExtractor, feature_KCHW: Tensor) -> Tensor:
+def _level(extractor: ADExtractor, feature_KCHW: Tensor, level: int) -> Tensor:
     """Residuals of one level, each photograph's against the others: [K, C, H, W]."""
     shots, _, height, width = feature_KCHW.shape
     table = _table(feature_KCHW, extractor.config.matching)
@@ -86,11 +85,11 @@ def _level(extractor: ADExtractor, feature_KCHW: Tensor) -> Tensor:
     parts = []
     for image in range(shots):
         residual, matched = table.residuals((image_N == image).nonzero()[:, 0])
-        if extractor.conditioning is not None:
+        if extractor.local_scale is not None:
             rest = (image_N != image).nonzero()[:, 0]
             norms, _ = table.residuals(rest, without=image)
             scale = torch.empty_like(image_N, dtype=norms.dtype)
-            scale[rest] = smoothed_scale(norms.norm(dim=1)[None], height, width)[0]
+            scale[rest] = extractor.local_scale.smoothed(norms.norm(dim=1)[None], height, width, level)[0]
             residual = residual / scale[matched][:, None]
         parts.append(residual)
     return as_map(torch.stack(parts), feature_KCHW)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adpretrain.artefact import WEIGHTS_NAME, ExtractorConfig, read_config, saved_projector
 from adpretrain.backbones import load_backbone
@@ -52,7 +51,7 @@ def _extractor(folder: Path) -> dict[str, Any]:
         "parameters": _parameters(folder),
         **projector_cost(config, folder),
         "matching": config.matching,
-        "conditioning": config.conditioning,
+        "local scale": "no" if config.local_scale is None else f"share {config.local_scale.share}",
         "training data": data.get("set") or data.get("name"),
         "training images": data.get("images"),
         "training categories": data.get("categories"),
@@ -75,13 +74,11 @@ def projector_cost(config: ExtractorConfig, folder: Path) -> dict[str, int]:
         return {}
     projector, side = saved_projector(config.projector, config.channels, folder), config.preprocess.image_size
     name, levels = config.backbone.name, config.backbone.levels or None
-    # The filter bank computes its filters, which the meta device cannot; fake tensors do not suit all the others.
-    nothing = FakeTensorMode(allow_non_fake_inputs=True) if find_entry(name).source is None else torch.device("meta")
     try:
-        with nothing:
-            backbone = load_backbone(name, pretrained=False, image_size=side, levels=levels)
-            shapes = [level.shape[1:] for level in backbone(torch.empty(1, 3, side, side))]
         with torch.device("meta"):
+            finest = config.backbone.finest
+            backbone = load_backbone(name, pretrained=False, image_size=side, levels=levels, finest=finest)
+            shapes = [level.shape[1:] for level in backbone(torch.empty(1, 3, side, side))]
             inputs = [[torch.empty(count, *shape) for shape in shapes] for count in (1, 2)]
             references = [tokens(level) for level in inputs[0]]
         one, two = (count_flops(functools.partial(projector, images, references)) for images in inputs)

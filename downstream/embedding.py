@@ -37,7 +37,7 @@ class EmbeddingConfig:
         levels: which of the extract's levels, counted from 0 (-1 = the last); null = all. "paper" = on a backbone of
             timm with stages (ResNet and its kin), or an extractor on one, the stages that the detector's paper takes:
             2 and 3 for PatchCore and ReConPatch, 1 to 3 for PaDiM and SPADE, as far as the backbone gives them. On
-            every other network (vision transformers, the filter bank, a function of yours) it means all levels: the
+            every other network (vision transformers, a function of yours) it means all levels: the
             papers used none of these.
         patch: side p of the neighbourhood that is averaged, odd; 1 = none. Beyond the border there are zeros, which
             count, as in the released PatchCore.

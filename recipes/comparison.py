@@ -87,7 +87,7 @@ def load_networks(options: argparse.Namespace, folders: Mapping[str, Path], devi
     if folders:
         extractors = load_extractors(folders, device, options.weights)
         name = extractors[0].backbone.name
-        if options.backbone not in ("filterbank", name):
+        if options.backbone not in ("lite0", name):
             raise ValueError(f"--backbone {options.backbone}, but the extractor was trained on {name}: leave it out")
         return Networks(extractors[0].backbone, tuple(extractors))
     untrained = options.random_weights is not None

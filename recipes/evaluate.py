@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         "--features", type=_names, help=f"of {', '.join(FEATURES)} (default: raw; raw,pretrained with --extractors)"
     )
     table.add_argument("--protocol", choices=PROTOCOLS, help="what is fitted on what (default: full)")
-    table.add_argument("--backbone", default="filterbank", help="network of raw features, without --extractors")
+    table.add_argument("--backbone", default="lite0", help="network of raw features, without --extractors")
     table.add_argument("--image-size", type=int, default=224, help="its input in pixels, without --extractors")
     table.add_argument("--resize", choices=RESIZES, default="squeeze", help="photographs whole, or their centre")
     table.add_argument("--crop-from", type=int, help="shorter side before --resize crop, such as 256 for 224 pixels")

@@ -1,7 +1,7 @@
 """The few-shot table of `evaluate.py`: FeatureNorm with and without the pretrained projector, on the same references.
 
 Rows: the backbone's plain norm; the norm of raw residuals (feature minus nearest reference, nothing learnt); the
-residuals conditioned with the pretraining set's statistics; FeatureNorm on the pretrained features. Several
+residuals over the local scale; FeatureNorm on the pretrained features. Several
 extractors (seeds of one training) are averaged, and their spread is printed. References are drawn at random from the
 normal training images; nothing is ever chosen on the scored images. Every product's features are kept in memory, so
 that all numbers of references and draws share one pass of the backbone.
@@ -44,7 +44,7 @@ from downstream.evaluation.protocols import ProtocolOptions, trials
 from downstream.evaluation.tables import number
 
 METRICS = ("image_auroc", "pixel_auroc", "aupro")
-BACKBONE, RAW, CONDITIONED = "backbone norm", "raw residual norm", "conditioned residual norm"
+BACKBONE, RAW, SCALED = "backbone norm", "raw residual norm", "scaled residual norm"
 PRETRAINED = "pretrained FeatureNorm"
 
 
@@ -69,8 +69,8 @@ def evaluate_product(
     raw = ADExtractor(extractors[0].backbone, matching=extractors[0].config.matching)
     rows = [(PRETRAINED, seed) for seed in range(len(extractors))]
     candidates = list(extractors)
-    if extractors[0].conditioning is not None:
-        rows.insert(0, (CONDITIONED, 0))
+    if extractors[0].local_scale is not None:
+        rows.insert(0, (SCALED, 0))
         candidates.insert(0, extractors[0].without_projector())
     for shots in options.shots:
         for draw in range(options.draws):

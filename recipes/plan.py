@@ -55,12 +55,11 @@ class Counts:
 
 def count(config: PretrainConfig) -> Counts:
     """Build the networks without memory, and count."""
-    where = "cpu" if config.backbone.name == "filterbank" else "meta"  # its filters are computed, and small
-    with torch.device(where):
-        backbone = load_backbone(**(dataclasses.asdict(config.backbone) | {"weights": None}), pretrained=False)
-    image = torch.zeros(1, 3, config.backbone.image_size, config.backbone.image_size, device=where)
-    maps, images = [level.to("meta") for level in backbone(image)], 2 * config.optim.batch_size
     with torch.device("meta"):
+        backbone = load_backbone(**(dataclasses.asdict(config.backbone) | {"weights": None}), pretrained=False)
+        image = torch.zeros(1, 3, config.backbone.image_size, config.backbone.image_size)
+        maps = backbone(image)
+        images = 2 * config.optim.batch_size
         projector = build_projector(config.projector, backbone.channels)
     tokens = [level.shape[2] * level.shape[3] for level in maps]
     entering = [min(number, config.tokens or number) for number in tokens]

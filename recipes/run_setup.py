@@ -28,13 +28,13 @@ from torch import nn
 
 from adpretrain.backbones import load_backbone
 from adpretrain.batches import CachedBatches, OnlineBatches, ResidualBatch
-from adpretrain.conditioning import Conditioning
 from adpretrain.config import OptimConfig, PretrainConfig
 from adpretrain.data import ImageDataset, Sample
 from adpretrain.data.pairs import PretrainingSet, StepBatches
 from adpretrain.data.samples import to_learn_from
 from adpretrain.data.streaming import StreamedBatches, StreamedSet
 from adpretrain.extractor import ADExtractor, build_projector
+from adpretrain.local_scale import LocalScale
 from adpretrain.objective import Objective
 from adpretrain.preprocess import Preprocess, crop_side
 from adpretrain.shared import local_processes
@@ -43,26 +43,26 @@ from downstream.evaluation.evaluate import FeatureSet, by_product, encode_sample
 
 
 def build_extractor(config: PretrainConfig, samples: list[Sample], device: torch.device) -> ADExtractor:
-    """Backbone, fresh projector (unless the backbone itself learns) and, if asked for, the conditioning measured on the
-    training normals."""
+    """Backbone, fresh projector (unless the backbone itself learns) and, if asked for, the local scale, for which
+    training normals are measured."""
     backbone = load_backbone(**dataclasses.asdict(config.backbone)).to(device)
-    conditioning = Conditioning(backbone.channels) if config.conditioning else None
+    scale = LocalScale(len(backbone.channels), config.local_scale) if config.local_scale is not None else None
     projector = build_projector(config.projector, backbone.channels) if config.learns == "projector" else None
     extractor = ADExtractor(
         backbone,
         projector,
         config.projector if projector else None,
-        conditioning,
+        scale,
         matching=config.matching,
     ).to(device)
-    if conditioning is not None:
+    if scale is not None:
         groups = by_product([sample for sample in to_learn_from(samples) if not sample.anomalous]).values()
         chosen = [group[:CONDITIONING_IMAGES] for group in groups if len(group) >= CONDITIONING_IMAGES]
         batches = []
         for group in chosen:
             data = ImageDataset(group, backbone.preprocess)
             batches.append(backbone(torch.stack([data[i]["image"] for i in range(len(data))]).to(device)))
-        conditioning.fit(batches, config.matching)
+        scale.fit(batches, config.matching)
     return extractor
 
 
@@ -104,7 +104,7 @@ class Run:
         return self.config.optim.batch_size * self.accelerator.num_processes
 
     def trained_state(self) -> dict[str, torch.Tensor]:
-        """All that training changes, and what it was measured with: projector (or backbone), centres, conditioning."""
+        """All that training changes, and what it was measured with: projector (or backbone), centres, local scale."""
         frozen = self.extractor.backbone.frozen
         return {k: v for k, v in self.extractor.state_dict().items() if not (frozen and k.startswith("backbone."))}
 

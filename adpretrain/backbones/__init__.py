@@ -36,6 +36,7 @@ def load_backbone(
     levels: Sequence[int] | None = None,
     resize: str = "squeeze",
     crop_from: int | None = None,
+    finest: int = 0,
 ) -> Backbone:
     """A frozen backbone by name (see `BACKBONES`), for square inputs of ``image_size`` pixels.
 
@@ -49,6 +50,8 @@ def load_backbone(
         levels: numbers of the blocks (vision transformers) or stages (others), from 1; None = the paper's.
         resize: how photographs become square: "squeeze", or "crop" the centre as the authors' released code does.
         crop_from: for "crop", the shorter side before it; None = the released code's (`adpretrain.preprocess`).
+        finest: stride in pixels; maps that are finer are averaged down to it, which saves time in every search for
+            nearest references. 0 = as the network gives them.
 
     Raises ValueError for an unknown name, a level, size, revision or file that does not fit, or weights that are
     neither in the local cache nor to be downloaded; it says what would fit, or what to do.
@@ -61,4 +64,7 @@ def load_backbone(
     cropped = crop_side(image_size, resize, crop_from)
     backbone = entry.build(name, chosen, image_size, list(entry.levels if levels is None else levels))
     backbone.preprocess = replace(backbone.preprocess, crop_from=cropped)
+    if finest < 0 or (finest and image_size % finest):
+        raise ValueError(f"finest {finest} must be a stride in pixels that divides image_size {image_size}, or 0")
+    backbone.finest = finest
     return backbone

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adpretrain.preprocess import Preprocess
@@ -50,6 +51,7 @@ class Backbone(nn.Module):
         self.revision = revision
         self.image_size = preprocess.image_size
         self.network = network
+        self.finest = 0  # see `load_backbone`
         self.frozen = True
         self.requires_grad_(False)
         self.eval()
@@ -86,7 +88,13 @@ class Backbone(nn.Module):
                 f"{tuple(images.shape)} of {images.dtype}: prepare them with .preprocess, or choose another image_size"
             )
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            return [level.to(self.dtype) for level in self.maps(images.to(self.compute_dtype))]
+            return [self._coarse(level).to(self.dtype) for level in self.maps(images.to(self.compute_dtype))]
+
+    def _coarse(self, level: Tensor) -> Tensor:
+        """A map no finer than stride ``finest``."""
+        if not self.finest or level.shape[2] * self.finest <= self.image_size:
+            return level
+        return F.adaptive_avg_pool2d(level, self.image_size // self.finest)
 
     def maps(self, images: Tensor) -> FeatureMaps:
         """[B, 3, S, S] of ``compute_dtype`` -> L levels [B, C_l, H_l, W_l]."""

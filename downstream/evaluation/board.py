@@ -6,7 +6,7 @@
   extractors:
     ours: embedded                                # a folder, org/name of the Hub, or embedded
     its residuals: {extractor: embedded, features: residual}
-    raw: {backbone: filterbank, image_size: 224}  # a network's own features
+    raw: {backbone: lite0, image_size: 320}  # a network's own features
   detectors:
     - featurenorm
     - patchcore: {amount: 0.1}
@@ -28,7 +28,7 @@ from adpretrain.hub.locating import EMBEDDED
 from adpretrain.parsing import from_dict, read_yaml
 from downstream.evaluation.contenders import Kind
 
-FIXED = ("image_size", "levels", "resize", "crop_from")  # an extractor brings its own
+FIXED = ("image_size", "levels", "resize", "crop_from", "finest")  # an extractor brings its own
 ALL = "all"
 
 
@@ -69,6 +69,7 @@ class ExtractorRow:
         levels: of a backbone; null = the paper's.
         resize: "squeeze" (null) or "crop", of a backbone.
         crop_from: for "crop", the shorter side before it.
+        finest: stride in pixels to which a backbone's finer maps are averaged; null = as the network gives them.
     """
 
     extractor: str | None = None
@@ -79,6 +80,7 @@ class ExtractorRow:
     levels: list[int] | None = None
     resize: Literal["squeeze", "crop"] | None = None
     crop_from: int | None = None
+    finest: int | None = None
 
     def __post_init__(self) -> None:
         if (self.extractor is None) == (self.backbone is None):

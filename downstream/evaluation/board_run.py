@@ -145,7 +145,7 @@ def planned_trials(row: SetRow, samples: Sequence[Sample], board: Board) -> list
 def load_features(board: Board, device: str) -> tuple[list[Features], list[Remembered]]:
     """Every row of the extractors, and the backbones below: one for all rows that see images alike."""
     rows: list[Features] = []
-    backbones: list[tuple[Identity, Remembered]] = []
+    backbones: list[tuple[Identity, Backbone]] = []
     for name, row in board.extractors.items():
         try:
             backbone, extractor, digest = _loaded(row, device)
@@ -158,15 +158,15 @@ def load_features(board: Board, device: str) -> tuple[list[Features], list[Remem
         }
         shared = next((known for seen, known in backbones if seen == sees), None)
         if shared is None:
-            shared = Remembered(backbone)
+            shared = backbone
             backbones.append((sees, shared))
         if extractor is not None:
             extractor.backbone = shared
         networks = Networks(shared, () if extractor is None else (extractor,))
-        if row.kind == "scaled" and (extractor is None or extractor.conditioning is None):
-            raise ValueError(f"extractor {name}: features 'scaled' need an extractor that scales its residuals")
+        if row.kind == "scaled" and (extractor is None or not extractor.local_scale):
+            raise ValueError(f"extractor {name}: features 'scaled' need an extractor with a local scale")
         rows.append(Features(name, networks, row.kind, {**sees, "features": row.kind, "extractor": digest}))
-    return rows, [known for _, known in backbones]
+    return rows, [Remembered(known) for _, known in backbones]
 
 
 def _loaded(row: ExtractorRow, device: str) -> tuple[Backbone, ADExtractor | None, str | None]:
@@ -184,6 +184,7 @@ def _loaded(row: ExtractorRow, device: str) -> tuple[Backbone, ADExtractor | Non
         levels=row.levels,
         resize=row.resize or "squeeze",
         crop_from=row.crop_from,
+        finest=row.finest or 0,
     )
     return backbone.to(device), None, None
 

@@ -2,7 +2,7 @@
 
 raw          the backbone's own features, without references
 residual     feature minus nearest reference, nothing learnt
-scaled       residuals divided by the scale that the references have around them (extractors that do so)
+scaled       residuals over the local scale (extractors that have one)
 pretrained   the extractor's features
 """
 
@@ -75,8 +75,8 @@ def contenders(detectors: Sequence[str], features: Sequence[str], networks: Netw
         raise ValueError(f"features {unknown} are unknown; choose from {', '.join(FEATURES)}")
     if PRETRAINED in features and not networks.extractors:
         raise ValueError(f"features {PRETRAINED!r} need an extractor on that backbone: give --extractors")
-    if SCALED in features and not (networks.extractors and networks.extractors[0].conditioning):
-        raise ValueError("features 'scaled' need an extractor that scales its residuals")
+    if SCALED in features and not (networks.extractors and networks.extractors[0].local_scale):
+        raise ValueError("features 'scaled' need an extractor with a local scale")
     counts = {name: len(networks.extractors) if name == PRETRAINED else 1 for name in features}
     return [
         Contender(detector, name, number)

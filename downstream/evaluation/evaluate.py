@@ -136,9 +136,9 @@ def by_product(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
     return dict(sorted(groups.items()))
 
 
-def reference_banks(extractor: ADExtractor, images: FeatureSet, references: Sequence[int]) -> References:
+def reference_banks(images: FeatureSet, references: Sequence[int]) -> References:
     """Banks [1, K * T, C_l] of the chosen images."""
-    chosen = extractor.condition([level[list(references)] for level in images.features])
+    chosen = [level[list(references)] for level in images.features]
     return [tokens(level).flatten(0, 1)[None] for level in chosen]
 
 
@@ -151,13 +151,13 @@ def score(
     The extractors must differ in their projectors only (`same_residuals`): the queries are matched once for all.
     """
     first = extractors[0]
-    banks = reference_banks(first, images, references)
+    banks = reference_banks(images, references)
     scales = first.scales(images.features, banks)
     detector = FeatureNorm(first, image_size=first.preprocess.image_size)
     parts: list[list[Prediction]] = [[] for _ in extractors]
     for start in range(0, len(queries), BATCH):
         rows = list(queries[start : start + BATCH])
-        features = first.condition([level[rows] for level in images.features])
+        features = [level[rows] for level in images.features]
         residuals = first.residuals(features, banks, scales)
         for collected, extractor in zip(parts, extractors, strict=True):
             projected = extractor.project(residuals, banks, len(references), scales)
@@ -175,10 +175,10 @@ def same_residuals(first: ADExtractor, second: ADExtractor) -> bool:
     ours, theirs = ((e.config.backbone, e.config.matching, e.config.norm) for e in (first, second))
     if ours != theirs or not same_weights(first.config.fingerprint, second.config.fingerprint):
         return False
-    if first.conditioning is None or second.conditioning is None:
-        return first.conditioning is second.conditioning
-    scales = second.conditioning.state_dict()
-    return all(torch.equal(value, scales[name]) for name, value in first.conditioning.state_dict().items())
+    if first.local_scale is None or second.local_scale is None:
+        return first.local_scale is second.local_scale
+    same = torch.equal(first.local_scale.single, second.local_scale.single)
+    return same and first.local_scale.config == second.local_scale.config
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from adpretrain.backbones import FeatureMaps, References
+from adpretrain.backbones import References
 from adpretrain.extractor import ADExtractor, images_in_bank
 from adpretrain.projector import FixedKeyValueProjector, LearnableKeyValueProjector
 from adpretrain.residual import SearchIndex, as_map, residual_tokens, search_index, similarities, tokens
@@ -41,7 +41,7 @@ class Inspector(nn.Module):
         if (banks := extractor.references[0].shape[0]) != 1:
             raise ValueError(f"an inspector has one set of references for all images, not {banks}")
         self.from_features, self.metric = detector.from_features, extractor.config.matching
-        self.backbone, self.conditioning = extractor.backbone, extractor.conditioning
+        self.backbone = extractor.backbone
         self.projectors = nn.ModuleList(map(_fixed, extractor.projector.levels)) if extractor.projector else None
         with torch.no_grad():
             self._register(extractor, extractor.references)
@@ -63,17 +63,13 @@ class Inspector(nn.Module):
             self.register_buffer(f"shift_{level}", shift_1C)
             self.register_buffer(f"context_{level}", context)
 
-    def _encode(self, images: Tensor) -> FeatureMaps:
-        features = self.backbone(images)
-        return self.conditioning.standardise(features) if self.conditioning is not None else features
-
     def _index(self, level: int) -> SearchIndex:
         return SearchIndex(getattr(self, f"rows_{level}"), getattr(self, f"shift_{level}"))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """[B, 3, S, S] float32, normalised -> scores [B], maps [B, S, S]: what the detector's `predict` gives."""
         projected = []
-        for level, feature in enumerate(self._encode(images)):
+        for level, feature in enumerate(self.backbone(images)):
             bank, scale = getattr(self, f"bank_{level}"), getattr(self, f"scale_{level}")
             x_BTC = residual_tokens(tokens(feature), bank, self.metric, None, scale, self._index(level))
             if self.projectors is not None:
@@ -89,7 +85,7 @@ class Inspector(nn.Module):
         Which of the two is taken, and with it the residual, is then up to the order of a sum: correct programs differ.
         """
         tied = torch.zeros(images.shape[0], dtype=torch.bool, device=images.device)
-        for level, feature in enumerate(self._encode(images)):
+        for level, feature in enumerate(self.backbone(images)):
             index, query_QC = self._index(level), tokens(feature).flatten(0, 1)
             nearest, second = similarities(query_QC, index).topk(2, dim=1).values.unbind(1)
             length_Q = (query_QC if index.shift is None else query_QC - index.shift).norm(dim=1)

@@ -95,7 +95,7 @@ def test_a_board_is_a_whole_evaluation(
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     from evaluate import main
 
-    extractor = "raw: {backbone: filterbank, image_size: 64}"
+    extractor = "raw: {backbone: lite0, image_size: 64}"
     text = f"sets: [{{name: parts, root: set}}]\nextractors: {{{extractor}}}\ndetectors: [featurenorm]\nshots: [1]\n"
     (tmp_path / "board.yaml").write_text(text)
     flags = ["--board", str(tmp_path / "board.yaml"), "--out", str(tmp_path / "out"), "--device", "cpu"]

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from adpretrain.conditioning import Conditioning
 from torch import Tensor
 
 from adpretrain.backbones import FeatureMaps
-from adpretrain.conditioning import Conditioning
 from adpretrain.residual import residual_features, tokens
 
 CHANNELS = [6, 9]

