@@ -138,7 +138,7 @@ class LocalScaleConfig:
     Args:
         share: of the scale that comes from the matched token's own neighbourhood; the rest is the mean over all
             references.
-        weights: of the levels, multiplied into their scaled residuals; empty = 1 each.
+        weights: of the levels, multiplied into the extractor's output; empty = 1 each.
     """
 
     share: float = 0.5

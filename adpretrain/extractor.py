@@ -204,10 +204,14 @@ class ADExtractor(nn.Module):
     ) -> FeatureMaps:
         """Residuals -> projected features; the references feed the cross-attention ablations only."""
         if self.projector is None:
-            return residuals
+            return self.weighted(residuals)
         if not self.projector.needs_reference_residuals:
-            return self.projector(residuals)
-        return self.projector(residuals, self.reference_residuals(references, shots, scales))
+            return self.weighted(self.projector(residuals))
+        return self.weighted(self.projector(residuals, self.reference_residuals(references, shots, scales)))
+
+    def weighted(self, features: FeatureMaps) -> FeatureMaps:
+        """Each level times the weight that the local scale gives it."""
+        return features if self.local_scale is None else self.local_scale.weighted(features)
 
     @torch.no_grad()
     def forward(self, images: Tensor, references: References | None = None) -> FeatureMaps:

@@ -73,11 +73,11 @@ def leave_one_out(extractor: ADExtractor, images: Tensor) -> FeatureMaps:
     if shots == 2 or crossed:  # a single reference left has a scale of its own kind; crossed attention needs the rest
         return _one_by_one(extractor, images)
     features = extractor.encode(images)
-    residuals = [_level(extractor, feature, level) for level, feature in enumerate(features)]
-    return residuals if extractor.projector is None else extractor.projector(residuals)
+    residuals = [_level(extractor, feature) for feature in features]
+    return extractor.weighted(residuals if extractor.projector is None else extractor.projector(residuals))
 
 
-def _level(extractor: ADExtractor, feature_KCHW: Tensor, level: int) -> Tensor:
+def _level(extractor: ADExtractor, feature_KCHW: Tensor) -> Tensor:
     """Residuals of one level, each photograph's against the others: [K, C, H, W]."""
     shots, _, height, width = feature_KCHW.shape
     table = _table(feature_KCHW, extractor.config.matching)
@@ -89,7 +89,7 @@ def _level(extractor: ADExtractor, feature_KCHW: Tensor, level: int) -> Tensor:
             rest = (image_N != image).nonzero()[:, 0]
             norms, _ = table.residuals(rest, without=image)
             scale = torch.empty_like(image_N, dtype=norms.dtype)
-            scale[rest] = extractor.local_scale.smoothed(norms.norm(dim=1)[None], height, width, level)[0]
+            scale[rest] = extractor.local_scale.smoothed(norms.norm(dim=1)[None], height, width)[0]
             residual = residual / scale[matched][:, None]
         parts.append(residual)
     return as_map(torch.stack(parts), feature_KCHW)

@@ -24,14 +24,13 @@ EPS = 1e-6
 
 
 class LocalScale(nn.Module):
-    """Per level and reference token the norm that a normal residual has there, over the level's weight.
+    """Per level and reference token the norm that a normal residual has there.
 
     It is a mix: ``config.share`` of the mean leave-one-out residual norm in the token's own 3 x 3 neighbourhood, the
     rest of the mean over all references. K photographs know little of a single place and much of the whole, so the mix
-    leans on both. A normal residual then has norm about 1 on calm and on busy places and products alike, times the
-    weight of its level. A single reference has nothing to leave out; its tokens are matched within the photograph and
+    leans on both. A normal residual then has norm about 1 on calm and on busy places and products alike. A single reference has nothing to leave out; its tokens are matched within the photograph and
     the norms multiplied by ``single`` (a saved tensor, one number a level), the ratio of the two kinds of norm on
-    normal pretraining images (`fit`).
+    normal pretraining images (`fit`). The extractor's output, projected or not, is multiplied by ``config.weights``.
 
     Raises ValueError if there are weights, but not one for each of the ``levels``.
     """
@@ -45,12 +44,12 @@ class LocalScale(nn.Module):
         self.single: Tensor
         self.register_buffer("single", torch.ones(levels))
 
-    def smoothed(self, norms_RN: Tensor, height: int, width: int, level: int) -> Tensor:
+    def smoothed(self, norms_RN: Tensor, height: int, width: int) -> Tensor:
         """Leave-one-out residual norms of whole photographs -> the divisors of residuals [R, N]."""
         maps = norms_RN.view(-1, 1, height, width)
         around = F.avg_pool2d(F.pad(maps, (1, 1, 1, 1), mode="replicate"), 3, stride=1).view_as(norms_RN)
         mixed = torch.lerp(norms_RN.mean(1, keepdim=True), around, self.config.share)
-        return mixed.clamp_min(EPS) / self.weights[level]
+        return mixed.clamp_min(EPS)
 
     def scales(self, references: References, grids: Sequence[tuple[int, int]], metric: str = "l2") -> list[Tensor]:
         """The divisor of every reference token, L levels [R, N_l], for feature maps of H_l x W_l = ``grids`` tokens.
@@ -62,8 +61,12 @@ class LocalScale(nn.Module):
             images = bank_RNC.shape[1] // (height * width)
             ratio = self.single[level] if images == 1 else 1.0
             norms = torch.stack([leave_one_out_residuals(bank, images, metric).norm(dim=1) for bank in bank_RNC])
-            out.append(self.smoothed(norms * ratio, height, width, level))
+            out.append(self.smoothed(norms * ratio, height, width))
         return out
+
+    def weighted(self, features: FeatureMaps) -> FeatureMaps:
+        """The extractor's output with each level times its weight."""
+        return [level if weight == 1 else level * weight for level, weight in zip(features, self.weights, strict=True)]
 
     @torch.no_grad()
     def fit(self, batches: Iterable[FeatureMaps], metric: str = "l2") -> LocalScale:

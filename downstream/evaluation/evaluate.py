@@ -144,16 +144,21 @@ def reference_banks(images: FeatureSet, references: Sequence[int]) -> References
 
 @torch.no_grad()
 def score(
-    extractors: Sequence[ADExtractor], images: FeatureSet, references: Sequence[int], queries: Sequence[int]
+    extractors: Sequence[ADExtractor],
+    images: FeatureSet,
+    references: Sequence[int],
+    queries: Sequence[int],
+    side: int | None = None,
 ) -> list[Prediction]:
-    """FeatureNorm of the queries against the references, with each extractor.
+    """FeatureNorm of the queries against the references, with each extractor; maps of ``side`` pixels, None = the
+    input's.
 
     The extractors must differ in their projectors only (`same_residuals`): the queries are matched once for all.
     """
     first = extractors[0]
     banks = reference_banks(images, references)
     scales = first.scales(images.features, banks)
-    detector = FeatureNorm(first, image_size=first.preprocess.image_size)
+    detector = FeatureNorm(first, image_size=side or first.preprocess.image_size)
     parts: list[list[Prediction]] = [[] for _ in extractors]
     for start in range(0, len(queries), BATCH):
         rows = list(queries[start : start + BATCH])

@@ -40,7 +40,8 @@ class Inspector(nn.Module):
             raise ValueError("only a FeatureNorm of an ADExtractor can be exported, after fit(normal_images)")
         if (banks := extractor.references[0].shape[0]) != 1:
             raise ValueError(f"an inspector has one set of references for all images, not {banks}")
-        self.from_features, self.metric = detector.from_features, extractor.config.matching
+        self.from_features, self.weighted = detector.from_features, extractor.weighted
+        self.metric = extractor.config.matching
         self.backbone = extractor.backbone
         self.projectors = nn.ModuleList(map(_fixed, extractor.projector.levels)) if extractor.projector else None
         with torch.no_grad():
@@ -75,7 +76,7 @@ class Inspector(nn.Module):
             if self.projectors is not None:
                 x_BTC = self.projectors[level](x_BTC, getattr(self, f"context_{level}"))
             projected.append(as_map(x_BTC, feature))
-        prediction = self.from_features(projected)
+        prediction = self.from_features(self.weighted(projected))
         return prediction.scores, prediction.maps
 
     @torch.no_grad()
