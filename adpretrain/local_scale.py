@@ -28,9 +28,10 @@ class LocalScale(nn.Module):
 
     It is a mix: ``config.share`` of the mean leave-one-out residual norm in the token's own 3 x 3 neighbourhood, the
     rest of the mean over all references. K photographs know little of a single place and much of the whole, so the mix
-    leans on both. A normal residual then has norm about 1 on calm and on busy places and products alike. A single reference has nothing to leave out; its tokens are matched within the photograph and
-    the norms multiplied by ``single`` (a saved tensor, one number a level), the ratio of the two kinds of norm on
-    normal pretraining images (`fit`). The extractor's output, projected or not, is multiplied by ``config.weights``.
+    leans on both. A normal residual then has norm about 1 on calm and on busy places and products alike. A single
+    reference has nothing to leave out; its tokens are matched within the photograph and the norms multiplied by
+    ``single`` (a saved tensor, one number a level), the ratio of the two kinds of norm on normal pretraining images
+    (`fit`). The extractor's output, projected or not, is multiplied by ``config.weights``.
 
     Raises ValueError if there are weights, but not one for each of the ``levels``.
     """

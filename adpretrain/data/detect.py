@@ -29,6 +29,7 @@ PATTERNS: dict[str, tuple[str, ...]] = {
         "*/metadata.csv",
         "*/metadata.jsonl",
     ),
+    "elpv": ("labels.csv",),
 }
 
 
