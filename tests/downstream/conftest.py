@@ -19,14 +19,14 @@ from adpretrain.extractor import ADExtractor
 @pytest.fixture(scope="module")
 def backbone() -> Backbone:
     """Raw features of `drawn.photographs`."""
-    return load_backbone("filterbank", image_size=SIZE)
+    return load_backbone("lite0", image_size=SIZE)
 
 
 @pytest.fixture(scope="session")
 def extractor_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The weight-free backbone without a projector, at 64 pixels: quick, and real."""
     folder = tmp_path_factory.mktemp("extractor") / "raw"
-    return ADExtractor(load_backbone("filterbank", image_size=64), projector=None).save_pretrained(folder)
+    return ADExtractor(load_backbone("lite0", image_size=64), projector=None).save_pretrained(folder)
 
 
 @pytest.fixture

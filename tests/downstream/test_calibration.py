@@ -179,7 +179,7 @@ def test_negative_scores_and_one_odd_normal() -> None:
     positive = rng.gamma(50, size=20)
     usual, _ = joint_thresholds(positive, unlike[:20], rank=1)
     moved, _ = joint_thresholds(positive, np.append(unlike[:19], 1000.0), rank=1)
-    assert moved < 8 * usual
+    assert moved < 15 * usual  # it is 300 times as odd
     with pytest.raises(ValueError, match="3 scores and 2 unlike values"):
         joint_thresholds([1, 2, 3], [1, 2], 1)
 

@@ -30,7 +30,7 @@ from downstream.table import DETECTORS, detector_from_pretrained
 
 
 def pixels(folder: Path, size: int = 64) -> Tensor:
-    preprocess = load_backbone("filterbank", image_size=size).preprocess
+    preprocess = load_backbone("lite0", image_size=size).preprocess
     photos = [photo for batch in read_batches(find_images(folder), preprocess, 8) for photo in batch]
     return torch.stack([photo.pixels for photo in photos if isinstance(photo, Photo)])
 
@@ -38,12 +38,12 @@ def pixels(folder: Path, size: int = 64) -> Tensor:
 def test_a_raw_backbone(write_tiles: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     normal, bad = write_tiles("normal", range(7)), write_tiles("bad", range(50, 52), blob=True)
     arguments = ["--normal", str(normal), "--out", str(tmp_path / "out"), "--batch-size", "3", "--device", "cpu"]
-    arguments += ["--backbone", "filterbank", "--image-size", "64", "--levels", "[1,2]"]
+    arguments += ["--backbone", "lite0", "--image-size", "64", "--levels", "[1,2]"]
     assert main(["fit", *arguments, "--set", "amount=0.3", "reweight=0", "embedding.patch=5"]) == 0
     assert "patchcore fitted on 7 images: " in capsys.readouterr().out
     found = detector_from_pretrained(tmp_path / "out").predict(pixels(bad))
 
-    backbone = load_backbone("filterbank", image_size=64, levels=[1, 2])
+    backbone = load_backbone("lite0", image_size=64, levels=[1, 2])
     config = PatchCoreConfig(EmbeddingConfig(patch=5), amount=0.3, reweight=0)
     expected = PatchCore(backbone, config).fit(pixels(normal).split(3)).predict(pixels(bad))
     assert torch.equal(found.maps, expected.maps)
@@ -71,7 +71,7 @@ def test_an_extractor_takes_its_references_first(
     torch.testing.assert_close(norm.maps, by_hand.predict(pixels(good)).maps)
 
 
-MEMBERS = "members=[{detector: patchcore, backbone: filterbank, image_size: 64}, {detector: padim}]"
+MEMBERS = "members=[{detector: patchcore, backbone: lite0, image_size: 64}, {detector: padim}]"
 
 
 @pytest.mark.parametrize(
@@ -91,11 +91,11 @@ def test_detectors_made_of_others_are_fitted_saved_and_score(
         write_tiles("x", (70, 71)),
     )
     out = tmp_path / "out"
-    raw = ["--backbone", "filterbank", "--image-size", "96", "--device", "cpu", "--set", *settings]
+    raw = ["--backbone", "lite0", "--image-size", "96", "--device", "cpu", "--set", *settings]
     for _ in range(2):
         assert main(["fit", "--detector", name, "--normal", str(normal), "--out", str(out), *raw]) == 0
     detector = detector_from_pretrained(out)
-    backbone = load_backbone("filterbank", image_size=96)
+    backbone = load_backbone("lite0", image_size=96)
     photos, defective = pixels(normal, 96), pixels(bad, 96)
     padim = PaDiM(backbone, dataclasses.replace(PaDiM(backbone).config, sigma=2.0)).fit([photos])
     if name == "ensemble":
@@ -121,7 +121,7 @@ def test_the_members_of_the_paper() -> None:
         "timm/resnext101_32x8d.tv_in1k",
         "timm/densenet201.tv_in1k",
     ]
-    backbone = load_backbone("filterbank", image_size=64)
+    backbone = load_backbone("lite0", image_size=64)
     for member in members:
         single: Any = build_detector(member.detector, backbone, member.options)
         training, memory = single.config.training, single.config.memory
@@ -134,7 +134,7 @@ def test_mistakes_are_one_line(
 ) -> None:
     normal = str(write_tiles("normal", range(3)))
     out = str(tmp_path / "out")
-    raw = ["--backbone", "filterbank", "--image-size", "64"]
+    raw = ["--backbone", "lite0", "--image-size", "64"]
     for arguments, message in (
         ([], "name one network: --backbone NAME or --extractor FOLDER"),
         ([*raw, "--detector", "unet"], "detector 'unet' is unknown; choose one of featurenorm, aligned-featurenorm"),

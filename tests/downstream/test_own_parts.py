@@ -120,7 +120,7 @@ def test_products_that_share_an_extractor_keep_their_references(backbone: Backbo
 def test_maps_have_the_side_of_the_extract(backbone: Backbone) -> None:
     for extract in (backbone, ADExtractor(backbone)):
         assert FeatureNorm(extract).fit([photographs(2, 0)]).predict(photographs(2, 1)).maps.shape == (2, SIZE, SIZE)
-    large = load_backbone("filterbank", image_size=SIZE)
+    large = load_backbone("lite0", image_size=SIZE)
     assert FeatureNorm(large, image_size=100).predict(photographs(2, 1)).maps.shape == (2, 100, 100)
 
 

@@ -40,7 +40,7 @@ def photographs(count: int, seed: int) -> Tensor:
 
 
 def backbone() -> Backbone:
-    return load_backbone("filterbank", image_size=SIZE)
+    return load_backbone("lite0", image_size=SIZE)
 
 
 def extractor(references: bool = True) -> ADExtractor:

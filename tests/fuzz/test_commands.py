@@ -24,7 +24,7 @@ from downstream.embedding import EmbeddingConfig
 from downstream.patchcore import PatchCore, PatchCoreConfig
 
 SIDE = 64
-RAW = ["--backbone=filterbank", f"--image-size={SIDE}", "--device=cpu"]
+RAW = ["--backbone=lite0", f"--image-size={SIDE}", "--device=cpu"]
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
@@ -39,7 +39,7 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """extractor/, detector/ and photographs in shots/."""
     root = tmp_path_factory.mktemp("saved")
-    backbone = load_backbone("filterbank", image_size=SIDE)
+    backbone = load_backbone("lite0", image_size=SIDE)
     ADExtractor(backbone, None).save_pretrained(root / "extractor")
     images = torch.rand(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     options = PatchCoreConfig(EmbeddingConfig(target_dim=8), amount=0.2)

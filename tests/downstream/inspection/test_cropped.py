@@ -38,7 +38,7 @@ def wide(write_tiles: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path]:
 
 def test_heatmaps_show_what_is_seen_and_the_summary_says_it(wide: tuple[Path, Path], tmp_path: Path) -> None:
     good, new = wide
-    backbone = load_backbone("filterbank", image_size=64, resize="crop", crop_from=72)
+    backbone = load_backbone("lite0", image_size=64, resize="crop", crop_from=72)
     folder = ADExtractor(backbone).save_pretrained(tmp_path / "extractor")
     out = tmp_path / "out"
     main(["score", "--extractor", str(folder), "--normal", str(good), "--images", str(new), "--out", str(out)])
@@ -61,7 +61,7 @@ def test_heatmaps_show_what_is_seen_and_the_summary_says_it(wide: tuple[Path, Pa
 
 def test_a_detector_of_a_cropping_backbone_crops_when_it_scores(wide: tuple[Path, Path], tmp_path: Path) -> None:
     good, new = wide
-    flags = ["--backbone", "filterbank", "--image-size", "64", "--resize", "crop", "--crop-from", "72"]
+    flags = ["--backbone", "lite0", "--image-size", "64", "--resize", "crop", "--crop-from", "72"]
     more = ["--detector", "patchcore", "--normal", str(good), "--out", str(tmp_path / "fitted")]
     assert main(["fit", *flags, *more]) == 0
     config = json.loads((tmp_path / "fitted" / "config.json").read_text())

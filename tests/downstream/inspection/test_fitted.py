@@ -52,9 +52,9 @@ def fitted(scene: Scene, folder: Path, detector: str, *more: str) -> str:
 
 
 def test_scores_and_threshold_are_the_detectors(scene: Scene, tmp_path: Path) -> None:
-    folder = fitted(scene, tmp_path / "det", "patchcore", "--backbone", "filterbank", "--image-size", "64")
+    folder = fitted(scene, tmp_path / "det", "patchcore", "--backbone", "lite0", "--image-size", "64")
     assert score(scene[1], scene[2], tmp_path / "out", "--detector", folder, "--batch-size", "3") == 1
-    detector, preprocess = detector_from_pretrained(folder), load_backbone("filterbank", image_size=64).preprocess
+    detector, preprocess = detector_from_pretrained(folder), load_backbone("lite0", image_size=64).preprocess
 
     def predicted(names: list[Path]) -> list[float]:
         return [float(detector.predict(preprocess(read_image(name))[None]).scores[0]) for name in names]
@@ -81,7 +81,7 @@ def test_photographs_that_a_detector_knows_do_not_calibrate_it(
 ) -> None:
     """Under other names and re-encoded; a folder of an earlier version knows none and says so."""
     known, further, images = scene
-    network = ["--backbone", "filterbank", "--image-size", "64"]
+    network = ["--backbone", "lite0", "--image-size", "64"]
     folder = fitted(scene, tmp_path / "det", "patchcore", *network)
     (tmp_path / "renamed").mkdir()
     for number, path in enumerate(sorted(known.iterdir())):
@@ -112,7 +112,7 @@ def test_a_fitted_featurenorm_gives_what_its_references_give(scene: Scene, extra
 
 
 def test_an_ensemble_says_how_its_photographs_are_prepared(scene: Scene, tmp_path: Path) -> None:
-    backbone = load_backbone("filterbank", image_size=64)
+    backbone = load_backbone("lite0", image_size=64)
     images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     folder = Ensemble([PaDiM(backbone), PatchCore(backbone)]).fit([images]).save_pretrained(tmp_path / "det")
     assert preprocess_of(folder) == backbone.preprocess
@@ -121,7 +121,7 @@ def test_an_ensemble_says_how_its_photographs_are_prepared(scene: Scene, tmp_pat
 
 
 def test_another_detector_cannot_go_on(scene: Scene, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--backbone", "filterbank", "--image-size", "64"]
+    flags = ["--backbone", "lite0", "--image-size", "64"]
     first, other = (fitted(scene, tmp_path / name, name, *flags) for name in ("patchcore", "padim"))
     out = tmp_path / "out"
     assert score(scene[1], scene[2], out, "--detector", first) == 1
@@ -137,7 +137,7 @@ def test_mistakes_are_named(
     def given(images: torch.Tensor) -> list[torch.Tensor]:
         return [images[:, :, ::4, ::4]]
 
-    folder = fitted(scene, tmp_path / "det", "padim", "--backbone", "filterbank", "--image-size", "64")
+    folder = fitted(scene, tmp_path / "det", "padim", "--backbone", "lite0", "--image-size", "64")
     own = PatchCore(given).fit([torch.rand(4, 3, 64, 64)]).save_pretrained(tmp_path / "own")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.png").write_bytes(b"none")

@@ -86,7 +86,7 @@ def test_a_run_of_good_photographs_says_nothing_of_drift(
 @pytest.mark.parametrize("extractor", ["raw", "embedded"])
 def test_the_global_faults_do_not_pass(extractor: str, tmp_path: Path) -> None:
     faults = SHARED / "faults" / "global"
-    raw = ADExtractor(load_backbone("filterbank", image_size=128), projector=None)
+    raw = ADExtractor(load_backbone("lite0", image_size=128), projector=None)
     model = raw.save_pretrained(tmp_path / "raw") if extractor == "raw" else extractor
     found = score_folder(model, faults / "normal", faults / "images", tmp_path / "out", device="cpu")
     assert found.exit_code == EXIT_ANOMALY
