@@ -67,11 +67,11 @@ WRONG: dict[str, tuple[Callable[[list[Tensor]], Any], str]] = {
     "dictionary": (lambda levels: dict(enumerate(levels)), "a list of at least one level .* got dict"),
     "nothing": (lambda levels: [], "a list of at least one level"),
     "arrays": (lambda levels: [level.numpy() for level in levels], "level 0 .* must be a tensor, got ndarray"),
-    "tokens": (lambda levels: [level.flatten(2) for level in levels], r"floats \[3, C, H, W\], got \(3, 29, 64\)"),
-    "first image": (lambda levels: [level[:1] for level in levels], r"floats \[3, C, H, W\], got \(1, 29, 8, 8\)"),
+    "tokens": (lambda levels: [level.flatten(2) for level in levels], r"floats \[3, C, H, W\], got \(3, 40, 64\)"),
+    "first image": (lambda levels: [level[:1] for level in levels], r"floats \[3, C, H, W\], got \(1, 40, 8, 8\)"),
     "channels last": (
         lambda levels: [level.permute(0, 2, 3, 1) for level in levels],
-        r"level 0 .* is \(3, 8, 8, 29\), channels last: .*permute\(0, 3, 1, 2\)",
+        r"level 0 .* is \(3, 8, 8, 40\), channels last: .*permute\(0, 3, 1, 2\)",
     ),
     "integers": (lambda levels: [level.int() for level in levels], r"floats .* of torch.int32"),
 }
@@ -125,5 +125,5 @@ def test_maps_have_the_side_of_the_extract(backbone: Backbone) -> None:
 
 
 def test_aligned_references_need_an_extractor(backbone: Backbone) -> None:
-    with pytest.raises(ValueError, match="aligned-featurenorm needs an extractor, got a FilterBank"):
+    with pytest.raises(ValueError, match="aligned-featurenorm needs an extractor, got a Stages"):
         AlignedFeatureNorm(backbone)  # type: ignore[arg-type]

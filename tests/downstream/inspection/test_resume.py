@@ -165,7 +165,7 @@ def other_extractor(folder: Path) -> Path:
     from adpretrain.backbones import load_backbone
     from adpretrain.extractor import ADExtractor
 
-    backbone = load_backbone("filterbank", image_size=64)
+    backbone = load_backbone("lite0", image_size=64)
     return ADExtractor(backbone, matching="cosine").save_pretrained(folder / "other")
 
 
