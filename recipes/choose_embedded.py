@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--sets", type=Path, nargs="+", required=True, help="folders of data sets")
     parser.add_argument("--out", type=Path, required=True, help="CSV file of every setting and set")
     options, console = parser.parse_args(), Console(stderr=True)
-    backbone = load_backbone("lite0", levels=[1, 2, 3], finest=8)
+    found: dict[tuple[int, ...], dict[str, np.ndarray]] = {}
     results: dict[str, np.ndarray] = {}
     for name, samples in track(products(options.sets, []).items(), "sets", console=console):
         images = coarse(encode_samples(samples, backbone))
