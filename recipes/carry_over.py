@@ -38,7 +38,7 @@ from adpretrain.parsing import from_dict, read_yaml
 from downstream.evaluation.evaluate import FeatureSet, draw_shots, encode_samples, measure, normals, score
 
 METRICS = ("image_auroc", "pixel_auroc", "aupro")
-SHOTS, DRAWS, CACHED, BATCH, TOKENS = 4, 2, 1, 32, 32
+SHOTS, DRAWS, CACHED, BATCH, TOKENS = 4, 1, 1, 16, 24
 NORMALS, DEFECTS = 50, 50  # of a set, evenly over its names
 MAP_SIDE = 112  # of what is scored; a quarter of the work, and differences between rows hardly change
 
@@ -50,7 +50,7 @@ class Variant:
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     lr: float = 1e-4
-    steps: int = 200
+    steps: int = 150
     drawn: float = 0.0
 
 

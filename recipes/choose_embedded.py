@@ -35,11 +35,12 @@ HALVES = (
     ("mvtec_bottle", "mvtec_metal_nut", "kolektorsdd", "cookies_aws"),
 )
 SHOTS, DRAWS = 4, 3
-SHARES = (0.0, 0.35, 0.5, 0.65, 0.8)
-WEIGHTS = ((0.0, 1.0, 1.0), (0.0, 1.0, 2.0), (1.0, 1.0, 1.0), (0.5, 1.0, 1.0), (0.5, 1.0, 2.0))
+PATCHES = ((1, 1, 1), (1, 1, 3), (3, 3, 3))  # of strides 4 (averaged down to 8), 8 and 16
+SHARES = (0.0, 0.2, 0.35, 0.5)
+WEIGHTS = ((0.0, 1.0, 1.0), (0.5, 1.0, 1.0), (0.5, 1.0, 2.0))
 TOPS = (0.0, 0.01, 0.03)
-SIGMAS = (4.0, 6.0)  # in pixels of a 224 x 224 input
-SETTINGS = list(itertools.product(SHARES, WEIGHTS, TOPS, SIGMAS))
+NAMES = ("patch", "share", "weights", "top")
+SETTINGS = list(itertools.product(PATCHES, SHARES, WEIGHTS, TOPS))
 
 
 def norms(images: FeatureSet, references: list[int], queries: list[int]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -53,7 +54,7 @@ def norms(images: FeatureSet, references: list[int], queries: list[int]) -> Iter
 
 
 def scored(images: FeatureSet, draw: int) -> np.ndarray:
-    """Metrics of every setting on one set with one draw of references: [settings, metrics], in %."""
+    """Metrics on one set with one draw of references, in %: [settings of one PATCHES, metrics]."""
     references, queries = draw_shots(images.samples, SHOTS, seed=draw)
     found = list(norms(images, references, queries))
     scaled: dict[float, list[Tensor]] = {}
@@ -62,16 +63,16 @@ def scored(images: FeatureSet, draw: int) -> np.ndarray:
         sizes = [rule.smoothed(own[None], *matched.shape[1:])[0] for _, matched, own in found]
         scaled[share] = [norm / size[matched] for (norm, matched, _), size in zip(found, sizes, strict=True)]
     rows = []
-    for share, weights, top, sigma in SETTINGS:
-        detector = FeatureNorm(lambda batch: [batch], image_size=MAP_SIDE, sigma=sigma * MAP_SIDE / 224, top=top)
+    for share, weights, top in itertools.product(SHARES, WEIGHTS, TOPS):
+        detector = FeatureNorm(lambda batch: [batch], image_size=MAP_SIDE, sigma=4 * MAP_SIDE / 224, top=top)
         levels = [level[:, None] * weight for level, weight in zip(scaled[share], weights, strict=True)]
         metrics = measure(detector.from_features(levels), images, queries)
         rows.append([100 * getattr(metrics, metric) for metric in METRICS])
     return np.array(rows)
 
 
-def describe(setting: tuple[float, tuple[float, ...], float, float]) -> dict[str, object]:
-    return dict(zip(("share", "weights", "top", "sigma"), setting, strict=True))
+def describe(setting: tuple[object, ...]) -> dict[str, object]:
+    return dict(zip(NAMES, setting, strict=True))
 
 
 def main() -> None:
@@ -79,14 +80,17 @@ def main() -> None:
     parser.add_argument("--sets", type=Path, nargs="+", required=True, help="folders of data sets")
     parser.add_argument("--out", type=Path, required=True, help="CSV file of every setting and set")
     options, console = parser.parse_args(), Console(stderr=True)
-    backbone = load_backbone("lite0", levels=[1, 2, 3], finest=8)
     results: dict[str, np.ndarray] = {}
     for name, samples in track(products(options.sets, []).items(), "sets", console=console):
-        images = coarse(encode_samples(samples, backbone))
-        results[name] = np.mean([scored(images, draw) for draw in range(DRAWS)], 0)
+        parts = []
+        for patch in PATCHES:
+            backbone = load_backbone("lite0", levels=[1, 2, 3], finest=8, patch=patch)
+            images = coarse(encode_samples(samples, backbone))
+            parts.append(np.mean([scored(images, draw) for draw in range(DRAWS)], 0))
+        results[name] = np.concatenate(parts)
     with atomic_path(options.out) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["set", "share", "weights", "top", "sigma", *METRICS])
+        writer.writerow(["set", *NAMES, *METRICS])
         for name, rows in results.items():
             for setting, row in zip(SETTINGS, rows, strict=True):
                 writer.writerow([name, *describe(setting).values(), *(f"{value:.2f}" for value in row)])
