@@ -36,7 +36,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import special  # scipy.stats takes a second to import
 
 from downstream.ground_truth import real_numbers
 
@@ -85,7 +85,11 @@ class Calibration:
         """
         n = len(self.scores)
         rank = round(self.rate * (n + 1))
-        return bool(stats.betabinom.sf(alarms - 1, photographs, rank, n + 1 - rank) <= DRIFT_LEVEL)
+        more = np.arange(alarms, photographs + 1)  # alarms as many, or more
+        rest = photographs - more
+        ways = special.gammaln(photographs + 1) - special.gammaln(more + 1) - special.gammaln(rest + 1)
+        log_p = ways + special.betaln(more + rank, rest + n + 1 - rank) - special.betaln(rank, n + 1 - rank)
+        return bool(np.exp(log_p).sum() <= DRIFT_LEVEL)
 
 
 def conformal_p_values(calibration: ArrayLike, scores: ArrayLike) -> NDArray[np.float64]:
@@ -153,7 +157,7 @@ def calibrate(
     return Calibration(
         threshold=limit,
         rate=rank / (n + 1),
-        rate_upper=float(stats.beta.ppf(0.95, rank, n + 1 - rank)),
+        rate_upper=float(special.betaincinv(rank, n + 1 - rank, 0.95)),
         asked_rate=rate,
         scores=tuple(pooled[order_n].tolist()),
         warnings=tuple(warnings),

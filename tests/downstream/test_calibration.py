@@ -202,3 +202,15 @@ def test_more_alarms_than_promised_are_told_at_the_1_percent_level() -> None:
 
 def test_percent_reads_well() -> None:
     assert [percent(rate) for rate in (0.05, 1 / 3, 0.0001, 0.2)] == ["5 %", "33.3 %", "0.01 %", "20 %"]
+
+
+@pytest.mark.parametrize(("n", "rate"), [(4, 0.2), (20, 0.05), (99, 0.1)])
+@pytest.mark.parametrize("photographs", [1, 30, 1000])
+def test_drift_is_scipys_beta_binomial_tail(n: int, rate: float, photographs: int) -> None:
+    calibration = calibrate(extra=np.arange(1.0, n + 1), rate=rate)
+    rank = round(calibration.rate * (n + 1))
+    assert calibration.rate_upper == pytest.approx(stats.beta.ppf(0.95, rank, n + 1 - rank), rel=1e-9)
+    tail = stats.betabinom.sf(np.arange(-1, photographs), photographs, rank, n + 1 - rank)
+    for alarms in range(0, photographs + 1, max(1, photographs // 40)):
+        if abs(tail[alarms] - 0.01) > 1e-9:
+            assert calibration.exceeds(alarms, photographs) == (tail[alarms] <= 0.01)
