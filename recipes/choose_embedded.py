@@ -31,7 +31,7 @@ from downstream.evaluation.evaluate import FeatureSet, draw_shots, encode_sample
 from downstream.featurenorm import FeatureNorm
 
 HALVES = (
-    ("mtd", "elpv", "mono", "poly", "mpdd_metal_plate"),
+    ("tile", "mono", "poly", "mpdd_metal_plate"),
     ("mvtec_bottle", "mvtec_metal_nut", "kolektorsdd", "cookies_aws"),
 )
 SHOTS, DRAWS = 4, 3
