@@ -259,8 +259,9 @@ def read_folder_config(folder: Path, cls: type[T], newest: int, writer: str) -> 
             f"{folder} has format version {version}, written by adpretrain {content.get('library_version')}; this is "
             f"adpretrain {__version__}, which reads up to version {newest}: upgrade adpretrain"
         )
+    content = _of_today(content, str(path))
     try:
-        return from_dict(cls, _of_today(content, str(path)), str(path))
+        return from_dict(cls, content, str(path))
     except ValueError as error:
         raise ValueError(f"{error}; expected a folder written by {writer}") from error
 

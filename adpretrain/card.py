@@ -31,9 +31,16 @@ TAGS = ["anomaly-detection", "industrial-inspection", "few-shot", "adpretrain"]
 FEATURENORM = "FeatureNorm"
 PLACEHOLDER = "ORG/NAME"  # in the card of a folder that is not published (yet)
 
-_SUMMARY = """Features for industrial anomaly detection: a feature projector on top of the frozen backbone `{backbone}`,
+_PROJECTED = """Features for industrial anomaly detection: a projector on top of the frozen backbone `{backbone}`,
 pretrained on defects of other products. It works on *residual features* (a feature minus its nearest normal reference)
-and needs a few photographs of good parts of *your* product. The plain norm of its features is an anomaly score;
+and needs a few photographs of good parts of *your* product."""
+
+_RESIDUAL = """Features for industrial anomaly detection: the *residual features* (a feature minus its nearest normal
+reference) of the frozen backbone `{backbone}`{scaled}.
+It has no projector: nothing in it was trained on defects. It needs a few photographs of good parts of *your*
+product."""
+
+_SUMMARY = """{what} The plain norm of its features is an anomaly score;
 PatchCore, PaDiM and other detectors run on them as on a backbone's. Made with `adpretrain`; the method is ADPretrain
 (Yao et al., 2025)."""
 
@@ -50,8 +57,11 @@ from adpretrain.preprocess import read_image
 from downstream.featurenorm import FeatureNorm
 
 extractor = ADExtractor.from_pretrained("{repo_id}")
+
+
 def photographs(folder):
     return torch.stack([extractor.preprocess(read_image(path)) for path in sorted(Path(folder).iterdir())])
+
 
 detector = FeatureNorm(extractor).fit([photographs("good")])  # 2 to 8 photographs of good parts, or more
 prediction = detector.predict(photographs("new"))
@@ -64,7 +74,7 @@ _LIMITATIONS = """- Scores are comparable within one product and one set of refe
   with a defect hides that defect.
 - A photograph is {prepared}: a defect of a few pixels in a large photograph can vanish. Crop first.
 - Missing or swapped parts (logical anomalies) are found only where they change local appearance.
-- Products, cameras and defects unlike those it was trained and measured on may behave differently; measure on your own.
+- Products, cameras and defects unlike those it was measured on may behave differently; measure on your own.
 - It assists an inspection. It is not a safety device."""
 
 
@@ -113,7 +123,7 @@ def metadata(config: ExtractorConfig, repo_id: str, results: Sequence[Result], l
         library_name="adpretrain",
         pipeline_tag="image-feature-extraction",
         tags=TAGS,
-        base_model=entry.source.repo_id if entry and entry.source and entry.source.repo_id else None,
+        base_model=entry.source.repo_id or None if entry else None,
         model_name=repo_id,
         eval_results=[_eval_result(result) for result in (*held_out_results(config), *results)] or None,
     )
@@ -138,7 +148,7 @@ def sections(config: ExtractorConfig, repo_id: str, results: Sequence[Result] = 
     """Markdown of every part of the card, by name; "results" only where there are any."""
     parts = {
         "title": repo_id,
-        "summary": _SUMMARY.format(backbone=config.backbone.name),
+        "summary": _summary(config),
         "usage": _USAGE.format(repo_id=repo_id),
         "backbone": _backbone(config),
         "training": _training(config),
@@ -147,6 +157,12 @@ def sections(config: ExtractorConfig, repo_id: str, results: Sequence[Result] = 
     if everything := [*held_out_results(config), *results]:
         parts["results"] = _results(everything, held_out_results(config))
     return parts
+
+
+def _summary(config: ExtractorConfig) -> str:
+    scaled = ", divided by how much good parts vary where the reference was matched" if config.local_scale else ""
+    what = _RESIDUAL if config.projector is None else _PROJECTED
+    return _SUMMARY.format(what=what.format(backbone=config.backbone.name, scaled=scaled))
 
 
 def held_out_results(config: ExtractorConfig) -> list[Result]:
@@ -175,7 +191,7 @@ def _known(config: ExtractorConfig) -> bool:
 def _backbone(config: ExtractorConfig) -> str:
     entry = find_entry(config.backbone.name) if _known(config) else None
     commit = f", commit `{config.backbone.revision}`" if config.backbone.revision else ""
-    source = f"`{entry.source}`{commit}" if entry and entry.source else "no weights are needed"
+    source = f"`{entry.source}`{commit}" if entry else "unknown"
     return table(
         ("what", "value"),
         [

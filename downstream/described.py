@@ -109,7 +109,7 @@ def _backbone(name: str, revision: str | None) -> dict[str, Any]:
     entry = find_entry(name)
     return {
         "backbone": name,
-        "backbone weights": str(entry.source) if entry.source else "none needed",
+        "backbone weights": str(entry.source),
         "backbone revision": revision,
         "backbone licence": entry.licence,
     }

@@ -19,14 +19,16 @@ from pathlib import Path
 import torch
 
 from adpretrain import ADExtractor, load_backbone
-from adpretrain.artefact import save_tensors
+from adpretrain.artefact import CARD_NAME, save_tensors
 from adpretrain.backbones import lite
 from adpretrain.backbones.table import LITE0
 from adpretrain.backbones.weights import StateDict, read_state_dict
+from adpretrain.card import card
 from adpretrain.config import LocalScaleConfig
 from adpretrain.data import ImageDataset
 from adpretrain.data.realiad import index_realiad
 from adpretrain.data.synthetic.write import make_synthetic
+from adpretrain.hub.locating import EMBEDDED
 from adpretrain.local_scale import LocalScale
 from downstream.evaluation.evaluate import by_product
 
@@ -55,7 +57,10 @@ def extractor(scratch: Path) -> ADExtractor:
     normal = [sample for sample in index_realiad(scratch / "products") if not sample.anomalous]
     pairs = [ImageDataset(group, backbone.preprocess) for group in by_product(normal).values()]
     scale.fit(backbone(torch.stack([pair[index]["image"] for index in (0, 1)])) for pair in pairs)
-    provenance = {"data": {"set": f"{PRODUCTS} drawn products, for the scale of a single reference only"}}
+    provenance = {
+        "projector": "none: those pretrained on drawn products did not carry over to photographs",
+        "data": {"set": f"{PRODUCTS} drawn products, for the scale of a single reference only"},
+    }
     return ADExtractor(backbone, local_scale=scale, provenance=provenance)
 
 
@@ -67,7 +72,10 @@ def main() -> None:
     options.out.mkdir(exist_ok=True)
     save_tensors(tensors(options.package), options.out / LITE0.name)
     with tempfile.TemporaryDirectory() as scratch:
-        for file in extractor(Path(scratch)).save_pretrained(Path(scratch) / "extractor").iterdir():
+        made = extractor(Path(scratch))
+        folder = made.save_pretrained(Path(scratch) / "extractor")
+        (folder / CARD_NAME).write_text(card(made.config, EMBEDDED), encoding="utf-8")
+        for file in folder.iterdir():
             shutil.copyfile(file, options.out / file.name)
     for file in sorted(options.out.iterdir()):
         print(f"{file}: {file.stat().st_size / 1e6:.2f} MB")

@@ -202,14 +202,10 @@ def set_up(config: PretrainConfig, console: Console, accelerator: Accelerator) -
 
 
 def learner(config: PretrainConfig, extractor: ADExtractor, console: Console) -> nn.Module:
-    """The part of the extractor that learns, with weights of the configured precision.
-
-    Raises ValueError for a backbone without weights, where that is to learn.
-    """
+    """The part of the extractor that learns, with weights of the configured precision."""
     if extractor.projector is None:
         network = extractor.backbone.network
-        if network is None or not list(network.parameters()):
-            raise ValueError(f"learns 'backbone', but backbone {config.backbone.name!r} has no weights to learn")
+        assert network is not None
         extractor.backbone.unfreeze()
         return network
     if config.optim.weight_decay and config.optim.weights == "float32":

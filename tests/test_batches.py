@@ -10,13 +10,13 @@ from transformers import Dinov2Config, Dinov2Model
 from adpretrain.backbones import load_backbone
 from adpretrain.backbones.dinov2 import DinoV2
 from adpretrain.batches import CachedBatches, OnlineBatches, ResidualBatch, encode_batch, label, thin
-from adpretrain.conditioning import Conditioning
 from adpretrain.config import ReferencesConfig
 from adpretrain.data import Sample, index_realiad
 from adpretrain.data.loading import Requests
 from adpretrain.data.pairs import PretrainingSet, StepBatches, token_labels
 from adpretrain.data.synthetic import make_synthetic
 from adpretrain.extractor import ADExtractor
+from adpretrain.local_scale import LocalScale
 
 CPU = torch.device("cpu")
 
@@ -25,14 +25,14 @@ CPU = torch.device("cpu")
 def data(tmp_path_factory: pytest.TempPathFactory) -> PretrainingSet:
     root = make_synthetic(tmp_path_factory.mktemp("set"), 2, 5, 3, size=128, seed=1, workers=1, progress=False)
     return PretrainingSet(
-        index_realiad(root), load_backbone("filterbank", image_size=64).preprocess, [1, 3], seed=5, augment="none"
+        index_realiad(root), load_backbone("lite0", image_size=64).preprocess, [1, 3], seed=5, augment="none"
     )
 
 
 @pytest.fixture(scope="module")
 def extractor() -> ADExtractor:
-    backbone = load_backbone("filterbank", image_size=64)
-    return ADExtractor(backbone, conditioning=Conditioning(backbone.channels))
+    backbone = load_backbone("lite0", image_size=64)
+    return ADExtractor(backbone, local_scale=LocalScale(len(backbone.channels)))
 
 
 def by_key(batches: list[ResidualBatch]) -> dict[tuple[int, int], list[torch.Tensor]]:
@@ -177,7 +177,7 @@ def test_the_cache_on_disk_is_reused_and_another_setting_makes_another(
     stored, stamp = load_file(file), file.stat().st_mtime_ns
     again = CachedBatches(extractor, data, CPU, draws=1, folder=str(tmp_path))
     assert file.stat().st_mtime_ns == stamp
-    for level, a, b in zip(range(4), first.levels, again.levels, strict=True):
+    for level, (a, b) in enumerate(zip(first.levels, again.levels, strict=True)):
         assert torch.equal(a, b)
         assert torch.equal(stored[f"level_{level}"], a)
     CachedBatches(extractor, data, CPU, draws=2, folder=str(tmp_path))

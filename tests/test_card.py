@@ -25,7 +25,7 @@ RESULT = Result("MTD", "test, K=8", "padim on adpretrain features", "aupro", 66.
 
 @pytest.fixture(scope="module")
 def extractor() -> ADExtractor:
-    backbone = load_backbone("filterbank", image_size=64)
+    backbone = load_backbone("lite0", image_size=64)
     config = ProjectorConfig(references=8, heads=1)
     return ADExtractor(backbone, build_projector(config, backbone.channels), config, provenance=PROVENANCE)
 

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from adpretrain.backbones import load_backbone
 from adpretrain.backbones.dinov2 import DinoV2
 from adpretrain.batches import CachedBatches, LabelledBatch, OnlineBatches, ResidualBatch, label, thin
-from adpretrain.conditioning import Conditioning
 from adpretrain.config import LossConfig, ProjectorConfig
 from adpretrain.data import index_realiad
 from adpretrain.data.pairs import PretrainingSet, StepBatches
 from adpretrain.data.synthetic import make_synthetic
 from adpretrain.extractor import ADExtractor, build_projector
 from adpretrain.leave_one_out import leave_one_out
+from adpretrain.local_scale import LocalScale
 from adpretrain.losses import angle_loss, norm_loss
 from adpretrain.objective import Objective, measure_centers
 from adpretrain.references import AlignedReferences, kmeans_references
@@ -47,18 +47,18 @@ def photographs(count: int, seed: int = 0) -> Tensor:
     return torch.rand(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
 
 
-def make(architecture: str | None = "learnable_kv", conditioned: bool = True) -> ADExtractor:
+def make(architecture: str | None = "learnable_kv", scaled: bool = True) -> ADExtractor:
     """An extractor whose projector does something: its output layers do not start at zero."""
     torch.manual_seed(0)
-    backbone = load_backbone("filterbank", image_size=SIDE)
-    conditioning = Conditioning(backbone.channels) if conditioned else None
+    backbone = load_backbone("lite0", image_size=SIDE, levels=[1, 2])
+    scale = LocalScale(len(backbone.channels)) if scaled else None
     if architecture is None:
-        return ADExtractor(backbone, conditioning=conditioning)
+        return ADExtractor(backbone, local_scale=scale)
     config = ProjectorConfig(architecture=architecture, references=16, heads=2)
     projector = build_projector(config, backbone.channels)
     for parameter in projector.parameters():
         nn.init.normal_(parameter, std=0.1)
-    return ADExtractor(backbone, projector, config, conditioning)
+    return ADExtractor(backbone, projector, config, scale)
 
 
 RESIDUALS: dict[str, Callable[[Tensor, Tensor], Any]] = {
@@ -73,16 +73,15 @@ RESIDUALS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "leave one out": lambda x, bank: leave_one_out_residuals(bank[0], 3),
     "within one": lambda x, bank: leave_one_out_residuals(bank[0], 1),
     "in each image": lambda x, bank: nearest_in_each_image(bank[0].unflatten(0, (3, 30)), 6),
-    "conditioning": lambda x, bank: _conditioned(x.mT.unflatten(2, (5, 4))),
+    "local scale": lambda x, bank: _local_scale(x.mT.unflatten(2, (5, 4))),
     "aligned": lambda x, bank: AlignedReferences(x.mT.unflatten(2, (4, 5)), 2, 2).distances(x.mT.unflatten(2, (4, 5))),
 }
 
 
-def _conditioned(feature_BCHW: Tensor) -> list[Tensor]:
-    made = Conditioning([int(feature_BCHW.shape[1])]).to(feature_BCHW.device).fit([[feature_BCHW]])
-    standard = made.standardise([feature_BCHW])
-    bank = standard[0].flatten(2).mT.flatten(0, 1)[None]
-    return [*standard, *made.scales([bank], [(5, 4)]), made.std_0, made.single]
+def _local_scale(feature_BCHW: Tensor) -> list[Tensor]:
+    made = LocalScale(1).to(feature_BCHW.device).fit([[feature_BCHW]])
+    bank = feature_BCHW.flatten(2).mT.flatten(0, 1)[None]
+    return [*made.scales([bank], [(5, 4)]), *made.scales([bank[:, :20]], [(5, 4)]), made.single]
 
 
 @pytest.mark.parametrize("name", RESIDUALS)
@@ -169,7 +168,7 @@ def test_a_small_dinov2(device: Device) -> None:
     backbone = DinoV2(Dinov2Model(config), "tiny", 56, [1, 3])
     images = normal(0, 2, 3, 56, 56)
     expected = backbone(images)
-    extractor = ADExtractor(backbone, conditioning=Conditioning(backbone.channels))
+    extractor = ADExtractor(backbone, local_scale=LocalScale(len(backbone.channels)))
     residuals = extractor.set_references(images.flip(0))(images)
     extractor.to(device.place)
     device.equal(backbone(images.to(device.place)), expected, 1e-4, 1e-5)
@@ -241,7 +240,7 @@ def test_the_losses_do_not_wait_for_the_device(device: Device, loss: str, form: 
 def data(tmp_path_factory: pytest.TempPathFactory) -> PretrainingSet:
     root = make_synthetic(tmp_path_factory.mktemp("set"), 1, 3, 2, size=64, seed=1, workers=1, progress=False)
     return PretrainingSet(
-        index_realiad(root), load_backbone("filterbank", image_size=SIDE).preprocess, [1, 2], seed=5, augment="none"
+        index_realiad(root), load_backbone("lite0", image_size=SIDE).preprocess, [1, 2], seed=5, augment="none"
     )
 
 

@@ -18,14 +18,15 @@ from torch import Tensor
 from adpretrain import ADExtractor
 from adpretrain.artefact import FORMAT_VERSION
 from adpretrain.backbones import Backbone, FeatureMaps, load_backbone
-from adpretrain.conditioning import Conditioning
 from adpretrain.config import ProjectorConfig
 from adpretrain.extractor import build_projector
+from adpretrain.local_scale import LocalScale
 from adpretrain.preprocess import Preprocess
 from adpretrain.projector import ARCHITECTURES
 from adpretrain.residual import residual_features
 
 SIDE = 64
+HALF = (0.5, 0.5, 0.5)  # mean and std of the pixels of Lite0
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
@@ -33,12 +34,12 @@ def images(count: int, seed: int = 0) -> Tensor:
     return torch.rand(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
 
 
-def make(architecture: str | None = "learnable_kv", conditioned: bool = True, **projector: Any) -> ADExtractor:
+def make(architecture: str | None = "learnable_kv", scaled: bool = True, **projector: Any) -> ADExtractor:
     torch.manual_seed(0)
-    backbone = load_backbone("filterbank", image_size=SIDE)
-    conditioning = Conditioning(backbone.channels) if conditioned else None
-    if conditioning:
-        conditioning.fit([backbone(images(3, seed=seed)) for seed in (10, 11)])
+    backbone = load_backbone("lite0", image_size=SIDE, levels=[1, 2, 3], finest=8)
+    scale = LocalScale(len(backbone.channels)) if scaled else None
+    if scale:
+        scale.fit([backbone(images(3, seed=seed)) for seed in (10, 11)])
     config = None
     if architecture:
         config = ProjectorConfig(architecture, **{"references": 64, "heads": 4, "mlp_ratio": 2.0, **projector})
@@ -49,7 +50,7 @@ def make(architecture: str | None = "learnable_kv", conditioned: bool = True, **
         backbone,
         projector=trained,
         projector_config=config,
-        conditioning=conditioning,
+        local_scale=scale,
         centers=[torch.randn(width) for width in backbone.channels],
         provenance={"seed": 0, "data": "noise"},
     )
@@ -89,7 +90,7 @@ def test_a_new_process_gives_bit_equal_features(saved: Path, tmp_path: Path) -> 
     query, references = images(2, 2), images(2, 1)
     (theirs,) = together(1, tmp_path, features_of, saved, references, query)
     ours = make().set_references(references)(query)
-    assert len(theirs) == 4
+    assert len(theirs) == 3
     assert same(ours, theirs)
     assert all(x.std() > 0 for x in ours)
 
@@ -100,7 +101,7 @@ def test_the_folder_holds_no_references_and_no_backbone(saved: Path) -> None:
     extractor = make()
     expected = {name for name in extractor.state_dict() if not name.startswith("backbone.")}
     assert set(weights) == expected
-    assert {name.split(".")[0] for name in weights} == {"projector", "conditioning", *(f"center_{i}" for i in range(4))}
+    assert {name.split(".")[0] for name in weights} == {"projector", "local_scale", *(f"center_{i}" for i in range(3))}
     banks = extractor.encode_references(images(2, 1))
     rows = torch.cat([row.flatten() for row in weights.values() if row.is_floating_point()]).sort().values
     for bank in banks:  # not one of the references' numbers is in the file, beyond chance
@@ -118,18 +119,18 @@ def test_the_config_comes_back(saved: Path) -> None:
 
 
 @pytest.mark.parametrize("architecture", [None, *ARCHITECTURES])
-@pytest.mark.parametrize("conditioned", [False, True])
-def test_every_architecture_saves_and_loads(architecture: str | None, conditioned: bool, tmp_path: Path) -> None:
-    extractor = make(architecture, conditioned, references=16)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_every_architecture_saves_and_loads(architecture: str | None, scaled: bool, tmp_path: Path) -> None:
+    extractor = make(architecture, scaled, references=16)
     loaded = ADExtractor.from_pretrained(extractor.save_pretrained(tmp_path / "extractor"))
     banks, query = extractor.encode_references(images(2, 1)), images(2, 2)
     assert same(loaded(query, banks), extractor(query, banks))
 
 
 def test_a_crop_is_saved_with_the_extractor(tmp_path: Path) -> None:
-    backbone = load_backbone("filterbank", image_size=SIDE, resize="crop", crop_from=72)
+    backbone = load_backbone("lite0", image_size=SIDE, resize="crop", crop_from=72)
     loaded = ADExtractor.from_pretrained(ADExtractor(backbone).save_pretrained(tmp_path / "extractor"))
-    assert loaded.preprocess == backbone.preprocess == Preprocess(SIDE, 72, interpolation="bilinear")
+    assert loaded.preprocess == backbone.preprocess == Preprocess(SIDE, 72, HALF, HALF, "bicubic")
     content = json.loads((tmp_path / "extractor" / CONFIG).read_text())
     assert (content["backbone"]["resize"], content["backbone"]["crop_from"]) == ("crop", 72)
     assert content["preprocess"]["crop_from"] == 72
@@ -140,11 +141,32 @@ def test_a_folder_of_an_earlier_version_squeezes_as_it_did(folder: Path) -> None
     """They called the side that photographs were squeezed to ``resize``, and knew no crop."""
     edit_config(folder, preprocess__crop_from=None, backbone__resize=None, backbone__crop_from=None)
     edit_config(folder, preprocess__resize=SIDE)
-    assert (
-        ADExtractor.from_pretrained(folder).preprocess
-        == make().preprocess
-        == Preprocess(SIDE, interpolation="bilinear")
-    )
+    expected = Preprocess(SIDE, None, HALF, HALF, "bicubic")
+    assert ADExtractor.from_pretrained(folder).preprocess == make().preprocess == expected
+
+
+def as_version_0_1_wrote_it(folder: Path, conditioning: bool, **changes: Any) -> None:
+    edit_config(folder, local_scale=None, backbone__finest=None, fingerprint=None)
+    edit_config(folder, conditioning=conditioning, preprocess__crop_from=None, preprocess__resize=SIDE, **changes)
+
+
+def test_a_folder_of_version_0_1_without_conditioning_loads(tmp_path: Path) -> None:
+    backbone = load_backbone("lite0", image_size=SIDE)
+    extractor = ADExtractor(backbone).set_references(images(2, 1))
+    as_version_0_1_wrote_it(folder := extractor.save_pretrained(tmp_path / "old"), conditioning=False)
+    loaded = ADExtractor.from_pretrained(folder).set_references(images(2, 1))
+    assert loaded.config.local_scale is None
+    assert same(loaded(images(2)), extractor(images(2)))
+
+
+def test_a_folder_of_version_0_1_with_what_is_gone_is_refused_with_the_reason(tmp_path: Path) -> None:
+    folder = ADExtractor(load_backbone("lite0", image_size=SIDE)).save_pretrained(tmp_path / "old")
+    as_version_0_1_wrote_it(folder, conditioning=False, backbone__name="filterbank")
+    with pytest.raises(ValueError, match=r"'filterbank' of adpretrain 0\.1 is gone: use the extractor 'embedded'"):
+        ADExtractor.from_pretrained(folder)
+    edit_config(folder, conditioning=True, backbone__name="lite0")
+    with pytest.raises(ValueError, match=r"with conditioning: it centred every photograph .* pretrain again"):
+        ADExtractor.from_pretrained(folder)
 
 
 # Damaged folders
@@ -190,7 +212,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "unknown key": (lambda f: edit_config(f, matchnig="l2"), r"unknown key matchnig \(did you mean matching\?\)"),
     "no backbone": (lambda f: edit_config(f, backbone=None), r"config\.json: key backbone is missing"),
     "no preprocess": (lambda f: edit_config(f, preprocess=None), r"config\.json: key preprocess is missing"),
-    "unknown backbone": (lambda f: edit_config(f, backbone__name="resnet9000"), "'resnet9000' is unknown.*filterbank"),
+    "unknown backbone": (lambda f: edit_config(f, backbone__name="resnet9000"), "'resnet9000' is unknown.*lite0"),
     "bad type": (lambda f: edit_config(f, channels="many"), r"(?s)config\.json.*channels"),
     "bad metric": (lambda f: edit_config(f, matching="l7"), "'l7' is unknown"),
     "bad projector": (lambda f: edit_config(f, projector__heads="four"), r"(?s)config\.json.*heads"),
@@ -203,12 +225,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         r"config\.json: preprocess\.resize 80 is not image_size 64",
     ),
     "other backbone": (
-        lambda f: edit_config(f, channels=[768] * 4),
-        r"made on features of \[768, 768, 768, 768\] channels.*'filterbank' gives \[29, 29, 29, 30\]",
+        lambda f: edit_config(f, channels=[768] * 3),
+        r"made on features of \[768, 768, 768\] channels.*'lite0' gives \[24, 40, 112\]",
     ),
     "other sizes": (
         lambda f: edit_config(f, projector__references=32),
-        r"projector\.levels\.0\.references is \[64, 29\], its config says \[32, 29\]",
+        r"projector\.levels\.0\.references is \[64, 24\], its config says \[32, 24\]",
     ),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), r"cannot read weights .*model\.safetensors"),
     "truncated weights": (lambda f: _truncate(f / WEIGHTS), r"cannot read weights .*model\.safetensors"),
@@ -280,8 +302,8 @@ def test_a_save_that_runs_out_of_space_leaves_the_earlier_extractor(folder: Path
 
 
 @pytest.mark.parametrize("matching", ["l2", "cosine"])
-def test_without_projector_and_conditioning_the_features_are_the_residuals(matching: str) -> None:
-    backbone = load_backbone("filterbank", image_size=SIDE)
+def test_without_projector_and_local_scale_the_features_are_the_residuals(matching: str) -> None:
+    backbone = load_backbone("lite0", image_size=SIDE)
     extractor = ADExtractor(backbone, matching=matching).set_references(images(3, 1))
     banks = [level.flatten(2).transpose(1, 2).reshape(1, -1, level.shape[1]) for level in backbone(images(3, 1))]
     assert same(extractor.references, banks)
@@ -331,7 +353,7 @@ def test_autocast_is_close_and_full_precision_returns() -> None:
     assert same(extractor(images(2)), single)
     assert not same(half, single)
     for a, b in zip(half, single, strict=True):
-        assert (a.float() - b).norm() < 0.02 * b.norm()
+        assert (a.float() - b).norm() < 0.2 * b.norm()  # a difference of features has less digits than they
 
 
 def test_a_layer_can_train_on_the_features() -> None:
@@ -346,7 +368,7 @@ def test_a_layer_can_train_on_the_features() -> None:
 
 
 def test_moving_moves_the_references() -> None:
-    extractor = make(None, conditioned=False).set_references(images(2, 1))
+    extractor = make(None, scaled=False).set_references(images(2, 1))
     extractor.to(torch.float64)
     assert {bank.dtype for bank in extractor.references} == {torch.float64}
 
@@ -363,11 +385,11 @@ def test_reference_errors_say_what_to_do() -> None:
     with pytest.raises(ValueError, match=r"of floats with B > 0, got \(0, 3, 64, 64\)"):
         extractor(images(0), extractor.encode_references(images(2, 1)))
     banks = extractor.encode_references(images(2, 1))
-    for wrong in (list(images(4)), ["good.png"], banks[:3]):
+    for wrong in (list(images(4)), ["good.png"], banks[:2]):
         with pytest.raises(ValueError, match=rf"one tensor of images .* got a list of {len(wrong)} others: prepare"):
             extractor.set_references(wrong)
-    with pytest.raises(ValueError, match="one bank per level: 4 are needed, got 3"):
-        extractor(images(1), banks[:3])
+    with pytest.raises(ValueError, match="one bank per level: 3 are needed, got 2"):
+        extractor(images(1), banks[:2])
     with pytest.raises(ValueError, match="127 tokens is not a whole number of 64-token images"):
         extractor(images(1), [bank[:, 1:] for bank in banks])
     with pytest.raises(ValueError, match="do not fit a batch of 3 images"):
@@ -403,7 +425,7 @@ def test_a_backbone_of_one_s_own_is_given_when_loading(tmp_path: Path) -> None:
 
 
 def test_impossible_parts_are_refused() -> None:
-    backbone = load_backbone("filterbank", image_size=SIDE)
+    backbone = load_backbone("lite0", image_size=SIDE)
     with pytest.raises(ValueError, match="'l3' is unknown"):
         ADExtractor(backbone, matching="l3")
     config = ProjectorConfig("linear")

@@ -5,24 +5,24 @@ import torch
 from torch import Tensor
 
 from adpretrain.backbones import load_backbone
-from adpretrain.conditioning import Conditioning
 from adpretrain.config import ProjectorConfig
 from adpretrain.extractor import ADExtractor, build_projector
 from adpretrain.leave_one_out import leave_one_out
+from adpretrain.local_scale import LocalScale
 from adpretrain.residual import nearest_in_each_image
 
 
-def extractor(metric: str, conditioned: bool, architecture: str | None) -> ADExtractor:
+def extractor(metric: str, scaled: bool, architecture: str | None) -> ADExtractor:
     torch.manual_seed(0)
-    backbone = load_backbone("filterbank", image_size=64)
+    backbone = load_backbone("lite0", image_size=64)
     config = ProjectorConfig(architecture, references=8, heads=2, mlp_ratio=1.0) if architecture else None  # type: ignore[arg-type]
     projector = build_projector(config, backbone.channels) if config else None
     if projector is not None:
         with torch.no_grad():
             for parameter in projector.parameters():
                 parameter.normal_(std=0.2)
-    conditioning = Conditioning(backbone.channels) if conditioned else None
-    return ADExtractor(backbone, projector, config, conditioning, matching=metric)
+    scale = LocalScale(len(backbone.channels)) if scaled else None
+    return ADExtractor(backbone, projector, config, scale, matching=metric)
 
 
 def by_hand(model: ADExtractor, images: Tensor) -> list[Tensor]:
@@ -35,9 +35,9 @@ def by_hand(model: ADExtractor, images: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("shots", [2, 3, 5])
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
-@pytest.mark.parametrize("conditioned", [True, False])
-def test_equals_leaving_out_each_in_turn(shots: int, metric: str, conditioned: bool) -> None:
-    model = extractor(metric, conditioned, "learnable_kv")
+@pytest.mark.parametrize("scaled", [True, False])
+def test_equals_leaving_out_each_in_turn(shots: int, metric: str, scaled: bool) -> None:
+    model = extractor(metric, scaled, "learnable_kv")
     images = torch.rand(shots, 3, 64, 64, generator=torch.Generator().manual_seed(shots))
     for found, expected in zip(leave_one_out(model, images), by_hand(model, images), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -1,13 +1,16 @@
-"""Conditioning: unit channels, products of equal normal scale, a single reference."""
+"""The local scale: divisors against loops, a single reference, and that it hides nothing that is wrong everywhere."""
 
-import numpy as np
 import pytest
 import torch
-from adpretrain.conditioning import Conditioning
+import torch.nn.functional as F
 from torch import Tensor
 
-from adpretrain.backbones import FeatureMaps
+from adpretrain import ADExtractor
+from adpretrain.backbones import FeatureMaps, load_backbone
+from adpretrain.config import LocalScaleConfig
+from adpretrain.local_scale import LocalScale
 from adpretrain.residual import residual_features, tokens
+from downstream.featurenorm import FeatureNorm
 
 CHANNELS = [6, 9]
 
@@ -17,16 +20,10 @@ def product(seed: int, images: int = 3, spread: float = 1.0) -> FeatureMaps:
     rng = torch.Generator().manual_seed(seed)
     maps = []
     for width in CHANNELS:
-        scale = torch.logspace(-2, 3, width)[:, None, None]
-        offset = torch.linspace(-50, 50, width)[:, None, None]
+        scale = torch.logspace(-2, 1, width)[:, None, None]
         pattern = torch.randn(1, width, 5, 5, generator=rng)
-        maps.append(offset + scale * (pattern + spread * torch.randn(images, width, 5, 5, generator=rng)))
+        maps.append(scale * (pattern + spread * torch.randn(images, width, 5, 5, generator=rng)))
     return maps
-
-
-def fitted() -> tuple[Conditioning, list[FeatureMaps]]:
-    batches = [product(seed, spread=0.1 + 0.2 * seed) for seed in range(6)]
-    return Conditioning(CHANNELS).fit(batches), batches
 
 
 def naive_norms(bank_NC: Tensor, images: int) -> list[float]:
@@ -40,12 +37,9 @@ def naive_norms(bank_NC: Tensor, images: int) -> list[float]:
     return norms
 
 
-def naive_leave_one_out(bank_NC: Tensor, images: int) -> float:
-    return sum(naive_norms(bank_NC, images)) / len(bank_NC)
-
-
-def naive_scales(bank_NC: Tensor, images: int) -> list[float]:
-    """Half the mean norm, half the mean over the token's 3 x 3 neighbourhood on its 5 x 5 map, edges repeated."""
+def naive_scales(bank_NC: Tensor, images: int, share: float = 0.5) -> Tensor:
+    """``share`` of the mean norm over the token's 3 x 3 neighbourhood on its 5 x 5 map, edges repeated, and the rest
+    of the mean over all."""
     norms = naive_norms(bank_NC, images)
     mean = sum(norms) / len(norms)
     scales = []
@@ -56,92 +50,114 @@ def naive_scales(bank_NC: Tensor, images: int) -> list[float]:
             for a in (-1, 0, 1)
             for b in (-1, 0, 1)
         ]
-        scales.append(0.5 * mean + 0.5 * sum(around) / 9)
-    return scales
+        scales.append(share * sum(around) / 9 + (1 - share) * mean)
+    return torch.tensor(scales)
 
 
-def test_standardised_channels_have_median_zero_and_mean_square_one_over_c() -> None:
-    conditioning, batches = fitted()
-    standardised = [conditioning.standardise(batch) for batch in batches]
-    for level, width in enumerate(CHANNELS):
-        photographs = torch.cat([batch[level] for batch in standardised]).flatten(2).numpy()
-        np.testing.assert_allclose(np.median(photographs, axis=2), 0, atol=1e-6)  # 25 tokens: the median is one of them
-        rows = torch.cat([tokens(batch[level]).flatten(0, 1) for batch in standardised])
-        torch.testing.assert_close(rows.square().mean(0), torch.full((width,), 1 / width), rtol=1e-4, atol=0)
-        # hence a token has squared norm 1 on average, whatever the width
-        assert rows.square().sum(1).mean().item() == pytest.approx(1.0, rel=1e-4)
-
-
-@pytest.mark.parametrize("tokens_each", [1, 2, 24, 25])
-def test_the_centre_is_torchs_median(tokens_each: int) -> None:
-    maps = torch.randn(3, 6, 1, tokens_each, generator=torch.Generator().manual_seed(0))
-    unscaled = Conditioning([6])
-    unscaled.std_0 /= 6**0.5
-    expected = maps - maps.flatten(2).median(2).values[..., None, None]
-    torch.testing.assert_close(unscaled.standardise([maps])[0], expected, rtol=1e-6, atol=0)
-
-
-def test_drift_of_a_whole_photograph_vanishes_and_a_defect_stays_where_it_is() -> None:
-    conditioning, batches = fitted()
-    batch = batches[2]
-    drifted = [level + torch.randn(level.shape[:2])[..., None, None] for level in batch]
-    for a, b in zip(conditioning.standardise(drifted), conditioning.standardise(batch), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
-    defective = [level.clone() for level in batch]
-    for level in defective:
-        level[:, :, :2, :2] += 1e6  # 4 of 25 tokens; a mean would move all others by 160,000
-    for a, b in zip(conditioning.standardise(defective), conditioning.standardise(batch), strict=True):
-        others = (a - b)[:, :, 2:].abs()
-        assert others.max() < 2 * b.abs().max()
-
-
-def test_a_channel_that_never_varies_stays_finite() -> None:
-    batch = product(0)
-    batch[0][:, 2] = 7.0
-    out = Conditioning(CHANNELS).fit([batch, batch]).standardise(batch)
-    assert all(level.isfinite().all() for level in out)
-    assert out[0][:, 2].abs().max() < 1e-3
-
-
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("images", [2, 4])
-def test_the_scale_of_a_token_against_loops(images: int) -> None:
-    conditioning, _ = fitted()
-    calm, busy = (conditioning.standardise(product(20, images, spread)) for spread in (0.05, 2.0))
+def test_the_scale_of_a_token_against_loops(images: int, share: float) -> None:
+    scale = LocalScale(2, LocalScaleConfig(share=share))
+    calm, busy = (product(20, images, spread) for spread in (0.05, 2.0))
     banks = [torch.stack([tokens(a).flatten(0, 1), tokens(b).flatten(0, 1)]) for a, b in zip(calm, busy, strict=True)]
-    scales = conditioning.scales(banks, [(5, 5)] * 2)
-    for bank, scale in zip(banks, scales, strict=True):
-        assert scale.shape == bank.shape[:2]
-        assert scale[1].min() > 5 * scale[0].max()
-        for own, value in zip(bank, scale, strict=True):
-            torch.testing.assert_close(value, torch.tensor(naive_scales(own, images)), rtol=1e-4, atol=1e-6)
+    for bank, found in zip(banks, scale.scales(banks, [(5, 5)] * 2), strict=True):
+        assert found.shape == bank.shape[:2]
+        assert found[1].mean() > 5 * found[0].mean()
+        for own, value in zip(bank, found, strict=True):
+            torch.testing.assert_close(value, naive_scales(own, images, share), rtol=1e-4, atol=1e-6)
 
 
 def test_one_reference_is_scaled_by_the_ratio_of_the_pretraining_set() -> None:
-    conditioning, batches = fitted()
-    expected = torch.zeros(len(CHANNELS))
+    batches = [product(seed, spread=0.1 + 0.2 * seed) for seed in range(6)]
+    scale = LocalScale(2).fit(batches)
+    expected = torch.zeros(2)
     for batch in batches:
-        maps = conditioning.standardise(batch)
-        for level in range(len(CHANNELS)):
-            first, second = tokens(maps[level])[:2]
-            between = residual_features([maps[level][:1]], [second[None]])[0].norm(dim=1).mean()
-            expected[level] += between / naive_leave_one_out(second, 1) / len(batches)
-            assert first.shape == second.shape
-    torch.testing.assert_close(conditioning.single, expected, rtol=1e-4, atol=0)
-    bank = [tokens(level)[0][None] for level in conditioning.standardise(product(30, 1))]
-    for level, scale in enumerate(conditioning.scales(bank, [(5, 5)] * 2)):
-        within = torch.tensor(naive_scales(bank[level][0], 1))
-        torch.testing.assert_close(scale[0], within * float(expected[level]), rtol=1e-4, atol=1e-6)
+        for level in range(2):
+            bank = tokens(batch[level])[1]
+            between = residual_features([batch[level][:1]], [bank[None]])[0].norm(dim=1).mean()
+            within = naive_norms(bank, 1)
+            expected[level] += between / (sum(within) / len(within)) / len(batches)
+    torch.testing.assert_close(scale.single, expected, rtol=1e-4, atol=0)
+    banks = [tokens(level) for level in product(30, 1)]
+    for level, found in enumerate(scale.scales(banks, [(5, 5)] * 2)):
+        torch.testing.assert_close(found[0], naive_scales(banks[level][0], 1) * expected[level], rtol=1e-4, atol=1e-6)
 
 
 def test_identical_references_do_not_divide_by_zero() -> None:
-    bank = [tokens(level[:1]).repeat(1, 2, 1) for level in product(3)]
-    assert all((scale > 0).all() for scale in Conditioning(CHANNELS).scales(bank, [(5, 5)] * 2))
+    banks = [tokens(level[:1]).repeat(1, 2, 1) for level in product(3)]
+    assert all((found > 0).all() for found in LocalScale(2).scales(banks, [(5, 5)] * 2))
 
 
-def test_the_statistics_are_saved() -> None:
-    conditioning, batches = fitted()
-    loaded = Conditioning(CHANNELS)
-    loaded.load_state_dict(conditioning.state_dict())
-    for a, b in zip(loaded.standardise(batches[0]), conditioning.standardise(batches[0]), strict=True):
+def test_the_ratio_is_saved_and_the_rest_is_configuration() -> None:
+    scale = LocalScale(2, LocalScaleConfig(share=0.25)).fit([product(0), product(1)])
+    loaded = LocalScale(2, scale.config)
+    loaded.load_state_dict(scale.state_dict())
+    banks = [tokens(level) for level in product(30, 1)]
+    for a, b in zip(loaded.scales(banks, [(5, 5)] * 2), scale.scales(banks, [(5, 5)] * 2), strict=True):
         assert torch.equal(a, b)
-    assert set(loaded.state_dict()) == {"single", "std_0", "std_1"}
+    assert list(scale.state_dict()) == ["single"]
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"weights \[1\.0, 2\.0\] must be one for each of the 3 levels"):
+        LocalScale(3, LocalScaleConfig(weights=[1.0, 2.0]))
+    for share in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=r"local_scale\.share .* must be between 0 and 1"):
+            LocalScaleConfig(share=share)
+    for weight in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=r"local_scale\.weights .* must be positive numbers"):
+            LocalScaleConfig(weights=[1.0, weight])
+    with pytest.raises(ValueError, match="cannot come from 2 images"):
+        LocalScale(1).scales([torch.zeros(1, 55, 4)], [(5, 5)])
+
+
+# In the extractor
+
+
+def photographs(count: int, seed: int) -> Tensor:
+    """One product: a fixed blurred pattern and a little noise, as network input."""
+    pattern = F.interpolate(torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)), size=64) - 0.5
+    return pattern + 0.03 * torch.randn(count, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
+
+
+def extractor(share: float = 0.5, weights: tuple[float, ...] = ()) -> ADExtractor:
+    backbone = load_backbone("lite0", image_size=64)
+    return ADExtractor(backbone, local_scale=LocalScale(2, LocalScaleConfig(share, list(weights))))
+
+
+def test_the_residual_is_divided_by_the_scale_of_its_match_and_times_the_weight_of_its_level() -> None:
+    model, images = extractor(share=1.0, weights=(0.5, 3.0)).set_references(photographs(3, 1)), photographs(2, 2)
+    features = model.encode(images)
+    scales = model.scales(features, model.references)
+    levels = zip(model(images), features, model.references, scales, (0.5, 3.0), strict=True)
+    for found, feature, bank, scale, weight in levels:
+        query, rows = tokens(feature)[1].double(), bank[0].double()
+        for number, row in enumerate(query):
+            match = int((rows - row).norm(dim=1).argmin())
+            expected = weight * (row - rows[match]) / scale[0, match]
+            torch.testing.assert_close(tokens(found)[1, number].double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_normal_photographs_of_calm_and_busy_products_have_norms_of_about_one() -> None:
+    for level in range(2):
+        for spread in (0.01, 1.0):
+            maps = product(40, 6, spread)[level]
+            banks = [tokens(maps[:5]).flatten(0, 1)[None]]
+            scales = LocalScale(1).scales(banks, [(5, 5)])
+            norms = residual_features([maps[5:]], banks, scales=scales)[0].norm(dim=1)
+            assert 0.7 < norms.mean() < 1.4
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_photograph_that_is_brighter_everywhere_is_not_hidden(share: float) -> None:
+    """Removing what a whole photograph has in common would make it look normal; the scale is of the references only."""
+    detector = FeatureNorm(extractor(share)).fit([photographs(4, 1)])
+    normal = photographs(6, 2)
+    good, brighter, much = (detector.predict(normal + light).scores for light in (0.0, 0.3, 0.6))
+    assert brighter.min() > good.max()
+    assert (much > brighter).all()
+    model = detector.extract
+    features = model.encode(normal)
+    shifted = [level + 3 * level.std() for level in features]
+    for far, near in zip(*(model.from_encoded(maps, model.references) for maps in (shifted, features)), strict=True):
+        assert far.norm(dim=1).min() > 3 * near.norm(dim=1).max()

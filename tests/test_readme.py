@@ -126,7 +126,7 @@ def test_evaluate_prints_every_row_on_the_same_references(
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if " norm" in line or "FeatureNorm" in line]
     assert len(rows) >= 8
     # An untrained projector returns its input: the last two rows must agree.
-    conditioned = [row[-3:] for row in rows if "conditioned" in row]
+    scaled = [row[-3:] for row in rows if "scaled" in row]
     pretrained = [row[-3:] for row in rows if "pretrained" in row]
-    assert conditioned == pretrained
+    assert scaled == pretrained
     assert (tmp_path / "t.json").is_file()

@@ -27,7 +27,7 @@ def digests(cached: CachedBatches) -> list[str]:
 
 def cache(root: Path, local: LocalProcesses) -> tuple[CachedBatches, int]:
     """The residuals, and how many images went through the backbone here."""
-    backbone = load_backbone("filterbank", image_size=64)
+    backbone = load_backbone("lite0", image_size=64)
     encoded = 0
 
     def count(module: object, inputs: tuple[torch.Tensor]) -> None:
@@ -69,7 +69,7 @@ def test_processes_share_the_work_and_the_memory_and_get_the_bytes_of_one(tmp_pa
 def test_threads_give_the_bytes_of_one(tmp_path: Path) -> None:
     """The views are drawn from torch's generator, which all threads have in common."""
     root = make_synthetic(tmp_path / "set", 2, 5, 3, size=128, seed=1, workers=1, progress=False)
-    backbone = load_backbone("filterbank", image_size=64)
+    backbone = load_backbone("lite0", image_size=64)
     data = PretrainingSet(index_realiad(root), backbone.preprocess, [1], seed=5, augment="once")
     one, *others = (
         digests(CachedBatches(ADExtractor(backbone), data, CPU, draws=1, threads=threads)) for threads in (1, 8, 8)

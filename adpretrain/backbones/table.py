@@ -22,26 +22,26 @@ class BackboneEntry:
         levels: default levels (the paper's), numbered from 1; empty = known when built.
         channels: widths of the default levels.
         licence: of the weights.
-        source: where the weights are published; None = there are none.
+        source: where the weights are published.
     """
 
     build: Build
     levels: tuple[int, ...]
     channels: tuple[int, ...]
     licence: str
-    source: Source | None = None
+    source: Source
 
 
 @dataclass(frozen=True)
 class BackboneInfo:
-    """A backbone as it is listed. ``source`` is "" and ``cached`` None if it has no weights."""
+    """A backbone as it is listed. ``cached``: its weights ship with the library, or lie in the local cache."""
 
     name: str
     levels: tuple[int, ...]
     channels: tuple[int, ...]
     licence: str
     source: str
-    cached: bool | None
+    cached: bool
 
 
 def _vit(build: Build, levels: tuple[int, ...], width: int, licence: str, source: Source) -> BackboneEntry:
@@ -101,6 +101,8 @@ def find_entry(name: str) -> BackboneEntry:
         return BACKBONES[name]
     if name.startswith(timm.PREFIX) and len(name) > len(timm.PREFIX):
         return BackboneEntry(timm.build, (), (), "see its page on the Hub", timm.source(name))
+    if name == "filterbank":
+        raise ValueError("backbone 'filterbank' of adpretrain 0.1 is gone: use the extractor 'embedded', or lite0")
     raise ValueError(
         f"backbone {name!r} is unknown; choose one of: {', '.join(BACKBONES)}, or {timm.PREFIX}<any model of timm>"
     )
@@ -114,8 +116,8 @@ def list_backbones() -> list[BackboneInfo]:
             entry.levels,
             entry.channels,
             entry.licence,
-            source=str(entry.source) if entry.source else "",
-            cached=entry.source.cached() is not None if entry.source else None,
+            source=str(entry.source),
+            cached=entry.source.cached() is not None,
         )
         for name, entry in BACKBONES.items()
     ]

@@ -118,10 +118,11 @@ class Weights:
     path: str | None = None
 
     def __post_init__(self) -> None:
-        if (self.path or self.revision) and (not self.pretrained or self.source is None):
+        if (self.path or self.revision) and not self.pretrained:
             given = " and ".join(word for word, value in (("weights", self.path), ("revision", self.revision)) if value)
-            why = "it has no weights" if self.source is None else "pretrained=False asks for random ones"
-            raise ValueError(f"backbone {self.backbone!r} takes no {given}: {why}; leave {given} out")
+            raise ValueError(
+                f"backbone {self.backbone!r} takes no {given}: pretrained=False asks for random ones; leave {given} out"
+            )
         if self.path and self.revision:
             raise ValueError(
                 f"weights {self.path!r} is a local file and revision {self.revision!r} a version on the Hub: give one"
@@ -133,7 +134,7 @@ class Weights:
 
     @property
     def random(self) -> bool:
-        return not self.pretrained or self.source is None
+        return not self.pretrained
 
     def read(self) -> tuple[StateDict, str, str | None]:
         """The tensors by name, where they were read (for messages), and their commit on the Hub if known.

@@ -44,7 +44,7 @@ def _show(rows: Sequence[BackboneInfo]) -> None:
     table = Table("name", "levels", "widths", "licence", "in cache", box=ASCII)
     for row in rows:
         widths = f"{row.channels[0]} x {len(row.channels)}" if len({*row.channels}) == 1 else _list(row.channels)
-        cached = "not needed" if row.cached is None else "yes" if row.cached else "no"
+        cached = "yes" if row.cached else "no"
         table.add_row(row.name, _list(row.levels), widths, row.licence, cached)
     console.print(table)
     console.print(NOTE)

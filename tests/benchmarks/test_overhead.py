@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from adpretrain.backbones import load_backbone
-from adpretrain.conditioning import Conditioning
 from adpretrain.config import ProjectorConfig
 from adpretrain.extractor import ADExtractor, build_projector
 
@@ -60,7 +59,6 @@ def test_extractor_over_bare_backbone(one_thread: None) -> None:
     assert [bank.shape[1] for bank in banks] == [SHOTS * 256] * 4
     residuals = extractor.residuals(features, banks)
     assert not any(torch.equal(a, b) for a, b in zip(projected, residuals, strict=True))
-    conditioning = Conditioning(backbone.channels)
     # The references are the extractor's own list: a new one would be prepared for searching anew.
     kept = extractor.references
     seconds = interleaved_cpu_seconds(
@@ -69,7 +67,6 @@ def test_extractor_over_bare_backbone(one_thread: None) -> None:
             "extractor": lambda: extractor(images),
             "matching": lambda: extractor.residuals(features, kept),
             "projector": lambda: projector(residuals),
-            "conditioning": lambda: conditioning.standardise(features),
         },
         repeats=5,
     )
@@ -78,6 +75,5 @@ def test_extractor_over_bare_backbone(one_thread: None) -> None:
         f"\nextractor over bare backbone, DINOv2-base geometry, batch {BATCH}, K = {SHOTS}, N_r = 2048, 16 heads, one "
         f"thread: {seconds['extractor']:.2f} s / {seconds['backbone']:.2f} s = {ratio:.2f} x; shares of the backbone: "
         + ", ".join(f"{part} {seconds[part] / seconds['backbone']:.2f}" for part in ("matching", "projector"))
-        + f" (and {seconds['conditioning'] / seconds['backbone']:.2f} for conditioning, where it is on)"
     )
     assert ratio <= TARGET

@@ -24,7 +24,7 @@ def backbone() -> Backbone:
 
 @pytest.fixture(scope="session")
 def extractor_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The weight-free backbone without a projector, at 64 pixels: quick, and real."""
+    """Lite0 without a projector, at 64 pixels: quick, and real."""
     folder = tmp_path_factory.mktemp("extractor") / "raw"
     return ADExtractor(load_backbone("lite0", image_size=64), projector=None).save_pretrained(folder)
 

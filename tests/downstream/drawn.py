@@ -1,4 +1,4 @@
-"""Tiles, and noise as photographs for detectors on the raw weight-free backbone (fixture `backbone`)."""
+"""Tiles, and noise as photographs for detectors on the raw backbone Lite0 (fixture `backbone`)."""
 
 from __future__ import annotations
 

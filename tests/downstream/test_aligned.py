@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from adpretrain.backbones import load_backbone
-from adpretrain.conditioning import Conditioning
 from adpretrain.extractor import ADExtractor
+from adpretrain.local_scale import LocalScale
 from adpretrain.references import AlignedReferences
 from downstream.aligned import AlignedFeatureNorm
 from downstream.featurenorm import FeatureNorm
@@ -18,8 +18,8 @@ SIZE, SHOTS = 64, 2
 
 @pytest.fixture(scope="module")
 def extractor() -> ADExtractor:
-    backbone = load_backbone("filterbank", image_size=SIZE)
-    return ADExtractor(backbone, conditioning=Conditioning(backbone.channels))
+    backbone = load_backbone("lite0", image_size=SIZE)
+    return ADExtractor(backbone, local_scale=LocalScale(len(backbone.channels)))
 
 
 def photographs(count: int, seed: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""`adpretrain score` as a user runs it, with the real weight-free backbone: files, numbers, exit codes, bad
+"""`adpretrain score` as a user runs it, with the real backbone Lite0: files, numbers, exit codes, bad
 input.
 """
 

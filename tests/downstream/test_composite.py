@@ -38,7 +38,7 @@ def photographs(count: int, seed: int) -> Tensor:
 
 @pytest.fixture(scope="module")
 def backbone() -> Backbone:
-    return load_backbone("filterbank", image_size=SIZE)
+    return load_backbone("lite0", image_size=SIZE)
 
 
 @pytest.fixture(scope="module")

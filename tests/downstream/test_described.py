@@ -46,27 +46,27 @@ def test_flops_of_the_papers_projectors() -> None:
 
 @pytest.mark.parametrize("architecture", ["linear", "mlp", "self_attention", "cross_attention"])
 def test_every_architecture_has_a_cost(architecture: str) -> None:
-    backbone = BackboneConfig("filterbank", 64, levels=[4])
+    backbone = BackboneConfig("lite0", 64, levels=[3])
     projector = ProjectorConfig(architecture, heads=2)
-    found = projector_cost(ExtractorConfig(backbone, [30], Preprocess(64, 64), projector), Path("extractor"))
-    patches, context = 64, 4 * 30 * 30 * 64  # keys and values of one reference's 8 x 8 residuals
+    found = projector_cost(ExtractorConfig(backbone, [112], Preprocess(64, 64), projector), Path("extractor"))
+    patches, context = 16, 4 * 112 * 112 * 16  # keys and values of one reference's 4 x 4 residuals
     expected = {
-        "linear": 2 * patches * 30 * 30,
-        "mlp": 2 * 2 * patches * 30 * 120,
-        "self_attention": per_image(30, patches, patches) + context,
-        "cross_attention": per_image(30, patches, patches),
+        "linear": 2 * patches * 112 * 112,
+        "mlp": 2 * 2 * patches * 112 * 448,
+        "self_attention": per_image(112, patches, patches) + context,
+        "cross_attention": per_image(112, patches, patches),
     }[architecture]
     assert found["projector FLOPs per image"] == expected
     assert found["projector FLOPs once"] == (context if architecture == "cross_attention" else 0)
 
 
 def test_info_prints_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    backbone = load_backbone("filterbank", image_size=64)
-    config = ProjectorConfig(references=16, heads=2)
+    backbone = load_backbone("lite0", image_size=64)
+    config = ProjectorConfig(references=16, heads=3)
     ADExtractor(backbone, build_projector(config, backbone.channels), config).save_pretrained(tmp_path / "ours")
     assert main(["info", str(tmp_path / "ours"), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    widths = [30 if width % 2 else width for width in backbone.channels]  # heads of equal width
+    widths = [-(-width // 3) * 3 for width in backbone.channels]  # three heads of equal width
     assert facts["projector FLOPs once"] == sum(
         2 * 16 * width * (width + 2 * inner) for width, inner in zip(backbone.channels, widths, strict=True)
     )

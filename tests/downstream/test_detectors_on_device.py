@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from adpretrain.backbones import Backbone, FeatureMaps, load_backbone
 from adpretrain.backbones.fingerprint import fingerprint
-from adpretrain.conditioning import Conditioning
 from adpretrain.extractor import ADExtractor
+from adpretrain.local_scale import LocalScale
 from downstream.aligned import AlignedFeatureNorm
 from downstream.coreset import greedy_coreset, subsample
 from downstream.detector import Prediction
@@ -55,12 +55,12 @@ def photographs(count: int, seed: int) -> Tensor:
 
 
 def backbone() -> Backbone:
-    return load_backbone("filterbank", image_size=SIZE, levels=[1, 2])
+    return load_backbone("lite0", image_size=SIZE, levels=[1, 2])
 
 
 def extractor() -> ADExtractor:
     network = backbone()
-    return ADExtractor(network, conditioning=Conditioning(network.channels))
+    return ADExtractor(network, local_scale=LocalScale(len(network.channels)))
 
 
 def copies(rows_ND: Tensor) -> Tensor:

@@ -122,7 +122,7 @@ def test_levels_are_chosen_by_number() -> None:
 
 
 def test_one_image_at_a_time_equals_a_batch() -> None:
-    features = load_backbone("filterbank", image_size=64)(torch.rand(3, 3, 64, 64))
+    features = load_backbone("lite0", image_size=64)(torch.rand(3, 3, 64, 64))
     embedding = Embedding(EmbeddingConfig(target_dim=50, reduction="project"))
     whole = embedding(features)
     parts = torch.cat([embedding([level[i : i + 1] for level in features]) for i in range(3)])
@@ -215,7 +215,8 @@ def test_levels_of_the_papers() -> None:
     def function(images: Tensor) -> FeatureMaps:
         return whole(images)
 
-    for extract in (vit, load_backbone("filterbank", image_size=64), function):
+    assert chosen(load_backbone("lite0", image_size=64)) == [[0, 1]] * 4  # stages 2 and 3
+    for extract in (vit, function):
         assert chosen(extract) == [None] * 4
     everything = PatchCore(whole, PatchCoreConfig(EmbeddingConfig(levels=None)))
     assert everything.config.embedding.levels is None

@@ -112,7 +112,7 @@ def test_fit_says_what_it_holds_or_refuses_before_it_does(
     remedy: str,
 ) -> None:
     normal = write_tiles("normal", range(6))
-    command = ["fit", "--backbone=filterbank", "--image-size=64", f"--normal={normal}", f"--detector={detector}"]
+    command = ["fit", "--backbone=lite0", "--image-size=64", f"--normal={normal}", f"--detector={detector}"]
     command += [f"--out={tmp_path}/out", "--device=cpu"]
     assert main([*command, "--set", f"{setting}=1000"]) == 2
     said = capfd.readouterr().err

@@ -192,7 +192,7 @@ def test_a_share_of_the_patches(backbone: Backbone) -> None:
 
 
 def test_the_projected_choice_covers_nearly_as_well(backbone: Backbone) -> None:
-    """Johnson-Lindenstrauss: the farthest row from a coreset chosen in 32 of 117 channels is at most 1.5 times as far
+    """Johnson-Lindenstrauss: the farthest row from a coreset chosen in 32 of 152 channels is at most 1.5 times as far
     as with all, and nearer than with a random choice."""
     normal = photographs(6, 0)
     everything = Embedding()(backbone(normal)).flatten(0, 2)
@@ -230,5 +230,5 @@ def test_mistakes_are_named(backbone: Backbone) -> None:
             PatchCoreConfig(**options)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"amount 1\.5; expected a share"):
         PatchCore(backbone, PatchCoreConfig(amount=1.5)).fit([photographs(1, 0)])
-    with pytest.raises(ValueError, match=r"bank of 192 patches x 117 channels .* embedding.target_dim"):
+    with pytest.raises(ValueError, match=r"bank of 192 patches x 152 channels .* embedding.target_dim"):
         PatchCore(backbone, PatchCoreConfig(max_bank_bytes=50_000)).fit(photographs(3, 0).split(1))

@@ -33,7 +33,7 @@ SMALL = ReConPatchConfig(PatchCoreConfig(amount=0.2, reweight=4, reweight_all=Tr
 
 @pytest.fixture(scope="module")
 def backbone() -> Backbone:
-    return load_backbone("filterbank", image_size=SIZE)
+    return load_backbone("lite0", image_size=SIZE)
 
 
 def photographs(count: int, seed: int, defect: float = 0.0) -> Tensor:
@@ -80,7 +80,7 @@ def test_scores_equal_eq_9_and_10_patch_by_patch(backbone: Backbone, detector: R
 def test_untrained_and_wide_it_is_patchcore(backbone: Backbone) -> None:
     """An orthogonal f changes no distance: without an epoch the scores are those of PatchCore on the same patches."""
     memory = PatchCoreConfig(method="none", reweight_all=True)
-    config = ReConPatchConfig(memory, replace(TRAINING, dim=150, epochs=0))
+    config = ReConPatchConfig(memory, replace(TRAINING, dim=160, epochs=0))
     normal, queries = photographs(4, 0), photographs(3, 1)
     ours = ReConPatch(backbone, config).fit(normal.split(2)).predict(queries)
     theirs = PatchCore(backbone, memory).fit(normal.split(2)).predict(queries)
@@ -95,7 +95,7 @@ def test_training_separates_faint_defects_better(backbone: Backbone) -> None:
     apart = []
     for epochs in (0, 12):
         for seed in (0, 100, 200):
-            training = replace(TRAINING, dim=117, projection_dim=117, epochs=epochs, learning_rate=1e-3, seed=seed)
+            training = replace(TRAINING, dim=152, projection_dim=152, epochs=epochs, learning_rate=1e-3, seed=seed)
             config = replace(SMALL, training=replace(training, patches_per_step=256))
             detector = ReConPatch(backbone, config).fit(photographs(32, seed).split(8))
             test = photographs(40, seed + 1), photographs(40, seed + 2, defect=0.25)

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adpretrain.backbones import Backbone, FeatureMaps, load_backbone
-from adpretrain.conditioning import Conditioning
 from adpretrain.extractor import ADExtractor
+from adpretrain.local_scale import LocalScale
 from downstream.aligned import AlignedFeatureNorm
 from downstream.embedding import EmbeddingConfig
 from downstream.featurenorm import FeatureNorm
@@ -45,7 +45,7 @@ def backbone() -> Backbone:
 
 def extractor(references: bool = True) -> ADExtractor:
     network = backbone()
-    made = ADExtractor(network, conditioning=Conditioning(network.channels))
+    made = ADExtractor(network, local_scale=LocalScale(len(network.channels)))
     return made.set_references(photographs(2, 7)) if references else made
 
 

@@ -62,7 +62,7 @@ JUNK += ["../../etc/passwd", "\0", "[[[[", True, False, [], [0], [-1], [10**9] *
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """An extractor with a projector, and fitted detectors, by name."""
     root = tmp_path_factory.mktemp("models")
-    backbone = load_backbone("filterbank", image_size=SIDE)
+    backbone = load_backbone("lite0", image_size=SIDE)
     config = ProjectorConfig(references=8, heads=2, mlp_ratio=1.0)
     extractor = ADExtractor(backbone, build_projector(config, backbone.channels), config, provenance={"seed": 1})
     images = torch.rand(6, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))

@@ -15,9 +15,9 @@ SIDE = 64
 
 
 def make_extractor(seed: int = 0) -> ADExtractor:
-    """The weight-free backbone with a small random projector."""
+    """Lite0 with a small random projector."""
     torch.manual_seed(seed)
-    backbone = load_backbone("filterbank", image_size=SIDE)
+    backbone = load_backbone("lite0", image_size=SIDE)
     config = ProjectorConfig(references=16, heads=1)
     return ADExtractor(backbone, build_projector(config, backbone.channels), config, provenance={"seed": seed})
 

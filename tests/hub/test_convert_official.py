@@ -42,7 +42,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_config_says_how_the_authors_run_it_and_where_it_came_from(converted: tuple[Path, Path]) -> None:
     path, folder = converted
     config = json.loads((folder / "config.json").read_text())
-    assert (config["matching"], config["norm"], config["conditioning"]) == ("cosine", "released", False)
+    assert (config["matching"], config["norm"], config["local_scale"]) == ("cosine", "released", None)
     assert (config["projector"]["form"], config["projector"]["heads"]) == ("released", 16)
     assert (config["backbone"]["name"], config["channels"]) == ("dinov2-small", [WIDTH] * LEVELS)
     assert (config["preprocess"]["image_size"], config["preprocess"]["interpolation"]) == (224, "bicubic")

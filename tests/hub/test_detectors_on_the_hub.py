@@ -33,7 +33,7 @@ def images(count: int, seed: int) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def patchcore() -> PatchCore:
-    return PatchCore(load_backbone("filterbank", image_size=SIDE)).fit([images(3, 0)])
+    return PatchCore(load_backbone("lite0", image_size=SIDE)).fit([images(3, 0)])
 
 
 def test_pushed_here_loaded_with_an_empty_cache(
@@ -52,7 +52,7 @@ def test_pushed_here_loaded_with_an_empty_cache(
 
 def test_detectors_within_detectors_come_whole(hub: Hub, extractor: ADExtractor) -> None:
     pretrained = copy.deepcopy(extractor).set_references(images(2, 5))
-    members = [PaDiM(pretrained), PaDiM(load_backbone("filterbank", image_size=SIDE))]
+    members = [PaDiM(pretrained), PaDiM(load_backbone("lite0", image_size=SIDE))]
     ensemble = Ensemble(members).fit([images(4, 0)])
     with pytest.warns(UserWarning, match="holds features"):
         ensemble.push_to_hub("factory/both")
@@ -75,7 +75,7 @@ def test_an_unfitted_one_sends_nothing(hub: Hub) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(ValueError, match="not fitted"):
-            PatchCore(load_backbone("filterbank", image_size=SIDE)).push_to_hub("factory/none")
+            PatchCore(load_backbone("lite0", image_size=SIDE)).push_to_hub("factory/none")
     assert hub.writes == []
 
 
@@ -114,12 +114,12 @@ def test_the_commands_push_and_info(
     assert run("info", "ada/features", "--json") == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["commit"] == hub.repositories["ada/features"].head().sha
-    assert (facts["kind"], facts["backbone"], facts["levels"]) == ("extractor", "filterbank", [1, 2, 3, 4])
+    assert (facts["kind"], facts["backbone"], facts["levels"]) == ("extractor", "lite0", [2, 3])
     assert facts["parameters"] == sum(v.numel() for k, v in extractor.state_dict().items() if "backbone." not in k)
     assert run("info", "factory/line", "--revision", "v1") == 0
     out = capsys.readouterr().out
     assert "fitted patchcore (holds features of its product)" in out
-    assert "filterbank" in out
+    assert "lite0" in out
 
 
 def test_a_warning_is_a_line_without_our_source(

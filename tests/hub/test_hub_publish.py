@@ -39,7 +39,7 @@ def test_an_extractor_is_published_as_one_commit_and_public_only_then(
     repository = hub.repositories["ada/one"]
     assert repository.history == [
         "commit initial commit (private)",
-        "commit Publish an extractor on filterbank (private)",
+        "commit Publish an extractor on lite0 (private)",
         "made public",
     ]
     found = repository.contents()

@@ -37,7 +37,7 @@ def test_the_front_matter_is_complete() -> None:
 
 @pytest.mark.slow
 def test_the_app_answers_to_any_name_on_a_space_only(tmp_path: Path) -> None:
-    ADExtractor(load_backbone("filterbank", image_size=64)).save_pretrained(tmp_path / "tiny")
+    ADExtractor(load_backbone("lite0", image_size=64)).save_pretrained(tmp_path / "tiny")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:

@@ -21,13 +21,13 @@ from adpretrain.hub.contents import files_to_publish
 from adpretrain.projector import FeatureProjector
 
 Arguments = Callable[..., list[str]]
-PLAIN = ["--conditioning", "false", "--augment", "epoch", "--cache.draws", "0", "--data.workers", "0"]
+PLAIN = ["--local_scale", "null", "--augment", "epoch", "--cache.draws", "0", "--data.workers", "0"]
 PLAIN += ["--backbone.image_size", "64", "--loss.lambda_", "1.0", "--optim.steps", "3", "--tokens", "0"]
 
 
 @pytest.fixture
 def plain(arguments: Arguments) -> Arguments:
-    """Flags of three steps as the paper's: two views, both losses, no conditioning and no cache."""
+    """Flags of three steps as the paper's: two views, both losses, no local scale and no cache."""
     return lambda run, *flags: arguments(run, *PLAIN, "--data.held_out", "[]", *flags)
 
 
@@ -44,7 +44,7 @@ def test_centres_are_those_of_all_normals_unaugmented(plain: Arguments, tiny_set
     """However the images are dealt: one process or two, and as a loop over the normal images gives them."""
     train(tmp_path / "log", plain(tmp_path / "one"))
     train(tmp_path / "log2", plain(tmp_path / "two", "--optim.batch_size", "4"), count=2)
-    backbone = load_backbone("filterbank", image_size=64)
+    backbone = load_backbone("lite0", image_size=64, levels=[1, 2, 3], finest=8)
     normal = [sample for sample in index_dataset("realiad", tiny_set) if not sample.anomalous]
     data = PretrainingSet(normal, backbone.preprocess, [3], 0, "none")
     extractor = ADExtractor(backbone)
@@ -112,12 +112,6 @@ def test_a_backbone_that_learns_itself(plain: Arguments, tmp_path: Path, matchin
     assert "resuming" in train(tmp_path / "log", plain(tmp_path / "cut", *flags))
     resumed = (tmp_path / "cut" / "backbone.safetensors").read_bytes()
     assert resumed == (tmp_path / "run" / "backbone.safetensors").read_bytes()
-
-
-def test_a_backbone_without_weights_cannot_learn(
-    plain: Arguments, refusal: Callable[[list[str]], str], tmp_path: Path
-) -> None:
-    assert "'filterbank' has no weights to learn" in refusal(plain(tmp_path / "run", "--learns", "backbone"))
 
 
 def test_weights_in_bfloat16_as_the_released_run_has_them(plain: Arguments, tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_the_recipe_trains_on_without_them_and_stops_with_them(
 
     root, bad = damaged
     quick = ["--data.root", str(root), "--backbone.image_size", "64", "--optim.steps", "1", "--eval.keep", "last"]
-    flags = arguments(tmp_path / "run", *quick, "--data.held_out", "[]", "--conditioning", "false")
+    flags = arguments(tmp_path / "run", *quick, "--data.held_out", "[]", "--local_scale", "null")
     assert pretrain.main(flags) == 2
     said = capfd.readouterr().err
     assert all(str(image) in said for image in bad)

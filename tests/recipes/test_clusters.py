@@ -128,7 +128,7 @@ def test_two_machines_find_each_other_by_the_configuration(tmp_path: Path) -> No
 def test_a_stream_trained_by_two_processes_and_resumed_inside_an_epoch_is_bit_equal(
     argv: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    """Twelve steps an epoch; the last two of 16 are run again. Both losses, conditioning, new views every epoch."""
+    """Twelve steps an epoch; the last two of 16 are run again. Both losses, local scale, new views every epoch."""
     log, run = tmp_path / "log", tmp_path / "run"
     command = argv(run, "--augment", "epoch", "--loss.lambda_", "1.0", "--optim.steps", "16", "--checkpoint_every", "7")
     train(log, command, 2)

@@ -23,7 +23,7 @@ def test_the_demo_ends_with_a_table_and_a_report(tmp_path: Path, seeds: int) -> 
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    for row in ("backbone norm", "raw residual norm", "conditioned residual norm", "pretrained FeatureNorm"):
+    for row in ("backbone norm", "raw residual norm", "scaled residual norm", "pretrained FeatureNorm"):
         assert result.stdout.count(row) >= 3  # K = 2, 4, 8
     assert ("spread of 2 training seeds" in result.stdout) == (seeds == 2)
     results = json.loads((out / "table.json").read_text())

@@ -26,7 +26,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Flags of three tiny products and an extractor without a projector."""
     folder = tmp_path_factory.mktemp("given")
     make_synthetic(folder / "set", 3, 5, 3, size=64, seed=4, workers=1, progress=False)
-    ADExtractor(load_backbone("filterbank", image_size=64)).save_pretrained(folder / "extractor")
+    ADExtractor(load_backbone("lite0", image_size=64)).save_pretrained(folder / "extractor")
     flags = [
         "--root",
         str(folder / "set"),
@@ -188,7 +188,7 @@ def test_the_backbones_weights_reach_the_extractors(
     few = [*given[:4], "--shots", "1"]
     for flags in (few, [*given, "--out", str(tmp_path / "out")]):
         assert evaluate(*flags, "--weights", "backbone.pth", monkeypatch=monkeypatch) == 2
-        assert "backbone 'filterbank' takes no weights" in " ".join(capsys.readouterr().err.split())
+        assert "weights file backbone.pth does not exist" in " ".join(capsys.readouterr().err.split())
 
 
 def test_flags_that_do_not_belong_together_are_refused(

@@ -35,7 +35,7 @@ def quick(arguments: Arguments, residuals: Path) -> Arguments:
 
     def build(run: Path, *flags: str) -> list[str]:
         fixed = ["--augment", "once", "--loss.lambda_", "1.0", "--loss.center", "projected", "--tokens", "16"]
-        fixed += ["--conditioning", "false", "--backbone.image_size", "64", "--data.held_out", "[]"]
+        fixed += ["--local_scale", "null", "--backbone.image_size", "64", "--data.held_out", "[]"]
         fixed += ["--cache.folder", str(residuals), "--optim.steps", str(STEPS), "--checkpoint_every", "2"]
         return arguments(run, *fixed, "--projector.references", "512", "--log_every", "5", *flags)
 

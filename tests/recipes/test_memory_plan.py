@@ -95,8 +95,8 @@ def test_the_features_of_held_out_images_count_once(monkeypatch: pytest.MonkeyPa
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     from memory_plan import check_memory
 
-    config = PretrainConfig(backbone=BackboneConfig("filterbank", image_size=64), optim=OptimConfig(batch_size=1))
-    backbone = load_backbone("filterbank", image_size=64)
+    config = PretrainConfig(backbone=BackboneConfig("lite0", image_size=64), optim=OptimConfig(batch_size=1))
+    backbone = load_backbone("lite0", image_size=64)
     each = sum(level.nbytes for level in backbone(torch.zeros(1, 3, 64, 64)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     said = Console(file=io.StringIO(), width=200)

@@ -21,7 +21,7 @@ from adpretrain.extractor import build_projector
 from adpretrain.losses import angle_loss
 
 SMALL = PretrainConfig(
-    backbone=BackboneConfig("filterbank", 64),
+    backbone=BackboneConfig("lite0", 64),
     projector=ProjectorConfig(references=64, heads=4),
     optim=OptimConfig(batch_size=3),
 )

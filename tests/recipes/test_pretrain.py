@@ -123,8 +123,8 @@ def test_held_out_masks_that_the_network_does_not_see_are_refused_before_trainin
         with Image.open(sample.mask_files[0]) as mask:
             mask.putpixel((0, 0), 255)
             mask.save(sample.mask_files[0])
-    preprocess = load_backbone("filterbank", image_size=64).preprocess
+    preprocess = load_backbone("lite0", image_size=64).preprocess
     assert not any(ImageDataset(held_out, preprocess)[i]["mask"].any() for i in range(len(held_out)))
-    quick = ["--data.root", str(root), "--backbone.image_size", "64", "--conditioning", "false", "--optim.steps", "1"]
+    quick = ["--data.root", str(root), "--backbone.image_size", "64", "--local_scale", "null", "--optim.steps", "1"]
     said = refusal(arguments(tmp_path / "run", *quick, "--eval.shots", "2"))
     assert "no held-out product has a marked pixel where the network looks" in said

@@ -95,7 +95,7 @@ def test_a_step_waits_for_nothing_and_launches_no_more_for_more_images(
                 "--data.root",
                 str(data),
                 "--backbone.name",
-                "filterbank",
+                "lite0",
                 "--backbone.image_size",
                 "64",
                 "--backbone.resize",

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 Arguments = Callable[..., list[str]]
 BOTH_LOSSES = [
-    "--conditioning",
-    "false",
+    "--local_scale",
+    "null",
     "--augment",
     "once",
     "--loss.lambda_",

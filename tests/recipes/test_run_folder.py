@@ -86,7 +86,7 @@ def test_other_images_and_checkpoints_of_other_versions_are_not_mixed_in(
     from pretrain import main
 
     run, moved = tmp_path / "run", tmp_path / "moved"
-    argv = arguments(run, "--optim.steps", "1", "--backbone.image_size", "64", "--conditioning", "false")
+    argv = arguments(run, "--optim.steps", "1", "--backbone.image_size", "64", "--local_scale", "null")
     argv += ["--cache.folder", str(tmp_path), "--data.held_out", "[]"]
     assert main(argv) == 0
     shutil.copytree(tiny_set, moved)
@@ -114,7 +114,7 @@ def test_a_run_stopped_before_its_first_checkpoint_scores_the_untrained_projecto
     from pretrain import main
 
     run = tmp_path / "run"
-    argv = arguments(run, "--optim.steps", "1", "--backbone.image_size", "64", "--conditioning", "false")
+    argv = arguments(run, "--optim.steps", "1", "--backbone.image_size", "64", "--local_scale", "null")
     argv += ["--cache.folder", str(tmp_path)]
     for _ in range(2):
         assert main(argv) == 0

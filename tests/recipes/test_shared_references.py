@@ -11,7 +11,7 @@ import pytest
 from processes import start, wait
 from running import pretrain, train, until
 
-FLAGS = ["--augment", "epoch", "--cache.draws", "0", "--loss.lambda_", "1.0", "--conditioning", "false"]
+FLAGS = ["--augment", "epoch", "--cache.draws", "0", "--loss.lambda_", "1.0", "--local_scale", "null"]
 FLAGS += ["--backbone.image_size", "64", "--eval.keep", "last", "--data.held_out", "[]", "--data.workers", "1"]
 FLAGS += ["--references.together", "2", "--references.pool", "5", "--optim.steps", "16", "--checkpoint_every", "3"]
 

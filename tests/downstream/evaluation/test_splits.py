@@ -70,6 +70,6 @@ def test_a_defect_without_a_mask_leaves_image_metrics_alone() -> None:
 
 @pytest.mark.parametrize("changed", [{"norm": "released"}, {"matching": "cosine"}])
 def test_extractors_of_another_norm_or_matching_are_not_averaged(changed: dict[str, str]) -> None:
-    backbone = load_backbone("filterbank", image_size=64)
+    backbone = load_backbone("lite0", image_size=64)
     assert same_residuals(ADExtractor(backbone), ADExtractor(backbone))
     assert not same_residuals(ADExtractor(backbone), ADExtractor(backbone, **changed))

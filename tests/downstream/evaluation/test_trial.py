@@ -206,7 +206,7 @@ def test_contenders_are_every_detector_on_every_kind_of_features(networks: Netwo
         (["padlm"], ["raw"], r"detectors \['padlm'\] are unknown; choose from featurenorm"),
         (["padim"], ["cooked"], r"features \['cooked'\] are unknown"),
         (["padim"], ["pretrained"], "need an extractor on that backbone: give --extractors"),
-        (["padim"], ["scaled"], "scales its residuals"),
+        (["padim"], ["scaled"], "need an extractor with a local scale"),
     ):
         with pytest.raises(ValueError, match=message):
             contenders(names, features, alone)

@@ -23,12 +23,12 @@ from torch import Tensor
 
 from adpretrain import __version__
 from adpretrain.backbones import load_backbone
-from adpretrain.conditioning import Conditioning
 from adpretrain.config import ProjectorConfig
 from adpretrain.data.mtd import index_mtd
 from adpretrain.data.samples import ImageDataset
 from adpretrain.data.synthetic import make_synthetic
 from adpretrain.extractor import ADExtractor, build_projector
+from adpretrain.local_scale import LocalScale
 from adpretrain.preprocess import Preprocess, read_image
 from downstream.aligned import AlignedFeatureNorm
 from downstream.calibration import calibrate
@@ -47,7 +47,7 @@ Write = Callable[..., Path]
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     """Synthetic products: "normal" [8, 3, 64, 64] of one of them, "other" [3, ...] of another, "defects" [5, ...]."""
     root = make_synthetic(tmp_path_factory.mktemp("set"), 2, 8, 5, size=SIDE, seed=1, workers=1, progress=False)
-    preprocess = Preprocess(SIDE, interpolation="bilinear")
+    preprocess = load_backbone("lite0", image_size=SIDE).preprocess
     one, other = sorted(root.glob("realiad_256/*"))
 
     def load(folder: Path, pattern: str, count: int) -> Tensor:
@@ -61,20 +61,20 @@ def extractor_of(
     statistics: Tensor | None,
     architecture: str | None = "learnable_kv",
     matching: str = "l2",
-    levels: tuple[int, ...] = (1, 4),
+    levels: tuple[int, ...] = (1, 3),
     side: int = SIDE,
 ) -> ADExtractor:
-    """The filterbank, conditioned on the photographs ``statistics`` if given, under a projector of random weights."""
+    """Lite0, with a local scale fitted to the photographs ``statistics`` if given, under a random projector."""
     torch.manual_seed(0)
-    backbone = load_backbone("filterbank", image_size=side, levels=levels)
-    conditioning = Conditioning(backbone.channels).fit([backbone(statistics)]) if statistics is not None else None
+    backbone = load_backbone("lite0", image_size=side, levels=levels, finest=8)
+    scale = LocalScale(len(backbone.channels)).fit([backbone(statistics)]) if statistics is not None else None
     if architecture is None:
-        return ADExtractor(backbone, conditioning=conditioning, matching=matching)
+        return ADExtractor(backbone, local_scale=scale, matching=matching)
     config = ProjectorConfig(architecture, references=64, heads=4, mlp_ratio=2.0)
     projector = build_projector(config, backbone.channels)
     for parameter in projector.parameters():  # untrained, it would return its input
         torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-    return ADExtractor(backbone, projector, config, conditioning, matching=matching, provenance={"data": "noise"})
+    return ADExtractor(backbone, projector, config, scale, matching=matching, provenance={"data": "noise"})
 
 
 def differences(path: Path, detector: FeatureNorm, images: Tensor) -> list[float]:
@@ -86,7 +86,7 @@ def differences(path: Path, detector: FeatureNorm, images: Tensor) -> list[float
     return [float(np.abs(theirs - ours).max() / np.abs(ours).max()) for theirs, ours in pairs]
 
 
-# Every pair of the four choices occurs: projector, metric, conditioning, number of references.
+# Every pair of the four choices occurs: projector, metric, local scale, number of references.
 # The first, ("learnable_kv", "l2", True, 4), is that of `test_what_the_file_tells`.
 CASES: list[tuple[str | None, str, bool, int]] = [
     (None, "cosine", True, 4),
@@ -97,16 +97,16 @@ CASES: list[tuple[str | None, str, bool, int]] = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("architecture", "matching", "conditioned", "shots"), CASES)
+@pytest.mark.parametrize(("architecture", "matching", "scaled", "shots"), CASES)
 def test_onnx_runtime_gives_what_torch_gives(
     photographs: dict[str, Tensor],
     tmp_path: Path,
     architecture: str | None,
     matching: str,
-    conditioned: bool,
+    scaled: bool,
     shots: int,
 ) -> None:
-    extractor = extractor_of(photographs["other"] if conditioned else None, architecture, matching, levels=(1,))
+    extractor = extractor_of(photographs["other"] if scaled else None, architecture, matching, levels=(1,))
     detector = FeatureNorm(extractor, image_size=SIDE).fit([photographs["normal"][:shots]])
     done = export_onnx(detector, tmp_path / "model.onnx", [photographs["normal"]])
     assert done.size == (tmp_path / "model.onnx").stat().st_size
@@ -121,7 +121,7 @@ def test_onnx_runtime_gives_what_torch_gives(
 @pytest.mark.skipif(not MTD.is_dir(), reason=f"the Magnetic Tile photographs are not in {MTD}")
 def test_on_real_photographs(tmp_path: Path) -> None:
     samples = index_mtd(MTD)
-    preprocess = Preprocess(224, interpolation="bilinear")
+    preprocess = load_backbone("lite0", image_size=224).preprocess
 
     def load(defect: str, start: int, count: int) -> Tensor:
         chosen = [sample for sample in samples if sample.defect == defect]
@@ -129,7 +129,7 @@ def test_on_real_photographs(tmp_path: Path) -> None:
         data = ImageDataset(chosen, preprocess)
         return torch.stack([data[index]["image"] for index in range(count)])
 
-    extractor = extractor_of(load("good", 7, 3), levels=(1, 2, 3, 4), side=224)
+    extractor = extractor_of(load("good", 7, 3), levels=(1, 2, 3), side=224)
     detector = FeatureNorm(extractor).fit([load("good", 0, 4)])
     line = torch.cat([load("good", 3, 4), load("blowhole", 0, 3), load("break", 0, 3)])
     done = export_onnx(detector, tmp_path / "model.onnx", [line])
@@ -152,20 +152,20 @@ def test_what_the_file_tells(photographs: dict[str, Tensor], tmp_path: Path) -> 
     assert float(told["threshold"]) == calibration.threshold
     assert float(told["promised_false_alarm_rate"]) == calibration.rate
     assert json.loads(told["extractor"])["provenance"] == {"data": "noise"}
-    assert json.loads(told["extractor"])["backbone"]["name"] == "filterbank"
+    assert json.loads(told["extractor"])["backbone"]["name"] == "lite0"
     assert told["library_version"] == __version__
     assert told["notice"] == NOTICE
     # Keys and values are constants: what they are made from is not in the file.
     names = {tuple(initializer.dims) for initializer in model.graph.initializer}
-    assert (64, 29) not in names
-    assert (29, 64) not in names
+    assert (64, 24) not in names
+    assert (24, 64) not in names
 
     assert max(differences(path, detector, photographs["defects"][:1])) < 1e-5
     assert max(differences(path, detector, photographs["defects"])) < 1e-5
 
     # Verification: a constant changed by a thousandth is found, and so is a model of other outputs.
     assert verify(path, detector, [photographs["defects"]]).difference < 1e-5
-    bank = next(i for i in model.graph.initializer if tuple(i.dims) == (4 * 64, 29))
+    bank = next(i for i in model.graph.initializer if tuple(i.dims) == (4 * 64, 24))
     changed = onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bank) * np.float32(1.001), bank.name)
     bank.CopyFrom(changed)
     onnx.save(model, tmp_path / "changed.onnx")
@@ -260,13 +260,11 @@ def test_a_difference_is_excused_by_ties_in_few_images_only() -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "matching", "conditioned"),
+    ("architecture", "matching", "scaled"),
     [(None, "l2", False), ("learnable_kv", "cosine", True), ("self_cross_attention", "l2", True)],
 )
-def test_torch_export(
-    photographs: dict[str, Tensor], architecture: str | None, matching: str, conditioned: bool
-) -> None:
-    extractor = extractor_of(photographs["other"] if conditioned else None, architecture, matching, levels=(1,))
+def test_torch_export(photographs: dict[str, Tensor], architecture: str | None, matching: str, scaled: bool) -> None:
+    extractor = extractor_of(photographs["other"] if scaled else None, architecture, matching, levels=(1,))
     detector = FeatureNorm(extractor, image_size=SIDE).fit([photographs["normal"][:4]])
     with torch.no_grad():
         program = torch.export.export(
@@ -306,13 +304,13 @@ def test_torch_compile(photographs: dict[str, Tensor]) -> None:
 @pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
 def test_inductor_compiles_what_follows_the_backbone(photographs: dict[str, Tensor]) -> None:
-    """Conditioning, matching and projector; with the backbone's many kernels the compiler takes minutes."""
+    """Matching, local scale and projector; with the backbone's many kernels the compiler takes minutes."""
     torch.compiler.reset()
     extractor = extractor_of(photographs["other"], levels=(1,)).set_references(photographs["normal"][:4])
 
     @torch.no_grad()
     def after_backbone(features: list[Tensor]) -> list[Tensor]:
-        return extractor.from_encoded(extractor.condition(features), extractor.references)
+        return extractor.from_encoded(features, extractor.references)
 
     features = extractor.backbone(photographs["defects"])
     for a, b in zip(torch.compile(after_backbone)(features), extractor(photographs["defects"]), strict=True):
