@@ -17,8 +17,8 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from clock import interleaved_cpu_seconds
 from PIL import Image
-from test_overhead import interleaved_cpu_seconds
 
 from adpretrain import ADExtractor
 from downstream.featurenorm import FeatureNorm
