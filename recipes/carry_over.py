@@ -73,10 +73,13 @@ def steps_of(rows: dict[str, list[tuple[int, bool]]], variant: Variant, seed: in
     pools = {name: ([i for i, bad in part if bad], [i for i, bad in part if not bad]) for name, part in rows.items()}
     real, drawn = [name for name in pools if name != "drawn"], [name for name in pools if name == "drawn"]
     for step in range(variant.steps):
-        names = rng.choice(real, BATCH) if real else np.array(drawn * BATCH)
+        names = [str(name) for name in rng.choice(real, BATCH)] if real else drawn * BATCH
         if drawn and real:
-            names[rng.random(BATCH) < variant.drawn] = "drawn"
-        chosen = [pools[str(name)][number % 2] for number, name in enumerate(names)]
+            names = [
+                "drawn" if from_drawn else name
+                for name, from_drawn in zip(names, rng.random(BATCH) < variant.drawn, strict=True)
+            ]
+        chosen = [pools[name][number % 2] for number, name in enumerate(names)]
         yield [(step, int(rng.choice(pool))) for pool in chosen]
 
 

@@ -149,16 +149,17 @@ def score(
     references: Sequence[int],
     queries: Sequence[int],
     side: int | None = None,
+    sigma: float = 4.0,
 ) -> list[Prediction]:
     """FeatureNorm of the queries against the references, with each extractor; maps of ``side`` pixels, None = the
-    input's.
+    input's, blurred by ``sigma`` of them.
 
     The extractors must differ in their projectors only (`same_residuals`): the queries are matched once for all.
     """
     first = extractors[0]
     banks = reference_banks(images, references)
     scales = first.scales(images.features, banks)
-    detector = FeatureNorm(first, image_size=side or first.preprocess.image_size)
+    detector = FeatureNorm(first, image_size=side or first.preprocess.image_size, sigma=sigma)
     parts: list[list[Prediction]] = [[] for _ in extractors]
     for start in range(0, len(queries), BATCH):
         rows = list(queries[start : start + BATCH])
