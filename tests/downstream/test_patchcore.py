@@ -93,7 +93,8 @@ def test_the_evaluation_of_adpretrain(backbone: Backbone) -> None:
     """The last three levels, 1024 channels, one neighbour, squared distances, bilinear, sigma 4."""
 
     def pyramid(images: Tensor) -> FeatureMaps:  # 8 x 8, 4 x 4, 2 x 2 and 1 x 1 patches
-        return [F.avg_pool2d(level, 2**number) for number, level in enumerate(backbone(images))]
+        fine = backbone(images)[0]
+        return [F.avg_pool2d(fine, 2**number) for number in range(4)]
 
     normal, queries = photographs(4, 0), photographs(2, 1)
     detector = PatchCore(pyramid, ADPRETRAIN).fit([normal])
@@ -188,7 +189,8 @@ def test_a_share_of_the_patches(backbone: Backbone) -> None:
     torch.testing.assert_close(first, second, rtol=1e-6, atol=1e-6)
     assert len(first) == 5 * 16
     everything = Embedding()(backbone(normal)).flatten(0, 2)
-    assert float(torch.cdist(first, everything).amin(1).max()) < 1e-2
+    apart = torch.cdist(first, everything, compute_mode="donot_use_mm_for_euclid_dist")  # its product would round
+    assert float(apart.amin(1).max()) < 1e-3
 
 
 def test_the_projected_choice_covers_nearly_as_well(backbone: Backbone) -> None:

@@ -90,7 +90,7 @@ def test_untrained_and_wide_it_is_patchcore(backbone: Backbone) -> None:
 
 @pytest.mark.slow
 def test_training_separates_faint_defects_better(backbone: Backbone) -> None:
-    """On the mean of three products: here d' rises from 1.12 to 1.20."""
+    """On the mean of three products: here d' rises from 3.3 to 4.4."""
     labels = np.repeat([0, 1], 40)
     apart = []
     for epochs in (0, 12):
@@ -98,10 +98,10 @@ def test_training_separates_faint_defects_better(backbone: Backbone) -> None:
             training = replace(TRAINING, dim=152, projection_dim=152, epochs=epochs, learning_rate=1e-3, seed=seed)
             config = replace(SMALL, training=replace(training, patches_per_step=256))
             detector = ReConPatch(backbone, config).fit(photographs(32, seed).split(8))
-            test = photographs(40, seed + 1), photographs(40, seed + 2, defect=0.25)
+            test = photographs(40, seed + 1), photographs(40, seed + 2, defect=0.05)
             scores = torch.cat([detector.predict(images).scores for images in test])
             apart.append(d_prime(scores.numpy(), labels))
-    assert np.mean(apart[3:]) > 1.04 * np.mean(apart[:3])
+    assert np.mean(apart[3:]) > 1.15 * np.mean(apart[:3])
 
 
 def test_the_map_shows_where(detector: ReConPatch) -> None:
@@ -170,12 +170,12 @@ def test_the_papers_settings() -> None:
 
 
 def test_levels_and_random_reductions_are_kept(backbone: Backbone, tmp_path: Path) -> None:
-    embedding = EmbeddingConfig(levels=[1, 2], target_dim=20, reduction="project")
+    embedding = EmbeddingConfig(levels=[1], target_dim=20, reduction="project")
     config = replace(SMALL, memory=replace(SMALL.memory, embedding=embedding), training=replace(TRAINING, epochs=1))
     detector = ReConPatch(backbone, config).fit([photographs(4, 0)])
     loaded = ReConPatch.from_pretrained(detector.save_pretrained(tmp_path / "saved"))
     assert torch.equal(loaded.predict(photographs(2, 1)).maps, detector.predict(photographs(2, 1)).maps)
-    assert Embedding(embedding)(backbone(photographs(1, 0))).shape == (1, 8, 8, 20)
+    assert Embedding(embedding)(backbone(photographs(1, 0))).shape == (1, 4, 4, 20)
 
 
 def test_mistakes_are_named(backbone: Backbone, detector: ReConPatch, tmp_path: Path) -> None:
