@@ -70,7 +70,12 @@ def backbone_config(backbone: Backbone) -> BackboneConfig:
     """What it takes to load the same backbone elsewhere: no local path, but the commit of the weights if known."""
     prepared, levels = backbone.preprocess, list(backbone.levels)
     config = BackboneConfig(
-        backbone.name, prepared.image_size, revision=backbone.revision, levels=levels, finest=backbone.finest
+        backbone.name,
+        prepared.image_size,
+        revision=backbone.revision,
+        levels=levels,
+        finest=backbone.finest,
+        patch=backbone.patch if max(backbone.patch) > 1 else [],
     )
     if prepared.crop_from is None:
         return config

@@ -203,7 +203,7 @@ class CachedBatches:
         data = [self.data.shots, self.data.seed, self.data.augment, self.draws, extractor.config.matching]
         network = extractor.backbone
         backbone: list[Any] = [network.name, extractor.preprocess.to_dict(), network.levels, network.revision]
-        backbone.append(network.finest)
+        backbone += [network.finest, network.patch]
         if network.revision is None:  # local or random weights: told apart by their sums
             backbone.append([float(parameter.sum()) for parameter in network.parameters()])
         digest.update(json.dumps([files, data, backbone]).encode())

@@ -41,6 +41,8 @@ class BackboneConfig:
             the paper's.
         finest: stride in pixels; maps that are finer are averaged down to it, which saves time in every search for
             nearest references. 0 = as the network gives them.
+        patch: for each level the odd side of the neighbourhood that every token is averaged over, zeros beyond the
+            border included; [] = 1 each.
     """
 
     name: str = "lite0"
@@ -51,6 +53,7 @@ class BackboneConfig:
     resize: Literal["squeeze", "crop"] = "squeeze"
     crop_from: int | None = None
     finest: int = 0
+    patch: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ class LocalScaleConfig:
         weights: of the levels, multiplied into the extractor's output; empty = 1 each.
     """
 
-    share: float = 0.5
+    share: float = 0.35
     weights: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:

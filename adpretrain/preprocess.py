@@ -10,25 +10,30 @@ import math
 import os
 import stat
 import threading
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import IO, Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
+from adpretrain.deep import is_deep, to_8_bit, values_of
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+TIFF_KIND = 254  # tag NewSubfileType; its lowest bit marks a smaller copy of another page
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # none runs another program, as EPS
 LOSSY = ("JPEG", "JPEG2000", "WEBP")
 LARGEST_SIDE = 4096  # of a network's input: a config that asks for more would take all memory
 INTERPOLATIONS = ("bilinear", "bicubic")
 RESIZES = ("squeeze", "crop")
 RELEASED_CROPS = {224: 256, 320: 366, 480: 512}  # image_size -> crop_from, in the authors' released code
+MOST_PIXELS = 178_956_970  # of a picture: Pillow's own limit against decompression bombs
 THINNEST = 20  # longer side over shorter, of what is cropped: resizing it first would take all memory
 
 
@@ -52,8 +57,54 @@ def _opened(path: str | os.PathLike[str] | IO[bytes]) -> Iterator[Image.Image]:
         raise ValueError(f"cannot read image {path}: {error or type(error).__name__}") from error
 
 
-def _open(path: str | os.PathLike[str] | IO[bytes], side: int | None = None) -> Image.Image:
+@contextlib.contextmanager
+def pixels_allowed(most: int) -> Iterator[None]:
+    """Within it, pictures of up to ``most`` pixels are read (outside of it, `MOST_PIXELS`), by all threads.
+
+    Raises ValueError for a limit below `MOST_PIXELS`, which our own pictures need too.
+    """
+    if most < MOST_PIXELS:
+        raise ValueError(f"max_pixels {most}; expected at least {MOST_PIXELS}, which is always allowed")
+    usual = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = (most + 1) // 2  # Pillow warns above this and refuses above twice as much
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = usual
+
+
+def _pages(image: Image.Image) -> list[int]:
+    """Which frames of an open picture are pictures of their own, from 0: not a TIFF's smaller copies, nor the previews
+    that a camera puts behind a JPEG."""
+    frames = getattr(image, "n_frames", 1)
+    if image.format == "MPO" or frames == 1:
+        return [0]
+    found = []
+    for frame in range(frames):
+        image.seek(frame)
+        if not (isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(TIFF_KIND, 0) & 1):
+            found.append(frame)
+    image.seek(0)
+    return found or [0]
+
+
+def page_count(path: str | os.PathLike[str] | IO[bytes]) -> int:
+    """How many pictures a file holds: pages of a TIFF, frames of a GIF, PNG or WebP. Errors as in `read_image`."""
     with _opened(path) as image:
+        return len(_pages(image))
+
+
+def _open(path: str | os.PathLike[str] | IO[bytes], side: int | None = None, page: int | None = None) -> Image.Image:
+    with _opened(path) as image:
+        pages = _pages(image)
+        if page is None and len(pages) > 1:
+            raise ValueError(f"it holds {len(pages)} pages or frames: save each as a file of its own")
+        if page is not None and not 1 <= page <= len(pages):
+            raise ValueError(f"there is no page {page}; it holds {len(pages)}")
+        if (frame := pages[(page or 1) - 1]) != 0:
+            image.seek(frame)
         if side is not None:
             image.draft(None, (side, side))  # does nothing to what is not a JPEG
         image.load()
@@ -70,40 +121,44 @@ def picture_size(path: str | os.PathLike[str] | IO[bytes]) -> tuple[int, int]:
         return image.size[::-1] if turned else image.size
 
 
-def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Map 16-bit, 32-bit and float gray images to 8 bit by their type's full range.
-
-    The range is fixed, never the image's own minimum and maximum: stretching each photograph by itself would
-    hide brightness differences between a part and its references.
-    """
-    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
-        return image
-    values = np.asarray(image, dtype=np.float32)
-    if np.isnan(values).any():
-        raise ValueError("it holds NaN")
-    full = 65535.0 if image.mode != "F" else 1.0 if values.max(initial=0.0) <= 1.0 else 255.0
-    scale = 255.0 / full
-    return Image.fromarray(np.clip(np.rint(values * scale), 0, 255).astype(np.uint8))
+def depth(path: str | os.PathLike[str] | IO[bytes], page: int | None = None) -> tuple[float, bool] | None:
+    """The highest value of a gray picture with more than 8 bits, and whether it holds floats; None for 8 bits, of which
+    only the header is read. Errors as in `read_image`."""
+    with _opened(path) as image:
+        if not is_deep(image):
+            return None
+    image = _open(path, page=page)
+    try:
+        return float(values_of(image).max(initial=0.0)), image.mode == "F"
+    except ValueError as error:
+        raise ValueError(f"cannot read image {path}: {error}") from error
 
 
-def read_image(path: str | os.PathLike[str] | IO[bytes], side: int | None = None) -> Image.Image:
+def read_image(
+    path: str | os.PathLike[str] | IO[bytes],
+    side: int | None = None,
+    page: int | None = None,
+    full_scale: float | None = None,
+) -> Image.Image:
     """Read a photograph (a path or an open file) as 8-bit RGB, upright (EXIF). Transparency is composited on white.
 
     ``side``: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if both sides stay at least that long, which is faster
-    and changes the pixels a little.
+    and changes the pixels a little. ``page``: which page or frame, from 1. ``full_scale``: the value that becomes 255
+    in gray pictures of more than 8 bits (`adpretrain.deep`), by default their type's: 65535, and of floats 1 or 255.
 
-    Raises ValueError that names the file if it is missing, truncated, not an image or absurdly large.
+    Raises ValueError that names the file if it is missing, truncated, not an image, absurdly large (`pixels_allowed`),
+    or holds several pages and ``page`` names none of them.
     """
-    image = _open(path, side)
+    image = _open(path, side, page)
     try:
-        return as_rgb(image)
+        return as_rgb(image, full_scale)
     except ValueError as error:  # of a colour space that Pillow cannot convert
         raise ValueError(f"cannot read image {path}: {error}") from error
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
-    """A picture of any mode as 8-bit RGB. Transparency is composited on white."""
-    image = _to_8_bit(image)
+def as_rgb(image: Image.Image, full_scale: float | None = None) -> Image.Image:
+    """A picture of any mode as 8-bit RGB. Transparency is composited on white. ``full_scale``: as in `read_image`."""
+    image = to_8_bit(image, full_scale)
     if "A" in image.getbands() or "transparency" in image.info:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
@@ -129,7 +184,7 @@ def examine_mask(path: str | os.PathLike[str] | IO[bytes]) -> tuple[Image.Image,
         opaque = np.asarray(image.convert("RGBA"))[..., 3] > 0 if layered else np.ones(image.size[::-1], bool)
         if image.mode in ("P", "PA", "LA", "CMYK"):  # the colour counts, not the palette's index
             image = image.convert("RGB")
-        values = np.asarray(_to_8_bit(image) if lossy else image)
+        values = np.asarray(to_8_bit(image) if lossy else image)
     except ValueError as error:  # of a colour space that Pillow cannot convert
         raise ValueError(f"cannot read image {path}: {error}") from error
     if values.ndim == 3:  # a pixel is marked if any colour channel is

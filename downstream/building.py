@@ -25,25 +25,32 @@ def build_detector(name: str, extract: Extract, options: Mapping[str, Any], sett
     ``options`` replace single ones of these, at any depth. The FeatureNorms get the map size and the norm of the
     extractor unless the options name others. Raises ValueError for an unknown name, setting or option.
     """
-    if settings not in SETTINGS:
-        raise ValueError(f"settings {settings!r} are unknown; choose one of {', '.join(SETTINGS)}")
     entry = find_detector(name)
-    kind, module = entry.load(), entry.place()
-    base = dataclasses.asdict(getattr(module, "ADPRETRAIN" if settings == "adpretrain" else "DEFAULT", module.DEFAULT))
-    network = getattr(extract, "extractor", extract)  # an extractor below `evaluation.withheld.Withheld`
-    norm = issubclass(kind, FeatureNorm)
-    if norm:
-        preprocess = getattr(extract, "preprocess", None)
-        base["image_size"] = preprocess.image_size if preprocess is not None else base["image_size"]
-        base["norm"] = network.config.norm if isinstance(network, ADExtractor) else None
-    chosen = from_dict(entry.options(), merged(base, options), f"options of {name}")
-    if norm:
-        detector: Detector = kind(network if kind is AlignedFeatureNorm else extract, **dataclasses.asdict(chosen))
+    kind, chosen = entry.load(), chosen_options(name, extract, options, settings)
+    if kind is AlignedFeatureNorm:
+        extract = getattr(extract, "extractor", extract)
+    if issubclass(kind, FeatureNorm):
+        detector: Detector = kind(extract, **dataclasses.asdict(chosen))
     elif issubclass(kind, Composite):
         detector = kind.of(extract, chosen)
     else:
         detector = kind(extract, chosen)
     return detector
+
+
+def chosen_options(name: str, extract: Extract, options: Mapping[str, Any], settings: str = "default") -> Any:
+    """The dataclass of all options of the detector that `build_detector` makes. Errors as there."""
+    if settings not in SETTINGS:
+        raise ValueError(f"settings {settings!r} are unknown; choose one of {', '.join(SETTINGS)}")
+    entry = find_detector(name)
+    module = entry.place()
+    base = dataclasses.asdict(getattr(module, "ADPRETRAIN" if settings == "adpretrain" else "DEFAULT", module.DEFAULT))
+    network = getattr(extract, "extractor", extract)  # an extractor below `evaluation.withheld.Withheld`
+    if issubclass(entry.load(), FeatureNorm):
+        preprocess = getattr(extract, "preprocess", None)
+        base["image_size"] = preprocess.image_size if preprocess is not None else base["image_size"]
+        base["norm"] = network.config.norm if isinstance(network, ADExtractor) else None
+    return from_dict(entry.options(), merged(base, options), f"options of {name}")
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

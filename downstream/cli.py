@@ -7,13 +7,10 @@ something.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import traceback
-import warnings
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Iterator
 from importlib.metadata import version
 from typing import NoReturn
 
@@ -22,7 +19,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from adpretrain.parsing import YAML
 from downstream.commands import COMMANDS, Run
 from downstream.commands.usage import usage_error
-from downstream.terminal import plain
+from downstream.terminal import lines, one_line_warnings, plain
 
 EXIT_USAGE, EXIT_BUG, EXIT_INTERRUPTED, EXIT_PIPE = 2, 70, 130, 141
 
@@ -43,22 +40,6 @@ class _Parser(ArgumentParser):
         command = asked.prog.replace(" [options]", "")
         print(f"{command}: error: {plain(usage_error(message, options))}; see {command} --help", file=sys.stderr)
         self.exit(EXIT_USAGE)
-
-
-def _lines(message: object) -> str:
-    """`plain`, line by line: a few messages list what was found."""
-    return "\n".join(map(plain, str(message).split("\n")))
-
-
-@contextlib.contextmanager
-def _one_line_warnings() -> Iterator[None]:
-    """Warnings without the place in our source that gave them."""
-    usual = warnings.formatwarning
-    warnings.formatwarning = lambda message, *_, **__: f"adpretrain: warning: {_lines(message)}\n"
-    try:
-        yield
-    finally:
-        warnings.formatwarning = usual
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -83,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as stop:  # --help, --version or a usage error, already printed
         return stop.code if isinstance(stop.code, int) else EXIT_USAGE
     try:
-        with _one_line_warnings():
+        with one_line_warnings("adpretrain: "):
             code = runs[arguments.subcommand](arguments[arguments.subcommand])
             sys.stdout.flush()
             return code
@@ -91,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_PIPE
     except (ValueError, OSError) as error:
-        print(f"adpretrain: error: {_lines(error)}", file=sys.stderr)
+        print(f"adpretrain: error: {lines(error)}", file=sys.stderr)
         return EXIT_USAGE
     except KeyboardInterrupt:
         print("adpretrain: interrupted", file=sys.stderr)

@@ -76,8 +76,8 @@ def projector_cost(config: ExtractorConfig, folder: Path) -> dict[str, int]:
     name, levels = config.backbone.name, config.backbone.levels or None
     try:
         with torch.device("meta"):
-            finest = config.backbone.finest
-            backbone = load_backbone(name, pretrained=False, image_size=side, levels=levels, finest=finest)
+            finest, patch = config.backbone.finest, config.backbone.patch
+            backbone = load_backbone(name, pretrained=False, image_size=side, levels=levels, finest=finest, patch=patch)
             shapes = [level.shape[1:] for level in backbone(torch.empty(1, 3, side, side))]
             inputs = [[torch.empty(count, *shape) for shape in shapes] for count in (1, 2)]
             references = [tokens(level) for level in inputs[0]]

@@ -6,6 +6,7 @@ Shapes: B images, S side of the network's input in pixels.
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from typing_extensions import Self
 from adpretrain.backbones import Extract, FeatureMaps
 from adpretrain.extractor import ADExtractor
 from adpretrain.hub import Published
+
+BRIGHTEST = 16.0  # of normalised images without negative values; with usual means and deviations none reaches 5
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Detector(Protocol):
 
 
 def check_images(images: Tensor) -> None:
-    """Raises ValueError unless ``images`` are a tensor [B, 3, S, S] with B > 0, floating-point and finite."""
+    """Raises ValueError unless ``images`` are a tensor [B, 3, S, S], B > 0, floating-point, finite and normalised."""
     if not isinstance(images, Tensor):
         raise ValueError(
             f"images must be a tensor [B, 3, S, S], got a {type(images).__name__}: stack photographs that went through "
@@ -71,8 +74,14 @@ def check_images(images: Tensor) -> None:
         raise ValueError(f"images must be [B, 3, S, S] with B > 0, got {tuple(images.shape)}")
     if not images.is_floating_point():
         raise ValueError(f"images must be floating-point and normalised, got {images.dtype}: prepare them first")
-    if not bool(images.isfinite().all()):
+    low, high = torch.stack(images.detach().aminmax()).tolist()  # NaN wins, and a device is waited for once
+    if not math.isfinite(low) or not math.isfinite(high):
         raise ValueError("images hold NaN or infinite values: were they divided by a zero deviation?")
+    if low >= 0 and high > BRIGHTEST:
+        raise ValueError(
+            f"images hold values from {low:g} to {high:g}, as of pixels that are not normalised: give "
+            "preprocess(photograph), or divide by 255, subtract the mean and divide by the standard deviation"
+        )
 
 
 @torch.no_grad()
@@ -109,6 +118,12 @@ def _check_features(features: Any, batch: int) -> None:
             raise ValueError(
                 f"level {number} of the features of {batch} images must be floats [{batch}, C, H, W], got "
                 f"{tuple(level.shape)} of {level.dtype}"
+            )
+        # Images are square, and so are their maps: two equal sides before an unequal one are height and width.
+        if level.shape[1] == level.shape[2] != level.shape[3]:
+            raise ValueError(
+                f"level {number} of the features is {tuple(level.shape)}, channels last: give [B, C, H, W], such as "
+                "level.permute(0, 3, 1, 2)"
             )
 
 

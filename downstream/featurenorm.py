@@ -37,7 +37,7 @@ class FeatureNormOptions:
     image_size: int = SIDE
     sigma: float = 4.0
     norm: str | None = None
-    top: float = 0.03
+    top: float = 0.01
 
 
 DEFAULT = FeatureNormOptions()
@@ -52,7 +52,7 @@ class FeatureNorm(Pretrained):
     of the maps in pixels; None = that of the extract's input, 224 for a function that has no ``preprocess``. ``norm``:
     "l2" = ||x||_2, or "released" = sqrt(||x|| + 1) - 1, the authors' code; None = the extractor's own ("l2" for a raw
     backbone). ``top``: the image score is the mean of this share of the highest map values; 0 = the maximum, as in the
-    paper. Three per cent is the default because a mean over a patch is steadier than one pixel.
+    paper. One per cent is the default because a mean over a patch is steadier than one pixel.
     """
 
     saved_as = (NAME, FeatureNormOptions)
@@ -63,7 +63,7 @@ class FeatureNorm(Pretrained):
         image_size: int | None = None,
         sigma: float = 4.0,
         norm: str | None = None,
-        top: float = 0.03,
+        top: float = 0.01,
     ) -> None:
         if image_size is None:
             preprocess = getattr(extract, "preprocess", None)

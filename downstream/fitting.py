@@ -21,10 +21,11 @@ from adpretrain.files import check_writable
 from adpretrain.preprocess import Preprocess
 from downstream.building import build_detector
 from downstream.composite import Composite
-from downstream.inspection.basis import Progress, silent
 from downstream.inspection.features import set_references
-from downstream.inspection.photos import Unreadable, find_images, printable, read_batches, relative_name
-from downstream.saving import EXTRACTOR, member
+from downstream.inspection.finding import find_images
+from downstream.inspection.normals import Progress, silent
+from downstream.inspection.photos import Photo, Unreadable, full_scale, read_batches
+from downstream.saving import EXTRACTOR, member, remember_photographs
 
 
 @dataclass(frozen=True)
@@ -49,21 +50,24 @@ class NormalBatches:
         batch_size: int,
         device: torch.device,
         progress: Progress = silent,
+        scale: float | None = None,
     ) -> None:
         self.paths, self.preprocess, self.batch_size = paths, preprocess, batch_size
-        self.device, self.progress = device, progress
+        self.device, self.progress, self.scale = device, progress, scale
+        self.digests = set[str]()  # of the photographs that were read
 
     def __len__(self) -> int:
         return -(-len(self.paths) // self.batch_size)
 
     def __iter__(self) -> Iterator[Tensor]:
         done = 0
-        for batch in read_batches(self.paths, self.preprocess, self.batch_size):
+        for batch in read_batches(self.paths, self.preprocess, self.batch_size, self.scale):
             pixels = []
             for photo in batch:
                 if isinstance(photo, Unreadable):
                     raise ValueError(f"every score depends on the normal photographs, and one is bad: {photo.reason}")
                 pixels.append(photo.pixels)
+                self.digests.add(photo.digest)
             yield torch.stack(pixels).to(self.device)
             done += len(batch)
             self.progress("normal photographs", done, len(self.paths))
@@ -105,6 +109,8 @@ def fit_folder(
     An extractor takes ``shots`` of the photographs, evenly spaced by name, as its references; the detector is fitted
     on the others, as the residuals of a reference to itself are zero (FeatureNorm has nothing else to fit).
 
+    The folder also remembers the digests of the photographs and their full scale.
+
     Raises ValueError for unreadable photographs, too few of them, or wrong settings.
     """
     device = device or torch.device("cpu")
@@ -115,16 +121,20 @@ def fit_folder(
     refuse_others(out, "detector", parts)
     check_writable(out)  # before the fitting, which may take hours
     paths = find_images(normal, exclude=out)
-    references: list[str] = []
+    references: list[Photo] = []
+    scale = full_scale(paths)
     if isinstance(model, ADExtractor) and name != "aligned-featurenorm":
         if name != "featurenorm" and len(paths) <= shots:
             raise ValueError(
                 f"{len(paths)} normal photographs, of which {shots} are references: none is left to fit {name} on; "
                 "give more, or lower --shots"
             )
-        references = set_references(model, normal, shots, batch_size, out)
-    taken = set(references)
-    rest = [path for path in paths if printable(relative_name(normal, path)) not in taken]
+        references = set_references(model, normal, shots, batch_size, out, scale)
+    taken = {photo.path for photo in references}
+    rest = [path for path in paths if path not in taken]
+    normals = NormalBatches(rest, model.preprocess, batch_size, device, progress, scale)
     if name != "featurenorm":
-        detector.fit(NormalBatches(rest, model.preprocess, batch_size, device, progress))
-    return Fitted(detector.save_pretrained(out), len(rest) if name != "featurenorm" else 0, len(references))
+        detector.fit(normals)
+    folder = detector.save_pretrained(out)
+    remember_photographs(folder, normals.digests.union(photo.digest for photo in references), scale)
+    return Fitted(folder, len(rest) if name != "featurenorm" else 0, len(references))

@@ -11,8 +11,9 @@ its answer to a fixed picture finds a wrong one when the detector is loaded.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypedDict, TypeVar
@@ -23,10 +24,18 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from adpretrain._version import __version__
-from adpretrain.artefact import backbone_config, read_folder_config, read_weights, saved_backbone, write_folder
+from adpretrain.artefact import (
+    CONFIG_NAME,
+    backbone_config,
+    read_folder_config,
+    read_weights,
+    saved_backbone,
+    write_folder,
+)
 from adpretrain.backbones import Backbone, Extract
 from adpretrain.config import BackboneConfig
 from adpretrain.extractor import ADExtractor
+from adpretrain.files import atomic_path
 from adpretrain.hub import Located, locate
 from adpretrain.parsing import from_dict
 from adpretrain.preprocess import LARGEST_SIDE, Preprocess
@@ -62,6 +71,9 @@ class DetectorConfig:
         preprocess: how photographs become images, if known; for "backbone", its own.
         images: how they do where a backbone is fed with another network's images (`downstream.adapted`).
         dtype: precision of the network.
+        photographs: digests of the photographs that it was fitted on and of its references (`Photo.digest`), so that
+            it is not calibrated on them; empty where a program fitted it on tensors, and before this was remembered.
+        full_scale: of those photographs, where they have more than 8 bits (`adpretrain.deep`).
         format_version: version of this file's format.
         library_version: version of adpretrain that wrote it.
     """
@@ -77,6 +89,8 @@ class DetectorConfig:
     preprocess: Preprocess | None = None
     images: Preprocess | None = None
     dtype: str = "float32"
+    photographs: list[str] = field(default_factory=list)
+    full_scale: float | None = None
     format_version: int = FORMAT_VERSION
     library_version: str = __version__
 
@@ -145,6 +159,14 @@ def save_detector(
         dtype=str(network.dtype).removeprefix("torch.") if network is not None else "float32",
     )
     return write_folder(folder, config, tensors, "detector", detector_card(config), parts)
+
+
+def remember_photographs(folder: Path, digests: Iterable[str], full_scale: float | None) -> None:
+    """Write into the config.json of a saved detector which photographs it was fitted on, and their full scale."""
+    config = read_detector_config(folder)
+    config = dataclasses.replace(config, photographs=sorted(set(digests)), full_scale=full_scale)
+    with atomic_path(folder / CONFIG_NAME) as temporary:
+        temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n", encoding="utf-8")
 
 
 def member(number: int) -> str:

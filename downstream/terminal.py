@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
@@ -17,6 +19,22 @@ def plain(text: object) -> str:
     readable = os.fsencode(str(text)).decode("utf-8", errors="replace")
     readable = _CONTROL.sub(lambda found: repr(found[0])[1:-1], readable)
     return readable.encode(encoding, errors="replace").decode(encoding)
+
+
+def lines(message: object) -> str:
+    """`plain`, line by line: a few messages list what was found."""
+    return "\n".join(map(plain, str(message).split("\n")))
+
+
+@contextlib.contextmanager
+def one_line_warnings(prefix: str = "") -> Iterator[None]:
+    """Warnings without the place in our source that gave them."""
+    usual = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"{prefix}warning: {lines(message)}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def tell_memory() -> None:

@@ -32,8 +32,8 @@ from adpretrain.hub.locating import EMBEDDED
 from adpretrain.local_scale import LocalScale
 from downstream.evaluation.evaluate import by_product
 
-BACKBONE = {"name": "lite0", "image_size": 224, "levels": [1, 2, 3], "finest": 8}
-SCALE = LocalScaleConfig(share=0.5, weights=[0.5, 1.0, 2.0])
+BACKBONE = {"name": "lite0", "image_size": 224, "levels": [1, 2, 3], "finest": 8, "patch": [1, 1, 3]}
+SCALE = LocalScaleConfig(share=0.35, weights=[0.5, 1.0, 2.0])
 PRODUCTS = 40
 
 

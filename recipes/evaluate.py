@@ -1,12 +1,16 @@
 """Detectors with and without pretrained features, on labelled photographs, by one of the paper's protocols.
 
-  accelerate launch recipes/evaluate.py --detectors patchcore,padim,featurenorm --features raw,adpretrain \\
+  accelerate launch recipes/evaluate.py --detectors patchcore,padim,featurenorm --features raw,pretrained \\
       --dataset mvtec --root data/mvtec --extractors runs/mine/extractor --protocol full --out runs/mvtec
 
 Products are spread over the processes; a finished one is kept, and the same command goes on after a crash. The folder
 gets table.json, .csv, .md and .tex, and report.html. Without --detectors, the few-shot table of FeatureNorm:
 
   python recipes/evaluate.py --extractors runs/demo/pretrain-seed0/extractor --root data/mtd --shots 4 8 --draws 3
+
+A board of sets x extractors x detectors, as `adpretrain evaluate` computes it:
+
+  python recipes/evaluate.py --board recipes/board.yaml --out runs/board
 """
 
 from __future__ import annotations
@@ -28,18 +32,20 @@ from rich.console import Console
 from adpretrain.data import DATASETS, Sample, index_with_bare
 from adpretrain.hub.locating import EMBEDDED
 from adpretrain.preprocess import RESIZES
+from downstream import cli
 from downstream.building import SETTINGS
 from downstream.evaluation.contenders import FEATURES, PRETRAINED, SCALED
 from downstream.evaluation.protocols import PROTOCOLS
 from downstream.table import DETECTORS
-from downstream.terminal import tell_memory
+from downstream.terminal import one_line_warnings, tell_memory
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     data = parser.add_argument_group("data and networks")
     data.add_argument("--dataset", default="auto", help=f"layout: auto, {', '.join(DATASETS)}")
-    data.add_argument("--root", type=Path, required=True, help="folder of the data set, or hf://org/name")
+    data.add_argument("--board", type=Path, help="YAML file of a whole board (docs/board.md), instead of all but --out")
+    data.add_argument("--root", type=Path, help="folder of the data set, or hf://org/name")
     data.add_argument("--split", default="", help="a listing of the set's own, such as realiad_jsons or VisA's 1cls")
     data.add_argument("--columns", nargs="*", default=[], help="Hugging Face columns, such as mask=segmentation")
     data.add_argument("--categories", nargs="*", default=["*"], help='categories to score, patterns such as "p00*"')
@@ -60,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     table = parser.add_argument_group("with --detectors")
     table.add_argument("--detectors", type=_names, help=f"separated by commas: {', '.join(DETECTORS)}")
     table.add_argument(
-        "--features", type=_names, help=f"of {', '.join(FEATURES)} (default: raw; raw,adpretrain with --extractors)"
+        "--features", type=_names, help=f"of {', '.join(FEATURES)} (default: raw; raw,pretrained with --extractors)"
     )
     table.add_argument("--protocol", choices=PROTOCOLS, help="what is fitted on what (default: full)")
     table.add_argument("--backbone", default="lite0", help="network of raw features, without --extractors")
@@ -94,6 +100,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     given = sys.argv[1:] if argv is None else argv
     options.command = shlex.join(["accelerate", "launch", "recipes/evaluate.py", *given])  # kept beside its numbers
+    if options.board is not None:
+        fits = ("board", "out", "device", "batch_size", "workers", "command")
+        values = vars(options).items()
+        others = [name for name, value in values if name not in fits and value != parser.get_default(name)]
+        if others:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in others)
+            parser.error(f"--board names sets, extractors and detectors itself: leave {flags} out")
+        return options
+    if options.root is None:
+        parser.error("needed: --root, the folder of a data set, or --board")
     if options.detectors is None:
         if options.protocol or options.features:
             parser.error("--protocol and --features need --detectors, such as --detectors padim,featurenorm")
@@ -136,9 +152,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     console = Console(stderr=True)
     tell_memory()
+    if options.board is not None:
+        flags = ["--device", options.device or "auto", "--batch-size", str(options.batch_size)]
+        flags += ["--workers", str(options.workers), *(["--out", str(options.out)] if options.out else [])]
+        return cli.main(["evaluate", str(options.board), *flags])
     try:
         refuse_other_precision("no", os.environ)
-        samples = chosen_samples(options)
+        with one_line_warnings():
+            samples = chosen_samples(options)
         if options.detectors is None:
             few_shot.run(options, samples, console)
         else:

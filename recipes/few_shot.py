@@ -30,7 +30,8 @@ from adpretrain.files import atomic_path
 from adpretrain.hub import locate
 from downstream.evaluation.evaluate import (
     FeatureSet,
-    about_masks,
+    about_bare,
+    about_inverted,
     backbone_norm,
     by_product,
     draw_shots,
@@ -149,7 +150,7 @@ def show(results: Sequence[Result], options: argparse.Namespace, console: Consol
                 spread = cells["between_draws"] if options.draws > 1 else cells["between_seeds"]
                 marked = options.draws > 1 or (row == PRETRAINED and len(options.extractors) > 1)
                 values = [
-                    number(m) + (f" ± {number(s)}" if marked else "")
+                    number(m) + (f" ± {number(s)}" if marked and m == m else "")
                     for m, s in zip(cells["mean"], spread, strict=True)
                 ]
                 table.add_row(str(shots), row, *values)
@@ -177,9 +178,10 @@ def run(options: argparse.Namespace, samples: Sequence[Sample], console: Console
     results: list[Result] = []
     with Progress(console=console) as bar:
         for name, group in bar.track(list(by_product(samples).items()), description="products"):
-            if note := about_masks(group):
-                console.print(f"{name}: {note}", highlight=False, markup=False, soft_wrap=True)
             images = encode_samples(group, extractors[0].backbone, device)
+            shares = images.masks.float().mean(dim=(1, 2)).tolist()
+            for note in filter(None, [about_bare(group), about_inverted(group, shares)]):
+                console.print(f"{name}: {note}", highlight=False, markup=False, soft_wrap=True)
             results += evaluate_product(name, images, extractors, options)
     show(results, options, Console(width=max(100, console.width)))
     if options.json:

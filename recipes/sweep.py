@@ -91,7 +91,7 @@ def table_of(rows: Sequence[Variant]) -> str:
         lines: list[list[str]] = []
         for row in (row for row in rows if row.table == table):
             results = json.loads((row.run / "evaluation" / "table.json").read_text(encoding="utf-8"))["summary"]
-            means = {entry["detector"]: entry["mean"] for entry in results if entry["features"] == "adpretrain"}
+            means = {entry["detector"]: entry["mean"] for entry in results if entry["features"] == "pretrained"}
             if not lines:
                 lines += [[f"Tab. {table}", *means], ["---"] * (1 + len(means))]
             lines.append([row.name, *(_cell(mean) for mean in means.values())])

@@ -37,7 +37,7 @@ def naive_norms(bank_NC: Tensor, images: int) -> list[float]:
     return norms
 
 
-def naive_scales(bank_NC: Tensor, images: int, share: float = 0.5) -> Tensor:
+def naive_scales(bank_NC: Tensor, images: int, share: float = 0.35) -> Tensor:
     """``share`` of the mean norm over the token's 3 x 3 neighbourhood on its 5 x 5 map, edges repeated, and the rest
     of the mean over all."""
     norms = naive_norms(bank_NC, images)

@@ -10,18 +10,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 from torchvision import transforms
 from torchvision.transforms.v2 import functional as tv
 
+from adpretrain.deep import full_scale_of
 from adpretrain.preprocess import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Preprocess,
     TwoViews,
     crop_side,
+    depth,
     examine_mask,
     gaussian_blur,
+    page_count,
     picture_size,
     read_image,
     read_mask,
@@ -401,3 +404,60 @@ def test_the_size_in_the_header_is_that_of_the_upright_picture(tmp_path: Path, t
     assert picture_size(tmp_path / "photo.jpg") == read_image(tmp_path / "photo.jpg").size
     with pytest.raises(ValueError, match="image not found"):
         picture_size(tmp_path / "absent.jpg")
+
+
+def test_pages_are_read_by_number_and_never_the_first_alone(tmp_path: Path) -> None:
+    """Frames of every format that has them; a TIFF's smaller copy of a page and a JPEG's preview are no pages."""
+    frames = [Image.fromarray(np.full((8, 8, 3), value, np.uint8)) for value in (10, 100, 200)]
+    for name in ("a.tif", "a.gif", "a.png", "a.webp"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], lossless=True)
+        assert page_count(tmp_path / name) == 3
+        values = [int(np.asarray(read_image(tmp_path / name, page=page)).mean()) for page in (1, 2, 3)]
+        assert values == [10, 100, 200]
+        with pytest.raises(ValueError, match=r"a\..*holds 3 pages or frames: save each as a file"):
+            read_image(tmp_path / name)
+        with pytest.raises(ValueError, match="there is no page 4; it holds 3"):
+            read_image(tmp_path / name, page=4)
+    small = TiffImagePlugin.ImageFileDirectory_v2()
+    small[254] = 1
+    with TiffImagePlugin.AppendingTiffWriter(str(tmp_path / "thumb.tif"), new=True) as file:
+        frames[1].save(file, format="TIFF")
+        file.newFrame()
+        frames[2].resize((4, 4)).save(file, format="TIFF", tiffinfo=small)
+    frames[1].save(tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=frames[2:])
+    for name in ("thumb.tif", "phone.jpg"):
+        assert page_count(tmp_path / name) == 1
+        assert np.asarray(read_image(tmp_path / name)).mean() == 100
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([], None),
+        ([(200.0, False)], 255.0),
+        ([(200.0, False), (700.0, False)], 1023.0),
+        ([(4095.0, False)], 4095.0),
+        ([(4096.0, False)], 16383.0),
+        ([(1.02, True)], 1.0),
+        ([(251.0, True)], 255.0),
+    ],
+)
+def test_the_full_scale_is_the_smallest_that_holds_all(
+    values: list[tuple[float, bool]], expected: float | None
+) -> None:
+    assert full_scale_of([None, *values]) == expected
+    with pytest.raises(ValueError, match="some photographs hold floats and others integers"):
+        full_scale_of([(1.0, True), (9.0, False)])
+    with pytest.raises(ValueError, match=r"up to 70000 exceed 16 bits"):
+        full_scale_of([(70000.0, False)])
+
+
+def test_a_given_full_scale_becomes_white_and_more_is_saturated(tmp_path: Path) -> None:
+    values = np.array([[0, 2048, 4095, 5000]], np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    image = read_image(tmp_path / "a.png", full_scale=4095)
+    assert np.asarray(image)[0, :, 0].tolist() == [0, 128, 255, 255]
+    assert image.info["saturated"] is True
+    assert depth(tmp_path / "a.png") == (5000.0, False)
+    Image.fromarray(values.astype(np.uint8)).save(tmp_path / "b.png")
+    assert depth(tmp_path / "b.png") is None

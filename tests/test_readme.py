@@ -1,4 +1,4 @@
-"""Every snippet of the README runs: the python blocks as they are, the commands at a small size."""
+"""Every snippet of the README and docs/inspect.md runs: the python blocks as they are, the commands at a small size."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from downstream.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+INSPECT = (ROOT / "docs" / "inspect.md").read_text(encoding="utf-8")
 BIN = Path(sys.executable).parent
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
+def blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, flags=re.S)
 
 
-def commands() -> list[str]:
+def commands(page: str = README) -> list[str]:
     """Shell lines without comments; continued lines joined."""
-    lines = "\n".join(blocks("sh")).replace("\\\n", " ").splitlines()
+    lines = "\n".join(blocks("sh", page)).replace("\\\n", " ").splitlines()
     return [line.split("#")[0].strip() for line in lines if line.split("#")[0].strip()]
 
 
@@ -91,6 +92,8 @@ def test_pretrain_and_inspect_commands(tmp_path: Path, monkeypatch: pytest.Monke
     run(shlex.split(score), tmp_path, expected=(0, 1))
     assert (tmp_path / "out" / "report.html").is_file()
     assert (tmp_path / "out" / "scores.csv").read_text().startswith("path,score,p_value,verdict")
+    for command in commands(INSPECT):
+        adpretrain(command, expected=(0, 1))
     for name in ("extract", "export", "backbones", "fit", "detectors", "info"):
         adpretrain(next(c for c in commands() if c.startswith(f"adpretrain {name}")))
     adpretrain(fitted, expected=(0, 1))

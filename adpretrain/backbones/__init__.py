@@ -37,6 +37,7 @@ def load_backbone(
     resize: str = "squeeze",
     crop_from: int | None = None,
     finest: int = 0,
+    patch: Sequence[int] = (),
 ) -> Backbone:
     """A frozen backbone by name (see `BACKBONES`), for square inputs of ``image_size`` pixels.
 
@@ -52,6 +53,8 @@ def load_backbone(
         crop_from: for "crop", the shorter side before it; None = the released code's (`adpretrain.preprocess`).
         finest: stride in pixels; maps that are finer are averaged down to it, which saves time in every search for
             nearest references. 0 = as the network gives them.
+        patch: for each level the odd side of the neighbourhood that every token is averaged over, after ``finest``;
+            zeros beyond the border count, as in PatchCore, so that tokens know when they lie there. () = 1 each.
 
     Raises ValueError for an unknown name, a level, size, revision or file that does not fit, or weights that are
     neither in the local cache nor to be downloaded; it says what would fit, or what to do.
@@ -66,5 +69,7 @@ def load_backbone(
     backbone.preprocess = replace(backbone.preprocess, crop_from=cropped)
     if finest < 0 or (finest and image_size % finest):
         raise ValueError(f"finest {finest} must be a stride in pixels that divides image_size {image_size}, or 0")
-    backbone.finest = finest
+    if patch and (len(patch) != len(backbone.levels) or any(side < 1 or side % 2 == 0 for side in patch)):
+        raise ValueError(f"patch {list(patch)} must hold an odd number for each of the levels {backbone.levels}")
+    backbone.finest, backbone.patch = finest, list(patch) or backbone.patch
     return backbone

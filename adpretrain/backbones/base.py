@@ -51,7 +51,7 @@ class Backbone(nn.Module):
         self.revision = revision
         self.image_size = preprocess.image_size
         self.network = network
-        self.finest = 0  # see `load_backbone`
+        self.finest, self.patch = 0, [1] * len(self.levels)  # see `load_backbone`
         self.frozen = True
         self.requires_grad_(False)
         self.eval()
@@ -88,13 +88,14 @@ class Backbone(nn.Module):
                 f"{tuple(images.shape)} of {images.dtype}: prepare them with .preprocess, or choose another image_size"
             )
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            return [self._coarse(level).to(self.dtype) for level in self.maps(images.to(self.compute_dtype))]
+            maps = self.maps(images.to(self.compute_dtype))
+            return [self._averaged(level, side).to(self.dtype) for level, side in zip(maps, self.patch, strict=True)]
 
-    def _coarse(self, level: Tensor) -> Tensor:
-        """A map no finer than stride ``finest``."""
-        if not self.finest or level.shape[2] * self.finest <= self.image_size:
-            return level
-        return F.adaptive_avg_pool2d(level, self.image_size // self.finest)
+    def _averaged(self, level: Tensor, side: int) -> Tensor:
+        """A map no finer than stride ``finest``, each token the mean of ``side`` x ``side``."""
+        if self.finest and level.shape[2] * self.finest > self.image_size:
+            level = F.adaptive_avg_pool2d(level, self.image_size // self.finest)
+        return level if side == 1 else F.avg_pool2d(level, side, stride=1, padding=side // 2)
 
     def maps(self, images: Tensor) -> FeatureMaps:
         """[B, 3, S, S] of ``compute_dtype`` -> L levels [B, C_l, H_l, W_l]."""

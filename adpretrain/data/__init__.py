@@ -7,6 +7,7 @@ from pathlib import Path
 
 from adpretrain.data.btad import index_btad
 from adpretrain.data.detect import detect_layout
+from adpretrain.data.elpv import index_elpv
 from adpretrain.data.folder import index_folder
 from adpretrain.data.huggingface import index_hf
 from adpretrain.data.mtd import index_mtd
@@ -41,6 +42,7 @@ DATASETS: dict[str, Callable[..., list[Sample]]] = {
     "visa": index_visa,
     "btad": index_btad,
     "mtd": index_mtd,
+    "elpv": index_elpv,
     "folder": index_folder,
     "hf": index_hf,
 }

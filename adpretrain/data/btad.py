@@ -15,7 +15,7 @@ from adpretrain.data.tree import by_stem, category_folders, index_splits
 def index_btad(root: str | Path, categories: Sequence[str] = ()) -> list[Sample]:
     """Samples of all (or the named) categories; ``root`` may also be one category's own folder. The defect is "ko".
 
-    Raises ValueError if the layout is not BTAD's, a named category is absent, or a defect has no mask.
+    Raises ValueError if the layout is not BTAD's, a named category is absent, or only some of its defects have a mask.
     """
     found = category_folders(root, "train/ok", "BTAD", categories)
     masks = lambda category, kind: by_stem(category / "ground_truth" / kind.name)  # noqa: E731

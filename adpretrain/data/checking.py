@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from adpretrain.data.samples import Sample, check_size
+from adpretrain.data.samples import Sample, check_size, without_masks
 from adpretrain.preprocess import examine_mask, read_image
+
+NO_MASKS = "no defect has a mask: there are image metrics, but no pixel metrics, and nothing to train on"
 
 
 @dataclass(frozen=True)
@@ -21,17 +24,33 @@ class Problem:
     doubtful: bool = False
 
 
-def check_sample(sample: Sample, no_mask: str = "") -> list[Problem]:
+def inverted(files: Sequence[Path], share: float) -> str:
+    """What to say of masks that mark ``share`` of an image's pixels: "" if it can be a defect."""
+    if share <= 0.5:
+        return ""
+    names = ", ".join(str(file) for file in files)
+    return f"mask {names} marks {share:.0%} of the pixels as defective: is it inverted?"
+
+
+def check_sample(sample: Sample, no_mask: str = "", mask_needed: bool = True) -> list[Problem]:
     """Whatever is wrong with a sample's files: unreadable, of two sizes, marks that contradict the label.
 
     If nothing is, what is doubtful about its masks: an unusual file, or more than half of the pixels marked.
 
-    ``no_mask`` says what its missing mask should have been, if its layout knows.
+    ``no_mask`` says what its missing mask should have been, if its layout knows. Without ``mask_needed`` a defect may
+    have none.
     """
+    return _check(sample, no_mask, mask_needed)[0]
+
+
+def _check(sample: Sample, no_mask: str, mask_needed: bool) -> tuple[list[Problem], bytes | None]:
+    """`check_sample`, and a digest of the image's pixels, which copies share in any lossless format."""
     reasons, doubts = [], []
-    size = None
+    size = digest = None
     try:
-        size = read_image(sample.image).size
+        image = read_image(sample.image)
+        size = image.size
+        digest = hashlib.sha256(repr(size).encode() + image.tobytes()).digest()
     except (ValueError, OSError) as error:
         reasons.append(str(error))
     marked = readable = False
@@ -40,23 +59,23 @@ def check_sample(sample: Sample, no_mask: str = "") -> list[Problem]:
             mask, remark = examine_mask(file)
             readable = True
             doubts += [remark] if remark else []
-            if (share := mask.histogram()[255] / (mask.width * mask.height)) > 0.5:
-                doubts.append(f"mask {file} marks {share:.0%} of the pixels as defective: is it inverted?")
+            told = inverted([file], mask.histogram()[255] / (mask.width * mask.height))
+            doubts += [told] if told else []
             marked = marked or mask.getbbox() is not None
             if size is not None:
                 check_size(file, mask, sample.image, size)
         except (ValueError, OSError) as error:
             reasons.append(str(error))
     names = ", ".join(str(file) for file in sample.mask_files)
-    if sample.anomalous and not sample.mask_files:
+    if sample.anomalous and not sample.mask_files and mask_needed:
         reasons.append(no_mask or f"{sample.image} is a defect without a mask")
     if sample.anomalous and readable and not marked:
         reasons.append(f"{sample.image} is a defect of kind {sample.defect!r} but nothing is marked in {names}")
     if not sample.anomalous and marked:
         reasons.append(f"{sample.image} is normal but pixels are marked in {names}")
     if reasons:
-        return [Problem(sample.image, reason) for reason in reasons]
-    return [Problem(sample.image, doubt, doubtful=True) for doubt in doubts]
+        return [Problem(sample.image, reason) for reason in reasons], digest
+    return [Problem(sample.image, doubt, doubtful=True) for doubt in doubts], digest
 
 
 def check_samples(
@@ -64,21 +83,30 @@ def check_samples(
     workers: int = 4,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
     missing: Mapping[Path, str] | None = None,
+    masks_needed: bool = True,
 ) -> list[Problem]:
     """`check_sample` of all, in ``workers`` threads (decoding frees the interpreter), in the samples' order; then the
-    images that are listed in more than one split, as a test image must not be a training image.
+    images that are listed in more than one split or copied into another one under any name, as a test image must not be
+    a training image.
+
+    Without ``masks_needed``, a category whose defects have no masks at all has one doubt instead of a problem for each:
+    it can be scored image by image.
 
     At most ``workers`` images are in memory. ``progress`` gets (what, done, total) after every image; ``missing`` is
     that of a `MissingMasks`. Raises ValueError for fewer than one worker.
     """
     if workers < 1:
         raise ValueError(f"workers {workers}; expected at least 1")
-    problems: list[Problem] = []
+    bare = [] if masks_needed else without_masks(samples)
+    problems = [Problem(_first_defect(samples, name), f"{name}: {NO_MASKS}", doubtful=True) for name in bare]
+    digests: list[bytes | None] = []
     pool = ThreadPoolExecutor(workers)
     try:
         lines = [(missing or {}).get(sample.image, "") for sample in samples]
-        for done, found in enumerate(pool.map(check_sample, samples, lines), start=1):
+        needed = [sample.category not in bare for sample in samples]
+        for done, (found, digest) in enumerate(pool.map(_check, samples, lines, needed), start=1):
             problems += found
+            digests.append(digest)
             progress("checking images", done, len(samples))
     finally:
         pool.shutdown(cancel_futures=True)  # at Ctrl+C the images that wait are not read any more
@@ -87,4 +115,20 @@ def check_samples(
         if sample.split not in splits[sample.image]:
             splits[sample.image].append(sample.split)
     shared = {image: " and ".join(found) for image, found in splits.items() if len(found) > 1}
-    return problems + [Problem(image, f"{image} is in several splits: {names}") for image, names in shared.items()]
+    problems += [Problem(image, f"{image} is in several splits: {names}") for image, names in shared.items()]
+    return problems + _copies(samples, digests)
+
+
+def _copies(samples: Sequence[Sample], digests: Sequence[bytes | None]) -> list[Problem]:
+    """Images of a split that have the pixels of an image with another path in the training split."""
+    pairs = [(sample, digest) for sample, digest in zip(samples, digests, strict=True) if digest is not None]
+    train = {digest: sample.image for sample, digest in reversed(pairs) if sample.split == "train"}
+    return [
+        Problem(sample.image, f"{sample.image} ({sample.split}) is a copy of the training image {train[digest]}")
+        for sample, digest in pairs
+        if sample.split != "train" and digest in train and train[digest] != sample.image
+    ]
+
+
+def _first_defect(samples: Sequence[Sample], category: str) -> Path:
+    return next(sample.image for sample in samples if sample.anomalous and sample.category == category)

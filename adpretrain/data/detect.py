@@ -29,6 +29,7 @@ PATTERNS: dict[str, tuple[str, ...]] = {
         "*/metadata.csv",
         "*/metadata.jsonl",
     ),
+    "elpv": ("labels.csv",),
 }
 
 
@@ -40,17 +41,18 @@ def detect_layout(root: str | Path) -> str:
     if str(root).startswith(HUB):
         return "hf"
     path = existing_folder(root)
-    if found := _layout_of(path):
+    if found := layout_of(path):
         return found
     listing = "\n".join(f"  {name}: {' or '.join(patterns)}" for name, patterns in PATTERNS.items())
-    hint = next((f"\ndid you mean {inner} ({name})?" for inner in subfolders(path) if (name := _layout_of(inner))), "")
+    hint = next((f"\ndid you mean {inner} ({name})?" for inner in subfolders(path) if (name := layout_of(inner))), "")
     raise ValueError(
         f"{path} is in none of the known layouts; looked for\n{listing}\n"
         f"(a folder of photographs without labels must be asked for as 'folder'){hint}"
     )
 
 
-def _layout_of(path: Path) -> str | None:
+def layout_of(path: Path) -> str | None:
+    """The name of the layout that a folder is in, or None."""
     for name, patterns in PATTERNS.items():
         if any(next(path.glob(pattern), None) for pattern in patterns):
             return name

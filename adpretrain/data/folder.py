@@ -5,16 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from adpretrain.data.samples import GOOD, IMAGE_SUFFIXES, Sample, is_image
-from adpretrain.data.tree import existing_folder
+from adpretrain.data.tree import existing_folder, is_hidden
 
 
 def index_folder(root: str | Path, category: str = "", defect: str = GOOD, split: str = "test") -> list[Sample]:
-    """Every photograph below ``root``, recursively, in sorted order, as samples of one category and defect.
+    """Every photograph below ``root``, recursively, in sorted order, as samples of one category and defect;
+    hidden files and folders are left out.
 
     Raises ValueError if the folder does not exist or holds no photograph.
     """
     path = existing_folder(root)
-    images = sorted(file for file in path.rglob("*") if file.is_file() and is_image(file))
+    seen = (file for file in path.rglob("*") if is_image(file) and file.is_file())
+    images = sorted(file for file in seen if not is_hidden(file, path))
     if not images:
         raise ValueError(f"no images in {path} (looked for {', '.join(IMAGE_SUFFIXES)}, also in subfolders)")
     return [Sample(image, None, category or path.name, defect, None, split) for image in images]

@@ -20,7 +20,7 @@ from PIL import Image
 from adpretrain.data.columns import FIX, choose_columns, defect_of, split_of
 from adpretrain.data.detect import HUB
 from adpretrain.data.metadata import index_metadata, metadata_files
-from adpretrain.data.samples import GOOD, MissingMasks, Sample
+from adpretrain.data.samples import GOOD, Sample, refuse_missing
 from adpretrain.data.tree import existing_folder
 from adpretrain.files import atomic_path
 
@@ -38,8 +38,8 @@ def index_hf(
     one. A set without splits is of split "train". ``cache`` is where images are written that are not files.
 
     Raises ValueError if the set cannot be loaded, a column is missing or of another type, a label is not understood,
-    no image is normal, or a row's file lies outside the set; `MissingMasks` if some images have masks but a defect
-    has none.
+    no image is normal, or a row's file lies outside the set; `MissingMasks` if a defect has no mask though others
+    of its category have one.
     """
     if not str(root).startswith(HUB) and (listings := metadata_files(existing_folder(root))):
         found = [pair for file in listings for pair in index_metadata(Path(root), file, columns or {})]
@@ -54,8 +54,7 @@ def index_hf(
         for sample, where in found
         if sample.anomalous and sample.mask is None
     }
-    if missing and any(sample.mask is not None for sample in samples):
-        raise MissingMasks(samples, missing)
+    refuse_missing(samples, missing)
     return samples
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from adpretrain.data.samples import GOOD, MissingMasks, Sample
+from adpretrain.data.samples import GOOD, Sample, refuse_missing
 from adpretrain.data.tree import existing_folder, images_in
 
 TEST_STRIDE = 5  # every 5th normal image is a test image
@@ -17,7 +17,7 @@ TEST_STRIDE = 5  # every 5th normal image is a test image
 def index_mtd(root: str | Path) -> list[Sample]:
     """All samples: category "tile", defects in lower case, normals split by stride.
 
-    Raises ValueError if ``MT_Free/Imgs`` is missing or a defect has no mask.
+    Raises ValueError if ``MT_Free/Imgs`` is missing or only some of its defects have a mask.
     """
     path = existing_folder(root)
     normals = _photographs(path / "MT_Free" / "Imgs")
@@ -38,8 +38,7 @@ def index_mtd(root: str | Path) -> list[Sample]:
             if mask is None:
                 missing[image] = f"{image} is a defect without a mask: expected {image.with_suffix('.png')}"
             samples.append(Sample(image, mask, "tile", defect, None, "test"))
-    if missing:
-        raise MissingMasks(samples, missing)
+    refuse_missing(samples, missing)
     return samples
 
 

@@ -16,7 +16,7 @@ from adpretrain.data.tree import Masks, by_stem, category_folders, index_splits
 def index_mvtec(root: str | Path, categories: Sequence[str] = ()) -> list[Sample]:
     """Samples of all (or the named) categories; ``root`` may also be one category's own folder.
 
-    Raises ValueError if the layout is not MVTec's, a named category is absent, or a defect has no mask.
+    Raises ValueError if the layout is not MVTec's, a named category is absent, or only some of its defects have a mask.
     """
     found = category_folders(root, "train/good", "MVTec", categories)
     return index_splits(found, _masks, "ground_truth/{defect}/{stem}_mask.png")

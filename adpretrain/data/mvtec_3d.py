@@ -15,7 +15,8 @@ from adpretrain.data.tree import by_stem, category_folders, index_splits
 def index_mvtec_3d(root: str | Path, categories: Sequence[str] = ()) -> list[Sample]:
     """Samples of all (or the named) categories; ``root`` may also be one category's own folder.
 
-    Raises ValueError if the layout is not MVTec 3D's, a named category is absent, or a defect has no mask.
+    Raises ValueError if the layout is not MVTec 3D's, a named category is absent, or only some of its defects have
+    a mask.
     """
     found = category_folders(root, "train/good/rgb", "MVTec 3D", categories)
     return index_splits(found, lambda _, kind: by_stem(kind / "gt"), "{split}/{defect}/gt/{stem}.png", inner="rgb")

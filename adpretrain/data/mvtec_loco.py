@@ -17,7 +17,7 @@ def index_mvtec_loco(root: str | Path, categories: Sequence[str] = ()) -> list[S
     """Samples of all (or the named) categories; ``root`` may also be one category's own folder.
 
     Every defect's ``mask`` is a tuple of files. Raises ValueError if the layout is not LOCO's, a named category is
-    absent, or a defect has no mask.
+    absent, or only some of its defects have a mask.
     """
     found = category_folders(root, "train/good", "MVTec LOCO", categories)
     return index_splits(found, _masks, "ground_truth/{defect}/{stem}/*.png")

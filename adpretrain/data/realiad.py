@@ -2,8 +2,9 @@
 
 ``realiad_{256|512|1024|raw}/{category}/{OK|NG/{defect}}/S####/`` holds
 ``{category}_####_{OK|NG}_[{defect}_]C{1-5}_{time}.jpg`` and, beside it, the mask as ``.png`` (some releases:
-``_mask.png``). A view of a defective part without a mask is a normal view (``of_defective_part``). A file whose name
-has no view C1 to C5 is left out, with a warning that names it.
+``_mask.png``). A view of a defective part without a mask is a normal view (``of_defective_part``), unless a category
+has not a single mask: then nothing tells its views apart, and all of them are defects without a mask. A file whose
+name has no view C1 to C5 is left out, with a warning that names it.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from adpretrain.data.samples import GOOD, LeftOut, Sample
-from adpretrain.data.tree import existing_folder, images_in, inside
+from adpretrain.data.tree import existing_folder, images_in, inside, subfolders
 from adpretrain.parsing import read_json
 
 VIEWS = ("C1", "C2", "C3", "C4", "C5")
@@ -48,9 +50,9 @@ def index_realiad(
     samples: list[Sample] = []
     for category in categories or found:
         if protocol:
-            samples += _from_json(path, images, category, protocol)
+            samples += _with_normal_views(_from_json(path, images, category, protocol))
         else:
-            samples += _from_folders(images / category)
+            samples += _with_normal_views(_from_folders(images / category))
     if nameless := [sample.image for sample in samples if sample.view is None]:
         listing = "\n".join(f"  {image}" for image in nameless)
         warnings.warn(f"{len(nameless)} images name no view C1-C5 and are left out:\n{listing}", LeftOut, stacklevel=2)
@@ -77,18 +79,29 @@ def _photographs(folder: Path) -> list[Path]:
 
 
 def _from_folders(category: Path) -> list[Sample]:
+    """Of one category; every view of a defective part counts as defective."""
     samples = [
         Sample(image, None, category.name, GOOD, view_of(image), "train")
-        for part in sorted(category.glob("OK/*"))
+        for part in subfolders(category / "OK")
         for image in _photographs(part)
     ]
-    for part in sorted(category.glob("NG/*/*")):
-        masks = {file.stem: file for file in images_in(part) if file.suffix.lower() == ".png"}
-        for image in _photographs(part):
-            mask = masks.get(image.stem) or masks.get(f"{image.stem}_mask")
-            defect = part.parent.name if mask else GOOD
-            samples.append(Sample(image, mask, category.name, defect, view_of(image), "train", mask is None))
+    for kind in subfolders(category / "NG"):
+        for part in subfolders(kind):
+            masks = {file.stem: file for file in images_in(part) if file.suffix.lower() == ".png"}
+            for image in _photographs(part):
+                mask = masks.get(image.stem) or masks.get(f"{image.stem}_mask")
+                samples.append(Sample(image, mask, category.name, kind.name, view_of(image), "train"))
     return samples
+
+
+def _with_normal_views(samples: Sequence[Sample]) -> list[Sample]:
+    """The samples of one category, in which unmarked views of defective parts are normal, if any view is marked."""
+    if not any(sample.anomalous and sample.mask for sample in samples):
+        return list(samples)
+    found = [replace(s, defect=GOOD, of_defective_part=True) if s.anomalous and s.mask is None else s for s in samples]
+    if any(file.is_file() for sample in found for file in sample.mask_files):
+        return found
+    return [replace(sample, mask=None) for sample in found]  # a listing names masks that nobody has fetched
 
 
 def _from_json(root: Path, images: Path, category: str, protocol: str) -> list[Sample]:
@@ -112,6 +125,5 @@ def _entry(folder: Path, category: str, normal: str, split: str, entry: dict[str
         raise TypeError(f"anomaly_class {entry['anomaly_class']!r} is no name")
     image = inside(folder, entry["image_path"], where)
     mask = inside(folder, entry["mask_path"], where) if entry["mask_path"] else None
-    defective_part = entry["anomaly_class"] != normal
-    defect = entry["anomaly_class"] if defective_part and mask else GOOD
-    return Sample(image, mask, category, defect, view_of(image), split, defective_part and mask is None)
+    defect = GOOD if entry["anomaly_class"] == normal else entry["anomaly_class"]
+    return Sample(image, mask, category, defect, view_of(image), split)

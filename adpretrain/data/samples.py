@@ -64,13 +64,32 @@ class TooFewImages(ValueError):
 
 
 class MissingMasks(ValueError):
-    """Defects without a mask: ``missing`` has a line for each image, ``samples`` is the set as it is on disk."""
+    """Defects without a mask, where others of their category have one: ``missing`` has a line for each image,
+    ``samples`` is the set as it is on disk."""
 
     def __init__(self, samples: Sequence[Sample], missing: Mapping[Path, str]) -> None:
         self.samples, self.missing = list(samples), dict(missing)
         shown = list(self.missing.values())[:SHOWN]
         more = f"\nand {len(missing) - SHOWN} more; `adpretrain check-data` lists all" if len(missing) > SHOWN else ""
         super().__init__("\n".join(shown) + more)
+
+
+def without_masks(samples: Iterable[Sample]) -> list[str]:
+    """Categories that have defects and not a single mask: they can be scored image by image, and nothing is missing."""
+    found: dict[str, bool] = {}
+    for sample in samples:
+        if sample.anomalous:
+            found[sample.category] = found.get(sample.category, False) or bool(sample.mask_files)
+    return sorted(name for name, masked in found.items() if not masked)
+
+
+def refuse_missing(samples: Sequence[Sample], missing: Mapping[Path, str]) -> None:
+    """Raise `MissingMasks` for those of ``missing`` (a line for each defect without a mask) that are of a category in
+    which other defects have one."""
+    bare = set(without_masks(samples))
+    lost = {s.image: missing[s.image] for s in samples if s.image in missing and s.category not in bare}
+    if lost:
+        raise MissingMasks(samples, lost)
 
 
 def is_image(path: Path) -> bool:

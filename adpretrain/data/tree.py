@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from adpretrain.data.samples import GOOD, Junk, LeftOut, MissingMasks, Sample, is_image
+from adpretrain.data.samples import GOOD, Junk, LeftOut, Sample, is_image, refuse_missing
 
 SPLITS = ("train", "validation", "test")
 Masks = Mapping[str, Path | tuple[Path, ...]]  # image stem -> its mask, or the masks to be merged
@@ -25,6 +25,11 @@ def subfolders(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def is_hidden(file: Path, root: Path) -> bool:
+    """Whether a file below ``root``, or a folder on the way to it, is hidden, as .ipynb_checkpoints is."""
+    return any(part.startswith(".") for part in file.relative_to(root).parts)
 
 
 def images_in(folder: Path) -> list[Path]:
@@ -89,7 +94,7 @@ def index_splits(
     have been, e.g. "ground_truth/{defect}/{stem}.png" below the category's folder.
 
     A category without an image, and junk among the masks, are named in warnings. Raises ValueError if there is no image
-    at all, `MissingMasks` if a defect has no mask.
+    at all, `MissingMasks` if a defect has no mask though others of its category have one.
     """
     samples: list[Sample] = []
     missing: dict[Path, str] = {}
@@ -111,16 +116,14 @@ def index_splits(
     if junk := [file for folder in categories.values() for file in _junk(folder / "ground_truth")]:
         told = f"{len(junk)} hidden or foreign files among the masks are ignored, such as {junk[0]}"
         warnings.warn(told, Junk, stacklevel=3)
-    if missing:
-        raise MissingMasks(samples, missing)
+    refuse_missing(samples, missing)
     return samples
 
 
 def _junk(masks: Path) -> list[Path]:
     """Files below a folder of masks that are hidden, lie in a hidden folder (.ipynb_checkpoints) or are no pictures."""
     files = sorted(file for file in masks.rglob("*") if file.is_file())
-    hidden = lambda file: any(part.startswith(".") for part in file.relative_to(masks).parts)  # noqa: E731
-    return [file for file in files if hidden(file) or not is_image(file)]
+    return [file for file in files if is_hidden(file, masks) or not is_image(file)]
 
 
 def _warn_left_out(lines: Sequence[str]) -> None:

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from adpretrain.data.samples import GOOD, MissingMasks, Sample
+from adpretrain.data.samples import GOOD, Sample, refuse_missing
 from adpretrain.data.tree import SPLITS, existing_folder, inside
 
 COLUMNS = ("object", "split", "label", "image", "mask")
@@ -19,7 +19,7 @@ def index_visa(root: str | Path, categories: Sequence[str] = (), protocol: str =
     ``protocol`` is the name of another split file, such as "2cls_fewshot". The defect of every anomaly is "anomaly".
 
     Raises ValueError if the split file is absent, lacks a column, holds an unknown split or label or a path out of
-    the set's folder, or if a named category or a defect's mask is absent.
+    the set's folder, if a named category is absent, or only some of its defects have a mask.
     """
     path = existing_folder(root, "VisA folder")
     if not (path / "split_csv").is_dir() and (path.resolve().parent / "split_csv").is_dir():
@@ -41,8 +41,7 @@ def index_visa(root: str | Path, categories: Sequence[str] = (), protocol: str =
             )
             missing[sample.image] = f"{sample.image} is a defect without a mask: {expected}"
         samples.append(sample)
-    if missing:
-        raise MissingMasks(samples, missing)
+    refuse_missing(samples, missing)
     return samples
 
 

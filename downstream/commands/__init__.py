@@ -13,6 +13,7 @@ from downstream.commands.backbones import backbones
 from downstream.commands.check_data import check_data
 from downstream.commands.demo import demo
 from downstream.commands.detectors import detectors
+from downstream.commands.evaluate import evaluate
 from downstream.commands.export import export
 from downstream.commands.extract import extract
 from downstream.commands.fit import fit
@@ -25,6 +26,7 @@ Run = Callable[[Namespace], int]
 COMMANDS: dict[str, Callable[[ArgumentParser], Run]] = {
     "score": score,
     "fit": fit,
+    "evaluate": evaluate,
     "check-data": check_data,
     "export": export,
     "extract": extract,

@@ -47,7 +47,7 @@ def _check_data(options: Namespace) -> int:
     layout = detect_layout(options.root) if options.dataset == "auto" else options.dataset
     samples, missing, left_out, junk = _index(layout, options.root, options.columns)
     with ProgressBars() as progress:
-        found = check_samples(samples, options.workers, progress, missing)
+        found = check_samples(samples, options.workers, progress, missing, masks_needed=False)
     lines = [*left_out, *(problem.reason for problem in found if not problem.doubtful)]
     warned = [*junk, *(problem.reason for problem in found if problem.doubtful)]
     if options.json:

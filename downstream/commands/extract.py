@@ -39,8 +39,9 @@ def extract(parser: ArgumentParser) -> Callable[[Namespace], int]:
 
 def _extract(options: Namespace) -> int:
     from downstream.inspection.features import extract_folder, refuse_others, set_references
+    from downstream.inspection.finding import find_images
     from downstream.inspection.folder import pick_device
-    from downstream.inspection.photos import find_images
+    from downstream.inspection.photos import full_scale
 
     _check(options)
     images, out = Path(options.images), Path(options.out)
@@ -48,10 +49,13 @@ def _extract(options: Namespace) -> int:
     find_images(images, exclude=out)  # a wrong path is found before a network is loaded
     refuse_others(out, out.suffix == ".safetensors")
     model = load_network(options, device)
+    scale = None
     if options.normal:
-        set_references(model, Path(options.normal), options.shots, options.batch_size, out)  # type: ignore[arg-type]
+        normal = Path(options.normal)
+        scale = full_scale(find_images(normal, exclude=out))
+        set_references(model, normal, options.shots, options.batch_size, out, scale)  # type: ignore[arg-type]
     with ProgressBars() as progress:
-        done = extract_folder(model, images, out, options.batch_size, device, progress)
+        done = extract_folder(model, images, out, options.batch_size, device, progress, scale)
     unreadable = done.index["unreadable"]
     print(f"{len(done.index['images'])} images of {len(done.index['levels'])} levels: {plain(out)}")
     for level in done.index["levels"]:

@@ -42,8 +42,8 @@ def fit(parser: ArgumentParser) -> Callable[[Namespace], int]:
 
 def _fit(options: Namespace) -> int:
     from downstream.fitting import fit_folder, parse_settings
+    from downstream.inspection.finding import find_images
     from downstream.inspection.folder import pick_device
-    from downstream.inspection.photos import find_images
 
     check_network(options)
     tell_memory()

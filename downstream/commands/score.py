@@ -18,15 +18,18 @@ if TYPE_CHECKING:
     from downstream.inspection.folder import Inspection
 
 CHOICE = {"extractor": EMBEDDED, "references": "even", "shots": 16, "seed": 0}  # what chooses references; defaults
+MOST_PIXELS = 178_956_970  # as adpretrain.preprocess, which is slow to import
 TOP = 5  # anomalies listed on stdout
 
 EXIT_CODES = """exit codes, the most urgent one that is true:
-  1  at least one image is anomalous (even if others were unreadable)
-  3  no anomaly found, but none can be ruled out: some images were unreadable, or there is no threshold
+  1  at least one image is anomalous (even if others were unreadable): its score is too high, or as a whole
+     (brightness, contrast, colour, sharpness, layout) it is unlike the normal photographs
+  3  no anomaly found, but none can be ruled out: some images were unreadable, copies of normal photographs,
+     or there is no threshold
   0  every image was read and none is anomalous
   2  wrong usage or input: nothing was scored
-Unreadable images never stop the run: they are listed in scores.csv (verdict "unreadable") and, with the
-reason, in summary.json and report.html. So are blank ones, as of a covered lens."""
+Unreadable images never stop the run: they are listed, with the reason, in scores.csv (verdict "unreadable"),
+summary.json and report.html. So are blank ones, as of a covered lens, and copies (verdict "undecided")."""
 
 
 def score(parser: ArgumentParser) -> Callable[[Namespace], int]:
@@ -80,6 +83,13 @@ def score(parser: ArgumentParser) -> Callable[[Namespace], int]:
         help="number of references K at most; the others calibrate",
     )
     parser.add_argument("--seed", type=int, default=CHOICE["seed"], help="of --references random and kmeans")
+    parser.add_argument(
+        "--max-pixels",
+        type=int,
+        default=MOST_PIXELS,
+        help="width times height of the largest picture to read, to allow larger ones; others are unreadable, as a "
+        "small file may claim any size and take all memory",
+    )
     parser.add_argument("--batch-size", type=int, default=16, help="images in memory at once")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument(
@@ -92,13 +102,14 @@ def score(parser: ArgumentParser) -> Callable[[Namespace], int]:
 
 
 def _score(options: Namespace) -> int:
+    from adpretrain.preprocess import pixels_allowed
     from downstream.inspection.basis import Options
     from downstream.inspection.folder import score_folder
 
     out = Path(options.out)
     if options.detector is not None:
         _refuse(options)
-    with ProgressBars() as progress, _hint(out):
+    with ProgressBars() as progress, _hint(out), pixels_allowed(options.max_pixels):
         inspection = score_folder(
             options.extractor,
             Path(options.normal),
@@ -167,7 +178,8 @@ def describe(inspection: Inspection) -> str:
         lines.append(f"{'score':>10}  {'p-value':>7}  image")
     for result in ranked[:TOP]:
         p_value = "" if result.p_value is None else f"{result.p_value:.3g}"
-        lines.append(f"{result.score:>10.4g}  {p_value:>7}  {plain(result.path)}")
+        why = f" ({plain(result.reason)})" if result.reason else ""
+        lines.append(f"{result.score:>10.4g}  {p_value:>7}  {plain(result.path)}{why}")
     if len(ranked) > TOP:
         lines.append(f"{'...':>10}  and {len(ranked) - TOP} more")
     lines += [f"unreadable: {plain(result.path)} ({plain(result.reason)})" for result in unreadable[:TOP]]

@@ -21,9 +21,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from adpretrain.extractor import ADExtractor
+from downstream.appearance import Unlike
 from downstream.calibration import Calibration, calibrate
 from downstream.demo.uploads import LIMITS, Limits, Upload, check_counts, read_upload
-from downstream.inspection.basis import Basis, Options, Progress, predict_photos, prepare_photos, silent
+from downstream.inspection.basis import Basis, Options, prepare_photos
+from downstream.inspection.normals import Progress, predict_photos, silent
 from downstream.inspection.photos import Photo, Unreadable, without_blank
 from downstream.inspection.results import UNREADABLE, Result, write_scores
 from downstream.inspection.scoring import is_odd, judge, shape_warning, typical_scale
@@ -46,6 +48,7 @@ class Shot:
     map_SS: NDArray[np.float32] | None = None
     photo: bytes | None = None
     reason: str = ""
+    unlike: Unlike | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Scored:
 
     shots: tuple[Shot, ...]
     normal_scores: tuple[float, ...]  # leave-one-out; empty with one good photograph
+    normal_unlike: tuple[float, ...]  # the same good photographs as a whole, see downstream.appearance
     references: int
     scale: ColourScale
     description: str  # of the extractor, for people
@@ -107,7 +111,8 @@ def score_uploads(
     return Scored(
         shots=tuple(shots),
         normal_scores=basis.calibration.scores if basis.calibration else (),
-        references=len(references),
+        normal_unlike=basis.calibration.unlike if basis.calibration else (),
+        references=basis.references,
         scale=scale,
         description=basis.description,
         notes=(*basis.notes, *shape_warning(odd, len(new))),
@@ -138,18 +143,21 @@ def _score_batch(basis: Basis, read: Sequence[Photo | Unreadable]) -> list[Shot]
         if not math.isfinite(score):
             shots.append(Shot(str(item.path), reason=f"the extractor gave the score {score}"))
         else:
-            shots.append(Shot(str(item.path), float(score), map_SS.astype(np.float32), jpeg(item.shown)))
+            unlike = basis.appearance.unlike(item.appearance)
+            picture = jpeg(item.shown)
+            shots.append(Shot(str(item.path), float(score), map_SS.astype(np.float32), picture, unlike=unlike))
     return shots
 
 
 def verdicts(scored: Scored, rate: float) -> Verdicts:
     """Threshold and verdicts for a false-alarm rate in (0, 1), without scoring again. ValueError for other rates."""
-    calibration = calibrate(scored.normal_scores, rate) if scored.normal_scores else None
+    unlike = scored.normal_unlike, ()
+    calibration = calibrate(scored.normal_scores, rate, unlike=unlike) if scored.normal_scores else None
     threshold = calibration.threshold if calibration else None
     results = [
         Result(shot.name, None, None, UNREADABLE, reason=shot.reason)
-        if shot.score is None
-        else judge(shot.name, shot.score, calibration, threshold)
+        if shot.score is None or shot.unlike is None
+        else judge(shot.name, shot.score, shot.unlike, calibration, threshold)
         for shot in scored.shots
     ]
     return Verdicts(

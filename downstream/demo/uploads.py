@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from adpretrain.preprocess import Preprocess, as_rgb
+from adpretrain.preprocess import Preprocess, as_rgb, page_count
 from downstream.inspection.photos import Photo, Unreadable, seen
 
 MEGA = 10**6
@@ -107,6 +107,7 @@ def _refusal(path: Path, limits: Limits) -> str | None:
     try:
         with Image.open(path, formats=FORMATS) as image:
             width, height = image.size
+        pages = page_count(path)
     except Image.DecompressionBombError:
         return f"the picture is far too large; at most {limits.pixels / MEGA:.0f} megapixels"
     except Exception:
@@ -114,4 +115,6 @@ def _refusal(path: Path, limits: Limits) -> str | None:
     if width * height > limits.pixels:
         found = f"{width * height / MEGA:.0f} megapixels"
         return f"the picture has {found} ({width} x {height}); at most {limits.pixels / MEGA:.0f}"
+    if pages > 1:
+        return f"the file holds {pages} pages or frames: save each as a file of its own"
     return None

@@ -3,13 +3,14 @@
 raw          the backbone's own features, without references
 residual     feature minus nearest reference, nothing learnt
 scaled       residuals over the local scale (extractors that have one)
-adpretrain   the extractor's features
+pretrained   the extractor's features
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from adpretrain.backbones import Backbone
 from adpretrain.extractor import ADExtractor
@@ -18,7 +19,8 @@ from downstream.evaluation.evaluate import same_residuals
 from downstream.evaluation.withheld import Withheld
 from downstream.table import DETECTORS
 
-FEATURES = ("raw", "residual", "scaled", "adpretrain")
+Kind = Literal["raw", "residual", "scaled", "pretrained"]
+FEATURES: tuple[str, ...] = get_args(Kind)
 RAW, RESIDUAL, SCALED, PRETRAINED = FEATURES
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from adpretrain.backbones import Backbone, FeatureMaps, References
 from adpretrain.backbones.fingerprint import same_weights
 from adpretrain.data import ImageDataset, Sample
+from adpretrain.data.checking import inverted
 from adpretrain.extractor import ADExtractor
 from adpretrain.references import random_references
 from adpretrain.residual import tokens
@@ -74,12 +75,20 @@ def queries(samples: Sequence[Sample], references: Sequence[int]) -> list[int]:
     return held or rest
 
 
-def about_masks(samples: Sequence[Sample]) -> str:
+def about_bare(samples: Sequence[Sample]) -> str:
     """Why the samples have no pixel metrics: a defect without a mask would count as normal pixels. "" if they have."""
     bare = [sample.image.name for sample in samples if sample.anomalous and not sample.mask_files]
     if not bare:
         return ""
     return f"{len(bare)} defects have no mask, such as {bare[0]}: no pixel metrics, which need one for each"
+
+
+def about_inverted(samples: Sequence[Sample], shares: Sequence[float]) -> str:
+    """What `adpretrain check-data` says of masks that mark more than half of their image, which are ``shares`` of its
+    pixels; "" if none does."""
+    told = [line for s, share in zip(samples, shares, strict=True) if (line := inverted(s.mask_files, share))]
+    more = f" ({len(told)} of such masks; `adpretrain check-data` lists all)" if len(told) > 1 else ""
+    return told[0] + more if told else ""
 
 
 def draw_shots(samples: Sequence[Sample], shots: int, seed: int = 0) -> tuple[list[int], list[int]]:
@@ -135,16 +144,22 @@ def reference_banks(images: FeatureSet, references: Sequence[int]) -> References
 
 @torch.no_grad()
 def score(
-    extractors: Sequence[ADExtractor], images: FeatureSet, references: Sequence[int], queries: Sequence[int]
+    extractors: Sequence[ADExtractor],
+    images: FeatureSet,
+    references: Sequence[int],
+    queries: Sequence[int],
+    side: int | None = None,
+    sigma: float = 4.0,
 ) -> list[Prediction]:
-    """FeatureNorm of the queries against the references, with each extractor.
+    """FeatureNorm of the queries against the references, with each extractor; maps of ``side`` pixels, None = the
+    input's, blurred by ``sigma`` of them.
 
     The extractors must differ in their projectors only (`same_residuals`): the queries are matched once for all.
     """
     first = extractors[0]
     banks = reference_banks(images, references)
     scales = first.scales(images.features, banks)
-    detector = FeatureNorm(first, image_size=first.preprocess.image_size)
+    detector = FeatureNorm(first, image_size=side or first.preprocess.image_size, sigma=sigma)
     parts: list[list[Prediction]] = [[] for _ in extractors]
     for start in range(0, len(queries), BATCH):
         rows = list(queries[start : start + BATCH])
@@ -188,7 +203,7 @@ def measure(prediction: Prediction, images: FeatureSet, queries: Sequence[int]) 
     masks, samples = images.masks[list(queries)], [images.samples[index] for index in queries]
     labels = [sample.anomalous for sample in samples]
     found = evaluate_maps(prediction.maps.cpu().numpy(), masks.numpy(), prediction.scores.cpu().numpy(), labels)
-    if note := about_masks(samples):
+    if note := about_bare(samples):
         return replace(found, **dict.fromkeys(PIXEL_METRICS, math.nan), notes=(note,))
     return found
 

@@ -21,7 +21,7 @@ from downstream.thresholds import count, roc_curve
 
 # Okabe and Ito's colours, told apart by the colour-blind.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-LINES = {"raw": ":", "residual": "--", "scaled": "-.", "adpretrain": "-"}
+LINES = {"raw": ":", "residual": "--", "scaled": "-.", "pretrained": "-"}
 NORMAL, ANOMALOUS = "#7fb0a8", "#c0301c"
 INK, SOFT = "#16191f", "#596270"
 RATES = np.linspace(0, 1, 201)  # false positive rates at which ROC curves are averaged

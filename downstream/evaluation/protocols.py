@@ -49,9 +49,10 @@ class ProtocolOptions:
 
     Args:
         protocol: one of `PROTOCOLS`.
-        shots: numbers of training images K, for few-shot.
+        shots: numbers of training images K, for few-shot; 0 = all, of which there is one draw.
         draws: how often what is random is drawn anew: the K images, the share, the anomalies, the references, the
             changes of images. 0 = the protocol's own: 3 for reference-sensitivity, else 1.
+        seed: of the first draw; every further one has the next number.
         references: the extractor's references in the other protocols, drawn from the training images.
         share: of the normal training images, for sample-efficiency.
         noise: anomalies per normal training image, for contamination; at most half of a product's anomalies.
@@ -63,6 +64,7 @@ class ProtocolOptions:
     ] = "full"
     shots: tuple[int, ...] = (1, 2, 4, 8, 16)
     draws: int = 0
+    seed: int = 0
     references: int = 8
     share: float = 0.1
     noise: float = 0.1
@@ -71,10 +73,10 @@ class ProtocolOptions:
     def __post_init__(self) -> None:
         if self.protocol not in PROTOCOLS:
             raise ValueError(f"protocol {self.protocol!r} is unknown; choose one of {', '.join(PROTOCOLS)}")
-        if not self.shots or min(self.shots) < 1 or self.references < 1 or self.draws < 0:
+        if not self.shots or min(self.shots) < 0 or self.references < 1 or self.draws < 0 or self.seed < 0:
             raise ValueError(
-                f"shots {list(self.shots)} and references {self.references} must be at least 1, draws {self.draws} at "
-                "least 0 (the protocol's own number)"
+                f"shots {list(self.shots)} must be numbers of images (0 = all), references {self.references} at least "
+                f"1, draws {self.draws} (0 = the protocol's own number) and seed {self.seed} at least 0"
             )
         for name in ("share", "noise"):
             if not 0 < getattr(self, name) <= 1:
@@ -136,25 +138,31 @@ def trials(samples: Sequence[Sample], options: ProtocolOptions) -> list[Trial]:
                 EVERYTHING,
                 "multi-class",
                 draw,
-                tuple(_part(name, group, options, draw) for name, group in products.items()),
+                tuple(_part(name, group, options, options.seed + draw) for name, group in products.items()),
             )
             for draw in range(options.repeats)
         ]
     settings: Sequence[int | None] = options.shots if options.protocol == "few-shot" else (None,)
     only_references = options.protocol in ("full", "reference-sensitivity")
     found = [
-        Trial(name, _setting(options, shots), draw, (_part(name, group, options, draw, shots),), only_references)
+        Trial(
+            name,
+            _setting(options, shots),
+            draw,
+            (_part(name, group, options, options.seed + draw, shots),),
+            only_references,
+        )
         for name, group in products.items()
         for shots in settings
-        for draw in range(options.repeats)
+        for draw in range(1 if shots == 0 else options.repeats)
     ]
     if options.protocol == "robustness":  # the maps shown are the last setting's: those that lie on the photographs
-        return [each for trial in found for each in (_perturbed(trial), trial)]
+        return [each for trial in found for each in (_perturbed(trial, options.seed), trial)]
     return found
 
 
-def _perturbed(trial: Trial) -> Trial:
-    parts = [replace(part, perturbed=trial.draw, notes=(*part.notes, SAID)) for part in trial.parts]
+def _perturbed(trial: Trial, seed: int) -> Trial:
+    parts = [replace(part, perturbed=seed + trial.draw, notes=(*part.notes, SAID)) for part in trial.parts]
     return replace(trial, setting=PERTURBED, parts=tuple(parts))
 
 
@@ -169,7 +177,7 @@ def _check_pools(products: Mapping[str, Sequence[Sample]], shots: int) -> None:
 
 def _setting(options: ProtocolOptions, shots: int | None) -> str:
     if shots is not None:
-        return f"K={shots}"
+        return f"K={shots or 'all'}"
     return {
         "sample-efficiency": f"{100 * options.share:g} % of the training images",
         "robustness": "as photographed",
@@ -192,11 +200,11 @@ def split(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
     return [samples[index] for index in pool], [samples[index] for index in queries(samples, pool)]
 
 
-def _part(product: str, group: Sequence[Sample], options: ProtocolOptions, draw: int, shots: int | None = None) -> Part:
+def _part(product: str, group: Sequence[Sample], options: ProtocolOptions, seed: int, shots: int | None = None) -> Part:
     try:
-        if shots is not None:  # the rules of the few-shot table: everything but the K may be scored
+        if shots:  # the rules of the few-shot table: everything but the K may be scored
             pool = normals(group)
-            chosen = [pool[index] for index in random_references(len(pool), shots, seed=draw)]
+            chosen = [pool[index] for index in random_references(len(pool), shots, seed)]
             train = [group[index] for index in chosen]
             test = [group[index] for index in queries(group, chosen)]
             own = (FROM_TEST,) if any(sample.split == "test" for sample in train) else ()
@@ -206,11 +214,13 @@ def _part(product: str, group: Sequence[Sample], options: ProtocolOptions, draw:
         raise ValueError(f"{product}: {error}") from error
     notes: tuple[str, ...] = () if any(sample.split == "test" for sample in group) else (NO_TEST_SPLIT,)
     if options.protocol == "sample-efficiency":
-        train = _some(train, max(1, round(options.share * len(train))), draw)
+        train = _some(train, max(1, round(options.share * len(train))), seed)
     elif options.protocol == "contamination":
-        train, test, fewer = _contaminated(train, test, options, draw)
+        train, test, fewer = _contaminated(train, test, options, seed)
         notes += fewer
-    references = _some(train, min(options.references, len(train)), draw)
+    if shots == 0:
+        return Part(product, tuple(train), tuple(train), tuple(test), notes)
+    references = _some(train, min(options.references, len(train)), seed)
     told: tuple[str, ...] = ()
     if len(references) < options.references:
         told = (f"{len(references)} references instead of {options.references}: there are no more training images",)
@@ -219,23 +229,23 @@ def _part(product: str, group: Sequence[Sample], options: ProtocolOptions, draw:
     return Part(product, tuple(train), tuple(references), tuple(test), notes, told)
 
 
-def _some(samples: Sequence[Sample], count: int, draw: int) -> list[Sample]:
-    return [samples[index] for index in random_references(len(samples), count, seed=draw)]
+def _some(samples: Sequence[Sample], count: int, seed: int) -> list[Sample]:
+    return [samples[index] for index in random_references(len(samples), count, seed)]
 
 
 def _contaminated(
-    train: list[Sample], test: list[Sample], options: ProtocolOptions, draw: int
+    train: list[Sample], test: list[Sample], options: ProtocolOptions, seed: int
 ) -> tuple[list[Sample], list[Sample], tuple[str, ...]]:
     """Test anomalies join the training images; without overlap they are no longer scored."""
     anomalies = [sample for sample in test if sample.anomalous]
     wanted = round(options.noise * len(train))
     count = min(wanted, len(anomalies) // 2)
-    moved = _some(anomalies, count, draw) if count else []
+    moved = _some(anomalies, count, seed) if count else []
     notes = () if count == wanted else (f"{count} anomalies instead of {wanted}: half of the product's",)
     if not options.overlap:
         gone = {sample.image for sample in moved}
         test = [sample for sample in test if sample.image not in gone]
     # Mixed in, so that no detector meets all anomalies at the end.
     mixed = [*train, *moved]
-    order = np.random.default_rng(draw).permutation(len(mixed))
+    order = np.random.default_rng(seed).permutation(len(mixed))
     return [mixed[index] for index in order], test, notes

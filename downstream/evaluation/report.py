@@ -22,7 +22,7 @@ from PIL import Image
 from adpretrain.files import atomic_path
 from downstream.evaluation import plots
 from downstream.evaluation.tables import MAIN, TITLES, all_notes, number, products_table, summarise, summary_table
-from downstream.inspection.photos import printable
+from downstream.inspection.finding import printable
 from downstream.inspection.report import Fact, jpeg, tile, warning_list
 from downstream.visualise import COLORMAP
 

@@ -175,15 +175,16 @@ def summary_table(rows: Sequence[Row], metrics: Sequence[str] = (*MAIN, D_PRIME)
     products says of how many: rows of other products cannot be compared."""
     lines = []
     for row in rows:
-        cells = (_summary_cell(row, name) for name in metrics)
+        cells = (summary_cell(row, name) for name in metrics)
         lines.append([row.setting, row.detector, row.features, *cells, _errors_cell(row)])
         if row.gain is not None:
             lines.append(["", "", "gain over raw", *(number(row.gain[name], sign=True) for name in metrics), ""])
     return ["setting", "detector", "features", *(TITLES[name] for name in metrics), ERRORS], lines
 
 
-def _summary_cell(row: Row, name: str) -> str:
-    spread = f" ± {number(row.spread[name])}" if row.repeats > 1 else ""
+def summary_cell(row: Row, name: str) -> str:
+    """The mean, its spread if there are several repeats, and of how many products it is if not of all."""
+    spread = f" ± {number(row.spread[name])}" if row.repeats > 1 and row.defined[name] else ""
     return number(row.mean[name]) + spread + _partial(row, name)
 
 
@@ -225,7 +226,7 @@ def write_tables(folder: Path, records: Sequence[Record], configuration: dict[st
     contents = {
         "table.json": _json(records, rows, configuration),
         "table.csv": _csv(records),
-        "table.md": _document(records, rows, _markdown, "- "),
+        "table.md": _document(records, rows, markdown, "- "),
         "table.tex": _document(records, rows, _latex, "% "),
     }
     for name, text in contents.items():
@@ -274,7 +275,9 @@ def _document(records: Sequence[Record], rows: Sequence[Row], render: Any, bulle
     return "\n".join(parts).rstrip() + "\n"
 
 
-def _markdown(title: str, heading: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def markdown(title: str, heading: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table under its title; numbers stand at the right."""
+
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
@@ -283,7 +286,7 @@ def _markdown(title: str, heading: Sequence[str], lines: Sequence[Sequence[str]]
 
 
 def _texts(heading: Sequence[str]) -> int:
-    return 1 if heading[0] == "product" else 3
+    return 4 if heading[0] == "set" else 1 if heading[0] == "product" else 3
 
 
 _ESCAPES = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", "±": r"$\pm$"}

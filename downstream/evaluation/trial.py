@@ -21,7 +21,7 @@ from adpretrain.preprocess import Preprocess
 from downstream.aligned import AlignedOptions
 from downstream.building import build_detector
 from downstream.evaluation.contenders import ALIGNED, RAW, Contender, Networks
-from downstream.evaluation.evaluate import PIXEL_METRICS, about_masks
+from downstream.evaluation.evaluate import PIXEL_METRICS, about_bare, about_inverted
 from downstream.evaluation.perturbation import PerturbedImages
 from downstream.evaluation.protocols import Part, Trial
 from downstream.evaluation.showing import Shown, choose_shown
@@ -193,13 +193,14 @@ def _scored(detector: Any, part: Part, images: Images, settings: Settings, size:
     streaming = StreamingMetrics() if len(labels) * size * size > WHOLE else None
     # A map of a changed image would not lie on its photograph.
     shown = Shown(choose_shown(part.test, settings.pictures) if part.perturbed is None else [])
-    maps, masks, scores = [], [], []
+    maps, masks, scores, shares = [], [], [], []
     done = 0
     for batch, mask in images.with_masks():
         with torch.no_grad():
             prediction = detector.predict(batch)
         found = prediction.maps.float().cpu().numpy()
         scores.append(prediction.scores.float().cpu().numpy())
+        shares += mask.mean(axis=(1, 2)).tolist()
         shown.add(done, found, labels[done : done + len(found)])
         if streaming is not None:
             streaming.add(found, mask, scores[-1], labels[done : done + len(found)])
@@ -219,7 +220,9 @@ def _scored(detector: Any, part: Part, images: Images, settings: Settings, size:
     values = {**asdict(metrics), "aupro_official": swept, "d_prime": d_prime(out["scores"], labels)}
     values |= dict(zip(ERRORS, errors_at_best_f1(out["scores"], labels) or (None, None), strict=True))
     notes += list(values.pop("notes"))
-    if bare := about_masks(part.test):
+    if doubt := about_inverted(part.test, shares):
+        notes.append(doubt)
+    if bare := about_bare(part.test):
         notes = [*(note for note in notes if "pixel" not in note), bare]
         values, curve = {**values, **dict.fromkeys((*PIXEL_METRICS, "aupro_official"))}, None
     out |= {"metrics": {name: _number(value) for name, value in values.items()}, "notes": notes}

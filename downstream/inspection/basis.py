@@ -10,38 +10,32 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from adpretrain.extractor import ADExtractor
 from adpretrain.preprocess import Preprocess
 from downstream.aligned import AlignedFeatureNorm
+from downstream.appearance import Normals
 from downstream.calibration import Calibration, calibrate, percent
 from downstream.detector import Detector
 from downstream.featurenorm import FeatureNorm
 from downstream.inspection.choosing import ALIGNED, EVEN, METHODS, choose_references, read_all, readable
-from downstream.inspection.photos import (
-    Photo,
-    Unreadable,
-    find_images,
-    printable,
-    read_batches,
-    without_blank,
+from downstream.inspection.finding import find_images
+from downstream.inspection.normals import (
+    Progress,
+    as_numpy,
+    copied,
+    score_normals,
+    silent,
 )
+from downstream.inspection.photos import Photo, dark, full_scale, without_blank, without_copies
 from downstream.visualise import ColourScale
-
-SCALE_SAMPLE = 64  # maps, at most, that fix the colour scale besides the references' own
-Progress = Callable[[str, int, int], None]  # what is being done, how many are done, of how many
-
-
-def silent(what: str, done: int, total: int) -> None:
-    """No progress display."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +82,9 @@ class Basis(Generic[D]):
     references: int
     aspects: tuple[float, ...]  # width / height of the references, or of a fitted detector's normal photographs
     contrast: float  # of the same photographs, the median
+    appearance: Normals  # what photographs are compared with as a whole
+    full_scale: float | None  # of gray photographs with more than 8 bits
+    known: Mapping[str, str]  # digests of the normal photographs, and their names
     description: str  # of the extractor or detector, for people
     score: str  # how a score comes from a heatmap, for people
     promise: tuple[str, ...]  # what there is to say about the threshold
@@ -115,6 +112,8 @@ def prepare(
     output folder) is read.
     """
     normals = find_images(normal, exclude)
+    more = find_images(extra, exclude) if extra else []
+    scale = full_scale([*normals, *more])
     chosen = choose_references(
         options.references,
         normals,
@@ -123,10 +122,11 @@ def prepare(
         extractor,
         options.batch_size,
         lambda done: progress("choosing references", done, len(normals)),
+        scale,
     )
-    references = read_all(chosen, extractor, options.batch_size)
-    further, overlap = _further_normals(normals, chosen, find_images(extra, exclude) if extra else [])
-    return prepare_photos(extractor, device, references, options, further, overlap, progress)
+    further, overlap = _further_normals(normals, chosen, more)
+    references = read_all(chosen, extractor, options.batch_size, scale)
+    return prepare_photos(extractor, device, references, options, further, overlap, progress, scale)
 
 
 def prepare_photos(
@@ -137,10 +137,16 @@ def prepare_photos(
     further: Sequence[Path] = (),
     notes: Sequence[str] = (),
     progress: Progress = silent,
+    scale: float | None = None,
 ) -> Basis[FeatureNorm]:
-    """`prepare` with references that are read already; the normal photographs in the files `further` calibrate too."""
+    """`prepare` with references that are read already; the normal photographs in the files `further` calibrate too.
+
+    ``scale``: the full scale of gray photographs with more than 8 bits. Copies of a photograph are left out.
+    """
     # A blank reference would match whatever is calm, and calibrate with a score beyond all others.
     references = readable(without_blank(references, max(photo.contrast for photo in references)))
+    known: dict[str, str] = {}
+    references, copies = without_copies(references, known)
     preprocess, pool = extractor.preprocess, len(references)
     images_K = torch.stack([photo.pixels for photo in references]).to(device)
     progress("fitting the references", 0, pool)
@@ -148,22 +154,23 @@ def prepare_photos(
     scores_K, maps_KSS = np.empty(0), []
     if pool >= 2:
         prediction = detector.leave_one_out(images_K)
-        scores_K, maps_KSS = _numpy(prediction.scores), [_numpy(prediction.maps)]
+        scores_K, maps_KSS = as_numpy(prediction.scores), [as_numpy(prediction.maps)]
     progress("fitting the references", pool, pool)
 
-    warnings = [*_twins(references), *notes]
     contrast = statistics.median(photo.contrast for photo in references)
-    extra_scores, extra_maps, lost = score_normals(detector, further, preprocess, device, contrast, options, progress)
-    if lost:
-        warnings.append(f"{len(lost)} calibration photograph(s) left out as unreadable, the first: {lost[0].reason}")
+    found = score_normals(detector, further, preprocess, device, contrast, options.batch_size, progress, known, scale)
+    brightest = [photo.brightest for photo in references] + found.brightest
+    warnings = [*copied(copies, "references"), *notes, *found.notes("calibration"), *dark(brightest)]
+    appearance = Normals([photo.appearance for photo in references])
 
     calibration = None
-    if len(scores_K) or len(extra_scores):
-        calibration = calibrate(scores_K, options.false_alarm_rate, extra_scores)
+    if len(scores_K) or len(found.scores):
+        unlike = appearance.leave_one_out(), appearance.unlike(found.appearance).values
+        calibration = calibrate(scores_K, options.false_alarm_rate, found.scores, unlike)
     threshold = options.threshold
     if threshold is None and calibration is not None:
         threshold = calibration.threshold
-    normal_maps = [*maps_KSS, *extra_maps]
+    normal_maps = [*maps_KSS, *found.maps]
     return Basis(
         detector=detector,
         preprocess=preprocess,
@@ -174,6 +181,9 @@ def prepare_photos(
         references=pool,
         aspects=tuple(photo.aspect for photo in references),
         contrast=contrast,
+        appearance=appearance,
+        full_scale=scale,
+        known=known,
         description=_describe(extractor, detector, options),
         score=f"the mean of the heatmap's highest {percent(detector.top)}",
         promise=promise(calibration, options),
@@ -210,42 +220,6 @@ def _further_normals(
     ]
 
 
-def score_normals(
-    detector: Detector,
-    paths: Sequence[Path],
-    preprocess: Preprocess,
-    device: torch.device,
-    contrast: float,
-    options: Options,
-    progress: Progress,
-) -> tuple[NDArray[np.float64], list[NDArray[np.float64]], list[Unreadable]]:
-    """Scores of normal photographs that are not references, their first maps, and the unreadable files."""
-    scores, maps, lost = [np.empty(0)], list[NDArray[np.float64]](), list[Unreadable]()
-    for number, read in enumerate(read_batches(paths, preprocess, options.batch_size)):
-        batch = without_blank(read, contrast)
-        lost += [item for item in batch if isinstance(item, Unreadable)]
-        scores_B, maps_BSS = predict_photos(detector, [item for item in batch if isinstance(item, Photo)], device)
-        scores.append(scores_B)
-        if len(maps_BSS) and number * options.batch_size < SCALE_SAMPLE:
-            maps.append(maps_BSS)
-        progress("calibrating", min((number + 1) * options.batch_size, len(paths)), len(paths))
-    return np.concatenate(scores), maps, lost
-
-
-def predict_photos(
-    detector: Detector, photos: Sequence[Photo], device: torch.device
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Scores [B] and maps [B, S, S], both empty for an empty batch."""
-    if not photos:
-        return np.empty(0), np.empty((0, 0, 0))
-    prediction = detector.predict(torch.stack([photo.pixels for photo in photos]).to(device))
-    return _numpy(prediction.scores), _numpy(prediction.maps)
-
-
-def _numpy(values: torch.Tensor) -> NDArray[np.float64]:
-    return values.detach().double().cpu().numpy()
-
-
 def promise(calibration: Calibration | None, options: Options) -> tuple[str, ...]:
     """What there is to say about the threshold."""
     if options.threshold is not None:
@@ -260,20 +234,6 @@ def promise(calibration: Calibration | None, options: Options) -> tuple[str, ...
             "and no verdict, only a ranking. Give at least 2, or further ones with --calibration.",
         )
     return calibration.warnings
-
-
-def _twins(references: Sequence[Photo]) -> list[str]:
-    """Two copies of one photograph score each other near zero, which makes the threshold too low."""
-    twins = [
-        (printable(first.path.name), printable(second.path.name))
-        for index, first in enumerate(references)
-        for second in references[index + 1 :]
-        if torch.equal(first.pixels, second.pixels)
-    ]
-    return [
-        f"Copies of one photograph among the references ({a} = {b}): more false alarms than promised."
-        for a, b in twins[:1]
-    ]
 
 
 def _describe(extractor: ADExtractor, detector: FeatureNorm, options: Options) -> str:

@@ -27,12 +27,14 @@ def choose_references(
     extractor: ADExtractor,
     batch_size: int,
     progress: Callable[[int], None],
+    scale: float | None = None,
 ) -> list[Path]:
     """The references among the P normal photographs, in the order of ``paths``.
 
     "even": K evenly spaced in sorted order; "random": K drawn with ``seed``; "kmeans": K spread over the clusters of
     the last level's features; "aligned": all of them, because each image chooses its own K later. Fewer than K
-    photographs are all used. Raises ValueError for an unreadable photograph where it must be read to choose.
+    photographs are all used. ``scale``: as in `read_batches`. Raises ValueError for an unreadable photograph where it
+    must be read to choose.
     """
     if method == ALIGNED or len(paths) <= shots:
         return list(paths)
@@ -41,14 +43,14 @@ def choose_references(
     elif method == RANDOM:
         chosen = random_references(len(paths), shots, seed)
     else:
-        chosen = kmeans_references(_last_level(paths, extractor, batch_size, progress), shots, seed=seed)
+        chosen = kmeans_references(_last_level(paths, extractor, batch_size, progress, scale), shots, seed=seed)
     return [paths[index] for index in chosen]
 
 
-def read_all(paths: Sequence[Path], extractor: ADExtractor, batch_size: int) -> list[Photo]:
+def read_all(paths: Sequence[Path], extractor: ADExtractor, batch_size: int, scale: float | None = None) -> list[Photo]:
     """Every photograph. Raises ValueError for an unreadable one: every score would depend on it."""
     photos: list[Photo] = []
-    for batch in read_batches(paths, extractor.preprocess, batch_size):
+    for batch in read_batches(paths, extractor.preprocess, batch_size, scale):
         photos += readable(batch)
     return photos
 
@@ -62,11 +64,15 @@ def readable(batch: Sequence[Photo | Unreadable]) -> list[Photo]:
 
 
 def _last_level(
-    paths: Sequence[Path], extractor: ADExtractor, batch_size: int, progress: Callable[[int], None]
+    paths: Sequence[Path],
+    extractor: ADExtractor,
+    batch_size: int,
+    progress: Callable[[int], None],
+    scale: float | None,
 ) -> Tensor:
     device = next(extractor.buffers()).device
     features: list[Tensor] = []
-    for batch in read_batches(paths, extractor.preprocess, batch_size):
+    for batch in read_batches(paths, extractor.preprocess, batch_size, scale):
         images = torch.stack([photo.pixels for photo in readable(batch)])
         with torch.no_grad():
             features += extractor.encode(images.to(device))[-1]

@@ -22,10 +22,12 @@ from adpretrain.extractor import ADExtractor
 from adpretrain.files import atomic_path, check_writable
 from downstream.calibration import Calibration
 from downstream.featurenorm import FeatureNorm
-from downstream.inspection.basis import DEFAULTS, Basis, Options, Progress, prepare, silent
+from downstream.inspection.basis import DEFAULTS, Basis, Options, prepare
+from downstream.inspection.finding import find_images
 from downstream.inspection.folder import pick_device
 from downstream.inspection.inspector import Inspector
-from downstream.inspection.photos import Unreadable, find_images, read_batches
+from downstream.inspection.normals import Progress, silent
+from downstream.inspection.photos import Unreadable, read_batches
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OPSET, OPSETS = 20, range(18, 24)  # 20: ONNX Runtime 1.17 or newer
@@ -224,7 +226,7 @@ def export_folder(
 
 
 def _read(paths: Sequence[Path], basis: Basis, batch_size: int) -> Iterator[Tensor]:
-    for batch in read_batches(paths, basis.preprocess, batch_size):
+    for batch in read_batches(paths, basis.preprocess, batch_size, basis.full_scale):
         pixels = []
         for photo in batch:
             if isinstance(photo, Unreadable):

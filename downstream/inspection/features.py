@@ -27,9 +27,10 @@ from adpretrain.artefact import save_tensors
 from adpretrain.backbones import Backbone, FeatureMaps
 from adpretrain.extractor import backbone_config
 from adpretrain.files import atomic_folder, atomic_path
-from downstream.inspection.basis import Progress, silent
 from downstream.inspection.choosing import EVEN, choose_references, read_all
-from downstream.inspection.photos import Photo, Unreadable, find_images, printable, read_batches, relative_name
+from downstream.inspection.finding import find_images, printable
+from downstream.inspection.normals import Progress, silent
+from downstream.inspection.photos import Photo, Unreadable, full_scale, read_batches, relative_name
 
 INDEX = "index.json"
 SHARD = "features-{:05d}.safetensors"
@@ -56,11 +57,13 @@ def extract_folder(
     batch_size: int = 16,
     device: torch.device | str = "cpu",
     progress: Progress = silent,
+    scale: float | None = None,
 ) -> Extraction:
     """Write the feature maps of every readable image below ``images``, in path order.
 
     ``out`` is a folder, or one file if it ends in .safetensors; it appears, or replaces an earlier one, only when
-    complete. Unreadable images are listed in the index. Raises ValueError if there are no images, none can be read, or
+    complete. ``scale``: the full scale of gray photographs with more than 8 bits, by default that of all images
+    together. Unreadable images are listed in the index. Raises ValueError if there are no images, none can be read, or
     ``out`` holds files of somebody else; OSError if it cannot be written.
     """
     paths, single = find_images(images, exclude=out), out.suffix == SUFFIX
@@ -73,7 +76,7 @@ def extract_folder(
             folder = Path(temporary)
         else:
             folder = stack.enter_context(atomic_folder(out))
-        index = write_shards(model, images, paths, folder, batch_size, device, progress)
+        index = write_shards(model, images, paths, folder, batch_size, device, progress, scale or full_scale(paths))
         if not index["images"]:
             reasons = [entry["reason"] for entry in index["unreadable"]]
             raise ValueError(f"none of the {len(paths)} images could be read, the first because: {reasons[0]}")
@@ -129,11 +132,12 @@ def write_shards(
     batch_size: int,
     device: torch.device | str,
     progress: Progress,
+    scale: float | None,
 ) -> dict[str, Any]:
     """One safetensors file per batch in ``folder``; returns the index."""
     rows, unreadable, levels = list[dict[str, Any]](), list[dict[str, str]](), list[dict[str, Any]]()
     done = 0
-    for batch in read_batches(paths, model.preprocess, batch_size):
+    for batch in read_batches(paths, model.preprocess, batch_size, scale):
         unreadable += [
             {"path": printable(relative_name(images, item.path)), "reason": item.reason}
             for item in batch
@@ -175,18 +179,21 @@ def _levels(model: Backbone | ADExtractor, maps: FeatureMaps) -> list[dict[str, 
     ]
 
 
-def set_references(extractor: ADExtractor, normal: Path, shots: int, batch_size: int, out: Path) -> list[str]:
-    """Give an extractor the photographs in ``normal``, at most ``shots``, evenly spaced by name; returns their names.
+def set_references(
+    extractor: ADExtractor, normal: Path, shots: int, batch_size: int, out: Path, scale: float | None
+) -> list[Photo]:
+    """Give an extractor the photographs in ``normal``, at most ``shots``, evenly spaced by name; returns them.
 
-    They are encoded a batch at a time. Raises ValueError for an unreadable one.
+    They are encoded a batch at a time. ``scale``: as in `read_batches`. Raises ValueError for an unreadable one.
     """
     paths = find_images(normal, exclude=out)
-    chosen = choose_references(EVEN, paths, shots, 0, extractor, batch_size, lambda done: None)
-    pixels = torch.stack([photo.pixels for photo in read_all(chosen, extractor, batch_size)])
+    chosen = choose_references(EVEN, paths, shots, 0, extractor, batch_size, lambda done: None, scale)
+    photos = read_all(chosen, extractor, batch_size, scale)
+    pixels = torch.stack([photo.pixels for photo in photos])
     device = next(extractor.buffers()).device
     parts = [extractor.encode_references(part.to(device)) for part in pixels.split(batch_size)]
     extractor.set_references([torch.cat(level, 1) for level in zip(*parts, strict=True)])
-    return [printable(relative_name(normal, path)) for path in chosen]
+    return photos
 
 
 def join(shards: Sequence[Path], target: Path) -> None:

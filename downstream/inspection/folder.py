@@ -4,6 +4,7 @@ a third.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -16,14 +17,18 @@ import torch
 from adpretrain import __version__
 from adpretrain.extractor import ADExtractor
 from adpretrain.files import atomic_path, sweep
+from downstream.calibration import percent
 from downstream.detector import Detector
-from downstream.inspection.basis import DEFAULTS, Basis, Options, Progress, prepare, silent
+from downstream.inspection.basis import DEFAULTS, Basis, Options, prepare
+from downstream.inspection.finding import find_images, passed_over, printable
 from downstream.inspection.fitted import prepare_fitted
-from downstream.inspection.photos import HEATMAPS, find_images, printable
+from downstream.inspection.normals import Progress, silent
+from downstream.inspection.photos import HEATMAPS
 from downstream.inspection.record import PART, Record, settings_of
 from downstream.inspection.report import Fact, rate_fact, write_report
 from downstream.inspection.results import (
     ANOMALOUS,
+    NORMAL,
     UNDECIDED,
     UNREADABLE,
     Result,
@@ -102,6 +107,7 @@ def score_folder(
     """
     paths = find_images(images, exclude=out)
     _make_writable(out)
+    foreign = [note for folder in (normal, calibration, images) if folder for note in passed_over(folder, exclude=out)]
     started = time.perf_counter()
     where = pick_device(device)
     kind, name = ("extractor", extractor) if detector is None else ("detector", detector)
@@ -121,7 +127,9 @@ def score_folder(
     (out / SUMMARY).unlink(missing_ok=True)
     with record:
         results, more_warnings = score_images(basis, images, paths, record, options.batch_size, progress)
-    warnings = [*basis.warnings, *more_warnings, *_known(paths, [*normals, *extra])]
+    warnings = [*basis.warnings, *more_warnings, *_copies(basis, results), *foreign]
+    if drift := drift_warning(basis, options, results):
+        warnings.insert(0, drift)
     summary: dict[str, Any] = {kind: printable(name), "normal": printable(normal), "images_folder": printable(images)}
     summary |= _summary(basis, options, results, warnings)
     summary["seconds"] = round(time.perf_counter() - started, 3)
@@ -164,12 +172,32 @@ def _make_writable(out: Path) -> None:
     sweep(out / HEATMAPS)
 
 
-def _known(paths: Sequence[Path], normals: Sequence[Path]) -> list[str]:
+def _copies(basis: Basis[Detector], results: Sequence[Result]) -> list[str]:
     """A photograph that is compared with itself is normal whatever it shows."""
-    known = {path.resolve() for path in normals}
-    if not (count := sum(path.resolve() in known for path in paths)):
+    undecided = [result for result in results if result.verdict == UNDECIDED and result.reason]
+    if not undecided:
         return []
-    return [f"{count} of {len(paths)} images are normal photographs too: their scores say nothing."]
+    return [
+        f"{len(undecided)} of {len(results)} images are normal photographs too (copies, under any name): their scores "
+        "say nothing, and they have no verdict."
+    ]
+
+
+def drift_warning(basis: Basis[Detector], options: Options, results: Sequence[Result]) -> str | None:
+    """What to say if there are more alarms than the promise allows, were all photographs normal."""
+    calibration = basis.calibration
+    if calibration is None or options.threshold is not None:
+        return None
+    counts = counted(results)
+    alarms, judged = counts[ANOMALOUS], counts[ANOMALOUS] + counts[NORMAL]
+    if not judged or not calibration.exceeds(alarms, judged):
+        return None
+    return (
+        f"{alarms} of {judged} images are anomalous: more than normal photographs like the given ones would give "
+        f"(about {percent(calibration.rate)}; a test at the 1 % level). Either many of them have defects, or the line "
+        "has changed since the normal photographs were taken. Look at the alarms; if they are good, add some of them "
+        "to the normal photographs."
+    )
 
 
 def _summary(
@@ -182,11 +210,15 @@ def _summary(
         "reference_choice": options.references if basis.references else None,
         "shots": options.shots if basis.references else None,
         "threshold": basis.threshold,
+        "unlike_threshold": _finite(calibration.unlike_threshold) if calibration else None,
         "threshold_from": "user" if options.threshold is not None else "calibration" if calibration else None,
         "asked_false_alarm_rate": options.false_alarm_rate,
         "promised_false_alarm_rate": promised.rate if promised else None,
         "false_alarm_rate_upper_95": promised.rate_upper if promised else None,
         "calibration_scores": list(calibration.scores) if calibration else [],
+        "calibration_unlike": list(calibration.unlike) if calibration else [],
+        "more_alarms_than_promised": drift_warning(basis, options, results) is not None,
+        "full_scale": basis.full_scale,
         "counts": counted(results),
         "warnings": [printable(warning) for warning in warnings],
         "files": {"scores": "scores.csv", "report": "report.html", "heatmaps": HEATMAPS},
@@ -195,12 +227,18 @@ def _summary(
     }
 
 
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
 def _facts(basis: Basis[Detector], options: Options, results: Sequence[Result]) -> list[Fact]:
     calibration = basis.calibration if options.threshold is None else None
     threshold = "none" if basis.threshold is None else f"{basis.threshold:.4g}"
     origin = "given by the user" if options.threshold is not None else "from normal photographs only"
     # Why a heatmap can be outlined where the verdict is normal.
     origin += f"; a score is {basis.score}"
+    beyond = basis.calibration.unlike_threshold if basis.calibration else math.inf
+    limit = f"above {beyond:.3g}" if math.isfinite(beyond) else "not judged"
     calibrated = len(basis.calibration.scores) if basis.calibration else 0
     return [
         Fact(
@@ -209,6 +247,7 @@ def _facts(basis: Basis[Detector], options: Options, results: Sequence[Result]) 
             ", ".join(f"{n} {verdict}" for verdict, n in counted(results).items() if n),
         ),
         Fact("Threshold", threshold, origin if basis.threshold is not None else "one reference cannot give one"),
+        Fact("Unlike the normals", limit, "brightness, contrast, colour, sharpness, layout; in units of their spread"),
         rate_fact(
             calibration.rate if calibration else None,
             options.false_alarm_rate,

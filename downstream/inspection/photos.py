@@ -1,9 +1,10 @@
-"""Finding and reading a folder's photographs, a batch at a time; files that cannot be read are reported, not
+"""Reading photographs, a batch at a time; files that cannot be read are reported, not
 raised.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -11,14 +12,20 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from adpretrain.data.samples import IMAGE_SUFFIXES, is_image
-from adpretrain.preprocess import Preprocess, read_image
+from adpretrain.deep import full_scale_of
+from adpretrain.preprocess import Preprocess, depth, read_image
+from downstream.appearance import appearance
+from downstream.inspection.finding import file_and_page, printable
 from downstream.visualise import shown_region
 
 HEATMAPS = "heatmaps"  # below the output folder
+DIGEST = 32  # hexadecimal digits
+LITTLE = 1 / 8  # of the range
 BLANK = 0.1  # of the references' contrast; of the 1344 Magnetic Tile photographs none is below .3 of their median
 
 
@@ -30,6 +37,10 @@ class Photo:
     pixels: Tensor
     shown: Image.Image
     aspect: float  # width / height of the file
+    digest: str  # of the pixels that the network sees: equal for copies, under any name and in any lossless format
+    appearance: NDArray[np.float64]  # [F], see downstream.appearance
+    brightest: int  # value of any pixel, 0 to 255
+    saturated: bool  # whether values lay above the full scale
 
     @property
     def contrast(self) -> float:
@@ -43,48 +54,45 @@ class Unreadable:
     reason: str
 
 
-def find_images(folder: Path, exclude: Path | None = None) -> list[Path]:
-    """Every image file below `folder`, sorted; hidden ones and everything below `exclude` are left out.
+def full_scale(paths: Sequence[Path]) -> float | None:
+    """The value that becomes 255 in the photographs of one camera; see `adpretrain.deep.full_scale_of`.
 
-    A single file is accepted as a folder of one. ValueError if there is no such folder or no image in it.
+    Those that cannot be read are told when they are used. Raises ValueError as there.
     """
-    if folder.is_file():
-        return [folder]
-    if not folder.is_dir():
-        raise ValueError(f"no such folder: {printable(folder)}")
-    barred = exclude.resolve() if exclude else None
-    found = sorted(
-        path
-        for path in folder.rglob("*")
-        if is_image(path)
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and not (barred and path.resolve().is_relative_to(barred))
-    )
-    if not found:
-        if barred and folder.resolve().is_relative_to(barred):
-            raise ValueError(f"{printable(folder)} lies in the output folder {printable(exclude)}: give another --out")
-        raise ValueError(f"no images in {printable(folder)}; known kinds are {', '.join(IMAGE_SUFFIXES)}")
-    return found
+
+    def deep(path: Path) -> tuple[float, bool] | None:
+        try:
+            return depth(*file_and_page(path))
+        except (ValueError, OSError):
+            return None
+
+    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+        return full_scale_of(pool.map(deep, paths))
 
 
-def read_batches(paths: Sequence[Path], preprocess: Preprocess, batch_size: int) -> Iterator[list[Photo | Unreadable]]:
-    """Read in threads, one batch ahead of the consumer, in order; at most two batches are in memory."""
+def read_batches(
+    paths: Sequence[Path], preprocess: Preprocess, batch_size: int, scale: float | None = None
+) -> Iterator[list[Photo | Unreadable]]:
+    """Read in threads, one batch ahead of the consumer, in order; at most two batches are in memory.
+
+    ``scale``: the `full_scale` of gray photographs with more than 8 bits.
+    """
     if batch_size < 1:
         raise ValueError(f"batch size {batch_size}; expected at least 1")
     starts = range(0, len(paths), batch_size)
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-        ahead = [pool.submit(_read, path, preprocess) for path in paths[:batch_size]]
+        ahead = [pool.submit(_read, path, preprocess, scale) for path in paths[:batch_size]]
         for start in starts:
             current = ahead
             following = paths[start + batch_size : start + 2 * batch_size]
-            ahead = [pool.submit(_read, path, preprocess) for path in following]
+            ahead = [pool.submit(_read, path, preprocess, scale) for path in following]
             yield [future.result() for future in current]
 
 
-def _read(path: Path, preprocess: Preprocess) -> Photo | Unreadable:
+def _read(path: Path, preprocess: Preprocess, scale: float | None) -> Photo | Unreadable:
+    file, page = file_and_page(path)
     try:
-        return seen(path, read_image(path), preprocess)
+        return seen(path, read_image(file, page=page, full_scale=scale), preprocess)
     except (ValueError, OSError) as error:
         return Unreadable(path, printable(error))
 
@@ -105,7 +113,44 @@ def without_blank(read: Sequence[Photo | Unreadable], usual: float) -> list[Phot
 
 def seen(path: Path, photo: Image.Image, preprocess: Preprocess) -> Photo:
     """An RGB photograph as the network and people see it."""
-    return Photo(path, preprocess(photo), shown_region(photo, preprocess), photo.width / photo.height)
+    pixels = preprocess.pixels(photo)
+    return Photo(
+        path,
+        preprocess.normalise(pixels),
+        shown_region(photo, preprocess),
+        photo.width / photo.height,
+        hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:DIGEST],
+        appearance(pixels),
+        int(pixels.max()),
+        photo.info.get("saturated") is True,
+    )
+
+
+def dark(brightest: Sequence[int]) -> list[str]:
+    """What to say if all of the normals, whose highest values are given, use a small part of the range."""
+    if not brightest or max(brightest) >= 256 * LITTLE:
+        return []
+    return [
+        f"All normal photographs use less than an eighth of the range (the highest value is {max(brightest)} of 255): "
+        "little can be seen in them. If they are 16-bit colour files of a camera with 10 or 12 bits, convert them to 8 "
+        "bits per channel; if they are dark, lengthen the exposure."
+    ]
+
+
+def without_copies(photos: Sequence[Photo], known: dict[str, str]) -> tuple[list[Photo], list[tuple[str, str]]]:
+    """The photographs whose digests are not ``known`` (digest -> name) yet, and those left out, with what they copy.
+
+    ``known`` is filled with the photographs that stay.
+    """
+    kept, copies = list[Photo](), list[tuple[str, str]]()
+    for photo in photos:
+        name = printable(photo.path.name)
+        if photo.digest in known:
+            copies.append((name, known[photo.digest]))
+        else:
+            known[photo.digest] = name
+            kept.append(photo)
+    return kept, copies
 
 
 def relative_name(root: Path, path: Path) -> str:
@@ -131,8 +176,3 @@ def picture_names(root: Path, paths: Sequence[Path]) -> dict[Path, str]:
         taken.add(name.casefold())
         names[path] = f"{HEATMAPS}/{name}"
     return names
-
-
-def printable(text: object) -> str:
-    """Text that any UTF-8 stream takes: file names on Linux are bytes and need not be valid UTF-8."""
-    return os.fsencode(str(text)).decode("utf-8", errors="replace")

@@ -23,6 +23,7 @@ from typing_extensions import Self
 from adpretrain import __version__
 from adpretrain.artefact import CONFIG_NAME, WEIGHTS_NAME
 from downstream.inspection.basis import Options
+from downstream.inspection.finding import file_and_page
 from downstream.inspection.photos import relative_name
 from downstream.inspection.results import Result
 from downstream.visualise import ColourScale
@@ -55,7 +56,8 @@ def _digest(paths: Sequence[Path]) -> str:
     found = hashlib.sha256()
     for path in paths:  # names too: they choose the references
         content = hashlib.sha256()
-        with contextlib.suppress(OSError), path.open("rb") as file:  # reported with its name when it is used
+        # An error is reported with the file's name when it is used.
+        with contextlib.suppress(OSError), file_and_page(path)[0].open("rb") as file:
             while piece := file.read(1 << 20):  # a PatchCore bank may have gigabytes
                 content.update(piece)
         found.update(os.fsencode(path.name) + b"\0" + content.digest())
@@ -65,7 +67,7 @@ def _digest(paths: Sequence[Path]) -> str:
 def stamp(root: Path, path: Path) -> Stamp:
     """What tells an image from a later one of the same name; zeros for a file that cannot be looked at."""
     try:
-        status = path.stat()
+        status = file_and_page(path)[0].stat()
     except OSError:
         return relative_name(root, path), 0, 0
     return relative_name(root, path), status.st_size, status.st_mtime_ns
@@ -73,10 +75,12 @@ def stamp(root: Path, path: Path) -> Stamp:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """A scored batch: its results, and how many images have a shape unlike the normal photographs'."""
+    """A scored batch: its results, and how many images have a shape unlike the normal photographs', or values above
+    their full scale."""
 
     results: tuple[Result, ...]
     odd_shapes: int = 0
+    saturated: int = 0
 
 
 class Record:
@@ -107,7 +111,7 @@ class Record:
                     self._scale = images, ColourScale(*map(float, line["scale"]))
                 else:
                     results = tuple(map(_result, line["results"]))
-                    self._batches[images] = Batch(results, int(line["odd_shapes"]))
+                    self._batches[images] = Batch(results, int(line["odd_shapes"]), int(line["saturated"]))
         except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"cannot read {self.path} ({error}): leave out --resume to start anew") from error
         return whole
@@ -164,7 +168,9 @@ class Record:
     def add(self, images: Sequence[Stamp], batch: Batch) -> None:
         """Remember a batch whose heatmaps are written."""
         results = [dataclasses.asdict(result) for result in batch.results]
-        self._write({"images": images, "results": results, "odd_shapes": batch.odd_shapes})
+        self._write(
+            {"images": images, "results": results, "odd_shapes": batch.odd_shapes, "saturated": batch.saturated}
+        )
 
     def scale(self, images: Sequence[Stamp]) -> ColourScale | None:
         """The colour scale that a sample of the images has fixed, if one has.
@@ -190,9 +196,11 @@ class Record:
 
 
 def _result(entry: Mapping[str, Any]) -> Result:
-    score, p_value = (None if entry[key] is None else float(entry[key]) for key in ("score", "p_value"))
+    numbers = ("score", "p_value", "unlike", "unlike_p_value")
+    score, p_value, unlike, unlike_p_value = (None if entry[key] is None else float(entry[key]) for key in numbers)
     heatmap = None if entry["heatmap"] is None else str(entry["heatmap"])
-    return Result(str(entry["path"]), score, p_value, str(entry["verdict"]), heatmap, str(entry["reason"]))
+    path, verdict, reason, measure = (str(entry[key]) for key in ("path", "verdict", "reason", "measure"))
+    return Result(path, score, p_value, verdict, heatmap, reason, unlike, unlike_p_value, measure)
 
 
 def _change(key: str, earlier: Any, now: Any) -> str:

@@ -27,7 +27,7 @@ from PIL import Image
 
 from adpretrain.files import atomic_path
 from downstream.calibration import percent
-from downstream.inspection.photos import printable
+from downstream.inspection.finding import printable
 from downstream.inspection.results import ANOMALOUS, NORMAL, UNDECIDED, UNREADABLE, Result
 from downstream.visualise import COLORMAP, photo_and_heatmap
 
@@ -70,7 +70,7 @@ def write_report(
     values: dict[str, Iterable[str]] = {
         "title": [escape(printable(title))],
         "tone": ["" if counts[ANOMALOUS] or not counts[NORMAL] else "clean"],
-        "headline": [_headline(counts)],
+        "headline": [_headline(counts, threshold)],
         "where": [escape(printable(where))],
         "facts": map(tile, facts),
         "warnings": [warning_list(warnings)],
@@ -133,22 +133,29 @@ def _card(result: Result, inlined: tuple[bytes, bytes] | None) -> str:
     numbers = f'<span class="badge">{escape(result.verdict)}</span>'
     numbers += "" if result.score is None else f"<span>score {result.score:.4g}</span>"
     numbers += "" if result.p_value is None else f"<span>p {result.p_value:.3g}</span>"
+    if result.unlike is not None:
+        p_unlike = "" if result.unlike_p_value is None else f", p {result.unlike_p_value:.3g}"
+        numbers += f"<span>unlike {result.unlike:.3g} ({escape(result.measure)}{p_unlike})</span>"
+    if result.reason and result.heatmap is not None:  # otherwise it stands in the picture's place
+        numbers += f'<span class="why">{escape(printable(result.reason))}</span>'
     full = f' data-full="{_link(result.heatmap)}"' if result.heatmap else ""
     data = f'data-name="{name}" data-score="{score}" data-p="{p_value}" data-verdict="{result.verdict}"{full}'
     text = f'<span class="name">{name}</span><span class="numbers">{numbers}</span>'
     return f'<li {data}>{_pictures(result, inlined)}<div class="say">{text}</div></li>\n'
 
 
-def _headline(counts: Counter[str]) -> str:
+def _headline(counts: Counter[str], threshold: float | None) -> str:
     scored = counts[ANOMALOUS] + counts[NORMAL] + counts[UNDECIDED]
-    if counts[UNDECIDED]:
+    if threshold is None:
         text = f"{scored} {_images(scored)} ranked, without a threshold"
     elif counts[ANOMALOUS]:
         text = f"<b>{counts[ANOMALOUS]} of {scored}</b> {_images(scored)} {_are(counts[ANOMALOUS])} anomalous"
-    elif scored:
+    elif counts[NORMAL]:
         text = f"<b>No anomaly</b> in {scored} {_images(scored)}"
     else:
         text = "No image could be scored"
+    if threshold is not None and counts[UNDECIDED]:
+        text += f", {counts[UNDECIDED]} undecided"
     return text + (f", {counts[UNREADABLE]} unreadable" if counts[UNREADABLE] else "")
 
 

@@ -16,21 +16,32 @@ from pathlib import Path
 from typing import Any
 
 from adpretrain.files import atomic_path
-from downstream.inspection.photos import HEATMAPS, printable
+from downstream.inspection.finding import printable
+from downstream.inspection.photos import HEATMAPS
 
 ANOMALOUS, NORMAL, UNDECIDED, UNREADABLE = "anomalous", "normal", "undecided", "unreadable"
+
+COLUMNS = ("path", "score", "p_value", "verdict", "unlike", "unlike_p_value", "measure", "reason")
 
 
 @dataclass(frozen=True)
 class Result:
-    """One image. `score` and `p_value` are None where there is none."""
+    """One image. Numbers are None where there are none."""
 
     path: str  # relative to the images folder, with forward slashes
     score: float | None
     p_value: float | None
-    verdict: str  # anomalous, normal, undecided (there is no threshold) or unreadable
+    verdict: str  # anomalous, normal, undecided (no threshold, or compared with itself) or unreadable
     heatmap: str | None = None  # relative to the output folder
-    reason: str = ""  # why the file is unreadable
+    reason: str = ""  # why it is anomalous (what is beyond its threshold), undecided or unreadable
+    unlike: float | None = None  # how much it is unlike the normals as a whole, see downstream.appearance
+    unlike_p_value: float | None = None
+    measure: str = ""  # in what it is unlike them most
+
+    @property
+    def judgement(self) -> str:
+        """The verdict and, in brackets, the reason: "anomalous (score)"."""
+        return f"{self.verdict} ({self.reason})" if self.reason else self.verdict
 
 
 def by_score(results: Sequence[Result], verdict: str) -> list[Result]:
@@ -40,7 +51,7 @@ def by_score(results: Sequence[Result], verdict: str) -> list[Result]:
 
 
 def write_scores(path: Path, results: Sequence[Result]) -> None:
-    """scores.csv: path, score, p_value, verdict; an empty field where there is no number."""
+    """scores.csv, a row per result in `COLUMNS`; an empty field where there is no number."""
     # surrogateescape writes back the very bytes of a file name that is not UTF-8, so that scripts find the
     # file.
     with (
@@ -48,10 +59,12 @@ def write_scores(path: Path, results: Sequence[Result]) -> None:
         temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
     ):
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["path", "score", "p_value", "verdict"])
+        writer.writerow(COLUMNS)
         for result in results:
-            numbers = ["" if value is None else repr(value) for value in (result.score, result.p_value)]
-            writer.writerow([result.path, *numbers, result.verdict])
+            values = [getattr(result, name) for name in COLUMNS]
+            writer.writerow(
+                [value if isinstance(value, str) else "" if value is None else repr(value) for value in values]
+            )
 
 
 def write_summary(path: Path, summary: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ Shape legend: B images of a batch, S = the network's input side.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,17 +18,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from downstream.appearance import Unlike
 from downstream.calibration import Calibration
-from downstream.inspection.basis import SCALE_SAMPLE, Basis, Progress, predict_photos, silent
-from downstream.inspection.photos import (
-    Photo,
-    Unreadable,
-    picture_names,
-    printable,
-    read_batches,
-    relative_name,
-    without_blank,
-)
+from downstream.inspection.basis import Basis
+from downstream.inspection.finding import printable
+from downstream.inspection.normals import SCALE_SAMPLE, Progress, predict_photos, silent
+from downstream.inspection.photos import Photo, Unreadable, picture_names, read_batches, relative_name, without_blank
 from downstream.inspection.record import Batch, Record, Stamp, stamp
 from downstream.inspection.results import ANOMALOUS, NORMAL, UNDECIDED, UNREADABLE, Result
 from downstream.visualise import ColourScale, panel, save_png
@@ -59,8 +55,8 @@ def score_images(
             stacklevel=2,
         )
     to_read = [path for span, batch in zip(spans, earlier, strict=True) if batch is None for path in paths[span]]
-    read = read_batches(to_read, basis.preprocess, batch_size)
-    results, odd_shapes = list[Result](), 0
+    read = read_batches(to_read, basis.preprocess, batch_size, basis.full_scale)
+    results, odd_shapes, saturated = list[Result](), 0, 0
     progress("scoring", 0, len(paths))
     for span, batch in zip(spans, earlier, strict=True):
         if batch is None:
@@ -68,8 +64,9 @@ def score_images(
             record.add(images[span], batch)
         results += batch.results
         odd_shapes += batch.odd_shapes
+        saturated += batch.saturated
         progress("scoring", len(results), len(paths))
-    return results, shape_warning(odd_shapes, len(paths))
+    return results, [*shape_warning(odd_shapes, len(paths)), *_saturation(saturated, len(paths), basis.full_scale)]
 
 
 def _score_batch(
@@ -84,7 +81,7 @@ def _score_batch(
     read = without_blank(read, basis.contrast)
     photos = [item for item in read if isinstance(item, Photo)]
     predicted = iter(zip(*predict_photos(basis.detector, photos, basis.device), strict=True))
-    results, odd_shapes = list[Result](), 0
+    results, odd_shapes, saturated = list[Result](), 0, 0
     for item in read:
         name, heatmap = relative_name(root, item.path), names[item.path]
         score, map_SS = next(predicted) if isinstance(item, Photo) else (math.nan, np.empty((0, 0)))
@@ -93,11 +90,16 @@ def _score_batch(
             results.append(Result(name, None, None, UNREADABLE, reason=reason))
             (out / heatmap).unlink(missing_ok=True)  # of what lay there before an interruption
             continue
-        result = judge(name, float(score), basis.calibration, basis.threshold, heatmap)
+        unlike = basis.appearance.unlike(item.appearance)
+        result = judge(name, float(score), unlike, basis.calibration, basis.threshold, heatmap)
+        if (original := basis.known.get(item.digest)) is not None:
+            reason = f"it is a copy of a normal photograph ({original}), so that it is compared with itself"
+            result = dataclasses.replace(result, verdict=UNDECIDED, reason=reason)
         save_png(panel(item.shown, map_SS, scale, title=_title(result)), out / heatmap)
         odd_shapes += is_odd(item.aspect, basis.aspects)
+        saturated += item.saturated
         results.append(result)
-    return Batch(tuple(results), odd_shapes)
+    return Batch(tuple(results), odd_shapes, saturated)
 
 
 def _scale_of_sample(
@@ -111,7 +113,7 @@ def _scale_of_sample(
     if (earlier := record.scale(images)) is not None:
         return earlier
     maps = [np.zeros((0, 1, 1))]
-    for batch in read_batches(sample, basis.preprocess, batch_size):
+    for batch in read_batches(sample, basis.preprocess, batch_size, basis.full_scale):
         photos = [item for item in batch if isinstance(item, Photo)]
         maps.append(predict_photos(basis.detector, photos, basis.device)[1])
     scale = typical_scale([map_SS for batch in maps for map_SS in batch], basis.threshold)
@@ -128,19 +130,31 @@ def typical_scale(maps: Sequence[NDArray[np.floating]], threshold: float | None 
 
 
 def judge(
-    name: str, score: float, calibration: Calibration | None, threshold: float | None, heatmap: str | None = None
+    name: str,
+    score: float,
+    unlike: Unlike,
+    calibration: Calibration | None,
+    threshold: float | None,
+    heatmap: str | None = None,
 ) -> Result:
-    """The result of one image with a finite score."""
-    p_value = float(calibration.p_values([score])[0]) if calibration else None
-    verdict = UNDECIDED
+    """The result of one image with a finite score; ``unlike`` is of this image alone."""
+    value, measure = float(unlike.values[0]), unlike.measures[0]
+    p_value = unlike_p_value = None
+    if calibration is not None:
+        p_value = float(calibration.p_values([score])[0])
+        unlike_p_value = float(calibration.unlike_p_values([value])[0]) if calibration.unlike else None
+    verdict, reasons = UNDECIDED, list[str]()
     if threshold is not None:
-        verdict = ANOMALOUS if score > threshold else NORMAL
-    return Result(name, score, p_value, verdict, heatmap)
+        reasons += ["score"] if score > threshold else []
+        beyond = calibration is not None and value > calibration.unlike_threshold
+        reasons += [f"unlike the normals: {measure}"] if beyond else []
+        verdict = ANOMALOUS if reasons else NORMAL
+    return Result(name, score, p_value, verdict, heatmap, ", ".join(reasons), value, unlike_p_value, measure)
 
 
 def _title(result: Result) -> str:
     p_value = "" if result.p_value is None else f", p {result.p_value:.3g}"
-    return f"{printable(result.path)}: {result.verdict}, score {result.score:.4g}{p_value}"
+    return f"{printable(result.path)}: {result.judgement}, score {result.score:.4g}{p_value}"
 
 
 def is_odd(aspect: float, aspects: Sequence[float]) -> bool:
@@ -156,3 +170,10 @@ def shape_warning(odd: int, total: int) -> list[str]:
         f"{odd} of {total} images have a shape (width:height) unlike the normal photographs'. They are "
         "prepared like those, so what lies elsewhere in them looks like an anomaly: crop them alike."
     ]
+
+
+def _saturation(saturated: int, total: int, full_scale: float | None) -> list[str]:
+    if not saturated:
+        return []
+    limit = "the full scale of their type" if full_scale is None else f"{full_scale:g}, the full scale of the normals"
+    return [f"{saturated} of {total} images hold values above {limit}: what is brighter all looks white."]

@@ -105,6 +105,26 @@ def test_finest_averages_the_maps_that_are_finer(finest: int) -> None:
             torch.testing.assert_close(level[:, :, row, column], patch.flatten(2).mean(2), rtol=1e-5, atol=1e-5)
 
 
+def test_patch_averages_neighbourhoods_and_counts_zeros_beyond_the_border() -> None:
+    pixels = plain.images(64)
+    maps = load_backbone("lite0", image_size=64)(pixels)
+    for number, (level, found) in enumerate(
+        zip(maps, load_backbone("lite0", image_size=64, patch=[1, 3])(pixels), strict=True)
+    ):
+        expected = level.clone()
+        if number == 1:
+            padded = torch.nn.functional.pad(level, (1, 1, 1, 1))
+            side = level.shape[2]
+            expected = sum(padded[:, :, y : y + side, x : x + side] for y in range(3) for x in range(3)) / 9
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("patch", [[3], [2, 1], [0, 1]])
+def test_patch_is_an_odd_number_for_every_level(patch: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"must hold an odd number for each of the levels \[2, 3\]"):
+        load_backbone("lite0", image_size=64, patch=patch)
+
+
 @pytest.mark.parametrize("finest", [-8, 5, 128])
 def test_finest_must_divide_the_input(finest: int) -> None:
     with pytest.raises(ValueError, match=rf"finest {finest} must be a stride in pixels that divides image_size 64, or"):
@@ -163,7 +183,7 @@ def test_a_saved_extractor_names_the_commit_and_levels_but_no_path(hub_cache: Pa
     folder = extractor.save_pretrained(tmp_path / "extractor")
     config = json.loads((folder / CONFIG_NAME).read_text())["backbone"]
     recorded = {"name": SMALL, "image_size": 64, "revision": SHA, "weights": None, "levels": [2, 3]}
-    recorded |= {"resize": "squeeze", "crop_from": None, "finest": 0}
+    recorded |= {"resize": "squeeze", "crop_from": None, "finest": 0, "patch": []}
     assert config == recorded
     loaded = ADExtractor.from_pretrained(folder)
     assert loaded.config == extractor.config

@@ -5,11 +5,9 @@ Run by `make bench`. Times do not depend on the weights' values, so random ones 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-
 import pytest
 import torch
+from clock import interleaved_cpu_seconds
 
 from adpretrain.backbones import load_backbone
 from adpretrain.config import ProjectorConfig
@@ -18,25 +16,6 @@ from adpretrain.extractor import ADExtractor, build_projector
 pytestmark = pytest.mark.benchmark
 
 BATCH, SHOTS, TARGET = 4, 8, 1.6
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def interleaved_cpu_seconds(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """The least CPU time of each function; taken in turns, so that a busy spell of the machine meets them all."""
-    best = dict.fromkeys(functions, float("inf"))
-    for _ in range(repeats):
-        for name, function in functions.items():
-            start = time.process_time()
-            function()
-            best[name] = min(best[name], time.process_time() - start)
-    return best
 
 
 @torch.no_grad()

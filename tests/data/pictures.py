@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ from PIL import Image
 SIZE = (12, 8)  # width, height
 
 
-def photograph(path: Path, seed: int = 0) -> Path:
+def photograph(path: Path, seed: int | None = None) -> Path:
+    """Noise, another for every name below its set's folders, or for every seed."""
+    seed = zlib.crc32("/".join(path.parts[-5:]).encode()) if seed is None else seed
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (SIZE[1], SIZE[0], 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)

@@ -1,9 +1,11 @@
 """LOCO, MVTec 3D, VisA, BTAD and MPDD in tiny trees of their true form: splits, masks, traps, errors, detection."""
 
 import os
+import shutil
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -166,25 +168,38 @@ def test_an_empty_visa_listing(visa: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "gone", "expected"),
+    ("name", "bare", "expected"),
     [
-        ("mpdd", "bracket_black/ground_truth/hole/000_mask.PNG", "ground_truth/hole/000_mask.png"),
-        ("mvtec_3d", "bagel/test/crack/gt/000.png", "test/crack/gt/000.png"),
-        ("btad", "03/ground_truth/ko/0000.bmp", r"ground_truth/ko/0000.png \(or .bmp\)"),
-        ("visa", "candle/Data/Masks/Anomaly/000.png", "candle/Data/Masks/Anomaly/000.png"),
-        ("mvtec_loco", "breakfast_box/ground_truth/logical_anomalies/001/000.png", r"logical_anomalies/001/\*.png"),
+        ("mpdd", "bracket_black/test/hole/001.png", "ground_truth/hole/001_mask.png"),
+        ("mvtec_3d", "bagel/test/crack/rgb/002.png", "test/crack/gt/002.png"),
+        ("btad", "03/test/ko/0001.bmp", r"ground_truth/ko/0001.png \(or .bmp\)"),
+        ("visa", "candle/Data/Images/Anomaly/001.JPG", "candle/Data/Masks/Anomaly/001.png"),
+        ("mvtec_loco", "breakfast_box/test/logical_anomalies/002.png", r"logical_anomalies/002/\*.png"),
     ],
 )
 def test_a_missing_mask_is_named_and_the_set_is_still_there(
-    trees: dict[str, Path], name: str, gone: str, expected: str
+    trees: dict[str, Path], name: str, bare: str, expected: str
 ) -> None:
-    whole = index_dataset(name, trees[name])
-    (trees[name] / gone).unlink()
+    """Beside other defects of the category that have theirs."""
+    root = trees[name]
+    whole = index_dataset(name, root)
+    photograph(root / bare)
+    if name == "visa":
+        with (root / "split_csv/1cls.csv").open("a") as listing:
+            listing.write(f"candle,test,anomaly,{bare},candle/Data/Masks/Anomaly/001.png\n")
     with pytest.raises(MissingMasks, match=f"is a defect without a mask: expected .*{expected}") as caught:
-        index_dataset(name, trees[name])
-    assert [s.image for s in caught.value.samples] == [s.image for s in whole]
+        index_dataset(name, root)
+    assert {s.image for s in caught.value.samples} == {*(s.image for s in whole), root / bare}
     assert [s.image for s in caught.value.samples if s.anomalous and s.mask is None] == list(caught.value.missing)
-    assert len(caught.value.missing) == 1
+    assert list(caught.value.missing) == [root / bare]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_set_without_masks_has_its_defects_all_the_same(trees: dict[str, Path], name: str) -> None:
+    whole = index_dataset(name, trees[name])
+    for file in [file for sample in whole for file in sample.mask_files]:
+        file.unlink()
+    assert index_dataset(name, trees[name]) == [replace(sample, mask=None) for sample in whole]
 
 
 def test_many_missing_masks_are_counted(mvtec_3d: Path) -> None:
@@ -218,9 +233,11 @@ def test_a_category_folder_is_named_also_as_the_current_one(btad: Path, monkeypa
 
 
 def test_a_missing_mask_does_not_make_it_another_layout(mpdd: Path) -> None:
-    (mpdd / "bracket_black/ground_truth/hole/000_mask.PNG").unlink()
+    photograph(mpdd / "bracket_black/test/hole/001.png")
     with pytest.raises(MissingMasks):
         index_dataset("auto", mpdd)
+    shutil.rmtree(mpdd / "bracket_black/ground_truth")
+    assert detect_layout(mpdd) == "mvtec"
 
 
 def test_what_was_looked_for_and_the_folder_that_was_meant(btad: Path, tmp_path: Path) -> None:

@@ -72,6 +72,19 @@ def test_realiad_folders(realiad: Path) -> None:
     assert {s.view for s in index_realiad(realiad, views=["C2"])} == {"C2"}
 
 
+@pytest.mark.parametrize("protocol", ["", "realiad_jsons_sv"])
+def test_without_a_single_mask_nothing_tells_a_defective_parts_views_apart(realiad: Path, protocol: str) -> None:
+    """In the folders, that is; a listing still does, and the masks that it names are not there to be read."""
+    (realiad / "realiad_256/cap/NG/HS/.ipynb_checkpoints").mkdir()
+    for file in realiad.rglob("cap*.png"):
+        file.unlink()
+    samples = index_realiad(realiad, protocol=protocol)
+    assert all(s.mask is None for s in samples if s.category == "cap")
+    views = [(s.view, s.of_defective_part) for s in samples if s.category == "cap" and s.defect == "HS"]
+    assert views == ([("C1", False)] if protocol else [("C1", False), ("C2", False), ("C3", False)])
+    assert [s.view for s in samples if s.category == "zipper" and s.of_defective_part] == ["C3"]
+
+
 def test_realiad_json_splits(realiad: Path) -> None:
     samples = index_realiad(realiad, ["cap"], protocol="realiad_jsons_sv")
     assert [(s.split, s.defect, s.view, s.mask is None) for s in samples] == [

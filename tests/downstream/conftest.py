@@ -9,23 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from drawn import SIZE
+from drawn import SIZE, tile
 from PIL import Image
 
 from adpretrain.backbones import Backbone, load_backbone
 from adpretrain.extractor import ADExtractor
-
-
-def tile(seed: int, blob: bool = False, size: int = 96) -> Image.Image:
-    """A gray-brown tile with fine noise; with `blob`, a dark disc that no good tile has."""
-    rng = np.random.default_rng(seed)
-    stripes = 12 * np.sin(np.arange(size) / 3.0)[None, :, None]
-    pixels = np.array([150, 130, 110]) + stripes + rng.normal(0, 6, (size, size, 3))
-    if blob:
-        ys, xs = np.mgrid[:size, :size]
-        centre = rng.integers(size // 3, 2 * size // 3, size=2)
-        pixels[(ys - centre[0]) ** 2 + (xs - centre[1]) ** 2 < (size // 8) ** 2] = 10
-    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,10 @@
-"""Noise as photographs, for detectors on the raw backbone Lite0 (fixture `backbone`)."""
+"""Tiles, and noise as photographs for detectors on the raw backbone Lite0 (fixture `backbone`)."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 SIZE = 64
@@ -11,3 +13,15 @@ SIZE = 64
 def photographs(count: int, seed: int) -> Tensor:
     """[count, 3, S, S], the same for the same seed."""
     return torch.rand(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def tile(seed: int, blob: bool = False, size: int = 96) -> Image.Image:
+    """A gray-brown tile with fine noise; with `blob`, a dark disc that no good tile has."""
+    rng = np.random.default_rng(seed)
+    stripes = 12 * np.sin(np.arange(size) / 3.0)[None, :, None]
+    pixels = np.array([150, 130, 110]) + stripes + rng.normal(0, 6, (size, size, 3))
+    if blob:
+        ys, xs = np.mgrid[:size, :size]
+        centre = rng.integers(size // 3, 2 * size // 3, size=2)
+        pixels[(ys - centre[0]) ** 2 + (xs - centre[1]) ** 2 < (size // 8) ** 2] = 10
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from downstream.calibration import calibrate, conformal_p_values, percent, photographs_needed
+from downstream.calibration import calibrate, conformal_p_values, joint_thresholds, percent, photographs_needed
 
 TRIALS = 4000
 
@@ -134,5 +134,83 @@ def test_no_scores_and_nan_scores_are_refused() -> None:
         calibrate([[1.0, 2.0]])
 
 
+@pytest.mark.parametrize(("n", "rate"), [(4, 0.2), (8, 0.25), (19, 0.05), (30, 0.1)])
+@pytest.mark.parametrize("together", [0.0, 0.9])
+def test_score_and_unlike_value_keep_the_promise_together(n: int, rate: float, together: float) -> None:
+    """Exchangeable pairs, independent or correlated, the unlike value with the heavier tail; both do alarm."""
+    rng = np.random.default_rng([n, round(10 * together)])
+    alarms = by_score = by_unlike = moved = 0.0
+    for _ in range(TRIALS):
+        normal_2 = rng.normal(size=(2, n + 1))
+        mixed = together * normal_2[0] + (1 - together) * normal_2[1]
+        scores, unlike = np.exp(0.15 * normal_2[0]), np.exp(0.4 * mixed)
+        calibration = calibrate([], rate, scores[:n], ([], unlike[:n]))
+        above, beyond = scores[n] > calibration.threshold, unlike[n] > calibration.unlike_threshold
+        alarms, by_score, by_unlike = alarms + (above or beyond), by_score + above, by_unlike + beyond
+        moved += calibration.threshold / calibrate([], rate, scores[:n]).threshold / TRIALS
+    assert calibration.rate * 0.7 < alarms / TRIALS <= most_allowed(calibration.rate)
+    assert by_score > 0
+    assert 1 - 1e-9 < moved < 1.1  # the threshold of the score
+    assert by_unlike > 0
+
+
+def test_every_one_of_n_plus_1_is_treated_alike() -> None:
+    """Exact, not on average: of any five photographs at most one is above the thresholds of the four others."""
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        scores, unlike = rng.gamma(3, size=5), np.exp(1.5 * rng.normal(size=5))
+        alarms = 0
+        for new in range(5):
+            others = np.arange(5) != new
+            limit, unlike_limit = joint_thresholds(scores[others], unlike[others], rank=1)
+            alarms += scores[new] > limit or unlike[new] > unlike_limit
+        assert alarms <= 1
+
+
+def test_negative_scores_and_one_odd_normal() -> None:
+    """An ensemble's scores lie about 0; one normal far off in one respect moves the other threshold a little only."""
+    rng = np.random.default_rng(0)
+    scores, unlike = rng.normal(size=40), rng.gamma(3, size=40)
+    limit, unlike_limit = joint_thresholds(scores, unlike, rank=2)
+    assert np.sort(scores)[-2] <= limit < np.sort(scores)[-2] + 1
+    assert np.sort(unlike)[-2] <= unlike_limit < 3 * np.sort(unlike)[-2]
+    shifted = joint_thresholds(scores - 100, unlike, rank=2)
+    assert shifted == pytest.approx((limit - 100, unlike_limit))
+    positive = rng.gamma(50, size=20)
+    usual, _ = joint_thresholds(positive, unlike[:20], rank=1)
+    moved, _ = joint_thresholds(positive, np.append(unlike[:19], 1000.0), rank=1)
+    assert moved < 15 * usual  # it is 300 times as odd
+    with pytest.raises(ValueError, match="3 scores and 2 unlike values"):
+        joint_thresholds([1, 2, 3], [1, 2], 1)
+
+
+def test_more_alarms_than_promised_are_told_at_the_1_percent_level() -> None:
+    """Against a simulation: the alarms among m normal photographs, each with a calibration set of its own."""
+    rng = np.random.default_rng(0)
+    n, rate, photographs = 19, 0.1, 40
+    counts = []
+    for _ in range(TRIALS):
+        calibration = calibrate([], rate, rng.normal(size=n))
+        counts.append(int(calibration.is_anomalous(rng.normal(size=photographs)).sum()))
+    told = [calibration.exceeds(alarms, photographs) for alarms in range(photographs + 1)]
+    assert told == sorted(told)
+    first = told.index(True)
+    assert np.mean(np.array(counts) >= first) <= stats.binom.ppf(0.9999, TRIALS, 0.01) / TRIALS
+    assert np.mean(np.array(counts) >= first - 1) > 0.005  # one alarm fewer would be said too often
+    assert not calibration.exceeds(0, 0)
+
+
 def test_percent_reads_well() -> None:
     assert [percent(rate) for rate in (0.05, 1 / 3, 0.0001, 0.2)] == ["5 %", "33.3 %", "0.01 %", "20 %"]
+
+
+@pytest.mark.parametrize(("n", "rate"), [(4, 0.2), (20, 0.05), (99, 0.1)])
+@pytest.mark.parametrize("photographs", [1, 30, 1000])
+def test_drift_is_scipys_beta_binomial_tail(n: int, rate: float, photographs: int) -> None:
+    calibration = calibrate(extra=np.arange(1.0, n + 1), rate=rate)
+    rank = round(calibration.rate * (n + 1))
+    assert calibration.rate_upper == pytest.approx(stats.beta.ppf(0.95, rank, n + 1 - rank), rel=1e-9)
+    tail = stats.betabinom.sf(np.arange(-1, photographs), photographs, rank, n + 1 - rank)
+    for alarms in range(0, photographs + 1, max(1, photographs // 40)):
+        if abs(tail[alarms] - 0.01) > 1e-9:
+            assert calibration.exceeds(alarms, photographs) == (tail[alarms] <= 0.01)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,19 +48,20 @@ def test_a_sound_set(bottles: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_problem_is_listed(bottles: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (bottles / "bottle/ground_truth/crack/tile_20_mask.png").unlink()
+    bare = bottles / "bottle/test/crack/tile_21.png"
+    shutil.copy(bottles / "bottle/test/crack/tile_20.png", bare)
     Image.new("L", (96, 96), 0).save(bottles / "cable/ground_truth/crack/tile_20_mask.png")
     cut = bottles / "cable/train/good/tile_1.png"
     cut.write_bytes(cut.read_bytes()[:200])
     assert check(bottles, "--workers", "2") == 1
     lines = capsys.readouterr().out.splitlines()
     missing, broken, blank = lines[lines.index("3 problems:") + 1 :]
-    assert "bottle/test/crack/tile_20.png is a defect without a mask: expected" in missing
+    assert "bottle/test/crack/tile_21.png is a defect without a mask: expected" in missing
     assert f"cannot read image {cut}" in broken
     assert "cable/test/crack/tile_20.png is a defect of kind 'crack' but nothing is marked" in blank
     assert check(bottles, "--json") == 1
     report = json.loads(capsys.readouterr().out)
-    assert (report["dataset"], report["root"], report["images"]) == ("mvtec", str(bottles), 13)
+    assert (report["dataset"], report["root"], report["images"]) == ("mvtec", str(bottles), 14)
     assert report["categories"]["cable"]["validation"] == {"normal": 1, "anomalous": 0}
     assert len(report["problems"]) == 3
 
@@ -84,6 +86,18 @@ def test_warnings_are_listed_and_are_no_problems(bottles: Path, capsys: pytest.C
     assert (report["problems"], len(report["warnings"])) == ([], 2)
 
 
+def test_a_category_without_masks_is_one_warning(bottles: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(bottles / "cable/ground_truth")
+    shutil.copy(bottles / "cable/test/crack/tile_20.png", bottles / "cable/test/crack/tile_21.png")
+    assert check(bottles) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[5:] == [
+        "0 problems",
+        "1 warnings, of what can be used as it is:",
+        "  cable: no defect has a mask: there are image metrics, but no pixel metrics, and nothing to train on",
+    ]
+
+
 def test_files_that_the_index_leaves_out_are_problems(
     write_tiles: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -102,8 +116,8 @@ def test_columns_of_a_hugging_face_set(write_tiles: Write, tmp_path: Path, capsy
     (folder / "metadata.csv").write_text("file_name,state,region\ntile_0.png,fine,\ntile_1.png,good,\n")
     assert check(folder) == 2
     assert "has no label and no mask" in capsys.readouterr().err
-    assert check(folder, "--columns.label", "state") == 1  # "fine" is taken for a defect, which has no mask
-    assert "tile_0.png is a defect without a mask" in capsys.readouterr().out
+    assert check(folder, "--columns.label", "state") == 0  # "fine" is taken for a defect, which has no mask
+    assert "photos: no defect has a mask: there are image metrics" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -128,3 +142,17 @@ def test_wrong_usage(
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.out == ""
+
+
+def test_a_copied_training_image_among_those_to_test_on_is_a_problem(
+    bottles: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Under another name and in another format; copies within a split are not."""
+    train, test = bottles / "cable/train/good", bottles / "cable/test/good"
+    Image.open(train / "tile_2.png").save(test / "leak.bmp")
+    Image.open(train / "tile_1.png").save(train / "again.tif")
+    assert check(bottles) == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if "copy" in line]
+    # The tiles of the two categories are drawn from the same seeds: bottle's come first.
+    assert any(f"{test / 'leak.bmp'} (test) is a copy of the training image" in line for line in lines)
+    assert not any("again.tif" in line for line in lines)

@@ -22,7 +22,8 @@ from downstream.embedding import EmbeddingConfig
 from downstream.ensemble import EnsembleConfig, ScoreUnit
 from downstream.featurenorm import FeatureNorm
 from downstream.fitting import parse_settings
-from downstream.inspection.photos import Photo, find_images, read_batches
+from downstream.inspection.finding import find_images
+from downstream.inspection.photos import Photo, read_batches
 from downstream.padim import PaDiM
 from downstream.patchcore import PatchCore, PatchCoreConfig
 from downstream.table import DETECTORS, detector_from_pretrained

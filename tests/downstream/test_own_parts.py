@@ -69,6 +69,10 @@ WRONG: dict[str, tuple[Callable[[list[Tensor]], Any], str]] = {
     "arrays": (lambda levels: [level.numpy() for level in levels], "level 0 .* must be a tensor, got ndarray"),
     "tokens": (lambda levels: [level.flatten(2) for level in levels], r"floats \[3, C, H, W\], got \(3, 40, 64\)"),
     "first image": (lambda levels: [level[:1] for level in levels], r"floats \[3, C, H, W\], got \(1, 40, 8, 8\)"),
+    "channels last": (
+        lambda levels: [level.permute(0, 2, 3, 1) for level in levels],
+        r"level 0 .* is \(3, 8, 8, 40\), channels last: .*permute\(0, 3, 1, 2\)",
+    ),
     "integers": (lambda levels: [level.int() for level in levels], r"floats .* of torch.int32"),
 }
 
@@ -88,6 +92,8 @@ def test_batches_of_another_form_are_named(backbone: Backbone, name: str) -> Non
         DETECTORS[name](extractor).fit(DataLoader(TensorDataset(images), batch_size=2))
     with pytest.raises(ValueError, match=r"got \(3, 64, 64\): .* fit a list of batches, such as \[images\]"):
         DETECTORS[name](extractor).fit(images)
+    with pytest.raises(ValueError, match=r"hold values from .* to 25\d\.?\d*, .* not normalised: .*divide by 255"):
+        DETECTORS[name](extractor).fit([images * 255])
     detector = DETECTORS[name](extractor).fit(DataLoader(images, batch_size=2))
     with pytest.raises(ValueError, match=r"must be a tensor .* got a ndarray"):
         detector.predict(images.numpy())  # type: ignore[arg-type]

@@ -50,7 +50,7 @@ def table(run: Path, tmp_path: Path) -> Path:
         "extractors": [{"folder": str(source), "sha256": folder_digest(source)}],
     }
     means = {"image_auroc": 81.25, "aupro": 66.5, "pixel_ap": None}
-    rows = [{"setting": "full", "detector": "padim", "features": "adpretrain", "mean": means}]
+    rows = [{"setting": "full", "detector": "padim", "features": "pretrained", "mean": means}]
     folder = tmp_path / "results"
     folder.mkdir()
     (folder / "table.json").write_text(json.dumps({"configuration": configuration, "summary": rows}))
@@ -81,7 +81,7 @@ def test_a_run_becomes_a_page_and_the_page_an_extractor(
         "![",
         "assets/curves.png",
         "assets/heatmap-2.png",
-        "| MTD | test, full | padim on adpretrain features |",
+        "| MTD | test, full | padim on pretrained features |",
     ):
         assert shown in text
     data = ModelCard(text).data

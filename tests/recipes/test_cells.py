@@ -20,7 +20,7 @@ def test_what_uses_no_drawn_references_runs_once(monkeypatch: pytest.MonkeyPatch
     from cells import jobs_of
 
     samples = [Sample(Path(f"{i}.png"), None, "cap", "good", None, "train" if i < 9 else "test") for i in range(12)]
-    rows = [Contender("padim", "raw"), Contender("padim", "adpretrain"), Contender(ALIGNED, "adpretrain")]
+    rows = [Contender("padim", "raw"), Contender("padim", "pretrained"), Contender(ALIGNED, "pretrained")]
     counts = {}
     for protocol in ("reference-sensitivity", "few-shot"):
         planned = trials(samples, ProtocolOptions(protocol, shots=(4,), draws=3))

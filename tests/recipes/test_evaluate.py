@@ -74,7 +74,7 @@ def test_one_run_gives_all_files_and_every_contender(uninterrupted: Path) -> Non
     assert command.startswith("accelerate launch recipes/evaluate.py --root")
     assert command.endswith("--device cpu")
     assert {(record["detector"], record["features"]) for record in found} == {
-        (detector, features) for detector in ("featurenorm", "padim") for features in ("raw", "adpretrain")
+        (detector, features) for detector in ("featurenorm", "padim") for features in ("raw", "pretrained")
     }
     assert all(0 <= record["metrics"]["aupro"] <= 1 for record in found)  # type: ignore[index]
     for name in ("table.csv", "table.md", "table.tex", "report.html", "config.json"):
@@ -162,7 +162,7 @@ def test_an_extractor_of_the_hub_gives_the_numbers_of_its_folder(
     hub: Hub, given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ADExtractor.from_pretrained(given[3]).push_to_hub("factory/mine", tag="v1")
-    quick = ["--categories", "p000*", "--features", "adpretrain", *given[4:], "--detectors", "featurenorm"]
+    quick = ["--categories", "p000*", "--features", "pretrained", *given[4:], "--detectors", "featurenorm"]
     for name, out in ((given[3], "folder"), ("factory/mine@v1", "hub")):
         flags = [*given[:3], name, *quick, "--out", str(tmp_path / out)]
         assert evaluate(*flags, monkeypatch=monkeypatch) == 0
@@ -176,8 +176,8 @@ def test_without_an_extractor_it_is_the_embedded_one(
 ) -> None:
     flags = [*given[:2], "--categories", "p000*", "--references", "2", "--pictures", "0", "--embeddings", "0"]
     flags += ["--detectors", "featurenorm", "--out", str(tmp_path / "out")]
-    assert evaluate(*flags, "--features", "raw,adpretrain", monkeypatch=monkeypatch) == 0
-    assert [record["features"] for record in table(tmp_path / "out")] == ["raw", "adpretrain"]
+    assert evaluate(*flags, "--features", "raw,pretrained", monkeypatch=monkeypatch) == 0
+    assert [record["features"] for record in table(tmp_path / "out")] == ["raw", "pretrained"]
     found = json.loads((tmp_path / "out" / "table.json").read_text())["configuration"]["extractors"]
     assert found == [{"folder": "embedded", "sha256": folder_digest(EMBEDDED_FOLDER)}]
 
@@ -218,7 +218,7 @@ def test_products_are_spread_by_their_size(monkeypatch: pytest.MonkeyPatch) -> N
         samples = tuple(Sample(Path(f"{name}{i}"), None, name, "good", None, "test") for i in range(images))
         return Trial(name, "full", 0, (Part(name, (), (), samples),))
 
-    rows = [Contender("padim", "raw"), Contender("padim", "adpretrain")]
+    rows = [Contender("padim", "raw"), Contender("padim", "pretrained")]
     jobs = jobs_of([trial("small", 1), trial("large", 5), trial("middle", 3)], rows)
     first, second = shares(jobs, 2)
     assert [job.trial.name for job in first] == ["large"] * 2

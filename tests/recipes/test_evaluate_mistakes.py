@@ -11,7 +11,9 @@ import timm
 import torch
 from PIL import Image
 
+from adpretrain.data import Junk
 from adpretrain.data.synthetic import make_synthetic
+from downstream import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -61,6 +63,57 @@ def test_the_few_shot_table_of_a_set_without_masks_has_image_metrics_and_dashes(
     assert len(rows) == 1
     assert rows[0][-2:] == ["–", "–"]
     assert 0 <= float(rows[0][-3]) <= 100
+
+
+@pytest.mark.parametrize("detectors", [[], ["--detectors", "featurenorm", "--features", "pretrained"]])
+def test_inverted_masks_and_junk_among_them_are_told_in_the_words_of_check_data(
+    detectors: list[str],
+    photographs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    truth = photographs / "nut" / "ground_truth" / "dent" / "3_mask.png"
+    with Image.open(truth) as mask:
+        mask.point(lambda value: 255 - value).save(truth)
+    junk = photographs / "bolt" / "ground_truth" / "dent" / ".ipynb_checkpoints" / "3_mask-checkpoint.png"
+    junk.parent.mkdir()
+    shutil.copy(truth, junk)
+    out = ["--out", str(tmp_path / "out")] if detectors else []
+    with pytest.warns(Junk, match=f"1 hidden or foreign files among the masks are ignored, such as {junk}"):
+        assert evaluate(monkeypatch, photographs, "--shots", "1", *detectors, *out) == 0
+    table = (tmp_path / "out" / "table.md").read_text() if detectors else capsys.readouterr().err
+    share = 1 - 16 * 16 / 64**2
+    assert f"nut: mask {truth} marks {share:.0%} of the pixels as defective: is it inverted?" in " ".join(table.split())
+    assert "bolt: mask" not in table
+
+
+def test_a_board_is_a_whole_evaluation(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The recipe and the command give one table, from folders relative to the file."""
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    from evaluate import main
+
+    extractor = "raw: {backbone: lite0, image_size: 64}"
+    text = f"sets: [{{name: parts, root: set}}]\nextractors: {{{extractor}}}\ndetectors: [featurenorm]\nshots: [1]\n"
+    (tmp_path / "board.yaml").write_text(text)
+    flags = ["--board", str(tmp_path / "board.yaml"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert main(flags) == 0
+    assert "| parts | K=1 | featurenorm | raw | 3 |" in capsys.readouterr().out
+    written = {file: file.stat().st_mtime_ns for file in (tmp_path / "out" / "cells").iterdir()}
+    assert cli.main(["evaluate", *flags[1:]]) == 0
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "out" / "cells").iterdir()} == written
+    for more, message in (
+        (
+            ["--shots", "1", "--protocol", "full"],
+            "sets, extractors and detectors itself: leave --shots, --protocol",
+        ),
+        ([], "needed: --root, the folder of a data set, or --board"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*flags, *more] if more else [])
+        assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_few_shot_table_names_the_product_with_too_few_images_before_it_computes_anything(

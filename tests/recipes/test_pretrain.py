@@ -34,7 +34,6 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(arguments: Arg
     process = subprocess.Popen(
         [*LAUNCH, "recipes/pretrain.py", *argv],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -121,3 +121,11 @@ def test_counts_are_limited(good: int, new: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_counts([0] * good, [0] * new, SMALL)
     check_counts([0] * 2, [0] * 3, SMALL)
+
+
+def test_a_file_of_several_pages_is_refused(tmp_path: Path) -> None:
+    pages = [Image.new("RGB", (8, 8), (value, 0, 0)) for value in (10, 200)]
+    pages[0].save(tmp_path / "two.tif", save_all=True, append_images=pages[1:])
+    found = read_upload(Upload(tmp_path / "two.tif", "two.tif"), SIZE)
+    assert isinstance(found, Unreadable)
+    assert "holds 2 pages or frames" in found.reason

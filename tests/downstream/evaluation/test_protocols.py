@@ -43,6 +43,23 @@ def test_full_fits_on_all_normal_training_images_and_scores_the_test_split() -> 
     assert names(part.references) <= names(part.train)
 
 
+def test_a_seed_and_all_images() -> None:
+    """Draw d of seed s takes the images of seed s + d, whatever the protocol; all images are drawn once."""
+    samples = product("cap")
+    first, second, everything = trials(samples, ProtocolOptions("few-shot", shots=(3, 0), draws=2, seed=5))
+    for trial, seed in ((first, 5), (second, 6)):
+        chosen = tuple(samples[index] for index in random_references(20, 3, seed))
+        assert trial.parts[0].train == trial.parts[0].references == chosen
+    assert (everything.setting, everything.draw) == ("K=all", 0)
+    assert everything.parts[0].train == everything.parts[0].references == tuple(samples[:20])
+    assert everything.parts[0].test == first.parts[0].test == tuple(samples[20:])
+    later = only(trials(samples, ProtocolOptions(seed=1)))
+    assert later.references == trials(samples, ProtocolOptions(draws=2))[1].parts[0].references
+    apart = [replace(sample, split="train") for sample in samples]
+    (held,) = trials(apart, ProtocolOptions("few-shot", shots=(0,)))
+    assert [part.train for part in held.parts] == [tuple(split(apart)[0])]
+
+
 def test_without_a_test_split_every_fifth_normal_image_is_held_out() -> None:
     samples = [replace(sample, split="train") for sample in product("cap", train=10, good=0, bad=3)]
     train, test = split(samples)
@@ -201,5 +218,5 @@ def test_mistakes_name_the_product_or_the_option() -> None:
         ProtocolOptions("zero-shot")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"share 1.5 must be in"):
         ProtocolOptions(share=1.5)
-    with pytest.raises(ValueError, match=r"shots \[0\]"):
-        ProtocolOptions(shots=(0,))
+    with pytest.raises(ValueError, match=r"shots \[-1\]"):
+        ProtocolOptions(shots=(-1,))

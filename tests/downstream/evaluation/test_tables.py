@@ -35,7 +35,7 @@ def record(product: str, features: str, value: float | None, draw: int = 0, extr
         "metrics": dict.fromkeys(TITLES, value),
         "notes": ["no anomalous images"] if value is None else [],
         "trained_on": 4,
-        "order": [0, 0, ["raw", "adpretrain"].index(features), extractor, draw],
+        "order": [0, 0, ["raw", "pretrained"].index(features), extractor, draw],
         "seconds": {"fit": 1.0, "score": 2.0},
     }
 
@@ -46,7 +46,7 @@ def records() -> list[dict[str, Any]]:
     rng = np.random.default_rng(0)
     found = [record(name, "raw", float(rng.random()), draw) for name in ("a_b & c|d", "nut") for draw in (0, 1)]
     found += [
-        record(name, "adpretrain", float(rng.random()), draw, extractor)
+        record(name, "pretrained", float(rng.random()), draw, extractor)
         for name in ("a_b & c|d", "nut")
         for draw in (0, 1)
         for extractor in (0, 1)
@@ -63,7 +63,7 @@ def test_means_spreads_and_gains_are_those_of_the_hand_calculation(records: list
     assert raw.spread["aupro"] == pytest.approx(abs(first - second) / 2**0.5, abs=1e-9)
     assert raw.gain is None
     assert (raw.products, raw.repeats, ours.repeats) == (2, 2, 4)
-    means = [50 * (value["a", "adpretrain", d, e] + value["n", "adpretrain", d, e]) for d, e in np.ndindex(2, 2)]
+    means = [50 * (value["a", "pretrained", d, e] + value["n", "pretrained", d, e]) for d, e in np.ndindex(2, 2)]
     assert ours.mean["aupro"] == pytest.approx(np.mean(means), abs=1e-9)
     assert ours.spread["aupro"] == pytest.approx(np.std(means, ddof=1), abs=1e-9)
     assert ours.gain is not None
@@ -73,7 +73,7 @@ def test_means_spreads_and_gains_are_those_of_the_hand_calculation(records: list
 def test_the_order_does_not_depend_on_who_finished_first(records: list[dict[str, Any]]) -> None:
     shuffled = [records[index] for index in np.random.default_rng(1).permutation(len(records))]
     assert in_order(shuffled) == records
-    assert [row.features for row in summarise(in_order(shuffled))] == ["raw", "adpretrain"]
+    assert [row.features for row in summarise(in_order(shuffled))] == ["raw", "pretrained"]
 
 
 def test_every_format_is_read_back(records: list[dict[str, Any]], tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_an_undefined_metric_is_a_dash_never_a_number(tmp_path: Path) -> None:
 
 def test_a_mean_that_is_not_of_all_products_says_of_how_many(tmp_path: Path) -> None:
     """Rows of the same table whose means are of one, two and three products."""
-    values = {"raw": (0.5, 0.7, 0.9), "adpretrain": (0.5, None, 0.7)}
+    values = {"raw": (0.5, 0.7, 0.9), "pretrained": (0.5, None, 0.7)}
     found = [record(name, kind, value) for kind in values for name, value in zip("abc", values[kind], strict=True)]
     found[0]["metrics"]["d_prime"] = found[1]["metrics"]["d_prime"] = None
     write_tables(tmp_path, found, {})

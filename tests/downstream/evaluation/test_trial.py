@@ -49,7 +49,7 @@ def product(samples: list[Sample], name: str = "tile") -> list[Sample]:
 def test_featurenorm_gets_the_few_shot_tables_numbers(samples: list[Sample], networks: Networks) -> None:
     group = product(samples)
     (found,) = trials(group, ProtocolOptions("few-shot", shots=(3,)))
-    (record,) = run_trial(found, Contender("featurenorm", "adpretrain"), networks, Settings(batch_size=3, pictures=0))
+    (record,) = run_trial(found, Contender("featurenorm", "pretrained"), networks, Settings(batch_size=3, pictures=0))
     expected = asdict(few_shot(networks.extractors[0], encode_samples(group, networks.backbone), shots=3, seed=0))
     for name in ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "pixel_f1", "aupro"):
         assert record["metrics"][name] == pytest.approx(expected[name], abs=1e-6), name
@@ -71,7 +71,7 @@ def test_too_few_images_for_a_detector_are_no_reason_to_stop(
 
 def test_few_images_allow_fewer_aligned_references_and_stop_nothing(samples: list[Sample], networks: Networks) -> None:
     (found,) = trials(product(samples), ProtocolOptions("few-shot", shots=(6,)))
-    contender = Contender("aligned-featurenorm", "adpretrain")
+    contender = Contender("aligned-featurenorm", "pretrained")
     (record,) = run_trial(found, contender, networks, Settings(pictures=0))
     assert record["notes"][0] == "6 aligned references: there are no more training images"
     asked = Settings(pictures=0, options={"aligned-featurenorm": {"shots": 6}})
@@ -119,7 +119,7 @@ def test_an_anomaly_among_the_references_is_scored_as_the_extractor_in_use_would
     bad = next(sample for sample in test if sample.anomalous)
     part = Part("tile", (*train, bad), (*train[:2], bad), tuple(test))
     settings = Settings(pictures=0, batch_size=len(test), options={detector: {"sigma": 0.0}})
-    (record,) = run_trial(Trial("tile", "overlap", 0, (part,)), Contender(detector, "adpretrain"), networks, settings)
+    (record,) = run_trial(Trial("tile", "overlap", 0, (part,)), Contender(detector, "pretrained"), networks, settings)
     extractor = networks.extractors[0]
     images, references = (
         torch.cat(list(Images(some, extractor.preprocess, settings))) for some in (test, part.references)
@@ -178,34 +178,34 @@ def test_detectors_made_of_others_are_compared(samples: list[Sample], networks: 
     (full,) = trials(group, ProtocolOptions())
     options = {"ensemble": {"members": [{"detector": "padim"}, {"detector": "padim"}]}}
     settings = Settings(pictures=0, options=options)
-    for features in ("raw", "adpretrain"):
+    for features in ("raw", "pretrained"):
         single, joined = (
             run_trial(full, Contender(name, features), networks, settings)[0] for name in ("padim", "ensemble")
         )
         assert np.argsort(single["scores"]).tolist() == np.argsort(joined["scores"]).tolist()
     assert options == {"ensemble": {"members": [{"detector": "padim"}, {"detector": "padim"}]}}  # JSON still
     (every,) = trials(samples, ProtocolOptions("multi-class"))
-    with pytest.raises(ValueError, match="refined on adpretrain keeps the normal images of all products"):
-        run_trial(every, Contender("refined", "adpretrain"), networks, settings)
+    with pytest.raises(ValueError, match="refined on pretrained keeps the normal images of all products"):
+        run_trial(every, Contender("refined", "pretrained"), networks, settings)
 
 
 def test_contenders_are_every_detector_on_every_kind_of_features(networks: Networks) -> None:
     two = Networks(networks.backbone, networks.extractors * 2)
-    found = contenders(["padim", "featurenorm"], ["raw", "adpretrain"], two)
+    found = contenders(["padim", "featurenorm"], ["raw", "pretrained"], two)
     assert [(c.detector, c.features, c.extractor) for c in found] == [
         ("padim", "raw", 0),
-        ("padim", "adpretrain", 0),
-        ("padim", "adpretrain", 1),
+        ("padim", "pretrained", 0),
+        ("padim", "pretrained", 1),
         ("featurenorm", "raw", 0),
-        ("featurenorm", "adpretrain", 0),
-        ("featurenorm", "adpretrain", 1),
+        ("featurenorm", "pretrained", 0),
+        ("featurenorm", "pretrained", 1),
     ]
     alone = Networks(networks.backbone)
     for names, features, message in (
         ([], ["raw"], "no detectors to compare; choose from featurenorm"),
         (["padlm"], ["raw"], r"detectors \['padlm'\] are unknown; choose from featurenorm"),
         (["padim"], ["cooked"], r"features \['cooked'\] are unknown"),
-        (["padim"], ["adpretrain"], "need an extractor on that backbone: give --extractors"),
+        (["padim"], ["pretrained"], "need an extractor on that backbone: give --extractors"),
         (["padim"], ["scaled"], "need an extractor with a local scale"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -273,7 +273,7 @@ def test_the_report_is_self_contained_and_escapes_names(
     samples: list[Sample], networks: Networks, tmp_path: Path
 ) -> None:
     records = []
-    for order, features in enumerate(("raw", "adpretrain")):
+    for order, features in enumerate(("raw", "pretrained")):
         for found in trials(product(samples), ProtocolOptions(references=3)):
             (record,) = run_trial(found, Contender("featurenorm", features), networks, Settings(pictures=1))
             shown = record.pop("shown")
@@ -352,9 +352,9 @@ def test_an_unreadable_photograph_is_no_lack_of_images(write_tiles: Callable[...
 def test_what_is_said_of_the_references(samples: list[Sample], networks: Networks) -> None:
     settings = Settings(pictures=0, options={"aligned-featurenorm": {"shots": 2}})
     (found,) = trials(samples, ProtocolOptions("multi-class", references=2))
-    for features, notes in (("adpretrain", [trial.OWN]), ("raw", [])):
+    for features, notes in (("pretrained", [trial.OWN]), ("raw", [])):
         records = run_trial(found, Contender("featurenorm", features), networks, settings)
         assert [record["notes"] for record in records] == [notes, notes]
     alone = trials(product(samples), ProtocolOptions("reference-sensitivity", references=2))[0]
-    (record,) = run_trial(alone, Contender("aligned-featurenorm", "adpretrain"), networks, settings)
+    (record,) = run_trial(alone, Contender("aligned-featurenorm", "pretrained"), networks, settings)
     assert record["notes"] == [trial.UNDRAWN]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from adpretrain.backbones import load_backbone
 from adpretrain.extractor import ADExtractor
@@ -67,7 +67,10 @@ def test_a_detector_of_a_cropping_backbone_crops_when_it_scores(wide: tuple[Path
     config = json.loads((tmp_path / "fitted" / "config.json").read_text())
     assert config["preprocess"]["crop_from"] == config["backbone"]["crop_from"] == 72
     out = tmp_path / "out"
-    score = ["score", "--detector", str(tmp_path / "fitted"), "--normal", str(good), "--images", str(new)]
+    (tmp_path / "more").mkdir()
+    for path in good.iterdir():  # others than those that it was fitted on
+        ImageOps.flip(Image.open(path)).save(tmp_path / "more" / path.name)
+    score = ["score", "--detector", str(tmp_path / "fitted"), "--normal", str(tmp_path / "more"), "--images", str(new)]
     assert main([*score, "--out", str(out)]) in (0, 1)
     scores = {item["path"]: item["score"] for item in json.loads((out / "summary.json").read_text())["images"]}
     assert scores["middle.png"] > scores["edge.png"]

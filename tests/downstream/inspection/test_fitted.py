@@ -73,7 +73,33 @@ def test_scores_and_threshold_are_the_detectors(scene: Scene, tmp_path: Path) ->
     calibration = calibrate((), 0.2, predicted(sorted(scene[1].iterdir())))
     assert summary["threshold"] == pytest.approx(calibration.threshold, rel=1e-5)
     assert (summary["detector"], summary["references"], summary["promised_false_alarm_rate"]) == (folder, 0, 1 / 7)
-    assert SEEN in summary["warnings"]
+    assert SEEN not in summary["warnings"]
+
+
+def test_photographs_that_a_detector_knows_do_not_calibrate_it(
+    scene: Scene, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Under other names and re-encoded; a folder of an earlier version knows none and says so."""
+    known, further, images = scene
+    network = ["--backbone", "lite0", "--image-size", "64"]
+    folder = fitted(scene, tmp_path / "det", "patchcore", *network)
+    (tmp_path / "renamed").mkdir()
+    for number, path in enumerate(sorted(known.iterdir())):
+        Image.open(path).save(tmp_path / "renamed" / f"n{number}.bmp")
+    assert score(tmp_path / "renamed", images, tmp_path / "out", "--detector", folder) == 2
+    assert "the detector was fitted on all 4 normal photographs" in capsys.readouterr().err
+    Image.open(known / "tile_2.png").save(further / "again.tif")
+    assert score(further, images, tmp_path / "out", "--detector", folder) == 1
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert len(summary["calibration_scores"]) == 6
+    assert "1 of the normal photographs are copies" in summary["warnings"][-1]
+
+    config = json.loads((tmp_path / "det" / "config.json").read_text())
+    assert len(config.pop("photographs")) == 4
+    del config["full_scale"]
+    (tmp_path / "det" / "config.json").write_text(json.dumps(config))
+    score(tmp_path / "renamed", images, tmp_path / "out", "--detector", folder)
+    assert SEEN in json.loads((tmp_path / "out" / "summary.json").read_text())["warnings"]
 
 
 def test_a_fitted_featurenorm_gives_what_its_references_give(scene: Scene, extractor_dir: Path, tmp_path: Path) -> None:

@@ -1,0 +1,112 @@
+"""How a photograph looks as a whole, compared with the normals: brightness, contrast, colour, sharpness, layout.
+
+Features that are compared place by place, and scaled by what is usual there, are blind to much that is wrong
+everywhere: another exposure, a lens out of focus, a camera upside down. So each photograph is measured as a whole,
+before any network, and its nonconformity `unlike` is the largest of these distances, each in units of its spread:
+
+- brightness: the mean of the gray values; contrast: the logarithm of their standard deviation;
+- colour: the means of two opponent axes, red - green and (red + green) / 2 - blue;
+- sharpness (and noise, its other side): the logarithm of the mean absolute Laplacian of the gray values;
+- layout: the root mean square distance between thumbnails of 8 x 8 gray values less their mean, to the nearest normal.
+
+A distance is measured from the median of the normals. Its spread is sqrt(s^2 + f^2 (1 + 8 / n)), with s = 1.2533 times
+the mean absolute deviation (the standard deviation, if normal; one odd photograph counts for less) and a floor f, below
+which nobody should be alarmed: a lamp or an exposure control that is said to be constant still drifts by a few per cent
+(`FLOORS`). Of few normals s says little, so that the floor counts for more: twice as much with n = 3. The layout's
+spread is made in the same way from every normal's distance to its nearest other one.
+
+Shape legend: N normals, B photographs, S side in pixels, F numbers of a photograph, C measured values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+MEASURES = ("brightness", "contrast", "colour", "colour", "sharpness", "layout")
+# Of brightness 3 % of the range, of layout half of that, of each colour axis 1 % (people see half of that in pairs); of
+# contrast 10 %, of sharpness 15 %, as compression and the sensor's noise give by the kind of picture.
+FLOORS = np.array([0.03, 0.10, 0.01, 0.01, 0.15, 0.015])
+FEW = 8.0  # normals, at which the floor's square counts twice
+THUMBNAIL = 8
+_STEP = 1 / 255  # added before a logarithm: one gray level is nothing
+_LUMA = (0.299, 0.587, 0.114)
+
+
+def appearance(pixels: Tensor) -> NDArray[np.float64]:
+    """A photograph as the network sees it, uint8 [3, S, S] -> [F]: five values and the thumbnail's 64."""
+    red, green, blue = pixels.float().div(255)
+    gray_SS = _LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue
+    inner = gray_SS[1:-1, 1:-1]
+    around = gray_SS[:-2, 1:-1] + gray_SS[2:, 1:-1] + gray_SS[1:-1, :-2] + gray_SS[1:-1, 2:]
+    laplacian = (4 * inner - around).abs().mean() if inner.numel() else gray_SS.new_zeros(())
+    values = torch.stack(
+        [
+            gray_SS.mean(),
+            (gray_SS.std(correction=0) + _STEP).log(),
+            (red - green).mean(),
+            ((red + green) / 2 - blue).mean(),
+            (laplacian + _STEP).log(),
+        ]
+    )
+    thumbnail = F.adaptive_avg_pool2d(gray_SS[None], THUMBNAIL).flatten()
+    return torch.cat([values, thumbnail - thumbnail.mean()]).double().numpy()
+
+
+@dataclass(frozen=True)
+class Unlike:
+    """How much photographs are unlike the normals: ``values`` [B], and the measure that is furthest off in each."""
+
+    values: NDArray[np.float64]
+    measures: tuple[str, ...]
+
+
+class Normals:
+    """What the appearance of N normals, rows [N, F] of `appearance`, is. Raises ValueError without any."""
+
+    def __init__(self, rows: ArrayLike) -> None:
+        self.rows_NF = np.atleast_2d(np.asarray(rows, dtype=np.float64))
+        if self.rows_NF.size == 0:
+            raise ValueError("no normal photographs to compare the appearance with")
+
+    def unlike(self, rows: ArrayLike) -> Unlike:
+        """Of photographs that are not among the normals: rows [B, F]."""
+        rows_BF = np.asarray(rows, dtype=np.float64).reshape(-1, self.rows_NF.shape[1])
+        distances_BC = _distances(rows_BF, self.rows_NF)
+        return Unlike(distances_BC.max(1), tuple(MEASURES[worst] for worst in distances_BC.argmax(1)))
+
+    def leave_one_out(self) -> NDArray[np.float64]:
+        """[N]: every normal against the N - 1 others; empty if there is one only."""
+        count = len(self.rows_NF)
+        if count < 2:
+            return np.empty(0)
+        return np.array([_distances(self.rows_NF[[i]], np.delete(self.rows_NF, i, axis=0)).max() for i in range(count)])
+
+
+def _distances(rows_BF: NDArray[np.float64], normals_NF: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[B, C] in units of the normals' spread."""
+    few = len(MEASURES) - 1
+    centre_C, values_NC = np.median(normals_NF[:, :few], axis=0), normals_NF[:, :few]
+    away_BC = np.abs(rows_BF[:, :few] - centre_C)
+    spread_C = _spread(np.abs(values_NC - centre_C).mean(0), FLOORS[:few], len(normals_NF))
+    nearest_B = _apart(rows_BF[:, few:], normals_NF[:, few:]).min(1)
+    apart_NN = _apart(normals_NF[:, few:], normals_NF[:, few:])
+    np.fill_diagonal(apart_NN, np.inf)
+    typical = apart_NN.min(1).mean() if len(normals_NF) > 1 else 0.0
+    layout_B = nearest_B / _spread(typical, FLOORS[few], len(normals_NF))
+    return np.column_stack([away_BC / spread_C, layout_B])
+
+
+def _spread(deviation: ArrayLike, floor: ArrayLike, count: int) -> NDArray[np.float64]:
+    return np.sqrt((1.2533 * np.asarray(deviation)) ** 2 + np.asarray(floor) ** 2 * (1 + FEW / count))
+
+
+def _apart(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Root mean square distance of every thumbnail in ``a`` from every one in ``b``."""
+    squares = (a**2).mean(1)[:, None] + (b**2).mean(1)[None] - 2 * a @ b.T / a.shape[1]
+    return np.sqrt(np.clip(squares, 0, None))

@@ -1,0 +1,251 @@
+"""Does pretraining on real defects carry over to another product? Leave one set out, train on the others, score it.
+
+  python recipes/carry_over.py --sets ../shared/data/mtd ../shared/data/board/* --seeds 3 --out runs/carry-over
+
+Every set whose defects have masks is left out once; those without are trained on never and scored for every fold. The
+features are the embedded extractor's (Lite0, local scale); their residuals against other normals of the same set are
+cached once, two views of every photograph. A variant of recipes/carry_over.yaml trains a projector on them with the
+losses of ADPretrain, by the library's own objective. What is printed, and written to table.md, is the gain of its
+FeatureNorm over that of the same extractor without a projector, on the same references and photographs: mean over sets,
+and the standard deviation of that mean over seeds. A finished run is never repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from flags import Help
+from rich.console import Console
+from rich.progress import track
+
+from adpretrain import ADExtractor
+from adpretrain.artefact import build_projector
+from adpretrain.backbones import FeatureMaps
+from adpretrain.batches import CachedBatches, label, thin
+from adpretrain.config import LossConfig, ProjectorConfig
+from adpretrain.data import Sample, index_dataset, index_with_bare
+from adpretrain.data.pairs import PretrainingSet
+from adpretrain.files import atomic_path
+from adpretrain.objective import Objective, measure_centers
+from adpretrain.parsing import from_dict, read_yaml
+from downstream.evaluation.evaluate import FeatureSet, draw_shots, encode_samples, measure, normals, score
+
+METRICS = ("image_auroc", "pixel_auroc", "aupro")
+SHOTS, DRAWS, CACHED, BATCH, TOKENS = 4, 1, 1, 16, 24
+NORMALS, DEFECTS = 50, 50  # of a set, evenly over its names
+MAP_SIDE = 112  # of what is scored; a quarter of the work, and differences between rows hardly change
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row: what differs from the paper's settings. ``drawn``: share of every batch that comes from drawn products."""
+
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    lr: float = 1e-4
+    steps: int = 150
+    drawn: float = 0.0
+
+
+def evenly(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """At most ``count`` of the samples, evenly over their order."""
+    return [samples[round(at)] for at in np.linspace(0, len(samples) - 1, min(count, len(samples)))]
+
+
+def thinned(samples: Sequence[Sample]) -> list[Sample]:
+    """Some normals to learn from, some to test, some defects, of one set."""
+    train = [samples[index] for index in normals(samples)]
+    test = [sample for sample in samples if not sample.anomalous and sample not in train]
+    defects = [sample for sample in samples if sample.anomalous]
+    return evenly(train, NORMALS) + evenly(test, DEFECTS) + evenly(defects, DEFECTS)
+
+
+def steps_of(rows: dict[str, list[tuple[int, bool]]], variant: Variant, seed: int) -> Iterator[list[tuple[int, int]]]:
+    """(draw, index) of every step: sets in turn, half of the images defective."""
+    rng = np.random.default_rng(seed)
+    pools = {name: ([i for i, bad in part if bad], [i for i, bad in part if not bad]) for name, part in rows.items()}
+    real, drawn = [name for name in pools if name != "drawn"], [name for name in pools if name == "drawn"]
+    for step in range(variant.steps):
+        names = [str(name) for name in rng.choice(real, BATCH)] if real else drawn * BATCH
+        if drawn and real:
+            names = [
+                "drawn" if from_drawn else name
+                for name, from_drawn in zip(names, rng.random(BATCH) < variant.drawn, strict=True)
+            ]
+        chosen = [pools[name][number % 2] for number, name in enumerate(names)]
+        yield [(step, int(rng.choice(pool))) for pool in chosen]
+
+
+def train(
+    extractor: ADExtractor, cache: CachedBatches, rows: dict[str, list[tuple[int, bool]]], variant: Variant, seed: int
+) -> ADExtractor:
+    """A projector trained on the rows of the cache: batch -> residuals -> projector -> losses -> step."""
+    torch.manual_seed(seed)
+    projector = build_projector(variant.projector, extractor.channels)
+    trained = ADExtractor(extractor.backbone, projector, variant.projector, extractor.local_scale)
+    good = [(0, index) for part in rows.values() for index, bad in part if not bad]
+    measure_centers(trained, cache([good[start : start + BATCH] for start in range(0, len(good), BATCH)]))
+    objective = Objective(variant.loss, trained)
+    optimizer = torch.optim.Adam(projector.parameters(), lr=variant.lr)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [int(0.7 * variant.steps), int(0.9 * variant.steps)])
+    projector.train()
+    for batch in cache(steps_of(rows, variant, seed)):
+        labelled = thin(label(batch), batch.keys, TOKENS, seed)
+        together: FeatureMaps = projector([torch.cat(level) for level in zip(*labelled.views, strict=True)])
+        views = [list(view) for view in zip(*(level.chunk(2) for level in together), strict=True)]
+        losses = objective(views, labelled)
+        losses.share.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    losses.values()  # raises if one was not finite
+    return trained.eval()
+
+
+def gains(trained: ADExtractor, images: FeatureSet) -> list[float]:
+    """Metrics with the projector minus those without, in points, mean over draws of the references."""
+    found = []
+    for draw in range(DRAWS):
+        references, queries = draw_shots(images.samples, SHOTS, seed=draw)
+        both = score([trained.without_projector(), trained], images, references, queries, MAP_SIDE)
+        without, with_ = (measure(prediction, images, queries) for prediction in both)
+        found.append([100 * (getattr(with_, metric) - getattr(without, metric)) for metric in METRICS])
+    return np.mean(found, 0).tolist()
+
+
+def coarse(images: FeatureSet) -> FeatureSet:
+    """The same photographs with masks of the maps' size: marked where any pixel is."""
+    masks = torch.nn.functional.adaptive_max_pool2d(images.masks[:, None].float(), MAP_SIDE)[:, 0] > 0
+    return FeatureSet(images.samples, images.features, masks)
+
+
+def run_fold(
+    extractor: ADExtractor,
+    cache: CachedBatches,
+    sets: dict[str, FeatureSet],
+    left_out: str,
+    variant: Variant,
+    seed: int,
+) -> dict[str, list[float]]:
+    """Gains on the set left out and on those that are never trained on."""
+    rows: dict[str, list[tuple[int, bool]]] = {}
+    for index, sample in enumerate(cache.data.samples):
+        name = owner(sample, sets)
+        wanted = name != left_out and (name != "drawn" or variant.drawn > 0) and (name == "drawn" or variant.drawn < 1)
+        if wanted:
+            rows.setdefault(name, []).append((index, sample.anomalous))
+    trained = train(extractor, cache, rows, variant, seed)
+    never = [name for name, images in sets.items() if not trainable(images.samples)]
+    return {name: gains(trained, sets[name]) for name in [left_out, *never]}
+
+
+def owner(sample: Sample, sets: dict[str, FeatureSet]) -> str:
+    """The set of a training sample; "drawn" if it is of none."""
+    return next((name for name, images in sets.items() if sample in images.samples), "drawn")
+
+
+def trainable(samples: Sequence[Sample]) -> bool:
+    """Whether every defect has a mask."""
+    return all(sample.mask is not None for sample in samples if sample.anomalous)
+
+
+def table(variants: dict[str, Variant], results: dict[str, dict[str, list[float]]], folds: Sequence[str]) -> str:
+    """Markdown: a line for every variant, gains in points as image AUROC / pixel AUROC / AUPRO."""
+    lines = [
+        "| variant | seeds | left-out sets, mean ± std over seeds | " + " | ".join(folds) + " | never trained on |"
+    ]
+    lines.append("| --- " * (len(folds) + 4) + "|")
+    for name in variants:
+        seeds = sorted({int(key.rsplit("/", 1)[1]) for key in results if key.startswith(f"{name}/")})
+        if not seeds:
+            continue
+        left = np.array([[results[f"{name}/{fold}/{seed}"][fold] for fold in folds] for seed in seeds])  # [S, F, 3]
+        others = [
+            values
+            for key, found in results.items()
+            if key.startswith(f"{name}/")
+            for own, values in found.items()
+            if own != key.split("/")[1]
+        ]
+        mean, spread = np.nanmean(left, (0, 1)), np.nanmean(left, 1).std(0, ddof=1 if len(seeds) > 1 else 0)
+        cells = [" / ".join(f"{a:+.1f} ± {b:.1f}" for a, b in zip(mean, spread, strict=True))]
+        cells += [" / ".join(f"{value:+.1f}" for value in fold) for fold in left.mean(0).round(1)]
+        cells.append(f"{np.mean([values[0] for values in others]):+.1f}" if others else "")
+        lines.append(f"| {name} | {len(seeds)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser.add_argument("--sets", type=Path, nargs="+", required=True, help="folders of data sets, one product each")
+    parser.add_argument("--products", nargs="*", default=[], help="of a folder with several products, those to take")
+    parser.add_argument("--drawn", type=Path, help="a set of drawn products, for the variants that ask for some")
+    parser.add_argument("--variants", type=Path, default=Path(__file__).with_suffix(".yaml"), help="the rows")
+    parser.add_argument("--only", nargs="*", default=[], help="some of them by name (all by default)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of every variant and fold")
+    parser.add_argument("--out", type=Path, default=Path("runs/carry-over"), help="results.json and table.md")
+    return parser.parse_args()
+
+
+def products(folders: Sequence[Path], chosen: Sequence[str]) -> dict[str, list[Sample]]:
+    """Thinned samples by category."""
+    found: dict[str, list[Sample]] = {}
+    for folder in folders:
+        if folder.is_dir():
+            for sample in index_with_bare("auto", folder)[0]:
+                found.setdefault(sample.category, []).append(sample)
+    return {name: thinned(samples) for name, samples in found.items() if not chosen or name in chosen}
+
+
+def main() -> None:
+    options, console = parse(), Console(stderr=True)
+    variants = {
+        str(name): from_dict(Variant, keys, f"{options.variants}, {name}")
+        for name, keys in read_yaml(str(options.variants)).items()
+        if not options.only or name in options.only
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    file = options.out / "results.json"
+    results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    extractor = ADExtractor.from_pretrained("embedded")
+    samples = products(options.sets, options.products)
+    sets = {
+        name: coarse(encode_samples(part, extractor.backbone))
+        for name, part in track(samples.items(), "features", console=console)
+    }
+    folds = [name for name, part in samples.items() if trainable(part)]
+    learnt = [sample for name in folds for sample in samples[name]]
+    if options.drawn:
+        learnt += [sample for sample in index_dataset("auto", options.drawn) if sample.view in ("", "C1", None)]
+    data = PretrainingSet(learnt, extractor.preprocess, shots=[1, 2, 4], seed=0, augment="once")
+    cache = CachedBatches(
+        extractor,
+        data,
+        torch.device("cpu"),
+        CACHED,
+        str(options.out),
+        1,
+        lambda items, total: track(items, "residuals", total),
+    )
+    jobs = [(name, fold, seed) for seed in range(options.seeds) for name in variants for fold in folds]
+    for name, fold, seed in track(jobs, "runs", console=console):
+        if (key := f"{name}/{fold}/{seed}") in results:
+            continue
+        results[key] = run_fold(extractor, cache, sets, fold, variants[name], seed)
+        with atomic_path(file) as temporary:
+            temporary.write_text(json.dumps(results, indent=1))
+        console.print(key, {own: [round(value, 1) for value in values] for own, values in results[key].items()})
+    settings = "\n".join(f"- {name}: {json.dumps(asdict(variant), default=str)}" for name, variant in variants.items())
+    (options.out / "table.md").write_text(f"{table(variants, results, folds)}\n{settings}\n", encoding="utf-8")
+    print(table(variants, results, folds))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Inspecting with the embedded extractor: latency of one photograph, ONNX against torch, throughput and cold start of
+`adpretrain score`. CPU time, whose limits are for the machines that the project is built on.
+
+Run by `make bench`. The photographs are drawn; times do not depend on what is on them.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from clock import interleaved_cpu_seconds
+from PIL import Image
+
+from adpretrain import ADExtractor
+from downstream.featurenorm import FeatureNorm
+from downstream.inspection.export import export_onnx
+
+pytestmark = pytest.mark.benchmark
+
+
+def photographs(folder: Path, count: int, seed: int) -> Path:
+    """Noisy gray tiles of 448 x 448 pixels as JPEG files, of some ten kB each."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir()
+    for number in range(count):
+        small = Image.fromarray(rng.integers(90, 160, (56, 56, 3), dtype=np.uint8))
+        small.resize((448, 448)).save(folder / f"{number:03d}.jpg")
+    return folder
+
+
+def fitted(shots: int) -> FeatureNorm:
+    images = torch.randn(shots, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    return FeatureNorm(ADExtractor.from_pretrained("embedded")).fit([images])
+
+
+@pytest.mark.parametrize(("shots", "limit"), [(4, 0.045), (16, 0.090)])
+def test_latency_of_one_photograph(shots: int, limit: float, one_thread: None) -> None:
+    detector, image = fitted(shots), torch.randn(1, 3, 224, 224)
+    seconds = interleaved_cpu_seconds({"predict": lambda: detector.predict(image)}, repeats=15)["predict"]
+    print(f"\nFeatureNorm.predict, K = {shots}, one photograph, one thread: {1000 * seconds:.0f} ms")
+    assert seconds <= limit
+
+
+def test_onnx_against_torch(one_thread: None, tmp_path: Path) -> None:
+    detector, image = fitted(4), torch.randn(1, 3, 224, 224)
+    export_onnx(detector, tmp_path / "inspector.onnx", [image])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(tmp_path / "inspector.onnx", options, providers=["CPUExecutionProvider"])
+    feed = {session.get_inputs()[0].name: image.numpy()}
+    seconds = interleaved_cpu_seconds(
+        {"torch": lambda: detector.predict(image), "onnx": lambda: session.run(None, feed)}, repeats=15
+    )
+    print(f"\nONNX over torch, K = 4, one thread: {seconds['onnx'] / seconds['torch']:.2f}")
+    assert seconds["onnx"] <= 1.5 * seconds["torch"]
+
+
+def score(tmp_path: Path, images: Path, out: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "downstream.cli", "score", "--normal", tmp_path / "normal", "--images", images]
+    command += ["--out", tmp_path / out, "--false-alarm-rate", "0.2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def cpu_seconds(processes: list[subprocess.Popen[bytes]], before: float) -> float:
+    for process in processes:
+        _, errors = process.communicate()
+        assert process.returncode in (0, 1), errors.decode()
+    return _children() - before
+
+
+def _children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def test_cold_start_and_throughput_of_score(tmp_path: Path) -> None:
+    """From the command to the report: 28 photographs, then what 200 more take, in one process and in two at once."""
+    photographs(tmp_path / "normal", 4, seed=0)
+    few, many = photographs(tmp_path / "few", 28, seed=1), photographs(tmp_path / "many", 228, seed=2)
+    score(tmp_path, few, "warm").communicate()  # compiles the byte code
+    cold = min(cpu_seconds([score(tmp_path, few, f"few{i}")], _children()) for i in range(3))
+    print(f"\ncold start, 28 photographs: {cold:.1f} s of CPU time")
+    whole = cpu_seconds([score(tmp_path, many, "many")], _children())
+    began = time.perf_counter()
+    both = cpu_seconds([score(tmp_path, many, f"many{i}") for i in range(2)], _children())
+    wall = time.perf_counter() - began
+    print(f"throughput: {200 / (whole - cold):.1f} images/s of CPU time; two processes at once:")
+    print(f"{400 / (both - 2 * cold):.1f} images/s of CPU time, 456 photographs in {wall:.0f} s")
+    assert cold <= 6
