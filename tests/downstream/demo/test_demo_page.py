@@ -95,7 +95,7 @@ def test_a_visitor_scores_photographs(
     browser.until(f"document.querySelector('#ad-threshold').innerText !== {json.dumps(before)}", timeout=10)
     relaxed = verdicts(scored, 0.5)
     assert browser.run(ROWS) == [[evil if "onerror" in name else name, badge] for name, badge in shown(relaxed)]
-    assert browser.run(ROWS) != expected
+    assert relaxed.threshold < verdicts(scored, 0.05).threshold
     assert browser.text("#ad-threshold") == f"{relaxed.threshold:.4g}"
     assert browser.text("#ad-rate").split() == ["50", "%"]
 
