@@ -27,7 +27,7 @@ from downstream.evaluation.evaluate import by_product, draw_shots
 SHARDS = "shards"  # the data.name that streams
 COMMITS = "data_commits.json"  # in the run's folder: data.root -> the same at the commit of the run's start
 CENTER_SHOTS = 4  # references of an image whose residuals measure the centres, as in the released run
-CONDITIONING_IMAGES = 2  # normal images of every product that measure the feature statistics
+SCALE_IMAGES = 2  # normal images of every product that the local scale is measured on
 
 
 def held_out_names(names: Sequence[str], patterns: Sequence[str]) -> set[str]:
@@ -61,7 +61,7 @@ def samples_of_shards(shards: Shards, patterns: Sequence[str], main: bool) -> tu
             f"--data.held_out (apart now: {', '.join(index.held_out) or 'none'})"
         )
     held_out = [sample for sample in shards.samples("held_out") if sample.category in held] if held and main else []
-    return shards.samples("references", CONDITIONING_IMAGES), held_out
+    return shards.samples("references", SCALE_IMAGES), held_out
 
 
 def root_of_run(config: PretrainConfig, main: bool) -> str:

@@ -15,7 +15,7 @@ from memory_plan import check_memory
 from progress import progress_bar
 from rich.console import Console
 from run_data import (
-    CONDITIONING_IMAGES,
+    SCALE_IMAGES,
     digest_of,
     find_samples,
     held_out_products,
@@ -57,7 +57,7 @@ def build_extractor(config: PretrainConfig, samples: list[Sample], device: torch
     ).to(device)
     if scale is not None:
         groups = by_product([sample for sample in to_learn_from(samples) if not sample.anomalous]).values()
-        chosen = [group[:CONDITIONING_IMAGES] for group in groups if len(group) >= CONDITIONING_IMAGES]
+        chosen = [group[:SCALE_IMAGES] for group in groups if len(group) >= SCALE_IMAGES]
         batches = []
         for group in chosen:
             data = ImageDataset(group, backbone.preprocess)
