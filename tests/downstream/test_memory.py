@@ -53,7 +53,7 @@ PLAIN = "EmbeddingConfig(patch=1)"
 FITS = {  # detector, batches of 4 images, grid, channels / 3
     "patchcore": (f"PatchCore(extract, PatchCoreConfig({PLAIN}, amount=20, projection_dim=32))", 40, 32, 64),
     "spade": ("SPADE(extract)", 40, 32, 64),
-    "padim, many images": (f"PaDiM(extract, PaDiMConfig({PLAIN}))", 40, 24, 44),
+    "padim, many images": (f"PaDiM(extract, PaDiMConfig({PLAIN}))", 40, 28, 44),
     "reconpatch": (
         f"ReConPatch(extract, ReConPatchConfig(PatchCoreConfig({PLAIN}, amount=20), "
         "RepresentationConfig(dim=16, projection_dim=None, epochs=1, patches_per_step=2500, images_per_step=3)))",
