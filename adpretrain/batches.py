@@ -22,7 +22,6 @@ from torch import Tensor
 
 from adpretrain.artefact import save_tensors
 from adpretrain.backbones import FeatureMaps, References
-from adpretrain.backbones.fingerprint import fingerprint
 from adpretrain.config import ReferencesConfig
 from adpretrain.data.loading import ImageBatch, ImageSource, Request, Requests, load_ahead
 from adpretrain.data.pairs import PretrainingSet, StepBatches, token_labels
@@ -205,9 +204,11 @@ class CachedBatches:
         network = extractor.backbone
         backbone: list[Any] = [network.name, extractor.preprocess.to_dict(), network.levels, network.revision]
         backbone += [network.finest, network.patch]
-        if network.revision is None:  # local or random weights
-            backbone.append(fingerprint(network))
         digest.update(json.dumps([files, data, backbone]).encode())
+        if network.revision is None:  # local or random weights: told apart by every bit
+            for parameter in network.parameters():
+                plain = parameter.detach().cpu().contiguous(memory_format=torch.contiguous_format).flatten()
+                digest.update(plain.view(torch.uint8).numpy().tobytes())
         if extractor.local_scale is not None:
             digest.update(repr(extractor.local_scale.config).encode())
             digest.update(extractor.local_scale.single.cpu().numpy().tobytes())
