@@ -11,6 +11,8 @@ from adpretrain.leave_one_out import leave_one_out
 from adpretrain.local_scale import LocalScale
 from adpretrain.residual import nearest_in_each_image
 
+ROUNDING = 5e-4  # of residuals of some 10, where an image's features depend on how many are with it
+
 
 def extractor(metric: str, scaled: bool, architecture: str | None) -> ADExtractor:
     torch.manual_seed(0)
@@ -40,7 +42,7 @@ def test_equals_leaving_out_each_in_turn(shots: int, metric: str, scaled: bool) 
     model = extractor(metric, scaled, "learnable_kv")
     images = torch.rand(shots, 3, 64, 64, generator=torch.Generator().manual_seed(shots))
     for found, expected in zip(leave_one_out(model, images), by_hand(model, images), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=ROUNDING)
 
 
 @pytest.mark.parametrize("architecture", [None, "cross_attention"])
@@ -48,7 +50,7 @@ def test_without_a_projector_and_with_cross_attention(architecture: str | None) 
     model = extractor("l2", True, architecture)
     images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     for found, expected in zip(leave_one_out(model, images), by_hand(model, images), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=ROUNDING)
 
 
 def test_nearest_in_each_image_equals_brute_force() -> None:

@@ -84,7 +84,7 @@ def test_the_features_are_the_extractor_s(
     expected = extractor.set_references(read(shots, extractor)[::2])(read(images, extractor))
     for row, levels in enumerate(stored(out).values()):
         for level, whole in zip(levels, expected, strict=True):
-            torch.testing.assert_close(level, whole[row], rtol=1e-5, atol=1e-6)  # batches round differently
+            torch.testing.assert_close(level, whole[row], rtol=1e-4, atol=1e-4)  # batches round differently
 
 
 def test_unreadable_images_are_listed_and_the_rest_is_written(

@@ -236,7 +236,9 @@ def test_references_are_those_of_the_fit(
     """An extractor given without references gets the saved ones; one with others is refused."""
     folder, before, _ = saved
     loaded = PatchCore.from_pretrained(folder / "patchcore-extractor", extract=extractor(references=False))
-    assert torch.equal(loaded.predict(photographs(2, 1)).maps, before["patchcore-extractor.maps"])
+    maps = loaded.predict(photographs(2, 1)).maps
+    # Of another network object: with several threads, where its weights lie in memory decides the last bits.
+    torch.testing.assert_close(maps, before["patchcore-extractor.maps"], rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="or other references set"):
         PatchCore.from_pretrained(
             folder / "patchcore-extractor", extract=extractor(False).set_references(photographs(2, 8) * 0.3)

@@ -258,7 +258,7 @@ def test_a_remembered_backbone_gives_the_same_features_and_keeps_to_its_room() -
     remembered = Remembered(backbone, room=2 * sum(level.nbytes for level in expected[2]))
     for some, levels in zip(given, expected, strict=True):
         for level, plain in zip(backbone(some), levels, strict=True):
-            assert torch.allclose(level, plain, atol=1e-5)
+            torch.testing.assert_close(level, plain, rtol=1e-4, atol=5e-4)  # values of some 10
     assert seen == [1, 1, 1, 1]  # the third did not fit, and was seen twice
     remembered.forget()
     backbone(images[:2])

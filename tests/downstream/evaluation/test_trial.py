@@ -103,8 +103,8 @@ def test_a_reference_is_compared_with_the_others_only(samples: list[Sample], net
     features = withheld(mixed)
     others = extractor.encode_references(images[[0, 2]])
     for level, new, alone in zip(features, extractor(mixed[:1]), extractor(mixed[1:], others), strict=True):
-        assert torch.allclose(level[0], new[0], atol=1e-5)
-        assert torch.allclose(level[1], alone[0], atol=1e-5)
+        torch.testing.assert_close(level[0], new[0], rtol=1e-4, atol=5e-4)  # values of some 10
+        torch.testing.assert_close(level[1], alone[0], rtol=1e-4, atol=5e-4)
         assert level[1].norm() > 0
     assert extractor(mixed)[0][1].norm() < 1e-3 * features[0][1].norm()  # what happens without
 
