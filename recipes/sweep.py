@@ -29,6 +29,7 @@ from rich.markup import escape
 from adpretrain.config import PretrainConfig
 from adpretrain.files import atomic_path
 from adpretrain.parsing import parse_command_line, read_yaml
+from downstream.evaluation.contenders import PRETRAINED, RAW, RESIDUAL
 
 RECIPES = Path(__file__).resolve().parent
 # The paper's, unless --evaluate names others.
@@ -77,7 +78,7 @@ def commands(options: argparse.Namespace, variant: Variant) -> list[list[str]]:
     pretrain = [*shlex.split(options.launch), str(RECIPES / "pretrain.py"), "--config", str(options.config)]
     pretrain += [*variant.flags, *options.rest, "--run", str(variant.run)]
     evaluate = [*shlex.split(options.launch), str(RECIPES / "evaluate.py"), *DETECTORS, *shlex.split(options.evaluate)]
-    evaluate += ["--features", "raw,residual,adpretrain", "--extractors", str(variant.run / "extractor")]
+    evaluate += ["--features", ",".join((RAW, RESIDUAL, PRETRAINED)), "--extractors", str(variant.run / "extractor")]
     evaluate += ["--out", str(variant.run / "evaluation")]
     if "backbone" in variant.flags:  # "--learns backbone": its weights lie beside the extractor
         evaluate += ["--weights", str(variant.run / "backbone.safetensors")]
@@ -91,7 +92,7 @@ def table_of(rows: Sequence[Variant]) -> str:
         lines: list[list[str]] = []
         for row in (row for row in rows if row.table == table):
             results = json.loads((row.run / "evaluation" / "table.json").read_text(encoding="utf-8"))["summary"]
-            means = {entry["detector"]: entry["mean"] for entry in results if entry["features"] == "pretrained"}
+            means = {entry["detector"]: entry["mean"] for entry in results if entry["features"] == PRETRAINED}
             if not lines:
                 lines += [[f"Tab. {table}", *means], ["---"] * (1 + len(means))]
             lines.append([row.name, *(_cell(mean) for mean in means.values())])

@@ -131,8 +131,12 @@ def test_one_click_shows_drawn_samples(browser: Browser) -> None:
 
 
 def test_mistakes_are_told_in_plain_words(browser: Browser, write_tiles: Callable[..., Path]) -> None:
-    browser.click("#ad-score-button")
-    browser.until("document.body.innerText.includes('First drop 1 to 8 photographs of good products')", timeout=30)
+    # The page draws its button before it listens to it, and a click in between is lost: click until it answers.
+    browser.until("""new Promise(done => {
+        document.querySelector('#ad-score-button').click();
+        const told = () => document.body.innerText.includes('First drop 1 to 8 photographs of good products');
+        setTimeout(() => done(told()), 2000);
+    })""")
     drop(browser, "ad-good", sorted(write_tiles("good", range(9)).iterdir()))
     drop(browser, "ad-new", sorted(write_tiles("new", range(2)).iterdir()))
     browser.click("#ad-score-button")
