@@ -5,9 +5,10 @@
 Every set whose defects have masks is left out once; those without are trained on never and scored for every fold. The
 features are the embedded extractor's (Lite0, local scale); their residuals against other normals of the same set are
 cached once, two views of every photograph. A variant of recipes/carry_over.yaml trains a projector on them with the
-losses of ADPretrain, by the library's own objective. What is printed, and written to table.md, is the gain of its
-FeatureNorm over that of the same extractor without a projector, on the same references and photographs: mean over sets,
-and the standard deviation of that mean over seeds. A finished run is never repeated.
+losses of ADPretrain, by the library's own objective. Printed, and written to table.md, is the gain of a detector
+(--detector) on its features over the same detector on those of the extractor without a projector, with the same
+references and photographs: mean over sets, and the standard deviation of that mean over seeds. A finished run is never
+repeated.
 """
 
 from __future__ import annotations
@@ -35,7 +36,12 @@ from adpretrain.data.pairs import PretrainingSet
 from adpretrain.files import atomic_path
 from adpretrain.objective import Objective, measure_centers
 from adpretrain.parsing import from_dict, read_yaml
+from downstream.evaluation.contenders import PRETRAINED, SCALED, Contender, Networks
 from downstream.evaluation.evaluate import FeatureSet, draw_shots, encode_samples, measure, normals, score
+from downstream.evaluation.protocols import ProtocolOptions, trials
+from downstream.evaluation.remembered import Remembered
+from downstream.evaluation.trial import Settings, run_trial
+from downstream.table import DETECTORS
 
 METRICS = ("image_auroc", "pixel_auroc", "aupro")
 SHOTS, DRAWS, CACHED, BATCH, TOKENS = 4, 1, 1, 16, 24
@@ -109,15 +115,26 @@ def train(
     return trained.eval()
 
 
-def gains(trained: ADExtractor, images: FeatureSet) -> list[float]:
+def gains(trained: ADExtractor, images: FeatureSet, detector: str) -> list[float]:
     """Metrics with the projector minus those without, in points, mean over draws of the references."""
     found = []
-    for draw in range(DRAWS):
-        references, queries = draw_shots(images.samples, SHOTS, seed=draw)
-        both = score([trained.without_projector(), trained], images, references, queries, MAP_SIDE)
-        without, with_ = (measure(prediction, images, queries) for prediction in both)
-        found.append([100 * (getattr(with_, metric) - getattr(without, metric)) for metric in METRICS])
+    for trial in trials(images.samples, ProtocolOptions("few-shot", shots=(SHOTS,), draws=DRAWS)):
+        if detector == "featurenorm":  # from the features at hand
+            both = score_both(trained, images, trial.draw)
+        else:
+            networks = Networks(trained.backbone, (trained,))
+            rows = (Contender(detector, SCALED), Contender(detector, PRETRAINED))
+            both = [run_trial(trial, row, networks, Settings(pictures=0))[0]["metrics"] for row in rows]
+        without, with_ = (np.array([metrics[name] for name in METRICS], float) for metrics in both)  # None is nan
+        found.append(100 * (with_ - without))
     return np.mean(found, 0).tolist()
+
+
+def score_both(trained: ADExtractor, images: FeatureSet, draw: int) -> list[dict[str, Any]]:
+    """Metrics of FeatureNorm without and with the projector."""
+    references, queries = draw_shots(images.samples, SHOTS, seed=draw)
+    both = score([trained.without_projector(), trained], images, references, queries, MAP_SIDE)
+    return [asdict(measure(prediction, images, queries)) for prediction in both]
 
 
 def coarse(images: FeatureSet) -> FeatureSet:
@@ -133,6 +150,7 @@ def run_fold(
     left_out: str,
     variant: Variant,
     seed: int,
+    detector: str,
 ) -> dict[str, list[float]]:
     """Gains on the set left out and on those that are never trained on."""
     rows: dict[str, list[tuple[int, bool]]] = {}
@@ -143,7 +161,7 @@ def run_fold(
             rows.setdefault(name, []).append((index, sample.anomalous))
     trained = train(extractor, cache, rows, variant, seed)
     never = [name for name, images in sets.items() if not trainable(images.samples)]
-    return {name: gains(trained, sets[name]) for name in [left_out, *never]}
+    return {name: gains(trained, sets[name], detector) for name in [left_out, *never]}
 
 
 def owner(sample: Sample, sets: dict[str, FeatureSet]) -> str:
@@ -189,6 +207,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--drawn", type=Path, help="a set of drawn products, for the variants that ask for some")
     parser.add_argument("--variants", type=Path, default=Path(__file__).with_suffix(".yaml"), help="the rows")
     parser.add_argument("--only", nargs="*", default=[], help="some of them by name (all by default)")
+    parser.add_argument("--detector", choices=DETECTORS, default="featurenorm", help="what is fitted on the features")
     parser.add_argument("--seeds", type=int, default=3, help="runs of every variant and fold")
     parser.add_argument("--out", type=Path, default=Path("runs/carry-over"), help="results.json and table.md")
     return parser.parse_args()
@@ -215,6 +234,7 @@ def main() -> None:
     file = options.out / "results.json"
     results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     extractor = ADExtractor.from_pretrained("embedded")
+    Remembered(extractor.backbone)
     samples = products(options.sets, options.products)
     sets = {
         name: coarse(encode_samples(part, extractor.backbone))
@@ -238,7 +258,7 @@ def main() -> None:
     for name, fold, seed in track(jobs, "runs", console=console):
         if (key := f"{name}/{fold}/{seed}") in results:
             continue
-        results[key] = run_fold(extractor, cache, sets, fold, variants[name], seed)
+        results[key] = run_fold(extractor, cache, sets, fold, variants[name], seed, options.detector)
         with atomic_path(file) as temporary:
             temporary.write_text(json.dumps(results, indent=1))
         console.print(key, {own: [round(value, 1) for value in values] for own, values in results[key].items()})
