@@ -14,9 +14,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from adpretrain.artefact import ExtractorConfig
 from adpretrain.backbones import BACKBONES
 from adpretrain.backbones.table import find_entry
+from adpretrain.saved import ExtractorConfig
 
 METRICS = {
     "image_auroc": "image AUROC",
@@ -54,7 +54,7 @@ from pathlib import Path
 import torch
 from adpretrain import ADExtractor
 from adpretrain.preprocess import read_image
-from downstream.featurenorm import FeatureNorm
+from downstream.detectors.featurenorm import FeatureNorm
 
 extractor = ADExtractor.from_pretrained("{repo_id}")
 

@@ -242,7 +242,7 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """Residuals computed once before training (`adpretrain.batches.CachedBatches`).
+    """Residuals computed once before training (`adpretrain.training.batches.CachedBatches`).
 
     Args:
         draws: reference draws of every image that are kept; 0 = no cache, everything is computed step by step.

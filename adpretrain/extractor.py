@@ -13,21 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adpretrain.artefact import (
-    CARD_NAME,
-    NORMS,
-    ExtractorConfig,
-    backbone_config,
-    extractor_backbone,
-    place,
-    read_config,
-    read_weights,
-    saved_local_scale,
-    saved_projector,
-    saved_tensors,
-    write_folder,
-)
-from adpretrain.artefact import build_projector as build_projector
 from adpretrain.backbones import Backbone, FeatureMaps, References
 from adpretrain.backbones.fingerprint import fingerprint
 from adpretrain.backbones.weights import as_float32
@@ -47,6 +32,21 @@ from adpretrain.residual import (
     search_index,
     tokens,
 )
+from adpretrain.saved import (
+    CARD_NAME,
+    NORMS,
+    ExtractorConfig,
+    backbone_config,
+    extractor_backbone,
+    place,
+    read_config,
+    read_weights,
+    saved_local_scale,
+    saved_projector,
+    saved_tensors,
+    write_folder,
+)
+from adpretrain.saved import build_projector as build_projector
 
 
 class ADExtractor(nn.Module):

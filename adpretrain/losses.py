@@ -4,8 +4,8 @@ Shapes: N tokens of one view (all images of the batch, one level), D channels; i
 ``anomalous_N`` is bool (or 0/1), True where the token's label m_i = 1. Where it lies on the host beside features on a
 device, nothing waits for the device: how many tokens are anomalous is known without asking it.
 
-Trained by several processes (``group``, see `adpretrain.distributed`), the batch is that of all of them: each loss is
-then this process's share, the shares sum to the loss of the whole batch, and so do their gradients.
+Trained by several processes (``group``, see `adpretrain.training.distributed`), the batch is that of all of them: each
+loss is then this process's share, the shares sum to the loss of the whole batch, and so do their gradients.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adpretrain.device import upload
-from adpretrain.distributed import Group, everyone, gather_rows, log_sum_exp, smallest, total
+from adpretrain.training.distributed import Group, everyone, gather_rows, log_sum_exp, smallest, total
 
 FORMS = ("paper", "released")
 CHUNK_BYTES = 64 << 20  # the largest [normal x anomalous] block of similarities held at once

@@ -4,19 +4,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from downstream.aligned import AlignedFeatureNorm
     from downstream.calibration import calibrate
     from downstream.detector import Detector, Prediction
+    from downstream.detectors import detector_from_pretrained
+    from downstream.detectors.aligned import AlignedFeatureNorm
+    from downstream.detectors.ensemble import Ensemble
+    from downstream.detectors.featurenorm import FeatureNorm
+    from downstream.detectors.padim import PaDiM, PaDiMConfig
+    from downstream.detectors.patchcore import PatchCore, PatchCoreConfig
+    from downstream.detectors.reconpatch import ReConPatch, ReConPatchConfig
+    from downstream.detectors.refined import Refined
+    from downstream.detectors.spade import SPADE, SPADEConfig
     from downstream.embedding import EmbeddingConfig
-    from downstream.ensemble import Ensemble
-    from downstream.featurenorm import FeatureNorm
     from downstream.metrics import evaluate_maps
-    from downstream.padim import PaDiM, PaDiMConfig
-    from downstream.patchcore import PatchCore, PatchCoreConfig
-    from downstream.reconpatch import ReConPatch, ReConPatchConfig
-    from downstream.refined import Refined
-    from downstream.spade import SPADE, SPADEConfig
-    from downstream.table import detector_from_pretrained
 
 _PLACES = {
     "AlignedFeatureNorm": "aligned",

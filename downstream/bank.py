@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from downstream.memory import hold, memory_limit
+from adpretrain.memory import hold, memory_limit
 
 BLOCK_BYTES = 64 << 20  # larger than what C libraries keep for themselves when it is freed
 ADVICE = (

@@ -10,14 +10,14 @@ from huggingface_hub import ModelCardData
 from adpretrain.card import PLACEHOLDER, TAGS, table
 
 if TYPE_CHECKING:
-    from downstream.saving import DetectorConfig
+    from downstream.saved import DetectorConfig
 
 NOTICE = (
     "A fitted detector holds features of the photographs it was fitted on: memory banks, means, references. Whoever "
     "can read it may learn much about the product from them. Share it only with those who may see the product."
 )
 _USAGE = """```python
-from downstream.table import detector_from_pretrained
+from downstream.detectors import detector_from_pretrained
 
 detector = detector_from_pretrained("{repo_id}")
 prediction = detector.predict(images)  # [B, 3, {side}, {side}], through detector.extract's preprocess

@@ -1,6 +1,6 @@
 """The folder of a detector made of detectors: config.json, model.safetensors and one folder per member.
 
-Like every fitted detector it holds features of the product; see `downstream.saving`.
+Like every fitted detector it holds features of the product; see `downstream.saved`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 from typing_extensions import Self, Unpack
 
-from adpretrain.artefact import write_folder
 from adpretrain.backbones import Extract
+from adpretrain.saved import write_folder
 from downstream.card import detector_card
 from downstream.detector import Detector
+from downstream.detectors import detector_from_pretrained
 from downstream.fitting_together import part, put_together
 from downstream.pretrained import Shared
-from downstream.saving import (
+from downstream.saved import (
     DetectorConfig,
     HubOptions,
     locate_model,
@@ -31,7 +32,6 @@ from downstream.saving import (
     read_detector_config,
     read_tensors,
 )
-from downstream.table import detector_from_pretrained
 
 
 def save_composite(
@@ -78,7 +78,7 @@ class Composite(Shared):
 
     @classmethod
     def of(cls, extract: Extract, options: Any) -> Self:
-        """From its options alone, with its members unfitted: what `downstream.building` calls."""
+        """From its options alone, with its members unfitted: what `downstream.detectors.building` calls."""
         raise NotImplementedError
 
     @classmethod
@@ -93,7 +93,7 @@ class Composite(Shared):
         """Load what `save_pretrained` wrote.
 
         ``extract``: used by every member instead of loading its own, or a list with one for each. The rest as in
-        `downstream.saving.load_detector`, for every member; errors as there.
+        `downstream.saved.load_detector`, for every member; errors as there.
         """
         folder = locate_model(folder, **hub).folder
         config = read_detector_config(folder)

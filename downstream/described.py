@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from adpretrain.artefact import WEIGHTS_NAME, ExtractorConfig, read_config, saved_projector
 from adpretrain.backbones import load_backbone
 from adpretrain.backbones.table import find_entry
 from adpretrain.card import FEATURENORM, METRICS, held_out_results, provenance_of
 from adpretrain.residual import tokens
-from adpretrain.speed import count_flops
+from adpretrain.saved import WEIGHTS_NAME, ExtractorConfig, read_config, saved_projector
+from adpretrain.training.speed import count_flops
 from downstream.fitting_together import part
 from downstream.publishing import is_detector
-from downstream.saving import locate_model, parts_of, read_detector_config
+from downstream.saved import locate_model, parts_of, read_detector_config
 
 
 def describe_model(model: str | os.PathLike[str], revision: str | None = None) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class Detector(Protocol):
     dictionaries. A fitted detector keeps the references that an `ADExtractor` had then: a later `set_references`, or
     another detector's fit, does not reach it. A module must be in evaluation mode.
 
-    A saved detector needs no training data to be loaded and gives the same bits; see `downstream.saving` for what its
+    A saved detector needs no training data to be loaded and gives the same bits; see `downstream.saved` for what its
     folder holds.
     """
 

@@ -14,7 +14,7 @@ from adpretrain.backbones import Extract
 from adpretrain.hub import Published, publish
 from downstream.fitting_together import put_together
 from downstream.publishing import named_card, warn_of_features
-from downstream.saving import HubOptions, Loaded, fixed_picture, load_detector, locate_model
+from downstream.saved import HubOptions, Loaded, fixed_picture, load_detector, locate_model
 
 
 class _Saves(Protocol):
@@ -50,7 +50,7 @@ class Shared:
 
 
 class Pretrained(Shared):
-    """What a detector that `downstream.saving.save_detector` saves gets: `from_pretrained`.
+    """What a detector that `downstream.saved.save_detector` saves gets: `from_pretrained`.
 
     ``saved_as``: its name and the dataclass of its options.
     """
@@ -66,7 +66,7 @@ class Pretrained(Shared):
         weights: str | os.PathLike[str] | None = None,
         **hub: Unpack[HubOptions],
     ) -> Self:
-        """Load what `save_pretrained` wrote. Arguments and errors as in `downstream.saving.load_detector`."""
+        """Load what `save_pretrained` wrote. Arguments and errors as in `downstream.saved.load_detector`."""
         folder = locate_model(folder, **hub).folder
         loaded: Loaded[Any] = load_detector(folder, *cls.saved_as, extract, device, weights)
         with put_together(folder):

@@ -7,13 +7,13 @@ import tempfile
 import warnings
 from pathlib import Path
 
-from adpretrain.artefact import CARD_NAME, CONFIG_NAME, read_config
 from adpretrain.card import PLACEHOLDER, card
 from adpretrain.hub import Published, publish
 from adpretrain.hub.contents import files_to_publish
 from adpretrain.parsing import read_json
+from adpretrain.saved import CARD_NAME, CONFIG_NAME, read_config
 from downstream.card import NOTICE, detector_card
-from downstream.saving import read_detector_config
+from downstream.saved import read_detector_config
 
 
 def warn_of_features(private: bool) -> None:

@@ -39,7 +39,7 @@ def one_line_warnings(prefix: str = "") -> Iterator[None]:
 
 def tell_memory() -> None:
     """Show on stderr what the fitting of a detector will hold, from now on."""
-    logger = logging.getLogger("downstream.memory")
+    logger = logging.getLogger("adpretrain.memory")
     logger.handlers = [_Shown()]
     logger.setLevel(logging.INFO)
     logger.propagate = False

@@ -19,18 +19,18 @@ from pathlib import Path
 import torch
 
 from adpretrain import ADExtractor, load_backbone
-from adpretrain.artefact import CARD_NAME, save_tensors
 from adpretrain.backbones import lite
 from adpretrain.backbones.table import LITE0
 from adpretrain.backbones.weights import StateDict, read_state_dict
 from adpretrain.card import card
 from adpretrain.config import LocalScaleConfig
 from adpretrain.data import ImageDataset
-from adpretrain.data.realiad import index_realiad
+from adpretrain.data.layouts.realiad import index_realiad
 from adpretrain.data.synthetic.write import make_synthetic
 from adpretrain.hub.locating import EMBEDDED
 from adpretrain.local_scale import LocalScale
-from downstream.evaluation.evaluate import by_product
+from adpretrain.saved import CARD_NAME, save_tensors
+from downstream.evaluation.few_shot import by_product
 
 BACKBONE = {"name": "lite0", "image_size": 224, "levels": [1, 2, 3], "finest": 8, "patch": [1, 1, 3]}
 SCALE = LocalScaleConfig(share=0.35, weights=[0.5, 1.0, 2.0])

@@ -23,10 +23,10 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
-from adpretrain.artefact import CONFIG_NAME, WEIGHTS_NAME, ExtractorConfig, folder_digest, read_config
 from adpretrain.card import METRICS, Result, metadata, sections
 from adpretrain.hub import Published, publish, publish_space
 from adpretrain.parsing import read_json
+from adpretrain.saved import CONFIG_NAME, WEIGHTS_NAME, ExtractorConfig, folder_digest, read_config
 
 HUB = Path(__file__).resolve().parent
 EXAMPLES = 3  # heatmaps on the page, at most

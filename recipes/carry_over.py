@@ -27,21 +27,21 @@ from rich.console import Console
 from rich.progress import track
 
 from adpretrain import ADExtractor
-from adpretrain.artefact import build_projector
 from adpretrain.backbones import FeatureMaps
-from adpretrain.batches import CachedBatches, label, thin
 from adpretrain.config import LossConfig, ProjectorConfig
 from adpretrain.data import Sample, index_dataset, index_with_bare
-from adpretrain.data.pairs import PretrainingSet
 from adpretrain.files import atomic_path
-from adpretrain.objective import Objective, measure_centers
 from adpretrain.parsing import from_dict, read_yaml
+from adpretrain.saved import build_projector
+from adpretrain.training.batches import CachedBatches, label, thin
+from adpretrain.training.dataset import PretrainingSet
+from adpretrain.training.objective import Objective, measure_centers
+from downstream.detectors import DETECTORS
 from downstream.evaluation.contenders import PRETRAINED, SCALED, Contender, Networks
-from downstream.evaluation.evaluate import FeatureSet, draw_shots, encode_samples, measure, normals, score
+from downstream.evaluation.few_shot import FeatureSet, draw_shots, encode_samples, measure, normals, score
 from downstream.evaluation.protocols import ProtocolOptions, trials
 from downstream.evaluation.remembered import Remembered
 from downstream.evaluation.trial import Settings, run_trial
-from downstream.table import DETECTORS
 
 METRICS = ("image_auroc", "pixel_auroc", "aupro")
 SHOTS, DRAWS, CACHED, BATCH, TOKENS = 4, 1, 1, 16, 24

@@ -24,18 +24,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from adpretrain._version import __version__
-from adpretrain.artefact import folder_digest
 from adpretrain.backbones import load_backbone
 from adpretrain.backbones.fingerprint import fingerprint
 from adpretrain.data import Sample
 from adpretrain.extractor import backbone_config
 from adpretrain.parsing import read_yaml
-from downstream.building import build_detector
+from adpretrain.saved import folder_digest
+from downstream.detectors import find_detector
+from downstream.detectors.building import build_detector
 from downstream.evaluation.contenders import PRETRAINED, RAW, Networks, contenders
 from downstream.evaluation.protocols import ProtocolOptions, trials
 from downstream.evaluation.tables import in_order
 from downstream.evaluation.trial import Settings, run_trial
-from downstream.table import find_detector
 
 POLL = 0.5  # seconds between looks at the folder, once the first process has nothing else to do
 

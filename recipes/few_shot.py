@@ -28,7 +28,7 @@ from adpretrain.data import Sample
 from adpretrain.extractor import ADExtractor
 from adpretrain.files import atomic_path
 from adpretrain.hub import locate
-from downstream.evaluation.evaluate import (
+from downstream.evaluation.few_shot import (
     FeatureSet,
     about_bare,
     about_inverted,

@@ -13,11 +13,11 @@ from rich.table import Table
 from adpretrain._version import __version__
 from adpretrain.files import atomic_path
 from adpretrain.preprocess import Preprocess
+from downstream.evaluation.comparison_page import write_comparison
 from downstream.evaluation.contenders import PRETRAINED, RAW, Contender, Networks
 from downstream.evaluation.patches import in_two_dimensions, sampled_patches
 from downstream.evaluation.plots import scatter
 from downstream.evaluation.protocols import Part, Trial
-from downstream.evaluation.report import write_comparison
 from downstream.evaluation.tables import ABOUT_ERRORS, UNITS, summarise, summary_table, write_tables
 from downstream.evaluation.trial import Images, Settings, give_references
 from downstream.inspection.report import Fact

@@ -16,11 +16,11 @@ from run_folder import git_commit
 from run_setup import Run
 
 from adpretrain._version import __version__
-from adpretrain.artefact import save_tensors
 from adpretrain.backbones.fingerprint import fingerprint
 from adpretrain.extractor import ADExtractor
 from adpretrain.files import atomic_path
-from downstream.evaluation.evaluate import draw_shots, score
+from adpretrain.saved import save_tensors
+from downstream.evaluation.few_shot import draw_shots, score
 
 EXAMPLES = 3  # held-out products whose heatmaps are drawn
 

@@ -9,7 +9,7 @@ import torch
 from run_setup import Run
 
 from adpretrain.extractor import ADExtractor
-from downstream.evaluation.evaluate import FeatureSet, encode_samples, few_shot
+from downstream.evaluation.few_shot import FeatureSet, encode_samples, few_shot
 
 
 def evaluate_held_out(extractor: ADExtractor, held_out: list[FeatureSet], shots: int) -> dict[str, float]:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from adpretrain.config import PretrainConfig
-from adpretrain.distributed import everyone
+from adpretrain.training.distributed import everyone
 
 # How long the processes wait for one that is still there but silent, as while it scores held-out products. That one has
 # died is noticed otherwise (`lifeline`).

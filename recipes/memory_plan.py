@@ -14,7 +14,7 @@ from rich.console import Console
 from run_data import SHARDS
 
 from adpretrain.config import PretrainConfig
-from downstream.memory import hold, readable, total_memory
+from adpretrain.memory import hold, readable, total_memory
 
 PROCESS = 1 << 30  # bytes of the smallest run there is, its libraries for the most part (measured)
 WORKER = 450 << 20  # of a loader process (measured)

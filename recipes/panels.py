@@ -15,8 +15,8 @@ from adpretrain.data import Sample
 from adpretrain.extractor import ADExtractor
 from adpretrain.preprocess import read_image
 from downstream.detector import Prediction
-from downstream.evaluation.evaluate import FeatureSet
-from downstream.featurenorm import FeatureNorm
+from downstream.detectors.featurenorm import FeatureNorm
+from downstream.evaluation.few_shot import FeatureSet
 from downstream.visualise import ColourScale, panel, save_png, shown_region
 
 

@@ -31,7 +31,7 @@ from adpretrain.config import PretrainConfig
 from adpretrain.extractor import build_projector
 from adpretrain.parsing import from_dict, read_yaml
 from adpretrain.preprocess import Preprocess, TwoViews, crop_side, read_image
-from adpretrain.speed import count_flops
+from adpretrain.training.speed import count_flops
 
 ADAM = 2  # moments per parameter
 FLOAT = 4  # bytes
@@ -101,7 +101,7 @@ def saved_bytes(config: PretrainConfig, shapes: Sequence[Sequence[int]], context
 
 
 def anomalous_tokens(counts: Counts, share: float) -> list[float]:
-    """Those of an image and view that enter, per level, as `adpretrain.batches.thin` chooses: all, up to half of what
+    """Those of an image and view that enter, per level, as `training.batches.thin` chooses: all, up to half of what
     enters, more if normal ones are too few. An upper limit: as if every image had the same ``share`` of all tokens."""
     sizes = zip(counts.tokens, counts.entering, strict=True)
     return [min(share * n, max(entering // 2, entering - (1 - share) * n)) for n, entering in sizes]

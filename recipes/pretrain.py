@@ -24,11 +24,11 @@ from rich.console import Console
 from run_setup import Run, make_batches, normal_batches, set_up
 
 from adpretrain.backbones import FeatureMaps
-from adpretrain.batches import LabelledBatch, ResidualBatch, label, thin
 from adpretrain.config import PretrainConfig
-from adpretrain.distributed import copy_from_first, sum_gradients
-from adpretrain.objective import Losses, measure_centers
 from adpretrain.parsing import parse_command_line
+from adpretrain.training.batches import LabelledBatch, ResidualBatch, label, thin
+from adpretrain.training.distributed import copy_from_first, sum_gradients
+from adpretrain.training.objective import Losses, measure_centers
 
 PLOT_EVERY = 60.0  # seconds
 ERASED = 0.1  # standard deviation of learnable references, which start at 1, below which they are all alike

@@ -16,13 +16,13 @@ from rich.console import Console
 
 from adpretrain.config import PretrainConfig
 from adpretrain.data import Sample
-from adpretrain.data.detect import HUB
-from adpretrain.data.pairs import PretrainingSet, StepBatches
+from adpretrain.data.layouts.detect import HUB
 from adpretrain.data.shards import Shards, pinned
-from adpretrain.data.streaming import StreamedBatches, StreamedSet
 from adpretrain.files import atomic_path
 from adpretrain.preprocess import Preprocess
-from downstream.evaluation.evaluate import by_product, draw_shots
+from adpretrain.training.dataset import PretrainingSet, StepBatches
+from adpretrain.training.streamed import StreamedBatches, StreamedSet
+from downstream.evaluation.few_shot import by_product, draw_shots
 
 SHARDS = "shards"  # the data.name that streams
 COMMITS = "data_commits.json"  # in the run's folder: data.root -> the same at the commit of the run's start

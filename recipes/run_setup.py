@@ -27,19 +27,19 @@ from run_folder import RunFolder
 from torch import nn
 
 from adpretrain.backbones import load_backbone
-from adpretrain.batches import CachedBatches, OnlineBatches, ResidualBatch
 from adpretrain.config import OptimConfig, PretrainConfig
 from adpretrain.data import ImageDataset, Sample
-from adpretrain.data.pairs import PretrainingSet, StepBatches
 from adpretrain.data.samples import to_learn_from
-from adpretrain.data.streaming import StreamedBatches, StreamedSet
 from adpretrain.extractor import ADExtractor, build_projector
 from adpretrain.local_scale import LocalScale
-from adpretrain.objective import Objective
 from adpretrain.preprocess import Preprocess, crop_side
-from adpretrain.shared import local_processes
-from adpretrain.speed import Stopwatch, Throughput, peak_flops
-from downstream.evaluation.evaluate import FeatureSet, by_product, encode_samples
+from adpretrain.training.batches import CachedBatches, OnlineBatches, ResidualBatch
+from adpretrain.training.dataset import PretrainingSet, StepBatches
+from adpretrain.training.objective import Objective
+from adpretrain.training.shared import local_processes
+from adpretrain.training.speed import Stopwatch, Throughput, peak_flops
+from adpretrain.training.streamed import StreamedBatches, StreamedSet
+from downstream.evaluation.few_shot import FeatureSet, by_product, encode_samples
 
 
 def build_extractor(config: PretrainConfig, samples: list[Sample], device: torch.device) -> ADExtractor:

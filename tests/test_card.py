@@ -12,11 +12,11 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from adpretrain import ADExtractor
-from adpretrain.artefact import ExtractorConfig
 from adpretrain.backbones import load_backbone
 from adpretrain.card import METRICS, Result, card, held_out_results
 from adpretrain.config import BackboneConfig, LocalScaleConfig, ProjectorConfig
 from adpretrain.extractor import build_projector
+from adpretrain.saved import ExtractorConfig
 
 MEASURED = {"step": 40, "image_auroc": 0.912, "aupro": 0.805, "raw_image_auroc": 0.9, "raw_aupro": 0.75}
 PROVENANCE = {"data": {"name": "realiad", "set": "Real-IAD", "images": 9}, "steps": 50, "held_out_metrics": MEASURED}

@@ -16,16 +16,13 @@ from torch import Tensor, nn
 
 from adpretrain.backbones import load_backbone
 from adpretrain.backbones.dinov2 import DinoV2
-from adpretrain.batches import CachedBatches, LabelledBatch, OnlineBatches, ResidualBatch, label, thin
 from adpretrain.config import LossConfig, ProjectorConfig
 from adpretrain.data import index_realiad
-from adpretrain.data.pairs import PretrainingSet, StepBatches
 from adpretrain.data.synthetic import make_synthetic
 from adpretrain.extractor import ADExtractor, build_projector
 from adpretrain.leave_one_out import leave_one_out
 from adpretrain.local_scale import LocalScale
 from adpretrain.losses import angle_loss, norm_loss
-from adpretrain.objective import Objective, measure_centers
 from adpretrain.references import AlignedReferences, kmeans_references
 from adpretrain.residual import (
     leave_one_out_residuals,
@@ -34,6 +31,9 @@ from adpretrain.residual import (
     residual_features,
     search_index,
 )
+from adpretrain.training.batches import CachedBatches, LabelledBatch, OnlineBatches, ResidualBatch, label, thin
+from adpretrain.training.dataset import PretrainingSet, StepBatches
+from adpretrain.training.objective import Objective, measure_centers
 
 SIDE = 64
 FUSED = 1e-5  # the CPU's attention is one fused kernel, the pretended device's is not

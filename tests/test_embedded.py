@@ -16,7 +16,7 @@ from adpretrain.config import BackboneConfig, LocalScaleConfig
 from adpretrain.data import ImageDataset, index_dataset
 from adpretrain.data.synthetic import make_synthetic
 from adpretrain.hub.locating import EMBEDDED_FOLDER
-from downstream.featurenorm import FeatureNorm
+from downstream.detectors.featurenorm import FeatureNorm
 
 
 def test_it_loads_anywhere_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

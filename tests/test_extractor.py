@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adpretrain import ADExtractor
-from adpretrain.artefact import FORMAT_VERSION
 from adpretrain.backbones import Backbone, FeatureMaps, load_backbone
 from adpretrain.config import ProjectorConfig
 from adpretrain.extractor import build_projector
@@ -24,6 +23,7 @@ from adpretrain.local_scale import LocalScale
 from adpretrain.preprocess import Preprocess
 from adpretrain.projector import ARCHITECTURES
 from adpretrain.residual import residual_features
+from adpretrain.saved import FORMAT_VERSION
 
 SIDE = 64
 PROVENANCE = {"seed": 0, "data": "noise", "note": "none: a text that YAML would take for a mapping"}

@@ -10,7 +10,7 @@ from adpretrain.backbones import FeatureMaps, load_backbone
 from adpretrain.config import LocalScaleConfig
 from adpretrain.local_scale import LocalScale
 from adpretrain.residual import residual_features, tokens
-from downstream.featurenorm import FeatureNorm
+from downstream.detectors.featurenorm import FeatureNorm
 
 CHANNELS = [6, 9]
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from adpretrain.data.btad import index_btad
-from adpretrain.data.detect import detect_layout
-from adpretrain.data.elpv import index_elpv
-from adpretrain.data.folder import index_folder
 from adpretrain.data.huggingface import index_hf
-from adpretrain.data.mtd import index_mtd
-from adpretrain.data.mvtec import index_mvtec
-from adpretrain.data.mvtec_3d import index_mvtec_3d
-from adpretrain.data.mvtec_loco import index_mvtec_loco
-from adpretrain.data.realiad import index_realiad
+from adpretrain.data.layouts.btad import index_btad
+from adpretrain.data.layouts.detect import detect_layout
+from adpretrain.data.layouts.elpv import index_elpv
+from adpretrain.data.layouts.folder import index_folder
+from adpretrain.data.layouts.mtd import index_mtd
+from adpretrain.data.layouts.mvtec import index_mvtec
+from adpretrain.data.layouts.mvtec_3d import index_mvtec_3d
+from adpretrain.data.layouts.mvtec_loco import index_mvtec_loco
+from adpretrain.data.layouts.realiad import index_realiad
+from adpretrain.data.layouts.visa import index_visa
 from adpretrain.data.samples import GOOD, ImageDataset, Junk, LeftOut, MissingMasks, Sample, TooFewImages
-from adpretrain.data.visa import index_visa
 
 __all__ = [
     "DATASETS",

@@ -18,10 +18,10 @@ from typing import Any
 from PIL import Image
 
 from adpretrain.data.columns import FIX, choose_columns, defect_of, split_of
-from adpretrain.data.detect import HUB
-from adpretrain.data.metadata import index_metadata, metadata_files
+from adpretrain.data.layouts.detect import HUB
+from adpretrain.data.layouts.metadata import index_metadata, metadata_files
+from adpretrain.data.layouts.tree import existing_folder
 from adpretrain.data.samples import GOOD, Sample, refuse_missing
-from adpretrain.data.tree import existing_folder
 from adpretrain.files import atomic_path
 
 _REPOSITORY = re.compile(rf"{HUB}/?(?:datasets/)?(\w[\w.-]*(?:/\w[\w.-]*)?)(?:@([\w./-]+))?")

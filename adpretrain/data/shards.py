@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adpretrain.data.detect import HUB
 from adpretrain.data.huggingface import address, stored_files
+from adpretrain.data.layouts.detect import HUB
 from adpretrain.data.samples import GOOD, Sample
 from adpretrain.parsing import LARGEST, from_dict
 

@@ -14,7 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from adpretrain.artefact import (
+from adpretrain.parsing import read_json
+from adpretrain.saved import (
     CARD_NAME,
     CONFIG_NAME,
     PICTURE_SUFFIX,
@@ -23,7 +24,6 @@ from adpretrain.artefact import (
     read_weights,
     saved_tensors,
 )
-from adpretrain.parsing import read_json
 
 PICTURE = r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.png"
 PART = re.compile(r"[a-z0-9][a-z0-9_-]*")  # a model within a model, e.g. the extractor of a detector

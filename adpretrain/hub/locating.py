@@ -12,11 +12,11 @@ from typing import Any
 
 import huggingface_hub
 
-from adpretrain.artefact import CONFIG_NAME, WEIGHTS_NAME
 from adpretrain.files import atomic_path
 from adpretrain.hub.contents import GIT_SHA1, PART, SHA256, has_digest
 from adpretrain.hub.trouble import explain, may_pass, persistently, root, troubles
 from adpretrain.parsing import read_json
+from adpretrain.saved import CONFIG_NAME, WEIGHTS_NAME
 
 EMBEDDED = "embedded"
 EMBEDDED_FOLDER = Path(__file__).resolve().parents[1] / EMBEDDED

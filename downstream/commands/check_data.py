@@ -84,7 +84,7 @@ def _index(
 
 def count(samples: Sequence[Sample]) -> dict[str, dict[str, dict[str, int]]]:
     """Category -> split -> numbers of normal and anomalous images, the splits as they come in a run."""
-    from adpretrain.data.tree import SPLITS
+    from adpretrain.data.layouts.tree import SPLITS
 
     found = Counter((sample.category, sample.split, sample.anomalous) for sample in samples)
     splits = [split for split in SPLITS if any(sample.split == split for sample in samples)]

@@ -27,7 +27,7 @@ def demo(parser: ArgumentParser) -> Callable[[Namespace], int]:
 def _demo(options: Namespace) -> int:
     if find_spec("gradio") is None:  # before torch is imported, which takes a while
         raise ValueError("the demo needs gradio: pip install 'adpretrain[demo]'")
-    from downstream.demo.serving import EMBEDDED, serve
+    from downstream.web.serving import EMBEDDED, serve
 
     serve(options.extractor or [EMBEDDED], options.host, options.port, options.device)
     return 0

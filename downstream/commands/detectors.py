@@ -16,7 +16,7 @@ def detectors(parser: ArgumentParser) -> Callable[[Namespace], int]:
 
 
 def _detectors(options: Namespace) -> int:
-    from downstream.table import DETECTORS
+    from downstream.detectors import DETECTORS
 
     if options.json:
         print(json.dumps({name: dataclasses.asdict(entry) for name, entry in DETECTORS.items()}))

@@ -34,7 +34,7 @@ def evaluate(parser: ArgumentParser) -> Callable[[Namespace], int]:
 def _evaluate(options: Namespace) -> int:
     from downstream.evaluation.board import read_board
     from downstream.evaluation.board_run import run_board
-    from downstream.inspection.folder import pick_device
+    from downstream.inspection.run import pick_device
 
     if options.batch_size < 1 or options.workers < 0:
         raise ValueError(

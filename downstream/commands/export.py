@@ -54,7 +54,7 @@ def export(parser: ArgumentParser) -> Callable[[Namespace], int]:
 
 def _export(options: Namespace) -> int:
     from downstream.inspection.basis import Options
-    from downstream.inspection.export import export_folder
+    from downstream.inspection.onnx import export_folder
 
     with ProgressBars() as progress:
         done, basis = export_folder(

@@ -38,10 +38,10 @@ def extract(parser: ArgumentParser) -> Callable[[Namespace], int]:
 
 
 def _extract(options: Namespace) -> int:
-    from downstream.inspection.features import extract_folder, refuse_others, set_references
+    from downstream.inspection.extraction import extract_folder, refuse_others, set_references
     from downstream.inspection.finding import find_images
-    from downstream.inspection.folder import pick_device
     from downstream.inspection.photos import full_scale
+    from downstream.inspection.run import pick_device
 
     _check(options)
     images, out = Path(options.images), Path(options.out)

@@ -12,7 +12,7 @@ from downstream.terminal import ProgressBars, plain, tell_memory
 
 EPILOG = """The folder written holds features of the product: share it only with those who may see the product.
 It scores with adpretrain score --detector FOLDER --normal OTHERS, normal photographs that it was not fitted on;
-in Python: downstream.table.detector_from_pretrained(folder).predict(images).
+in Python: downstream.detectors.detector_from_pretrained(folder).predict(images).
 
 exit codes:
   0  fitted and saved
@@ -41,9 +41,9 @@ def fit(parser: ArgumentParser) -> Callable[[Namespace], int]:
 
 
 def _fit(options: Namespace) -> int:
-    from downstream.fitting import fit_folder, parse_settings
     from downstream.inspection.finding import find_images
-    from downstream.inspection.folder import pick_device
+    from downstream.inspection.fitting import fit_folder, parse_settings
+    from downstream.inspection.run import pick_device
 
     check_network(options)
     tell_memory()

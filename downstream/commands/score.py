@@ -15,7 +15,7 @@ from downstream.commands.network import EMBEDDED, EXTRACTOR_HELP
 from downstream.terminal import ProgressBars, plain
 
 if TYPE_CHECKING:
-    from downstream.inspection.folder import Inspection
+    from downstream.inspection.run import Inspection
 
 CHOICE = {"extractor": EMBEDDED, "references": "even", "shots": 16, "seed": 0}  # what chooses references; defaults
 MOST_PIXELS = 178_956_970  # as adpretrain.preprocess, which is slow to import
@@ -104,7 +104,7 @@ def score(parser: ArgumentParser) -> Callable[[Namespace], int]:
 def _score(options: Namespace) -> int:
     from adpretrain.preprocess import pixels_allowed
     from downstream.inspection.basis import Options
-    from downstream.inspection.folder import score_folder
+    from downstream.inspection.run import score_folder
 
     out = Path(options.out)
     if options.detector is not None:
@@ -147,7 +147,7 @@ def _refuse(options: Namespace) -> None:
 
 @contextlib.contextmanager
 def _hint(out: Path) -> Iterator[None]:
-    from downstream.inspection.record import PART
+    from downstream.inspection.resume import PART
 
     try:
         yield

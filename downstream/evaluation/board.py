@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from adpretrain.data.detect import HUB
+from adpretrain.data.layouts.detect import HUB
 from adpretrain.hub.locating import EMBEDDED
 from adpretrain.parsing import from_dict, read_yaml
 from downstream.evaluation.contenders import Kind
@@ -103,7 +103,7 @@ class Board:
     Args:
         sets: data sets.
         extractors: features by name.
-        detectors: names of `downstream.table.DETECTORS`, with the options that differ from the default.
+        detectors: names of `downstream.detectors.DETECTORS`, with the options that differ from the default.
         shots: numbers of normal images that a detector is fitted on and features are compared with; 0 = all of the
             training split.
         draws: how often they are drawn anew; of all images there is one draw.

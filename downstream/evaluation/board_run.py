@@ -17,19 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from adpretrain._version import __version__
-from adpretrain.artefact import backbone_config, folder_digest
 from adpretrain.backbones import Backbone, load_backbone
 from adpretrain.backbones.fingerprint import fingerprint
 from adpretrain.data import Sample, index_with_bare
-from adpretrain.data.detect import HUB
+from adpretrain.data.layouts.detect import HUB
 from adpretrain.extractor import ADExtractor
 from adpretrain.files import atomic_path
 from adpretrain.hub import locate
-from downstream.building import build_detector, chosen_options
+from adpretrain.saved import backbone_config, folder_digest
+from downstream.detectors.building import build_detector, chosen_options
 from downstream.evaluation.board import Board, ExtractorRow, SetRow
 from downstream.evaluation.board_table import write_board
 from downstream.evaluation.contenders import ALIGNED, RAW, Contender, Networks
-from downstream.evaluation.evaluate import by_product
+from downstream.evaluation.few_shot import by_product
 from downstream.evaluation.protocols import ProtocolOptions, Trial, trials
 from downstream.evaluation.remembered import Remembered
 from downstream.evaluation.tables import Record

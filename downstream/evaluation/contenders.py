@@ -14,10 +14,10 @@ from typing import Literal, get_args
 
 from adpretrain.backbones import Backbone
 from adpretrain.extractor import ADExtractor
-from downstream.aligned import NAME as ALIGNED
-from downstream.evaluation.evaluate import same_residuals
+from downstream.detectors import DETECTORS
+from downstream.detectors.aligned import NAME as ALIGNED
+from downstream.evaluation.few_shot import same_residuals
 from downstream.evaluation.withheld import Withheld
-from downstream.table import DETECTORS
 
 Kind = Literal["raw", "residual", "scaled", "pretrained"]
 FEATURES: tuple[str, ...] = get_args(Kind)

@@ -26,7 +26,7 @@ import numpy as np
 
 from adpretrain.data import Sample
 from adpretrain.references import random_references
-from downstream.evaluation.evaluate import by_product, normals, queries
+from downstream.evaluation.few_shot import by_product, normals, queries
 from downstream.evaluation.perturbation import SAID
 
 PROTOCOLS = (

@@ -18,19 +18,19 @@ from torch import Tensor
 
 from adpretrain.data import ImageDataset, Sample, TooFewImages
 from adpretrain.preprocess import Preprocess
-from downstream.aligned import AlignedOptions
-from downstream.building import build_detector
+from downstream.detectors.aligned import AlignedOptions
+from downstream.detectors.building import build_detector
+from downstream.detectors.featurenorm import NAME as FEATURENORM
+from downstream.detectors.refined import Refined
 from downstream.evaluation.contenders import ALIGNED, RAW, Contender, Networks
-from downstream.evaluation.evaluate import PIXEL_METRICS, about_bare, about_inverted
+from downstream.evaluation.few_shot import PIXEL_METRICS, about_bare, about_inverted
 from downstream.evaluation.perturbation import PerturbedImages
 from downstream.evaluation.protocols import Part, Trial
-from downstream.evaluation.showing import Shown, choose_shown
+from downstream.evaluation.shown import Shown, choose_shown
 from downstream.evaluation.withheld import Withheld
-from downstream.featurenorm import NAME as FEATURENORM
 from downstream.ground_truth import region_weights
 from downstream.metrics import Metrics, aupro, d_prime, errors_at_best_f1, evaluate_maps
-from downstream.refined import Refined
-from downstream.streaming import StreamingMetrics
+from downstream.streamed_metrics import StreamingMetrics
 from downstream.thresholds import count, pro_curve
 
 ERRORS = ("false_positives_at_best_f1", "false_negatives_at_best_f1")

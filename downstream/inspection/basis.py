@@ -20,11 +20,11 @@ import torch
 
 from adpretrain.extractor import ADExtractor
 from adpretrain.preprocess import Preprocess
-from downstream.aligned import AlignedFeatureNorm
 from downstream.appearance import Normals
 from downstream.calibration import Calibration, calibrate, percent
 from downstream.detector import Detector
-from downstream.featurenorm import FeatureNorm
+from downstream.detectors.aligned import AlignedFeatureNorm
+from downstream.detectors.featurenorm import FeatureNorm
 from downstream.inspection.choosing import ALIGNED, EVEN, METHODS, choose_references, read_all, readable
 from downstream.inspection.finding import find_images
 from downstream.inspection.normals import (

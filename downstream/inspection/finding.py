@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from adpretrain.data.detect import PATTERNS, layout_of
+from adpretrain.data.layouts.detect import PATTERNS, layout_of
 from adpretrain.data.samples import IMAGE_SUFFIXES, is_image
 from adpretrain.preprocess import FORMATS, page_count
 

@@ -14,13 +14,13 @@ from adpretrain.preprocess import Preprocess
 from downstream.appearance import Normals
 from downstream.calibration import calibrate
 from downstream.detector import Detector
+from downstream.detectors import detector_from_pretrained
 from downstream.fitting_together import part
 from downstream.inspection.basis import DEFAULTS, Basis, Options, promise, unseen
 from downstream.inspection.finding import find_images, printable
 from downstream.inspection.normals import SCALE_SAMPLE, Progress, score_normals, silent
 from downstream.inspection.photos import Photo, Unreadable, dark, full_scale, read_batches
-from downstream.saving import member, read_detector_config
-from downstream.table import detector_from_pretrained
+from downstream.saved import member, read_detector_config
 from downstream.visualise import ColourScale
 
 SEEN = (
@@ -94,7 +94,7 @@ def preprocess_of(folder: Path) -> Preprocess:
     if found is None:
         raise ValueError(
             f"{printable(folder)} was fitted on features that a program made: how photographs are prepared for them is "
-            "not known; use it in Python (downstream.table.detector_from_pretrained)"
+            "not known; use it in Python (downstream.detectors.detector_from_pretrained)"
         )
     return found
 

@@ -24,8 +24,8 @@ from downstream.inspection.basis import Basis
 from downstream.inspection.finding import printable
 from downstream.inspection.normals import SCALE_SAMPLE, Progress, predict_photos, silent
 from downstream.inspection.photos import Photo, Unreadable, picture_names, read_batches, relative_name, without_blank
-from downstream.inspection.record import Batch, Record, Stamp, stamp
 from downstream.inspection.results import ANOMALOUS, NORMAL, UNDECIDED, UNREADABLE, Result
+from downstream.inspection.resume import Batch, Record, Stamp, stamp
 from downstream.visualise import ColourScale, panel, save_png
 
 SHAPE_TOLERANCE = 0.05  # relative difference of width:height that is worth a warning

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from adpretrain.hub.locating import EMBEDDED
-from downstream.demo.serving import serve
+from downstream.web.serving import serve
 
 if __name__ == "__main__":
     names = [name.strip() for name in os.environ.get("EXTRACTORS", EMBEDDED).split(",")]

@@ -22,12 +22,12 @@ from torch import nn
 from transformers import Dinov2Config
 
 from adpretrain import ADExtractor
-from adpretrain.artefact import CONFIG_NAME
 from adpretrain.backbones import BACKBONES, Backbone, clip, dinov2, list_backbones, load_backbone
 from adpretrain.backbones.weights import Weights, read_state_dict
 from adpretrain.config import BackboneConfig, PretrainConfig
 from adpretrain.parsing import from_dict, parse_command_line, to_yaml
 from adpretrain.residual import residual_features
+from adpretrain.saved import CONFIG_NAME
 
 SMALL = "timm/resnet18.tv_in1k"
 SHA = "0123456789abcdef0123456789abcdef01234567"

@@ -21,8 +21,8 @@ from clock import interleaved_cpu_seconds
 from PIL import Image
 
 from adpretrain import ADExtractor
-from downstream.featurenorm import FeatureNorm
-from downstream.inspection.export import export_onnx
+from downstream.detectors.featurenorm import FeatureNorm
+from downstream.inspection.onnx import export_onnx
 
 pytestmark = pytest.mark.benchmark
 

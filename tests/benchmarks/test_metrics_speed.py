@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from downstream.metrics import aupro
-from downstream.streaming import StreamingMetrics
+from downstream.streamed_metrics import StreamingMetrics
 
 pytestmark = pytest.mark.benchmark
 

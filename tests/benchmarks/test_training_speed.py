@@ -23,16 +23,16 @@ from torch import Tensor, nn
 
 from adpretrain.backbones import Backbone, load_backbone
 from adpretrain.backbones.dinov2 import DinoV2
-from adpretrain.batches import OnlineBatches, encode, encode_batch
 from adpretrain.config import LossConfig, OptimConfig, PretrainConfig, ProjectorConfig, ReferencesConfig
 from adpretrain.data import index_realiad
-from adpretrain.data.loading import ImageBatch, Request, load_ahead
-from adpretrain.data.pairs import PretrainingSet, StepBatches, token_labels
 from adpretrain.data.synthetic import make_synthetic
 from adpretrain.extractor import ADExtractor, build_projector
-from adpretrain.objective import Objective
 from adpretrain.residual import tokens
-from adpretrain.speed import Stopwatch, Throughput, peak_flops
+from adpretrain.training.batches import OnlineBatches, encode, encode_batch
+from adpretrain.training.dataset import PretrainingSet, StepBatches, token_labels
+from adpretrain.training.loader import ImageBatch, Request, load_ahead
+from adpretrain.training.objective import Objective
+from adpretrain.training.speed import Stopwatch, Throughput, peak_flops
 
 pytestmark = pytest.mark.benchmark
 

@@ -14,8 +14,8 @@ from pictures import mask, photograph
 from PIL import Image
 
 from adpretrain.data import DATASETS, ImageDataset, LeftOut, MissingMasks, Sample, detect_layout, index_dataset
-from adpretrain.data.mvtec import index_mvtec
-from adpretrain.data.visa import index_visa
+from adpretrain.data.layouts.mvtec import index_mvtec
+from adpretrain.data.layouts.visa import index_visa
 from adpretrain.preprocess import Preprocess
 
 NAMES = ("mpdd", "mvtec_loco", "mvtec_3d", "btad", "visa")

@@ -10,10 +10,10 @@ import pytest
 from pictures import write
 
 from adpretrain.data import DATASETS, ImageDataset, Sample, detect_layout, index_dataset
-from adpretrain.data.elpv import index_elpv
-from adpretrain.data.folder import index_folder
-from adpretrain.data.mtd import index_mtd
-from adpretrain.data.mvtec import index_mvtec
+from adpretrain.data.layouts.elpv import index_elpv
+from adpretrain.data.layouts.folder import index_folder
+from adpretrain.data.layouts.mtd import index_mtd
+from adpretrain.data.layouts.mvtec import index_mvtec
 from adpretrain.preprocess import Preprocess
 
 REAL_MTD = Path(__file__).parents[3] / "shared" / "data" / "mtd"

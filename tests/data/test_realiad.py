@@ -9,9 +9,9 @@ import pytest
 from pictures import write
 
 from adpretrain.data import ImageDataset, LeftOut, Sample, index_dataset
-from adpretrain.data.pairs import PretrainingSet
-from adpretrain.data.realiad import index_realiad, view_of
+from adpretrain.data.layouts.realiad import index_realiad, view_of
 from adpretrain.preprocess import Preprocess
+from adpretrain.training.dataset import PretrainingSet
 
 
 def by_name(samples: list[Sample]) -> dict[str, Sample]:

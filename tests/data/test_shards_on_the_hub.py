@@ -16,8 +16,8 @@ from adpretrain.config import DataConfig, PretrainConfig
 from adpretrain.data import Sample, index_dataset
 from adpretrain.data.shard_writer import write_shards
 from adpretrain.data.shards import Photograph, Shards, pinned
-from adpretrain.data.streaming import Draw, StreamedBatches, StreamedSet
 from adpretrain.preprocess import Preprocess
+from adpretrain.training.streamed import Draw, StreamedBatches, StreamedSet
 
 NAME, ROOT = "factory/caps", "hf://factory/caps"
 

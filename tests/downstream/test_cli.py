@@ -21,7 +21,7 @@ from PIL import Image
 from adpretrain.extractor import ADExtractor
 from adpretrain.preprocess import read_image
 from downstream.cli import main
-from downstream.featurenorm import FeatureNorm
+from downstream.detectors.featurenorm import FeatureNorm
 
 Write = Callable[..., Path]
 

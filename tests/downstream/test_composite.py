@@ -16,15 +16,15 @@ from torch import Tensor
 from adpretrain.backbones import Backbone, load_backbone
 from adpretrain.extractor import ADExtractor
 from downstream.detector import Detector
+from downstream.detectors import detector_from_pretrained
+from downstream.detectors.ensemble import Ensemble
+from downstream.detectors.padim import PaDiM, PaDiMConfig
+from downstream.detectors.patchcore import PatchCore, PatchCoreConfig
+from downstream.detectors.reconpatch import ReConPatch, ReConPatchConfig
+from downstream.detectors.reconpatch.representation import RepresentationConfig
+from downstream.detectors.refined import Refined
+from downstream.detectors.refined.refinement import RefinementConfig
 from downstream.embedding import EmbeddingConfig
-from downstream.ensemble import Ensemble
-from downstream.padim import PaDiM, PaDiMConfig
-from downstream.patchcore import PatchCore, PatchCoreConfig
-from downstream.reconpatch import ReConPatch, ReConPatchConfig
-from downstream.refined import Refined
-from downstream.refinement import RefinementConfig
-from downstream.representation import RepresentationConfig
-from downstream.table import detector_from_pretrained
 
 SIZE = 64
 MEMORY = PatchCoreConfig(amount=0.1, reweight=3, reweight_all=True)

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from adpretrain.artefact import ExtractorConfig, ProjectorConfig, build_projector
 from adpretrain.backbones import load_backbone
 from adpretrain.config import BackboneConfig
 from adpretrain.extractor import ADExtractor
 from adpretrain.preprocess import Preprocess
+from adpretrain.saved import ExtractorConfig, ProjectorConfig, build_projector
 from downstream.cli import main
 from downstream.described import projector_cost
 

@@ -20,27 +20,27 @@ from adpretrain.backbones import Backbone, FeatureMaps, load_backbone
 from adpretrain.backbones.fingerprint import fingerprint
 from adpretrain.extractor import ADExtractor
 from adpretrain.local_scale import LocalScale
-from downstream.aligned import AlignedFeatureNorm
+from adpretrain.memory import memory_limit
 from downstream.coreset import greedy_coreset, subsample
 from downstream.detector import Prediction
+from downstream.detectors import detector_from_pretrained
+from downstream.detectors.aligned import AlignedFeatureNorm
+from downstream.detectors.ensemble import Ensemble
+from downstream.detectors.featurenorm import FeatureNorm
+from downstream.detectors.padim import PaDiM, PaDiMConfig
+from downstream.detectors.patchcore import PatchCore, PatchCoreConfig
+from downstream.detectors.reconpatch import ReConPatch, ReConPatchConfig
+from downstream.detectors.reconpatch.representation import Representation, RepresentationConfig, training_loss
+from downstream.detectors.reconpatch.similarity import relaxed_contrastive_loss, similarity
+from downstream.detectors.refined import Refined
+from downstream.detectors.refined.refinement import RefinementConfig
+from downstream.detectors.refined.simulation import SimulationConfig
+from downstream.detectors.spade import SPADE
 from downstream.distances import squared_distances
 from downstream.embedding import Embedding, EmbeddingConfig
-from downstream.ensemble import Ensemble
-from downstream.featurenorm import FeatureNorm
 from downstream.maps import gaussian_blur, pixel_maps, upsample
-from downstream.memory import memory_limit
 from downstream.metrics import evaluate_maps
 from downstream.neighbours import Neighbours, nearest
-from downstream.padim import PaDiM, PaDiMConfig
-from downstream.patchcore import PatchCore, PatchCoreConfig
-from downstream.reconpatch import ReConPatch, ReConPatchConfig
-from downstream.refined import Refined
-from downstream.refinement import RefinementConfig
-from downstream.representation import Representation, RepresentationConfig, training_loss
-from downstream.similarity import relaxed_contrastive_loss, similarity
-from downstream.simulation import SimulationConfig
-from downstream.spade import SPADE
-from downstream.table import detector_from_pretrained
 
 SIZE = 64
 

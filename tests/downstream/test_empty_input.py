@@ -12,19 +12,19 @@ from drawn import SIZE, photographs
 
 from adpretrain.backbones import Backbone
 from downstream.calibration import calibrate, conformal_p_values
+from downstream.detectors.ensemble import Ensemble, training_units
+from downstream.detectors.featurenorm import FeatureNorm
+from downstream.detectors.padim import PaDiM, PaDiMConfig
+from downstream.detectors.patchcore import PatchCore, PatchCoreConfig
+from downstream.detectors.reconpatch import ReConPatchConfig
+from downstream.detectors.reconpatch.representation import RepresentationConfig
+from downstream.detectors.reconpatch.similarity import relaxed_contrastive_loss
+from downstream.detectors.refined.refinement import RefinementConfig
+from downstream.detectors.refined.simulation import simulate
+from downstream.detectors.spade import SPADE, SPADEConfig
 from downstream.embedding import Embedding, pool_channels, random_reducer
-from downstream.ensemble import Ensemble, training_units
-from downstream.featurenorm import FeatureNorm
 from downstream.maps import gaussian_blur, upsample
 from downstream.metrics import errors_at_best_f1
-from downstream.padim import PaDiM, PaDiMConfig
-from downstream.patchcore import PatchCore, PatchCoreConfig
-from downstream.reconpatch import ReConPatchConfig
-from downstream.refinement import RefinementConfig
-from downstream.representation import RepresentationConfig
-from downstream.similarity import relaxed_contrastive_loss
-from downstream.simulation import simulate
-from downstream.spade import SPADE, SPADEConfig
 
 NOTHING: Any = None
 EMPTY = torch.zeros(0, 4)

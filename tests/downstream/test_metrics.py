@@ -24,7 +24,7 @@ from downstream.metrics import (
     max_f1,
     region_weights,
 )
-from downstream.streaming import StreamingMetrics
+from downstream.streamed_metrics import StreamingMetrics
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "metrics.npz"
 

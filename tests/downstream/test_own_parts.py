@@ -13,14 +13,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from adpretrain.backbones import Backbone, Extract, load_backbone
 from adpretrain.extractor import ADExtractor
-from downstream.aligned import AlignedFeatureNorm
 from downstream.detector import Detector
-from downstream.featurenorm import FeatureNorm
-from downstream.padim import PaDiM
-from downstream.patchcore import PatchCore
-from downstream.reconpatch import ReConPatch, ReConPatchConfig
-from downstream.representation import RepresentationConfig
-from downstream.spade import SPADE
+from downstream.detectors.aligned import AlignedFeatureNorm
+from downstream.detectors.featurenorm import FeatureNorm
+from downstream.detectors.padim import PaDiM
+from downstream.detectors.patchcore import PatchCore
+from downstream.detectors.reconpatch import ReConPatch, ReConPatchConfig
+from downstream.detectors.reconpatch.representation import RepresentationConfig
+from downstream.detectors.spade import SPADE
 
 QUICK = ReConPatchConfig(training=RepresentationConfig(dim=8, projection_dim=8, epochs=1, patches_per_step=64))
 DETECTORS: dict[str, Callable[[Extract], Detector]] = {

@@ -23,13 +23,13 @@ from torch import Tensor
 from adpretrain.backbones import Backbone, FeatureMaps, load_backbone
 from adpretrain.extractor import ADExtractor
 from adpretrain.local_scale import LocalScale
-from downstream.aligned import AlignedFeatureNorm
+from downstream.detectors import DETECTORS, detector_from_pretrained, find_detector
+from downstream.detectors.aligned import AlignedFeatureNorm
+from downstream.detectors.featurenorm import FeatureNorm
+from downstream.detectors.padim import ADPRETRAIN, PaDiM, PaDiMConfig
+from downstream.detectors.patchcore import PatchCore, PatchCoreConfig
+from downstream.detectors.spade import SPADE
 from downstream.embedding import EmbeddingConfig
-from downstream.featurenorm import FeatureNorm
-from downstream.padim import ADPRETRAIN, PaDiM, PaDiMConfig
-from downstream.patchcore import PatchCore, PatchCoreConfig
-from downstream.spade import SPADE
-from downstream.table import DETECTORS, detector_from_pretrained, find_detector
 
 SIZE = 96
 ROOT = Path(__file__).parents[2]
@@ -72,7 +72,7 @@ LOAD = """
 import sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
-from downstream.table import detector_from_pretrained
+from downstream.detectors import detector_from_pretrained
 torch.set_num_threads(1)
 images = torch.load(sys.argv[2], weights_only=True)
 out = {}

@@ -20,8 +20,8 @@ from test_images import drawn
 from adpretrain.backbones import load_backbone
 from adpretrain.extractor import ADExtractor
 from downstream.cli import main
+from downstream.detectors.patchcore import PatchCore, PatchCoreConfig
 from downstream.embedding import EmbeddingConfig
-from downstream.patchcore import PatchCore, PatchCoreConfig
 
 SIDE = 64
 RAW = ["--backbone=lite0", f"--image-size={SIDE}", "--device=cpu"]

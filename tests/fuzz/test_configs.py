@@ -14,13 +14,13 @@ from bounded import bounded
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from adpretrain.artefact import ExtractorConfig
 from adpretrain.config import PretrainConfig
 from adpretrain.parsing import DEEPEST, from_dict, parse_command_line, read_json, read_yaml, to_yaml
-from downstream.padim import PaDiMConfig
-from downstream.patchcore import PatchCoreConfig
-from downstream.reconpatch import ReConPatchConfig
-from downstream.spade import SPADEConfig
+from adpretrain.saved import ExtractorConfig
+from downstream.detectors.padim import PaDiMConfig
+from downstream.detectors.patchcore import PatchCoreConfig
+from downstream.detectors.reconpatch import ReConPatchConfig
+from downstream.detectors.spade import SPADEConfig
 
 CLASSES = [PretrainConfig, ExtractorConfig, PatchCoreConfig, PaDiMConfig, ReConPatchConfig, SPADEConfig]
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)

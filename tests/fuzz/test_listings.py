@@ -21,12 +21,12 @@ from test_models import places, replaced
 
 from adpretrain.data import Sample
 from adpretrain.data.huggingface import index_hf
-from adpretrain.data.metadata import index_metadata
-from adpretrain.data.realiad import index_realiad
-from adpretrain.data.visa import COLUMNS, index_visa
+from adpretrain.data.layouts.metadata import index_metadata
+from adpretrain.data.layouts.realiad import index_realiad
+from adpretrain.data.layouts.visa import COLUMNS, index_visa
 from downstream.cli import main
-from downstream.demo.uploads import Upload, read_upload
 from downstream.inspection.photos import Unreadable
+from downstream.web.uploads import Upload, read_upload
 
 NAMES: list[Any] = ["../../../etc/passwd", "/etc/passwd", "a\0b.png", "loop/loop.png", "x" * 5000, "up/secret.png", ""]
 NAMES += [".", "..", "~/x.png", "C:\\x.png", "a.png/b.png", "\udcff.png", "\u202egnp.exe", None, 5, [], {}, True]

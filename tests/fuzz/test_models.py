@@ -20,21 +20,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_images import HOW, mutated
 
-from adpretrain.artefact import folder_digest
 from adpretrain.backbones import load_backbone
 from adpretrain.config import ProjectorConfig
 from adpretrain.extractor import ADExtractor, build_projector
+from adpretrain.saved import folder_digest
 from downstream.cli import main
 from downstream.described import describe_model
+from downstream.detectors import detector_from_pretrained
+from downstream.detectors.ensemble import Ensemble
+from downstream.detectors.featurenorm import FeatureNorm
+from downstream.detectors.padim import PaDiM, PaDiMConfig
+from downstream.detectors.patchcore import PatchCore, PatchCoreConfig
+from downstream.detectors.reconpatch import ReConPatch, ReConPatchConfig
+from downstream.detectors.reconpatch.representation import RepresentationConfig
+from downstream.detectors.spade import SPADE
 from downstream.embedding import EmbeddingConfig
-from downstream.ensemble import Ensemble
-from downstream.featurenorm import FeatureNorm
-from downstream.padim import PaDiM, PaDiMConfig
-from downstream.patchcore import PatchCore, PatchCoreConfig
-from downstream.reconpatch import ReConPatch, ReConPatchConfig
-from downstream.representation import RepresentationConfig
-from downstream.spade import SPADE
-from downstream.table import detector_from_pretrained
 
 SIDE = 64
 BOUND = 400 << 10  # KiB of peak memory that refusing may take

@@ -19,7 +19,7 @@ from transformers import Dinov2Model
 from adpretrain.backbones import load_backbone
 from adpretrain.backbones.dinov2 import SIZES
 from adpretrain.extractor import ADExtractor
-from downstream.featurenorm import FeatureNorm
+from downstream.detectors.featurenorm import FeatureNorm
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDTH, LEVELS = 384, 4  # dinov2-small

@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 
 from adpretrain.backbones import load_backbone
 from adpretrain.extractor import ADExtractor
-from downstream.ensemble import Ensemble
-from downstream.padim import PaDiM
-from downstream.patchcore import PatchCore
-from downstream.saving import parts_of
-from downstream.table import detector_from_pretrained
+from downstream.detectors import detector_from_pretrained
+from downstream.detectors.ensemble import Ensemble
+from downstream.detectors.padim import PaDiM
+from downstream.detectors.patchcore import PatchCore
+from downstream.saved import parts_of
 
 SIDE = 64
 

@@ -12,8 +12,8 @@ from hub_server.server import Hub
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from adpretrain.artefact import folder_digest
 from adpretrain.extractor import ADExtractor
+from adpretrain.saved import folder_digest
 
 HUB = Path(__file__).resolve().parents[2] / "hub"
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from adpretrain import ADExtractor, load_backbone
 from adpretrain.data import index_dataset
-from adpretrain.data.pairs import PretrainingSet
 from adpretrain.hub.contents import files_to_publish
 from adpretrain.projector import FeatureProjector
+from adpretrain.training.dataset import PretrainingSet
 
 Arguments = Callable[..., list[str]]
 PLAIN = ["--local_scale", "null", "--augment", "epoch", "--cache.draws", "0", "--data.workers", "0"]

@@ -12,11 +12,11 @@ from hub_server.server import Hub
 from processes import output, start, wait
 from running import until
 
-from adpretrain.artefact import folder_digest
 from adpretrain.backbones import load_backbone
 from adpretrain.data.synthetic import make_synthetic
 from adpretrain.extractor import ADExtractor
 from adpretrain.hub.locating import EMBEDDED_FOLDER
+from adpretrain.saved import folder_digest
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -15,10 +15,10 @@ from processes import together
 from running import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adpretrain.batches import LabelledBatch, thin
 from adpretrain.config import BackboneConfig, LossConfig, OptimConfig, PretrainConfig, ProjectorConfig
 from adpretrain.extractor import build_projector
 from adpretrain.losses import angle_loss
+from adpretrain.training.batches import LabelledBatch, thin
 
 SMALL = PretrainConfig(
     backbone=BackboneConfig("lite0", 64),

@@ -17,15 +17,15 @@ from running import ROOT
 from torch import Tensor
 
 from adpretrain.backbones import Backbone
-from adpretrain.batches import ResidualBatch
 from adpretrain.config import PretrainConfig
 from adpretrain.convert import projector_from_official
 from adpretrain.extractor import ADExtractor
-from adpretrain.objective import Objective
 from adpretrain.parsing import from_dict, read_yaml
 from adpretrain.preprocess import Preprocess
 from adpretrain.projector import FeatureProjector
-from adpretrain.speed import Stopwatch, Throughput
+from adpretrain.training.batches import ResidualBatch
+from adpretrain.training.objective import Objective
+from adpretrain.training.speed import Stopwatch, Throughput
 
 GOLDEN = sorted((ROOT / "tests" / "golden").glob("official_training*.npz"))
 CPU = torch.device("cpu")

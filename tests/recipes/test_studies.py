@@ -14,7 +14,7 @@ from adpretrain import ADExtractor, load_backbone
 from adpretrain.config import LocalScaleConfig
 from adpretrain.data.synthetic import make_synthetic
 from adpretrain.local_scale import LocalScale
-from downstream.evaluation.evaluate import draw_shots, encode_samples, measure, score
+from downstream.evaluation.few_shot import draw_shots, encode_samples, measure, score
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "recipes"))

@@ -22,9 +22,9 @@ from adpretrain.local_scale import LocalScale
 from adpretrain.references import random_references
 from downstream import FeatureNorm, PatchCore, evaluate_maps
 from downstream.cli import main
+from downstream.detectors import DETECTORS
 from downstream.evaluation.board import read_board
 from downstream.evaluation.remembered import Remembered
-from downstream.table import DETECTORS
 
 pytestmark = pytest.mark.filterwarnings("ignore:elsewhere is left out")
 METRICS = ("image_auroc", "pixel_auroc", "aupro")

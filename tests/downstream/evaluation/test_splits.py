@@ -13,7 +13,7 @@ from adpretrain.backbones import load_backbone
 from adpretrain.data import Sample
 from adpretrain.extractor import ADExtractor
 from downstream.detector import Prediction
-from downstream.evaluation.evaluate import FeatureSet, measure, same_residuals
+from downstream.evaluation.few_shot import FeatureSet, measure, same_residuals
 
 
 def images(*kinds: str) -> FeatureSet:

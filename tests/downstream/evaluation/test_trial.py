@@ -16,17 +16,17 @@ from scipy.integrate import trapezoid
 
 from adpretrain.data import Sample, index_dataset
 from adpretrain.extractor import ADExtractor
-from downstream.building import build_detector
+from downstream.detectors.building import build_detector
+from downstream.detectors.featurenorm import FeatureNorm
 from downstream.evaluation import plots, trial
+from downstream.evaluation.comparison_page import write_comparison
 from downstream.evaluation.contenders import Contender, Networks, contenders
-from downstream.evaluation.evaluate import encode_samples, few_shot
+from downstream.evaluation.few_shot import encode_samples, few_shot
 from downstream.evaluation.patches import in_two_dimensions, sampled_patches
 from downstream.evaluation.protocols import Part, ProtocolOptions, Trial, trials
-from downstream.evaluation.report import write_comparison
 from downstream.evaluation.tables import TITLES
 from downstream.evaluation.trial import CURVE, Images, Settings, Training, run_trial
 from downstream.evaluation.withheld import Withheld
-from downstream.featurenorm import FeatureNorm
 from downstream.inspection.report import Fact
 from downstream.metrics import auroc, d_prime
 

@@ -15,11 +15,11 @@ from adpretrain.backbones import load_backbone
 from adpretrain.preprocess import read_image
 from downstream.calibration import calibrate
 from downstream.cli import main
-from downstream.ensemble import Ensemble
+from downstream.detectors import detector_from_pretrained
+from downstream.detectors.ensemble import Ensemble
+from downstream.detectors.padim import PaDiM
+from downstream.detectors.patchcore import PatchCore
 from downstream.inspection.fitted import SEEN, preprocess_of
-from downstream.padim import PaDiM
-from downstream.patchcore import PatchCore
-from downstream.table import detector_from_pretrained
 
 Write = Callable[..., Path]
 Scene = tuple[Path, Path, Path]

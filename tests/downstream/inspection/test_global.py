@@ -17,7 +17,7 @@ from adpretrain.backbones import load_backbone
 from adpretrain.extractor import ADExtractor
 from downstream.cli import main
 from downstream.inspection.basis import Options
-from downstream.inspection.folder import EXIT_ANOMALY, score_folder
+from downstream.inspection.run import EXIT_ANOMALY, score_folder
 
 SHARED = Path(__file__).parents[4] / "shared"
 Write = Callable[..., Path]

@@ -21,8 +21,8 @@ from processes import output, start, wait
 from adpretrain.files import sweep
 from downstream.cli import main
 from downstream.inspection.basis import Options
-from downstream.inspection.folder import score_folder
-from downstream.inspection.record import PART
+from downstream.inspection.resume import PART
+from downstream.inspection.run import score_folder
 from downstream.visualise import ColourScale, overlay, panel, photo_and_heatmap
 
 Write = Callable[..., Path]

@@ -1,0 +1,1 @@
+"""One benchmark a file: where its photographs, labels and masks lie."""

@@ -1,0 +1,321 @@
+"""Pretraining batches of residual features: computed step by step, or once before training and kept.
+
+Shapes: B images, V views, L levels, C_l channels, H_l x W_l tokens, K references of an image, D reference draws.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import chain, groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from adpretrain.backbones import FeatureMaps, References
+from adpretrain.config import ReferencesConfig
+from adpretrain.device import upload
+from adpretrain.extractor import ADExtractor
+from adpretrain.files import atomic_path
+from adpretrain.residual import as_map, residual_tokens, tokens
+from adpretrain.saved import save_tensors
+from adpretrain.training.dataset import PretrainingSet, StepBatches, token_labels
+from adpretrain.training.loader import ImageBatch, ImageSource, Request, Requests, load_ahead
+from adpretrain.training.shared import ALONE, LocalProcesses
+
+
+@dataclass(frozen=True)
+class ResidualBatch:
+    """Residuals of B images.
+
+    ``views``: V lists of L levels [B, C_l, H_l, W_l]; ``masks``: bool [B, S, S], on the host, where labels are counted
+    without waiting for the device; ``keys``: (epoch, index) of each;
+    ``contexts``: for cross attention, (b, residuals of the references) of consecutive images with equal K, L levels of
+    [b, K * T_l, C_l]; else empty. ``encoded``: images that went through the backbone.
+    """
+
+    views: list[FeatureMaps]
+    masks: Tensor
+    keys: list[tuple[int, int]]
+    contexts: list[tuple[int, References]]
+    encoded: int = 0
+
+
+def encode(extractor: ADExtractor, pixels: Tensor) -> FeatureMaps:
+    """uint8 [B, 3, S, S] -> L levels of features, in as few forwards as the device is fastest with."""
+    parts = pixels.split(16 if pixels.device.type == "cpu" else 128)  # more than 16 outgrow a CPU's caches
+    encoded = [extractor.encode(extractor.preprocess.normalise(part)) for part in parts]
+    return [torch.cat(level) for level in zip(*encoded, strict=True)]
+
+
+def encode_batch(
+    extractor: ADExtractor,
+    batch: ImageBatch,
+    features: dict[Any, list[Tensor]],
+    watch: Callable[[str], object] = lambda phase: None,
+) -> ResidualBatch:
+    """A batch of images -> residuals of every view against each image's own references, with gradients of the views
+    where the backbone is not frozen.
+
+    ``features``: of photographs by name, L levels [T_l, C_l]; those of the batch are added. A photograph is encoded
+    with those of its unit, so that its features never depend on which others were known already.
+    """
+    watch("backbone")
+    count, views = batch.views.shape[:2]
+    encoded = encode(extractor, batch.views.flatten(0, 1))
+    watch("references")
+    for name in batch.forget:
+        del features[name]
+    for names, pixels in batch.units:
+        with torch.no_grad():
+            unit = [tokens(level) for level in encode(extractor, pixels)]
+        features.update({name: [level[row] for level in unit] for row, name in enumerate(names)})
+    watch("matching")
+    residuals, contexts = _match(extractor, batch, encoded, features)
+    levels = [level.unflatten(0, (count, views)) for level in residuals]
+    by_view = [[level[:, view] for level in levels] for view in range(views)]
+    seen = count * views + sum(len(names) for names, _ in batch.units)
+    return ResidualBatch(by_view, batch.masks, batch.keys, contexts, seen)
+
+
+def _match(
+    extractor: ADExtractor, batch: ImageBatch, encoded: FeatureMaps, features: Mapping[Any, list[Tensor]]
+) -> tuple[FeatureMaps, list[tuple[int, References]]]:
+    """Residuals of all views, in order, and the contexts of `ResidualBatch`. Images with equally many references are
+    matched together, one batched product a level, however many they are."""
+    if extractor.config.matching == "none":
+        return encoded, []
+    crossed = extractor.projector is not None and extractor.projector.needs_reference_residuals
+    parts, contexts, start, views = [], [], 0, batch.views.shape[1]
+    for (images, shots), group in groupby(batch.sets, key=lambda each: (each[0], len(each[1]))):
+        chosen = [names for _, names in group]
+        stop = start + len(chosen) * images * views
+        queries = [level[start:stop] for level in encoded]
+        rows = [torch.stack([features[name][level] for name in chain(*chosen)]) for level in range(len(queries))]
+        banks = [row.unflatten(0, (len(chosen), shots)).flatten(1, 2) for row in rows]
+        scales = extractor.scales(queries, banks)
+        parts.append(_matched(extractor, queries, banks, scales))
+        if crossed:
+            context = extractor.reference_residuals(banks, shots, scales)
+            contexts.append((len(chosen) * images, [level.repeat_interleave(images, 0) for level in context]))
+        start = stop
+    return [torch.cat(level) for level in zip(*parts, strict=True)], contexts
+
+
+def _matched(
+    extractor: ADExtractor, queries: FeatureMaps, banks: References, scales: list[Tensor] | None
+) -> FeatureMaps:
+    """Residuals [n, C_l, H_l, W_l] of n images against R banks, each the bank of n / R images that follow each other:
+    one batched product a level, however many images there are."""
+    out = []
+    for level, (query_nCHW, bank_RNC) in enumerate(zip(queries, banks, strict=True)):
+        query_RQC = tokens(query_nCHW).reshape(bank_RNC.shape[0], -1, query_nCHW.shape[1])
+        scale = None if scales is None else scales[level]
+        residual = residual_tokens(query_RQC, bank_RNC, extractor.config.matching, scale_RN=scale)
+        out.append(as_map(residual.view(query_nCHW.shape[0], -1, query_nCHW.shape[1]), query_nCHW))
+    return out
+
+
+class OnlineBatches:
+    """Images loaded by worker processes, encoded and matched step by step: new views and references every epoch.
+
+    With a pool of references (`adpretrain.config.ReferencesConfig`) their features are kept, as many as fit.
+    ``watch`` is told what the time is spent on: "data" (waiting for images), "backbone", "references", "matching".
+    """
+
+    def __init__(
+        self,
+        extractor: ADExtractor,
+        data: ImageSource,
+        workers: int,
+        device: torch.device,
+        watch: Callable[[str], object] = lambda phase: None,
+    ) -> None:
+        self.extractor, self.data, self.workers, self.device, self.watch = extractor, data, workers, device, watch
+
+    def _room(self, config: ReferencesConfig) -> int:
+        """Pools that fit into the limit."""
+        side = self.extractor.preprocess.image_size
+        with torch.no_grad():
+            levels = self.extractor.encode(torch.zeros(1, 3, side, side, device=self.device))
+        return (config.cache_mb << 20) // (config.pool * sum(level.nbytes for level in levels))
+
+    def __call__(self, steps: Iterable[list[Any]]) -> Iterator[ResidualBatch]:
+        draws, features = self.data.draws, dict[Any, list[Tensor]]()
+        kept = draws is not None and draws.config.pool > 0 and draws.config.cache_mb > 0
+        requests: Iterable[Request] = map(Request, steps)
+        if kept:
+            assert draws is not None
+            requests = Requests(steps, draws, self._room(draws.config))
+        batches = load_ahead(self.data, requests, self.workers, self.device)
+        while True:
+            self.watch("data")
+            batch = next(batches, None)
+            if batch is None:
+                return
+            yield encode_batch(self.extractor, batch, features if kept else {}, self.watch)
+
+
+class CachedBatches:
+    """Residuals of every image against D reference draws, computed once and kept in memory (half precision).
+
+    Epoch e uses draw e mod D. The views of an image stay the same (augment "once" or "none"), so a step costs only
+    the projector: the way to pretrain a small projector on a CPU. ``folder`` keeps the cache on disk for the next run
+    with the same images and settings. ``threads`` images are prepared at a time. Of several processes on a machine
+    (``local``), each computes its share of the images, and all of them map the result.
+    """
+
+    def __init__(
+        self,
+        extractor: ADExtractor,
+        data: PretrainingSet,
+        device: torch.device,
+        draws: int,
+        folder: str = "",
+        threads: int = 1,
+        track: Callable[[Iterable[Any], int], Iterable[Any]] = lambda items, total: items,
+        local: LocalProcesses = ALONE,
+    ) -> None:
+        self.data, self.device, self.draws = data, device, draws
+        self.views = 1 if data.augment == "none" else 2
+        path = Path(folder) / f"residuals-{self._fingerprint(extractor)}.safetensors" if folder else None
+        stored = _load(path) if path is not None else None
+        if not local.everywhere(stored is not None) or stored is None:
+            stored = self._compute(extractor, threads, track, local)
+            if path is not None and local.rank == 0:
+                with atomic_path(path) as temporary:
+                    save_tensors(stored, temporary)
+        self.levels = [stored[f"level_{level}"] for level in range(len(extractor.channels))]  # [n, D, V, C, H, W]
+        self.masks = stored["masks"]
+
+    def _fingerprint(self, extractor: ADExtractor) -> str:
+        """Identifies images (path, size, time), backbone, local scale, matching and draws."""
+        digest = hashlib.sha256()
+        files = [(str(s.image), s.image.stat().st_size, s.image.stat().st_mtime_ns) for s in self.data.samples]
+        data = [self.data.shots, self.data.seed, self.data.augment, self.draws, extractor.config.matching]
+        network = extractor.backbone
+        backbone: list[Any] = [network.name, extractor.preprocess.to_dict(), network.levels, network.revision]
+        backbone += [network.finest, network.patch]
+        digest.update(json.dumps([files, data, backbone]).encode())
+        if network.revision is None:  # local or random weights: told apart by every bit
+            for parameter in network.parameters():
+                plain = parameter.detach().cpu().contiguous(memory_format=torch.contiguous_format).flatten()
+                digest.update(plain.view(torch.uint8).numpy().tobytes())
+        if extractor.local_scale is not None:
+            digest.update(repr(extractor.local_scale.config).encode())
+            digest.update(extractor.local_scale.single.cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def _compute(self, extractor: ADExtractor, threads: int, track: Any, local: LocalProcesses) -> dict[str, Tensor]:
+        def fill(compute: Callable[[int], list[Tensor]]) -> list[Tensor]:
+            """What is computed of every image, stacked; each process computes that of its share."""
+            own = local.share(len(self.data))
+            with ThreadPoolExecutor(threads) as pool:
+                rows = iter(track(pool.map(compute, own), len(own)))
+                first = next(rows, None)
+                like = compute(0) if first is None else first  # more processes than images
+                whole = [local.empty((len(self.data), *part.shape), part.dtype) for part in like]
+                for row, index in zip(chain([like], rows), own, strict=False):
+                    for stacked, part in zip(whole, row, strict=True):
+                        stacked[index] = part
+            local.everywhere(True)
+            return whole
+
+        plain = fill(lambda index: self._encode(extractor, index))
+        *levels, masks = fill(lambda index: [*self._match(extractor, plain, index), self.data.mask(index)])
+        return {**{f"level_{number}": level for number, level in enumerate(levels)}, "masks": masks}
+
+    @torch.no_grad()
+    def _encode(self, extractor: ADExtractor, index: int) -> list[Tensor]:
+        """L levels [C, H, W] of one image."""
+        return [level[0].cpu() for level in encode(extractor, self.data.pixels(index)[None].to(self.device))]
+
+    @torch.no_grad()
+    def _match(self, extractor: ADExtractor, plain: FeatureMaps, index: int) -> list[Tensor]:
+        """L levels [D, V, C, H, W] of one image."""
+        views = [level[index : index + 1] for level in plain]
+        if self.data.augment != "none":
+            views = encode(extractor, self.data.views(index, epoch=0).to(self.device))
+        views = [level.to(self.device) for level in views]
+        draws = []
+        for draw in range(self.draws):
+            references = self.data.draw_references(index, draw)
+            chosen = [level[list(references)] for level in plain]
+            banks = [tokens(level.to(self.device)).flatten(0, 1)[None] for level in chosen]
+            draws.append(extractor.residuals(views, banks, extractor.scales(views, banks)))
+        return [torch.stack(level).half().cpu() for level in zip(*draws, strict=True)]
+
+    def __call__(self, steps: StepBatches) -> Iterator[ResidualBatch]:
+        for keys in steps:
+            rows = torch.tensor([index for _, index in keys])
+            draw = torch.tensor([epoch % self.draws for epoch, _ in keys])
+            chosen = [level[rows, draw].to(self.device, torch.get_default_dtype()) for level in self.levels]
+            views = [[level[:, view] for level in chosen] for view in range(self.views)]
+            yield ResidualBatch(views, self.masks[rows], keys, [])
+
+
+def _load(path: Path) -> dict[str, Tensor] | None:
+    try:
+        return load_file(path)
+    except (FileNotFoundError, SafetensorError):
+        return None
+
+
+@dataclass(frozen=True)
+class LabelledBatch:
+    """What the losses see: ``views`` and ``contexts`` as in `ResidualBatch`; ``labels`` for the norm loss and
+    ``angle_labels`` for the angle loss, L levels of bool [B, H_l, W_l], on the host."""
+
+    views: list[FeatureMaps]
+    labels: list[Tensor]
+    angle_labels: list[Tensor]
+    contexts: list[tuple[int, References]]
+
+
+def label(
+    batch: ResidualBatch, norm_rule: str = "center", angle_rule: str = "center", pixels: int = 32
+) -> LabelledBatch:
+    """Token labels of every level for the norm loss and for the angle loss, by the rules of `token_labels`."""
+    grids = [(int(level.shape[2]), int(level.shape[3])) for level in batch.views[0]]
+    made = {rule: [token_labels(batch.masks, grid, rule, pixels) for grid in grids] for rule in {norm_rule, angle_rule}}
+    return LabelledBatch(batch.views, made[norm_rule], made[angle_rule], batch.contexts)
+
+
+def thin(batch: LabelledBatch, keys: Sequence[tuple[int, int]], count: int, seed: int) -> LabelledBatch:
+    """Keep ``count`` tokens of every image: its anomalous ones, at most half of them, and random normal ones.
+
+    Neighbouring tokens say nearly the same, so a step on a few tokens of many images learns as much as one on all
+    tokens of few. The choice derives from (seed, epoch, index) and is the same in every view. Maps become
+    [B, C_l, 1, count]. Levels with fewer tokens stay whole.
+    """
+    views: list[FeatureMaps] = [[] for _ in batch.views]
+    labels, angle_labels = [], []
+    for level, marked in enumerate(batch.labels):
+        size = marked[0].numel()
+        if size <= count:
+            chosen = torch.arange(size).expand(len(keys), -1)
+        else:
+            pairs = zip(marked.flatten(1), keys, strict=True)
+            chosen = torch.stack([_choose(marked_T, count, (seed, *key, level)) for marked_T, key in pairs])
+        there = upload(chosen, batch.views[0][level].device)
+        for kept, view in zip(views, batch.views, strict=True):
+            flat = view[level].flatten(2)
+            kept.append(flat.gather(2, there[:, None].expand(-1, flat.shape[1], -1))[:, :, None])
+        labels.append(marked.flatten(1).gather(1, chosen)[:, None])
+        angle_labels.append(batch.angle_labels[level].flatten(1).gather(1, chosen)[:, None])
+    return replace(batch, views=views, labels=labels, angle_labels=angle_labels)
+
+
+def _choose(marked_T: Tensor, count: int, key: Sequence[int]) -> Tensor:
+    order = torch.from_numpy(np.random.default_rng(np.random.SeedSequence(key)).permutation(marked_T.numel()))
+    shuffled = marked_T[order]
+    anomalous = order[shuffled][: count // 2]
+    return torch.cat([anomalous, order[~shuffled], order[shuffled][count // 2 :]])[:count]

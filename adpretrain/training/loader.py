@@ -1,0 +1,221 @@
+"""The images of pretraining steps, read by worker processes ahead of time and copied while the device computes.
+
+Shapes: B images, V views, S side in pixels, P photographs of a unit.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, groupby
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from adpretrain.training.draws import ReferenceDraws
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """The images of one step as 8-bit pixels, a quarter of what the networks take to copy.
+
+    ``views``: uint8 [B, V, 3, S, S]; ``masks``: bool [B, S, S]; ``keys``: (epoch, index) of each; ``sets``: how many
+    of the B images, in order, have which references, by name: equal numbers of both side by side, few first;
+    ``units``: names of photographs and their pixels, uint8 [P, 3, S, S], to be encoded together; ``forget``: names of
+    features that are not needed again. The masks stay on the host: labels are counted there without waiting.
+    """
+
+    views: Tensor
+    masks: Tensor
+    keys: list[tuple[int, int]]
+    sets: list[tuple[int, tuple[Hashable, ...]]]
+    units: list[tuple[list[Hashable], Tensor]]
+    forget: list[Hashable]
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> ImageBatch:
+        units = [(names, change(pixels)) for names, pixels in self.units]
+        return replace(self, views=change(self.views), units=units)
+
+    def pin_memory(self) -> ImageBatch:
+        """In memory that a GPU can copy from by itself; the DataLoader calls this."""
+        return self._each(Tensor.pin_memory)
+
+    def to(self, device: torch.device) -> ImageBatch:
+        """On a device."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+
+class Item(NamedTuple):
+    """One image of a step: (epoch, index), views uint8 [V, 3, S, S], mask bool [S, S], names of its references."""
+
+    key: tuple[int, int]
+    views: Tensor
+    mask: Tensor
+    references: tuple[Hashable, ...]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one step needs. ``keys``: its images, as the data set names them; ``pools``: groups whose pools are encoded
+    and kept, None where no features are; ``forget``: names of features that make room."""
+
+    keys: list[Any]
+    pools: list[int] | None = None
+    forget: tuple[int, ...] = ()
+
+
+class ImageSource(Protocol):
+    """A data set that steps can be loaded from. ``draws``: None if features of references cannot be kept."""
+
+    draws: ReferenceDraws | None
+
+    def load(self, request: Request) -> ImageBatch:
+        """The images of a step."""
+        ...
+
+
+def assemble(
+    items: Sequence[Item],
+    read: Callable[[Any], Tensor],
+    units: Sequence[Sequence[Hashable]] | None = None,
+    forget: Sequence[Hashable] = (),
+) -> ImageBatch:
+    """Items -> a batch, and each reference ``read`` only once. Images with the same references lie side by side, and so
+    do sets of as many references for as many images: they can be matched together.
+
+    ``units``: photographs to be read instead of the references of the items.
+    """
+    first: dict[tuple[Hashable, ...], int] = {}
+    for position, item in enumerate(items):
+        first.setdefault(item.references, position)
+    images = Counter(item.references for item in items)
+    ordered = sorted(items, key=lambda item: (len(item.references), images[item.references], first[item.references]))
+    if units is None:
+        units = [list(dict.fromkeys(chain.from_iterable(item.references for item in ordered)))]
+    return ImageBatch(
+        views=torch.stack([item.views for item in ordered]),
+        masks=torch.stack([item.mask for item in ordered]),
+        keys=[item.key for item in ordered],
+        sets=[(len(list(same)), chosen) for chosen, same in groupby(ordered, key=lambda item: item.references)],
+        units=[(list(unit), torch.stack([read(name) for name in unit])) for unit in units if unit],
+        forget=list(forget),
+    )
+
+
+class Requests:
+    """The requests of some steps, where ``room`` pools of features are kept: the least recently used make room.
+
+    It is known beforehand which features a step will find, so that workers read only what has to be encoded. Raises
+    ValueError if a step needs more pools than there is room for.
+    """
+
+    def __init__(self, steps: Iterable[list[tuple[int, int]]], draws: ReferenceDraws, room: int) -> None:
+        self.steps, self.draws, self.room = steps, draws, room
+
+    def __iter__(self) -> Iterator[Request]:
+        held: dict[int, int] = {}  # group -> epoch in which its pool was encoded; the least recently used first
+        for keys in self.steps:
+            yield self._request(keys, held)
+
+    def _request(self, keys: list[tuple[int, int]], held: dict[int, int]) -> Request:
+        draws = self.draws
+        wanted = {draws.group_of[index]: epoch for epoch, index in keys}
+        if len(wanted) > self.room:
+            raise ValueError(
+                f"a batch with images of {len(wanted)} categories and views needs their pools at once, but "
+                f"references.cache_mb has room for {self.room}: raise it, or lower references.pool or the batch size"
+            )
+        refresh, pools, dropped = draws.config.refresh, [], []
+        for group, epoch in wanted.items():
+            encoded = held.pop(group, None)
+            if encoded is None or encoded // refresh != epoch // refresh:
+                pools.append(group)
+                if encoded is not None:
+                    dropped.append((group, encoded))
+                encoded = epoch
+            held[group] = encoded
+        while len(held) > self.room:
+            group = next(iter(held))
+            dropped.append((group, held.pop(group)))
+        return Request(keys, pools, tuple(chain.from_iterable(draws.pool(*key) for key in dropped)))
+
+
+class _Loads(Dataset[ImageBatch]):
+    def __init__(self, data: ImageSource) -> None:
+        self.data = data
+
+    def __getitem__(self, request: Request) -> ImageBatch:
+        return self.data.load(request)
+
+
+def load_ahead(
+    data: ImageSource, requests: Iterable[Request], workers: int, device: torch.device
+) -> Iterator[ImageBatch]:
+    """The batches of ``requests`` on ``device``. Each of ``workers`` processes reads two batches ahead; 0 = none."""
+    loader = DataLoader(
+        _Loads(data),
+        batch_size=None,
+        sampler=requests,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_work_on,
+    )
+    batches = _until_exit(loader)
+    if device.type == "cuda" and torch.cuda.is_available():
+        return _copied_ahead(batches, device)
+    return (batch.to(device) for batch in batches)
+
+
+def _work_on(worker: int) -> None:
+    """A request to stop, which a terminal, SLURM or a launcher sends to all processes, is for the one that trains: it
+    finishes its step, and its workers end when it tells them to, or when it is gone."""
+    for request in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(request, signal.SIG_IGN)
+    threading.Thread(target=_end_without_trainer, daemon=True).start()
+
+
+def _end_without_trainer() -> None:
+    # torch looks at the parent's number for this, which is the fork server's where one starts the workers.
+    trains = multiprocessing.parent_process()
+    assert trains is not None
+    trains.join()
+    os._exit(1)
+
+
+def _until_exit(loader: DataLoader[ImageBatch]) -> Iterator[ImageBatch]:
+    """The loader's batches. Its workers are told to end when nobody asks for more, and, should this process end in the
+    middle of them, before Python sends them the request to stop that they do not obey and waits for them."""
+    batches = iter(loader)
+    end = getattr(batches, "_shutdown_workers", lambda: None)  # without workers there is nothing to end
+    atexit.register(end)  # later than torch's own and Python's, so it comes first
+    try:
+        yield from batches
+    finally:
+        atexit.unregister(end)
+        end()
+
+
+def _copied_ahead(batches: Iterable[ImageBatch], device: torch.device) -> Iterator[ImageBatch]:
+    """Each batch, while the next one is copied beside the work on it."""
+    copies, ready = torch.cuda.Stream(device), None
+    for batch in batches:
+        with torch.cuda.stream(copies):
+            coming = batch.to(device)
+        if ready is not None:
+            yield ready
+        work = torch.cuda.current_stream(device)
+        work.wait_stream(copies)
+        # The memory belongs to the other stream, which must not use it again before this one is done.
+        for tensor in (coming.views, *(pixels for _, pixels in coming.units)):
+            tensor.record_stream(work)
+        ready = coming
+    if ready is not None:
+        yield ready

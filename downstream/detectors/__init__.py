@@ -1,0 +1,119 @@
+"""Every detector by name: what it is, where it is from, and the class, imported only when asked for."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from typing_extensions import Unpack
+
+from adpretrain.backbones import Extract
+from downstream.detector import Detector
+from downstream.saved import HubOptions, locate_model, read_detector_config
+
+
+@dataclass(frozen=True)
+class DetectorEntry:
+    """``module`` and ``name`` of the class; ``config``: the dataclass of its options, beside it."""
+
+    module: str
+    name: str
+    config: str
+    summary: str
+    paper: str
+
+    def place(self) -> Any:
+        """The module, which has the default options as DEFAULT."""
+        return importlib.import_module(self.module)
+
+    def load(self) -> Any:
+        """The class."""
+        return getattr(self.place(), self.name)
+
+    def options(self) -> Any:
+        """The dataclass of its options."""
+        return getattr(self.place(), self.config)
+
+
+DETECTORS: dict[str, DetectorEntry] = {
+    "featurenorm": DetectorEntry(
+        "downstream.detectors.featurenorm",
+        "FeatureNorm",
+        "FeatureNormOptions",
+        "norm of the pretrained features; nothing to fit but references",
+        "ADPretrain, Yao et al. 2025",
+    ),
+    "aligned-featurenorm": DetectorEntry(
+        "downstream.detectors.aligned",
+        "AlignedFeatureNorm",
+        "AlignedOptions",
+        "the same, with the best aligned references for every image",
+        "ADPretrain, Yao et al. 2025, App. C",
+    ),
+    "patchcore": DetectorEntry(
+        "downstream.detectors.patchcore",
+        "PatchCore",
+        "PatchCoreConfig",
+        "distance of every patch to a coreset of normal patches",
+        "Towards Total Recall, Roth et al. 2022",
+    ),
+    "reconpatch": DetectorEntry(
+        "downstream.detectors.reconpatch",
+        "ReConPatch",
+        "ReConPatchConfig",
+        "PatchCore on a representation trained on the product's patches",
+        "ReConPatch, Hyun et al. 2024",
+    ),
+    "padim": DetectorEntry(
+        "downstream.detectors.padim",
+        "PaDiM",
+        "PaDiMConfig",
+        "a Gaussian at every position; for products that lie in one place",
+        "PaDiM, Defard et al. 2021",
+    ),
+    "spade": DetectorEntry(
+        "downstream.detectors.spade",
+        "SPADE",
+        "SPADEConfig",
+        "nearest normal images, then their nearest patches; a baseline",
+        "Sub-Image Anomaly Detection, Cohen & Hoshen 2020",
+    ),
+    "ensemble": DetectorEntry(
+        "downstream.detectors.ensemble",
+        "Ensemble",
+        "EnsembleConfig",
+        "the mean of several detectors' standardised scores",
+        "ReConPatch, Hyun et al. 2024, Sec. 3.3",
+    ),
+    "refined": DetectorEntry(
+        "downstream.detectors.refined",
+        "Refined",
+        "RefinedConfig",
+        "a detector and a network that sharpens its maps",
+        "ReConPatch, Hyun et al. 2024, suppl. D",
+    ),
+}
+
+
+def find_detector(name: str) -> DetectorEntry:
+    """The entry of a name. Raises ValueError that lists the names."""
+    if name not in DETECTORS:
+        raise ValueError(f"detector {name!r} is unknown; choose one of {', '.join(DETECTORS)}")
+    return DETECTORS[name]
+
+
+def detector_from_pretrained(
+    folder: str | os.PathLike[str],
+    extract: Extract | None = None,
+    device: str | torch.device | None = None,
+    weights: str | os.PathLike[str] | None = None,
+    **hub: Unpack[HubOptions],
+) -> Detector:
+    """A fitted detector of any kind, made of others or not. Arguments and errors as in
+    `downstream.saved.load_detector`.
+    """
+    folder = locate_model(folder, **hub).folder
+    return find_detector(read_detector_config(folder).detector).load().from_pretrained(folder, extract, device, weights)

@@ -1,0 +1,239 @@
+"""Several detectors as one: their scores in one unit, then the mean (ReConPatch Sec. 3.3).
+
+Eq. 11, the modified z-score: (s - median) / (1.4826 MAD), with the median and MAD of the training images' scores. The
+paper calls MAD the mean absolute deviation; but 1.4826 belongs to the *median* absolute deviation, which it makes the
+standard deviation of normally distributed scores, and that is what is computed.
+
+Eq. 11 is applied twice: to image scores with the statistics of the training images' scores, and to maps with those of
+the training images' pixels, so that detectors of any kind can be joined.
+
+By name (`adpretrain fit --detector ensemble`, `recipes/evaluate.py`) the members are the paper's unless the options
+list others: ReConPatch on WideResNet-101, ResNeXt-101 and DenseNet-201, stages 2 and 3, 3 x 3 patches.
+
+A training image meets a memory that was chosen from its own patches, among others: its scores are lower than those of
+a new normal image, in every member. No threshold may be read off them.
+
+Shapes: n training images, M members, B images, S side in pixels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from adpretrain.backbones import Backbone, Extract, load_backbone
+from downstream.composite import Composite, LoadedComposite, save_composite
+from downstream.detector import Detector, Prediction, not_fitted
+from downstream.detectors.adapted import Adapted
+from downstream.detectors.building import build_detector, merged
+from downstream.detectors.reconpatch import ENSEMBLE_320
+from downstream.saved import device_of
+
+CONSISTENCY = 1.4826  # 1 / the 75 % quantile of the standard normal distribution
+PIXEL_STEP = 4  # every fourth pixel in both directions says enough: maps are smoothed over more than that
+
+
+NETWORKS = ("timm/wide_resnet101_2.tv_in1k", "timm/resnext101_32x8d.tv_in1k", "timm/densenet201.tv_in1k")
+
+
+@dataclass(frozen=True)
+class MemberConfig:
+    """One member of an ensemble.
+
+    Args:
+        detector: its name.
+        options: its options, in place of its own.
+        backbone: a network of its own, which sees the ensemble's images resized and normalised for it
+            (`downstream.detectors.adapted`); null = the features that the ensemble is given.
+        levels, image_size, weights: of this network, as in `load_backbone`; image_size null = that of the images.
+    """
+
+    detector: str = "reconpatch"
+    options: dict[str, Any] = field(default_factory=dict)
+    backbone: str | None = None
+    levels: list[int] | None = None
+    image_size: int | None = None
+    weights: str | None = None
+
+    def __post_init__(self) -> None:
+        own = [name for name in ("levels", "image_size", "weights") if getattr(self, name) is not None]
+        if own and self.backbone is None:
+            raise ValueError(f"a member's {' and '.join(own)} are those of its backbone: name the backbone too")
+
+
+def _members() -> list[MemberConfig]:
+    return [MemberConfig("reconpatch", dataclasses.asdict(ENSEMBLE_320), network) for network in NETWORKS]
+
+
+@dataclass(frozen=True)
+class EnsembleConfig:
+    """An `Ensemble` by name.
+
+    Args:
+        members: the paper's three unless others are listed. Their photographs are prepared as those of the ensemble's
+            own backbone (the paper resizes to 366 pixels and cuts out 320; `--image-size 320` gives 320 of the whole).
+        options: for every member, in place of its own, such as {training: {epochs: 10}}. The paper's at 480 pixels
+            are `downstream.detectors.reconpatch.ENSEMBLE_480`: 512 channels, 5 x 5 patches, 120 epochs.
+    """
+
+    members: list[MemberConfig] = field(default_factory=_members)
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+DEFAULT = EnsembleConfig()
+
+
+@functools.lru_cache(maxsize=8)
+def _network(
+    name: str, image_size: int, levels: tuple[int, ...] | None, weights: str | None, device: torch.device
+) -> Backbone:
+    """Loaded once: frozen networks may be shared, and an evaluation builds the ensemble anew for every product."""
+    return load_backbone(name, weights=weights, image_size=image_size, levels=levels).to(device)
+
+
+def build_member(extract: Extract, config: MemberConfig, shared: dict[str, Any]) -> Detector:
+    """An unfitted member on its own network, or on ``extract``. ``shared``: options for every member.
+
+    Raises ValueError for a network of its own beside features that are not a raw backbone's.
+    """
+    options = merged(config.options, shared)
+    if config.backbone is not None:
+        if not isinstance(extract, Backbone):
+            raise ValueError(
+                f"a member of the ensemble has a backbone of its own, {config.backbone}, whose raw features are not "
+                "an extractor's: give the ensemble a raw backbone, or members without backbones"
+            )
+        images, levels = extract.preprocess, None if config.levels is None else tuple(config.levels)
+        size = config.image_size or images.image_size
+        extract = Adapted(_network(config.backbone, size, levels, config.weights, device_of(extract)), images)
+    return build_detector(config.detector, extract, options)
+
+
+@dataclass(frozen=True)
+class ScoreUnit:
+    """Where normal scores lie and how far they spread; ``mad`` is the median absolute deviation from the median."""
+
+    median: float
+    mad: float
+
+    @classmethod
+    def of(cls, scores: Tensor) -> ScoreUnit:
+        """From scores of any shape, in float64. Raises ValueError if one is not finite, or half of them are equal."""
+        values = scores.detach().cpu().double().numpy()
+        if values.size == 0 or not np.isfinite(values).all():
+            raise ValueError(f"{values.size} training scores, or not all of them finite: there is no median")
+        median = float(np.median(values))
+        mad = float(np.median(np.abs(values - median)))
+        if mad == 0:
+            raise ValueError(
+                f"half of the training scores, or more, equal {median}: there is no unit. If the memory holds every "
+                "training patch, choose a smaller coreset"
+            )
+        return cls(median, mad)
+
+    def standard(self, scores: Tensor) -> Tensor:
+        """Eq. 11: scores of any shape -> modified z-scores."""
+        return (scores - self.median) / (CONSISTENCY * self.mad)
+
+
+@dataclass(frozen=True)
+class Units:
+    """The units of image scores and of map pixels, and the side of the maps."""
+
+    scores: ScoreUnit
+    pixels: ScoreUnit
+    side: int
+
+
+def training_units(detector: Detector, batches: Iterable[Tensor]) -> Units:
+    """The units of a fitted detector's scores and maps on the images it was fitted on."""
+    scores, pixels, side = [], [], 0
+    for images in batches:
+        prediction = detector.predict(images)
+        scores.append(prediction.scores.flatten())
+        pixels.append(prediction.maps[:, ::PIXEL_STEP, ::PIXEL_STEP].flatten())
+        side = int(prediction.maps.shape[2])
+    if not scores:
+        raise ValueError("no training images to take the unit of scores from: batches is empty")
+    return Units(ScoreUnit.of(torch.cat(scores)), ScoreUnit.of(torch.cat(pixels)), side)
+
+
+class Ensemble(Composite):
+    """The mean of the members' standardised scores and maps.
+
+    All members see the same images, so their networks must want them prepared alike. `fit` fits them one after the
+    other; members that share an extract do not share its work.
+    """
+
+    saved_as = "ensemble"
+
+    def __init__(self, members: Sequence[Detector]) -> None:
+        if not members:
+            raise ValueError("an ensemble of no detectors: give at least one")
+        self.members = list(members)
+        self._units: list[Units] = []
+
+    @classmethod
+    def of(cls, extract: Extract, options: EnsembleConfig) -> Self:
+        """The members that ``options`` list, unfitted; those without a network of their own see ``extract``."""
+        return cls([build_member(extract, member, options.options) for member in options.members])
+
+    def fit(self, normal_batches: Iterable[Tensor]) -> Self:
+        """Fit every member, then score the same images for their units: 2 M passes over batches [b, 3, S, S].
+
+        An iterator that can be read only once is kept in memory. Raises ValueError as the members do, and if half of a
+        member's training scores are equal.
+        """
+        batches = list(normal_batches) if iter(normal_batches) is normal_batches else normal_batches
+        units = []
+        for number, member in enumerate(self.members):
+            member.fit(batches)
+            try:
+                units.append(training_units(member, batches))
+            except ValueError as error:
+                raise ValueError(f"member {number} of the ensemble: {error}") from error
+        self._units = units
+        return self
+
+    def predict(self, images: Tensor) -> Prediction:
+        """[B, 3, S, S] -> scores [B], maps [B, S, S], in units of a normal score's spread. Raises ValueError before
+        `fit`."""
+        if not self._units:
+            raise not_fitted(self)
+        scores, maps = [], []
+        for member, units in zip(self.members, self._units, strict=True):
+            prediction = member.predict(images)
+            scores.append(units.scores.standard(prediction.scores))
+            maps.append(units.pixels.standard(prediction.maps))
+        return Prediction(torch.stack(scores).mean(0), torch.stack(maps).mean(0))
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write all fitted members, FEATURES OF THE PRODUCT among them (`downstream.saved`), and their units.
+
+        Raises ValueError before `fit`, if ``folder`` holds other files, or if a member cannot be saved.
+        """
+        if not self._units:
+            raise not_fitted(self)
+        rows = [(u.scores.median, u.scores.mad, u.pixels.median, u.pixels.mad) for u in self._units]
+        tensors = {"units": torch.tensor(rows, dtype=torch.float64)}
+        return save_composite(folder, self.saved_as, None, self.members, tensors, self._units[0].side)
+
+    @classmethod
+    def _restored(cls, loaded: LoadedComposite) -> Self:
+        ensemble = cls(loaded.members)
+        for median, mad, pixel_median, pixel_mad in loaded.tensors["units"].tolist():
+            units = Units(ScoreUnit(median, mad), ScoreUnit(pixel_median, pixel_mad), loaded.config.image_size)
+            ensemble._units.append(units)
+        if len(ensemble._units) != len(loaded.members):
+            raise ValueError(f"{len(loaded.members)} members and units of {len(ensemble._units)}")
+        return ensemble

@@ -1,0 +1,270 @@
+"""PatchCore: the distance of every patch to the nearest of a memory bank of normal ones (Roth et al. 2022).
+
+Shapes: B images, S side in pixels, H x W patches of an image, N rows of the bank, D channels, b neighbours.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sized
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from adpretrain.backbones import Extract
+from downstream.approximate import ApproximateNeighbours
+from downstream.bank import GrowingBank
+from downstream.coreset import METHODS, Progress, check_amount, subsample
+from downstream.detector import (
+    Prediction,
+    check_images,
+    check_side,
+    extracted,
+    keeping_references,
+    normal_features,
+    not_fitted,
+)
+from downstream.embedding import Embedding, EmbeddingConfig, settle_levels
+from downstream.maps import SIGMA, check_sigma, pixel_maps
+from downstream.neighbours import Neighbours, nearest
+from downstream.pretrained import Pretrained
+from downstream.saved import Loaded, save_detector
+
+NAME = "patchcore"
+SEARCHES = ("exact", "ivfpq")
+CHOOSING = 40  # bytes of bounds, norms and counts that the coreset keeps of a row
+WEIGHED = 4096  # patches weighed at a time
+
+
+@dataclass(frozen=True)
+class PatchCoreConfig:
+    """Options of `PatchCore`.
+
+    Args:
+        embedding: hierarchies (levels), patch size, stride and channels. The paper's are two levels of
+            WideResNet-50 (stages 2 and 3), 3 x 3 patches, stride 1.
+        amount: what subsampling leaves of the bank: a share (PatchCore-10% is 0.1) or a number of rows.
+        method: "greedy" coreset (Alg. 1), "random" rows, or "none" (PatchCore-100%).
+        projection_dim: channels that the greedy choice looks at after a random projection; null = all of them, as are
+            taken where there are no more than these.
+        keep: share of every image's patches, drawn at random, that enter the bank at all: what bounds the memory of a
+            large training set.
+        reweight: b of Eq. 7, the neighbours of the nearest patch that weigh the image's score; 0 = the plain maximum.
+        reweight_all: weigh every patch, not the farthest alone; the image's score is the largest then (ReConPatch Eq. 9
+            and 10).
+        squared: maps and scores of squared distances instead of Euclidean ones, as ADPretrain's evaluation has them:
+            its faiss index returns squares. Ranks of patches stay, but the smoothing of the maps and the mean over
+            products do not; where scores are weighed (Eq. 7), the weights come from the Euclidean distances.
+        search: "exact", or "ivfpq" for banks that are too large for it (faiss; approximate).
+        sigma: of the smoothing, in pixels.
+        max_bank_bytes: largest size of the bank before subsampling, what the choice keeps of its rows included; null =
+            half of the memory.
+        seed: of the random choices.
+    """
+
+    embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
+    amount: int | float = 0.1
+    method: Literal["greedy", "random", "none"] = "greedy"
+    projection_dim: int | None = 128
+    keep: float = 1.0
+    reweight: int = 9
+    reweight_all: bool = False
+    squared: bool = False
+    search: Literal["exact", "ivfpq"] = "exact"
+    sigma: float = SIGMA
+    max_bank_bytes: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"subsampling method {self.method!r} is unknown; choose one of {METHODS}")
+        if self.search not in SEARCHES:
+            raise ValueError(f"search {self.search!r} is unknown; choose one of {SEARCHES}")
+        check_amount(self.amount)
+        check_sigma(self.sigma)
+        for name, value, least in (("projection_dim", self.projection_dim, 1), ("seed", self.seed, 0)):
+            if value is not None and value < least:
+                raise ValueError(f"{name} {value} must be at least {least}")
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"keep {self.keep} must be a share of an image's patches, above 0 and at most 1")
+        if self.reweight < 0 or self.reweight == 1:
+            raise ValueError(f"reweight {self.reweight} must be 0 (off) or at least 2: one neighbour gives weight 0")
+
+
+DEFAULT = PatchCoreConfig()
+STAGES = (2, 3)  # of a ResNet, those that the paper takes
+# ADPretrain's evaluation: the last three levels, 1024 channels of each and of all, no re-weighting, squared distances.
+# Its greedy choice of the bank is approximate, ours exact: the patches that remain are not the same ones.
+ADPRETRAIN = PatchCoreConfig(
+    EmbeddingConfig(levels=[-3, -2, -1], level_dim=1024, target_dim=1024, form="released"), reweight=0, squared=True
+)
+
+
+class PatchCore(Pretrained):
+    """Patch embeddings of normal images -> subsampled bank -> nearest distances -> map; Eq. 6 and 7 -> score.
+
+    While it is fitted the bank holds all patches, N = images x H x W x keep rows of 4 D bytes, and one batch besides;
+    for the choice some 20 N bytes and the projected rows (4 N projection_dim). Afterwards, ``amount`` of it, twice.
+    """
+
+    saved_as = (NAME, PatchCoreConfig)
+
+    def __init__(self, extract: Extract, config: PatchCoreConfig = DEFAULT) -> None:
+        self.extract = self._given = extract
+        self.config = replace(config, embedding=settle_levels(config.embedding, extract, STAGES))
+        self.embedding = Embedding(self.config.embedding)
+        self.bank_ND: Tensor | None = None
+        self._search: Neighbours | ApproximateNeighbours | None = None
+        self.side = 0
+
+    def fit(self, normal_batches: Iterable[Tensor], progress: Progress | None = None) -> Self:
+        """One pass over batches [b, 3, S, S]. ``progress(what, done, total)`` is told how the coreset grows.
+
+        Raises ValueError without images, for bad ones, or before the bank outgrows ``max_bank_bytes``; it says what
+        to change.
+        """
+        self.extract = keeping_references(self._given)
+        side = 0
+
+        def embeddings() -> Iterator[Tensor]:
+            nonlocal side
+            for images, features in normal_features(self.extract, normal_batches):
+                side = int(images.shape[2])
+                yield self.embedding(features)
+
+        batches = len(normal_batches) if isinstance(normal_batches, Sized) else None
+        bank_ND = self.choose(embeddings(), batches, progress)
+        self.remember(bank_ND, side)
+        return self
+
+    def choose(
+        self, embeddings: Iterable[Tensor], batches: int | None = None, progress: Progress | None = None
+    ) -> Tensor:
+        """The bank that is left of embeddings [b, H, W, D] of the normal images: [N, D]. ``batches``: how many there
+        are, none larger than the first, if it is known. Errors as in `fit`."""
+        config, bank, count = self.config, None, 0
+        for maps_BHWD in embeddings:
+            # Said at the first batch, not after hours of extraction.
+            if config.search == "ivfpq" and maps_BHWD.device.type != "cpu":
+                raise ValueError(
+                    f"search 'ivfpq' works on the CPU only, and the features are on {maps_BHWD.device}: choose search "
+                    "'exact', or move extract and images to the CPU"
+                )
+            kept_ND = self._kept(maps_BHWD.flatten(1, 2), count)
+            count += len(maps_BHWD)
+            if bank is None:
+                rows = None if batches is None else batches * len(kept_ND)
+                bank = GrowingBank(rows, config.max_bank_bytes, self._beside(kept_ND))
+            bank.add(kept_ND)
+        assert bank is not None
+        bank_ND = bank.take()
+        if config.method == "none":
+            return bank_ND
+        projection = config.projection_dim
+        if projection is not None and projection >= bank_ND.shape[1]:
+            projection = None
+        chosen = subsample(bank_ND, config.amount, config.method, 0, projection, config.seed, progress)
+        return bank_ND[chosen]
+
+    def _beside(self, rows_ND: Tensor) -> int:
+        """Bytes that every row of the bank needs besides its own while the bank is subsampled, or searched as it is."""
+        width, size = rows_ND.shape[1], rows_ND.element_size()
+        if self.config.method != "greedy":
+            return width * size if self.config.method == "none" else CHOOSING
+        projected = self.config.projection_dim or width
+        return CHOOSING + (projected * size if projected < width else 0)
+
+    def _kept(self, rows_BTD: Tensor, first: int) -> Tensor:
+        """A random share of every image's patches, drawn from (seed, number of the image): [n, D]."""
+        if self.config.keep == 1:
+            return rows_BTD.flatten(0, 1)
+        patches = rows_BTD.shape[1]
+        kept = []
+        for number, rows_TD in enumerate(rows_BTD, start=first):
+            drawn = np.random.default_rng([self.config.seed, number]).permutation(patches)
+            chosen = np.sort(drawn[: max(1, round(self.config.keep * patches))])
+            kept.append(rows_TD[torch.from_numpy(chosen).to(rows_TD.device)])
+        return torch.cat(kept)
+
+    def remember(self, bank_ND: Tensor, side: int) -> None:
+        """Take a bank [N, D] of the embeddings of images of this side, from `choose` or a file."""
+        approximate = self.config.search == "ivfpq"
+        self._search = ApproximateNeighbours(bank_ND, seed=self.config.seed) if approximate else Neighbours(bank_ND)
+        self.bank_ND, self.side = bank_ND, side
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> Prediction:
+        """[B, 3, S, S] -> scores [B], maps [B, S, S]. Raises ValueError before `fit`, or for images of another size."""
+        if self._search is None:
+            raise not_fitted(self)
+        check_images(images)
+        check_side(images, self.side)
+        return self.score(self.embedding(extracted(self.extract, images)))
+
+    @torch.no_grad()
+    def score(self, rows_BHWD: Tensor) -> Prediction:
+        """Embeddings [B, H, W, D] of images of the fitted side -> prediction."""
+        batch, height, width, _ = rows_BHWD.shape
+        rows_ND = rows_BHWD.flatten(0, 2)
+        distance_N, index_N = self._nearest(rows_ND)
+        if self.config.squared:
+            distance_N = distance_N.square()
+        if self.config.reweight and self.config.reweight_all:
+            steps = zip(rows_ND.split(WEIGHED), index_N.split(WEIGHED), strict=True)
+            distance_N = distance_N * torch.cat([self._weights(rows, index) for rows, index in steps])
+        distance_BT = distance_N.view(batch, -1)
+        scores, farthest_B = distance_BT.max(1)
+        if self.config.reweight and not self.config.reweight_all:
+            picked = torch.arange(batch, device=farthest_B.device), farthest_B
+            scores = scores * self._weights(rows_BHWD.flatten(1, 2)[picked], index_N.view(batch, -1)[picked])
+        return Prediction(scores, pixel_maps(distance_BT.unflatten(1, (height, width)), self.side, self.config.sigma))
+
+    def _nearest(self, rows_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Distance to the nearest row of the bank, and its index: [N], [N]."""
+        assert self._search is not None
+        assert self.bank_ND is not None
+        distance, index = (found[:, 0] for found in self._search.search(rows_ND, 1))
+        lost = index < 0  # the cells that an approximate search looked into are empty
+        if bool(lost.any()):
+            distance[lost], index[lost] = (found[:, 0] for found in nearest(rows_ND[lost], self.bank_ND, 1))
+        return distance, index
+
+    def _weights(self, patch_BD: Tensor, nearest_B: Tensor) -> Tensor:
+        """w of Eq. 7 for some patches and their nearest rows m*: [B] in 0..1.
+
+        1 - exp ||m_test - m*|| / sum over the b rows next to m* of exp ||m_test - m||. m* is one of the b rows; the
+        weight is the others' share of the sum, so that nothing overflows or cancels. In a bank of one row it is 1,
+        where Eq. 7 gives 0: every score would be 0.
+        """
+        assert self._search is not None
+        assert self.bank_ND is not None
+        count = min(self.config.reweight, len(self.bank_ND))
+        if count < 2:
+            return torch.ones_like(patch_BD[:, 0])
+        rows, back_B = nearest_B.unique(return_inverse=True)  # many patches share their nearest row
+        index_Bb = self._search.search(self.bank_ND[rows], count)[1][back_B]
+        distance_Bb = (patch_BD[:, None] - self.bank_ND[index_Bb]).norm(dim=2)
+        distance_Bb = distance_Bb.masked_fill(index_Bb < 0, -torch.inf)
+        return distance_Bb.softmax(1)[:, 1:].sum(1)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the fitted detector: its bank holds FEATURES OF THE PRODUCT (`downstream.saved`).
+
+        Raises ValueError before `fit`, or if ``folder`` holds other files.
+        """
+        if self.bank_ND is None:
+            raise not_fitted(self)
+        tensors = {"bank": self.bank_ND, **self.embedding.state_dict()}
+        return save_detector(folder, NAME, self.config, self.extract, tensors, self.side)
+
+    @classmethod
+    def _restored(cls, loaded: Loaded[Any]) -> Self:
+        detector = cls(loaded.extract, loaded.options)
+        detector.embedding.reducer = loaded.tensors.get("reducer")
+        detector.remember(loaded.tensors["bank"], loaded.image_size)
+        return detector

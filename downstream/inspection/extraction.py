@@ -1,0 +1,232 @@
+"""Feature maps of a folder's photographs, on disk: for work that reads them again and again, or elsewhere.
+
+A run gives either a folder of shards, one per batch, or one .safetensors file; each holds level_0, level_1, ... of
+shape [images, C_l, H_l, W_l]. index.json (or the file's name with .json) says which image is which row. Memory holds
+two batches, whatever the number of images.
+
+Shapes: B images of a batch, L levels, C_l channels, H_l x W_l tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import struct
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from adpretrain import ADExtractor, __version__
+from adpretrain.backbones import Backbone, FeatureMaps
+from adpretrain.extractor import backbone_config
+from adpretrain.files import atomic_folder, atomic_path
+from adpretrain.saved import save_tensors
+from downstream.inspection.choosing import EVEN, choose_references, read_all
+from downstream.inspection.finding import find_images, printable
+from downstream.inspection.normals import Progress, silent
+from downstream.inspection.photos import Photo, Unreadable, full_scale, read_batches, relative_name
+
+INDEX = "index.json"
+SHARD = "features-{:05d}.safetensors"
+SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """A finished run: the content of its index and where the features are."""
+
+    index: dict[str, Any]
+    out: Path
+
+    @property
+    def exit_code(self) -> int:
+        """3 if images were unreadable, else 0."""
+        return 3 if self.index["unreadable"] else 0
+
+
+def extract_folder(
+    model: Backbone | ADExtractor,
+    images: Path,
+    out: Path,
+    batch_size: int = 16,
+    device: torch.device | str = "cpu",
+    progress: Progress = silent,
+    scale: float | None = None,
+) -> Extraction:
+    """Write the feature maps of every readable image below ``images``, in path order.
+
+    ``out`` is a folder, or one file if it ends in .safetensors; it appears, or replaces an earlier one, only when
+    complete. ``scale``: the full scale of gray photographs with more than 8 bits, by default that of all images
+    together. Unreadable images are listed in the index. Raises ValueError if there are no images, none can be read, or
+    ``out`` holds files of somebody else; OSError if it cannot be written.
+    """
+    paths, single = find_images(images, exclude=out), out.suffix == SUFFIX
+    refuse_others(out, single)
+    with contextlib.ExitStack() as stack:
+        if single:
+            listed, joined = (stack.enter_context(atomic_path(path)) for path in (out.with_suffix(".json"), out))
+            temporary = tempfile.mkdtemp(prefix=f".{out.stem}.", suffix=".tmp", dir=out.parent)
+            stack.callback(shutil.rmtree, temporary, ignore_errors=True)
+            folder = Path(temporary)
+        else:
+            folder = stack.enter_context(atomic_folder(out))
+        index = write_shards(model, images, paths, folder, batch_size, device, progress, scale or full_scale(paths))
+        if not index["images"]:
+            reasons = [entry["reason"] for entry in index["unreadable"]]
+            raise ValueError(f"none of the {len(paths)} images could be read, the first because: {reasons[0]}")
+        if single:
+            shards = list(dict.fromkeys(entry["file"] for entry in index["images"]))
+            for row, entry in enumerate(index["images"]):
+                entry |= {"file": out.name, "row": row}
+            join([folder / shard for shard in shards], joined)
+            _write_json(listed, index)  # beside the features, or neither is there
+        else:
+            _write_json(folder / INDEX, index)
+    return Extraction(index, out)
+
+
+def refuse_others(out: Path, single: bool) -> None:
+    """ValueError if writing ``out`` would replace anything but an earlier run's features."""
+    if single:
+        if out.is_dir():
+            raise ValueError(f"{printable(out)} is a folder: name a file, or a folder without {SUFFIX}")
+        beside = out.with_suffix(".json")
+        for path in (out, beside):
+            if path.exists() and not _is_index(beside):
+                raise ValueError(
+                    f"{printable(path)} exists and is not an earlier run's ({printable(beside)} is no index of "
+                    "features): name another file"
+                )
+        return
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{printable(out)} is a file: name a folder, or a file ending in {SUFFIX}")
+    ours = _is_index(out / INDEX)
+    others = [
+        path.name
+        for path in (out.iterdir() if out.is_dir() else ())
+        if not ours or (path.name != INDEX and not (path.name.startswith("features-") and path.suffix == SUFFIX))
+    ]
+    if others:
+        raise ValueError(f"{printable(out)} holds other files ({printable(sorted(others)[0])} ...): name a new folder")
+
+
+def _is_index(path: Path) -> bool:
+    """Whether a file is the index of an earlier run, and not somebody else's JSON."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return isinstance(content, dict) and {"images", "unreadable", "levels", "images_folder"} <= content.keys()
+    return False
+
+
+def write_shards(
+    model: Backbone | ADExtractor,
+    images: Path,
+    paths: Sequence[Path],
+    folder: Path,
+    batch_size: int,
+    device: torch.device | str,
+    progress: Progress,
+    scale: float | None,
+) -> dict[str, Any]:
+    """One safetensors file per batch in ``folder``; returns the index."""
+    rows, unreadable, levels = list[dict[str, Any]](), list[dict[str, str]](), list[dict[str, Any]]()
+    done = 0
+    for batch in read_batches(paths, model.preprocess, batch_size, scale):
+        unreadable += [
+            {"path": printable(relative_name(images, item.path)), "reason": item.reason}
+            for item in batch
+            if isinstance(item, Unreadable)
+        ]
+        photos = [item for item in batch if isinstance(item, Photo)]
+        if photos:
+            maps = model(torch.stack([photo.pixels for photo in photos]).to(device))
+            shard = SHARD.format(done // batch_size)
+            save_tensors({f"level_{level}": feature.cpu() for level, feature in enumerate(maps)}, folder / shard)
+            levels = levels or _levels(model, maps)
+            names = [printable(relative_name(images, photo.path)) for photo in photos]
+            rows += [{"path": name, "file": shard, "row": row} for row, name in enumerate(names)]
+        done += len(batch)
+        progress("extracting", done, len(paths))
+    return {
+        "images": rows,
+        "unreadable": unreadable,
+        "levels": levels,
+        "backbone": asdict(backbone_config(model if isinstance(model, Backbone) else model.backbone)),
+        "features": "backbone" if isinstance(model, Backbone) else "extractor",
+        "preprocess": model.preprocess.to_dict(),
+        "images_folder": printable(images),
+        "library_version": __version__,
+    }
+
+
+def _levels(model: Backbone | ADExtractor, maps: FeatureMaps) -> list[dict[str, Any]]:
+    numbers = (model if isinstance(model, Backbone) else model.backbone).levels
+    return [
+        {
+            "tensor": f"level_{level}",
+            "number": number,
+            "channels": feature.shape[1],
+            "grid": list(feature.shape[2:]),
+            "dtype": str(feature.dtype).removeprefix("torch."),
+        }
+        for level, (number, feature) in enumerate(zip(numbers, maps, strict=True))
+    ]
+
+
+def set_references(
+    extractor: ADExtractor, normal: Path, shots: int, batch_size: int, out: Path, scale: float | None
+) -> list[Photo]:
+    """Give an extractor the photographs in ``normal``, at most ``shots``, evenly spaced by name; returns them.
+
+    They are encoded a batch at a time. ``scale``: as in `read_batches`. Raises ValueError for an unreadable one.
+    """
+    paths = find_images(normal, exclude=out)
+    chosen = choose_references(EVEN, paths, shots, 0, extractor, batch_size, lambda done: None, scale)
+    photos = read_all(chosen, extractor, batch_size, scale)
+    pixels = torch.stack([photo.pixels for photo in photos])
+    device = next(extractor.buffers()).device
+    parts = [extractor.encode_references(part.to(device)) for part in pixels.split(batch_size)]
+    extractor.set_references([torch.cat(level, 1) for level in zip(*parts, strict=True)])
+    return photos
+
+
+def join(shards: Sequence[Path], target: Path) -> None:
+    """One safetensors file with the rows of all shards, in order, written a tensor at a time.
+
+    The format: 8 bytes of header length, a JSON header of dtypes, shapes and offsets, then the tensors' bytes.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    with safe_open(shards[0], "pt") as first:
+        names = list(first.keys())
+    for name in names:
+        slices = []
+        for shard in shards:
+            with safe_open(shard, "pt") as file:
+                slices.append(file.get_slice(name))
+                shape, dtype = slices[-1].get_shape(), slices[-1].get_dtype()
+                rows = shape[0] + (header[name]["shape"][0] if name in header else 0)
+                header[name] = {"dtype": dtype, "shape": [rows, *shape[1:]]}
+    for name in names:
+        with safe_open(shards[0], "pt") as first:
+            size = first.get_tensor(name)[:1].nbytes
+        start, end = end, end + size * header[name]["shape"][0]
+        header[name]["data_offsets"] = [start, end]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the tensors start at a multiple of 8
+    with target.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in names:
+            for shard in shards:
+                with safe_open(shard, "pt") as source:
+                    file.write(source.get_tensor(name).view(torch.uint8).numpy().tobytes())
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")

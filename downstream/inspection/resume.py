@@ -1,0 +1,209 @@
+"""What an unfinished run has scored so far, so that `--resume` goes on where it was interrupted.
+
+``scores.part.jsonl`` in the output folder: a line with the settings, then a line for every batch, written when all its
+heatmaps are on disk, and gone when the run is complete. A batch is the unit because sums round differently in batches
+of another size: only whole batches give the bytes of an uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import torch
+from typing_extensions import Self
+
+from adpretrain import __version__
+from adpretrain.saved import CONFIG_NAME, WEIGHTS_NAME
+from downstream.inspection.basis import Options
+from downstream.inspection.finding import file_and_page
+from downstream.inspection.photos import relative_name
+from downstream.inspection.results import Result
+from downstream.visualise import ColourScale
+
+PART = "scores.part.jsonl"
+Stamp = tuple[str, int, int]  # an image's name below its folder, bytes, and time of its last change in nanoseconds
+
+
+def settings_of(
+    kind: str, model: Path, device: torch.device, normal: Sequence[Path], calibration: Sequence[Path], options: Options
+) -> dict[str, Any]:
+    """Everything that the scores depend on besides the images: the folder of an "extractor" or "detector", photographs
+    by content, options."""
+    return {
+        "library": f"adpretrain {__version__}, torch {torch.__version__}",
+        kind: _digest(_files(model)),
+        "device": str(device),
+        "normal photographs": _digest(normal),
+        "calibration photographs": _digest(calibration),
+        **dataclasses.asdict(options),
+    }
+
+
+def _files(model: Path) -> list[Path]:
+    """Configuration and weights, of a detector's parts too; not pipes and devices, which never end."""
+    return sorted(path for path in model.rglob("*") if path.name in (CONFIG_NAME, WEIGHTS_NAME) and path.is_file())
+
+
+def _digest(paths: Sequence[Path]) -> str:
+    found = hashlib.sha256()
+    for path in paths:  # names too: they choose the references
+        content = hashlib.sha256()
+        # An error is reported with the file's name when it is used.
+        with contextlib.suppress(OSError), file_and_page(path)[0].open("rb") as file:
+            while piece := file.read(1 << 20):  # a PatchCore bank may have gigabytes
+                content.update(piece)
+        found.update(os.fsencode(path.name) + b"\0" + content.digest())
+    return found.hexdigest()
+
+
+def stamp(root: Path, path: Path) -> Stamp:
+    """What tells an image from a later one of the same name; zeros for a file that cannot be looked at."""
+    try:
+        status = file_and_page(path)[0].stat()
+    except OSError:
+        return relative_name(root, path), 0, 0
+    return relative_name(root, path), status.st_size, status.st_mtime_ns
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """A scored batch: its results, and how many images have a shape unlike the normal photographs', or values above
+    their full scale."""
+
+    results: tuple[Result, ...]
+    odd_shapes: int = 0
+    saturated: int = 0
+
+
+class Record:
+    """The record of one run below ``out``, to be entered with ``with``; leaving it keeps the file, `finish` does not.
+
+    ``resume``: take over the batches of the run that was interrupted there, if any. Raises ValueError if that run had
+    other ``settings`` (it names them), or its record cannot be read.
+    """
+
+    def __init__(self, out: Path, settings: Mapping[str, Any], resume: bool) -> None:
+        self.folder, self.path, self.settings = out, out / PART, dict(settings)
+        self._batches: dict[tuple[Stamp, ...], Batch] = {}
+        self._scale: tuple[tuple[Stamp, ...], ColourScale] | None = None
+        self._whole = self._read() if resume and self.path.exists() else 0
+        self._file: BinaryIO | None = None
+
+    def _read(self) -> int:
+        """Fill in what the file holds; returns the length of its whole lines: a killed run may have torn the last."""
+        content = self.path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        try:
+            lines = [json.loads(line) for line in content[:whole].splitlines()]
+            for line in lines[:1]:
+                self._compare(line["settings"])
+            for line in lines[1:]:
+                images = tuple((str(name), int(size), int(time)) for name, size, time in line["images"])
+                if "scale" in line:
+                    self._scale = images, ColourScale(*map(float, line["scale"]))
+                else:
+                    results = tuple(map(_result, line["results"]))
+                    self._batches[images] = Batch(results, int(line["odd_shapes"]), int(line["saturated"]))
+        except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"cannot read {self.path} ({error}): leave out --resume to start anew") from error
+        return whole
+
+    def _compare(self, earlier: Mapping[str, Any]) -> None:
+        differing = [key for key in {**earlier, **self.settings} if earlier.get(key) != self.settings.get(key)]
+        if differing:
+            listing = ", ".join(_change(key, earlier.get(key), self.settings.get(key)) for key in differing)
+            raise ValueError(
+                f"{self.folder} holds an unfinished run with other settings: {listing}. Give those settings "
+                "again, another folder, or leave out --resume to start anew"
+            )
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether an earlier run is taken over."""
+        return self._whole > 0
+
+    @property
+    def has_batches(self) -> bool:
+        """Whether an earlier run that is taken over has scored any images."""
+        return bool(self._batches)
+
+    def __enter__(self) -> Self:
+        self._file = self.path.open("r+b" if self._whole else "wb")
+        self._file.truncate(self._whole)
+        self._file.seek(self._whole)
+        if not self._whole:
+            self._write({"settings": self.settings})
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._file is not None
+        self._file.close()
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        assert self._file is not None, "enter the record first"
+        self._file.write(json.dumps(line).encode() + b"\n")
+        self._file.flush()
+
+    def scored(self, images: Sequence[Stamp], heatmaps: Sequence[str]) -> Batch | None:
+        """A batch of these very images, whose ``heatmaps`` still lie below the output folder; None if it is to do."""
+        batch = self._batches.get(tuple(images))
+        if batch is None:
+            return None
+        for result, heatmap in zip(batch.results, heatmaps, strict=True):
+            picture = self.folder / heatmap
+            if result.heatmap is not None and (result.heatmap != heatmap or not picture.is_file()):
+                return None
+        return batch
+
+    def add(self, images: Sequence[Stamp], batch: Batch) -> None:
+        """Remember a batch whose heatmaps are written."""
+        results = [dataclasses.asdict(result) for result in batch.results]
+        self._write(
+            {"images": images, "results": results, "odd_shapes": batch.odd_shapes, "saturated": batch.saturated}
+        )
+
+    def scale(self, images: Sequence[Stamp]) -> ColourScale | None:
+        """The colour scale that a sample of the images has fixed, if one has.
+
+        Raises ValueError if the sample would be another one now: pictures of two scales cannot be compared.
+        """
+        if self._scale is None:
+            return None
+        if self._scale[0] != tuple(images):
+            raise ValueError(
+                f"the images that fixed the colours of the unfinished run in {self.folder} are others now: "
+                "leave out --resume to start anew, or give a second normal photograph, which fixes them"
+            )
+        return self._scale[1]
+
+    def set_scale(self, images: Sequence[Stamp], scale: ColourScale) -> None:
+        """Remember the colour scale and the images that fixed it."""
+        self._write({"images": images, "scale": dataclasses.astuple(scale)})
+
+    def finish(self) -> None:
+        """The run is complete: remove the file."""
+        self.path.unlink(missing_ok=True)
+
+
+def _result(entry: Mapping[str, Any]) -> Result:
+    numbers = ("score", "p_value", "unlike", "unlike_p_value")
+    score, p_value, unlike, unlike_p_value = (None if entry[key] is None else float(entry[key]) for key in numbers)
+    heatmap = None if entry["heatmap"] is None else str(entry["heatmap"])
+    path, verdict, reason, measure = (str(entry[key]) for key in ("path", "verdict", "reason", "measure"))
+    return Result(path, score, p_value, verdict, heatmap, reason, unlike, unlike_p_value, measure)
+
+
+def _change(key: str, earlier: Any, now: Any) -> str:
+    if isinstance(earlier, str) and len(earlier) == 64:  # a digest says nothing to people
+        return key
+    return f"{key} ({earlier}, now {now})"

@@ -1,0 +1,192 @@
+"""The widgets, and what each of them does. All work is done by `session`, all pictures by `showing`."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import torch
+
+from adpretrain.extractor import ADExtractor
+from downstream.web import fragments as showing
+from downstream.web.example_photographs import draw_samples
+from downstream.web.session import RATE, Scored, score_uploads, verdicts, write_csv
+from downstream.web.uploads import LIMITS, MEGA, SUFFIXES, Limits, Upload, uploads
+
+KEPT_S = 30 * 60  # how long a visitor's scores are kept after the last press of the button
+TITLE = "Visual inspection from a few good photographs"
+EXPLAINED = (
+    "Show the page 1 to 8 photographs of good products, then new ones: each gets a score, a verdict with a known "
+    "false-alarm rate, and a heatmap of what is unusual. No training, no defects needed."
+)
+FOOT = (
+    "Photographs stay on the machine that runs this page and are deleted after an hour or when it stops. The promise "
+    "holds for new photographs taken as the good ones were: same product, camera and light."
+)
+HINT = '<p class="ad-hint">Scores, verdicts and heatmaps appear here.</p>'
+# A click, Enter or the space bar on a row chooses it; the mark moves at once, the picture follows.
+CHOOSE = """
+const pick = event => {
+  const row = event.target.closest('tr[data-place]');
+  if (!row || (event.type === 'keydown' && event.key !== 'Enter' && event.key !== ' ')) return;
+  event.preventDefault();
+  element.querySelectorAll('tr[data-place]').forEach(other => other.setAttribute('aria-selected', other === row));
+  trigger('click', {place: Number(row.dataset.place)});
+};
+element.addEventListener('click', pick);
+element.addEventListener('keydown', pick);
+"""
+STRENGTH = "strength => { document.documentElement.style.setProperty('--heat', strength / 100); }"
+
+
+@dataclass(frozen=True)
+class Desk:
+    """What the buttons do. ``folder``: where uploads lie, the only files that are read."""
+
+    models: Mapping[str, ADExtractor]
+    device: torch.device
+    folder: Path
+    limits: Limits = LIMITS
+
+    def score(
+        self,
+        model: str,
+        good: list[str] | None,
+        new: list[str] | None,
+        rate: float,
+        progress: Any = gr.Progress(),  # noqa: B008
+    ) -> list[Any]:
+        """Score everything; the most unusual image is shown."""
+        if model not in self.models:
+            raise gr.Error(f"There is no such extractor here; choose one of {', '.join(self.models)}.")
+        try:
+            scored = score_uploads(
+                self.models[model],
+                self.device,
+                self._uploaded(good),
+                self._uploaded(new),
+                self.limits,
+                lambda what, done, total: progress((done, total), desc=what.capitalize(), unit="photographs"),
+            )
+            chosen = verdicts(scored, _share(rate)).ranked()[0]
+            return [scored, chosen, gr.update(visible=True), *self._shown(scored, chosen, rate)]
+        except ValueError as error:
+            raise gr.Error(str(error), title="Not scored") from None
+        except Exception:
+            traceback.print_exc(file=sys.stderr)
+            raise gr.Error("Something broke on the server; its log says what.", title="Not scored") from None
+
+    def judge(self, scored: Scored | None, chosen: int, rate: float) -> list[Any]:
+        """Other verdicts for another false-alarm rate; nothing is scored again."""
+        if scored is None:
+            return [gr.skip()] * 5
+        return self._shown(scored, chosen, rate)
+
+    def choose(self, scored: Scored | None, rate: float, event: gr.EventData) -> list[Any]:
+        """Show the image whose row was clicked."""
+        place = event._data.get("place") if isinstance(event._data, dict) else None
+        if scored is None or not isinstance(place, int) or not 0 <= place < len(scored.shots):
+            return [gr.skip(), gr.skip()]
+        return [place, showing.viewer(scored, verdicts(scored, _share(rate)), place)]
+
+    def samples(self) -> list[list[str]]:
+        """Drawn photographs in both fields."""
+        good, new = draw_samples(Path(tempfile.mkdtemp(dir=self.folder, prefix="samples-")))
+        return [[str(path) for path in good], [str(path) for path in new]]
+
+    def _shown(self, scored: Scored, chosen: int, rate: float) -> list[Any]:
+        found = verdicts(scored, _share(rate))
+        csv = Path(tempfile.mkdtemp(dir=self.folder, prefix="scores-")) / "scores.csv"
+        write_csv(csv, found)
+        return [
+            showing.summary(scored, found, _share(rate)),
+            showing.notes(found.warnings),
+            showing.table(scored, found, chosen),
+            showing.viewer(scored, found, chosen),
+            str(csv),
+        ]
+
+    def _uploaded(self, paths: Sequence[str] | None) -> list[Upload]:
+        found = [Path(path).resolve() for path in paths or ()]
+        if any(self.folder.resolve() not in path.parents for path in found):
+            raise ValueError("Only photographs that were uploaded on this page are read.")
+        return uploads(found)
+
+
+def _share(percent: float) -> float:
+    return float(percent) / 100
+
+
+def build_page(desk: Desk) -> gr.Blocks:
+    """The page of a desk; its style and theme are given where it is served."""
+    limits = desk.limits
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as page:
+        _html(f"<h1>{TITLE}</h1><p>{EXPLAINED}</p>", "ad-title")
+        with gr.Row(equal_height=True):
+            each = f"{limits.file_bytes / MEGA:.0f} MB each"
+            good = _drop_zone(f"1 · Good photographs (1 to {limits.good}, {each})", "ad-good")
+            new = _drop_zone(f"2 · Photographs to inspect (up to {limits.new}, {each})", "ad-new")
+        with gr.Row(equal_height=True):
+            names = list(desk.models)
+            model = gr.Dropdown(names, value=names[0], label="Extractor", elem_id="ad-model", scale=2, min_width=220)
+            rate = gr.Slider(
+                1, 50, 100 * RATE, step=1, label="False-alarm rate, %", elem_id="ad-rate-slider", scale=2, min_width=260
+            )
+            with gr.Column(scale=2, min_width=220):
+                press = gr.Button("Score", variant="primary", elem_id="ad-score-button")
+                sample = gr.Button("Try with drawn sample photographs", size="sm", elem_id="ad-sample-button")
+        scored, chosen = gr.State(None, time_to_live=KEPT_S), gr.State(0)
+        status = _html(HINT, "ad-status")
+        with gr.Column(visible=False, elem_id="ad-results") as results:
+            with gr.Row():
+                with gr.Column(scale=6, min_width=300):
+                    table = _html("", "ad-table", CHOOSE)
+                    csv = gr.DownloadButton("Download CSV", size="sm", elem_id="ad-csv")
+                with gr.Column(scale=5, min_width=300):
+                    viewer = _html("", "ad-viewer")
+                    strength = gr.Slider(0, 100, 80, step=1, label="Heatmap strength, %", elem_id="ad-strength")
+            notes = _html("", "ad-notes")
+        _html(f'<p class="ad-foot">{FOOT}</p>', "ad-foot")
+
+        shown = [status, notes, table, viewer, csv]
+        task: dict[str, Any] = {
+            "fn": desk.score,
+            "inputs": [model, good, new, rate],
+            "outputs": [scored, chosen, results, *shown],
+            "show_progress_on": status,
+            "concurrency_limit": 1,
+            "concurrency_id": "score",
+            "api_visibility": "private",
+        }
+        quick: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": 4, "api_visibility": "private"}
+        press.click(**task)
+        drawn = sample.click(
+            desk.samples, None, [good, new], show_progress_on=status, concurrency_limit=1, api_visibility="private"
+        )
+        drawn.success(**task)
+        rate.change(desk.judge, [scored, chosen, rate], shown, trigger_mode="always_last", **quick)
+        table.click(desk.choose, [scored, rate], [chosen, viewer], trigger_mode="always_last", **quick)
+        strength.change(None, strength, None, js=STRENGTH)
+    return page.queue(max_size=16, api_open=False)
+
+
+def _html(content: str, name: str, script: str | None = None) -> gr.HTML:
+    return gr.HTML(content, js_on_load=script, apply_default_css=False, elem_id=name)
+
+
+def _drop_zone(label: str, name: str) -> gr.File:
+    return gr.File(
+        label=label,
+        file_count="multiple",
+        file_types=list(SUFFIXES),
+        height=190,
+        elem_id=name,
+        elem_classes="ad-drop",
+        min_width=280,
+    )

@@ -1,0 +1,191 @@
+"""What one visitor has scored, and the verdicts that follow from it for any false-alarm rate.
+
+Scoring is slow and done once. Everything that depends on the rate (threshold, verdicts, colours, warnings) is made
+again from the scores and maps that are kept here; reference photographs and their features are not.
+
+Shape legend: S = the network's input side.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from adpretrain.extractor import ADExtractor
+from downstream.appearance import Unlike
+from downstream.calibration import Calibration, calibrate
+from downstream.inspection.basis import Basis, Options, prepare_photos
+from downstream.inspection.normals import Progress, predict_photos, silent
+from downstream.inspection.photos import Photo, Unreadable, without_blank
+from downstream.inspection.results import UNREADABLE, Result, write_scores
+from downstream.inspection.scoring import is_odd, judge, shape_warning, typical_scale
+from downstream.visualise import ColourScale, overlay
+from downstream.web.uploads import LIMITS, Limits, Upload, check_counts, read_upload
+
+BATCH = 8
+RATE = 0.05  # the page's first false-alarm rate
+SINGLE = (
+    "One good photograph cannot be compared with another one: there is no threshold, no p-value and no verdict, "
+    "only a ranking. Give at least 2."
+)
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One photograph to inspect. ``score``, ``map_SS`` and ``photo`` (a JPEG) are None where it cannot be read."""
+
+    name: str
+    score: float | None = None
+    map_SS: NDArray[np.float32] | None = None
+    photo: bytes | None = None
+    reason: str = ""
+    unlike: Unlike | None = None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Everything that the verdicts need, for any false-alarm rate."""
+
+    shots: tuple[Shot, ...]
+    normal_scores: tuple[float, ...]  # leave-one-out; empty with one good photograph
+    normal_unlike: tuple[float, ...]  # the same good photographs as a whole, see downstream.appearance
+    references: int
+    scale: ColourScale
+    description: str  # of the extractor, for people
+    notes: tuple[str, ...]  # warnings that do not depend on the rate
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """The outcome at one false-alarm rate; results in the order of the shots."""
+
+    results: tuple[Result, ...]
+    calibration: Calibration | None
+    scale: ColourScale
+    warnings: tuple[str, ...]
+
+    @property
+    def threshold(self) -> float | None:
+        """None with one good photograph."""
+        return self.calibration.threshold if self.calibration else None
+
+    def ranked(self) -> list[int]:
+        """Places of the results, the highest score first, unreadable ones last."""
+        scores = [-math.inf if result.score is None else result.score for result in self.results]
+        return sorted(range(len(scores)), key=lambda place: -scores[place])
+
+
+def score_uploads(
+    extractor: ADExtractor,
+    device: torch.device,
+    good: Sequence[Upload],
+    new: Sequence[Upload],
+    limits: Limits = LIMITS,
+    progress: Progress = silent,
+) -> Scored:
+    """Score the new photographs against the good ones. Raises ValueError, in words for the page, for bad input."""
+    check_counts(good, new, limits)
+    # A copy shares the weights; the visitor's references are dropped with it and never meet another visitor's.
+    own = copy.copy(extractor)
+    references = _read_references(good, own, limits)
+    options = Options(shots=limits.good, batch_size=BATCH)
+    basis = prepare_photos(own, device, references, options, progress=progress)
+    shots: list[Shot] = []
+    odd = 0
+    for start in range(0, len(new), BATCH):
+        progress("scoring", start, len(new))
+        read = [read_upload(upload, own.preprocess, limits) for upload in new[start : start + BATCH]]
+        shots += _score_batch(basis, read)
+        odd += sum(isinstance(item, Photo) and is_odd(item.aspect, basis.aspects) for item in read)
+    progress("scoring", len(new), len(new))
+    scale = basis.scale or typical_scale([shot.map_SS for shot in shots if shot.map_SS is not None])
+    return Scored(
+        shots=tuple(shots),
+        normal_scores=basis.calibration.scores if basis.calibration else (),
+        normal_unlike=basis.calibration.unlike if basis.calibration else (),
+        references=basis.references,
+        scale=scale,
+        description=basis.description,
+        notes=(*basis.notes, *shape_warning(odd, len(new))),
+    )
+
+
+def _read_references(good: Sequence[Upload], extractor: ADExtractor, limits: Limits) -> list[Photo]:
+    references: list[Photo] = []
+    for upload in good:
+        item = read_upload(upload, extractor.preprocess, limits)
+        if isinstance(item, Unreadable):
+            raise ValueError(f"Every score depends on the good photographs, and {upload.name} is bad: {item.reason}.")
+        references.append(item)
+    return references
+
+
+def _score_batch(basis: Basis, read: Sequence[Photo | Unreadable]) -> list[Shot]:
+    read = without_blank(read, basis.contrast)
+    photos = [item for item in read if isinstance(item, Photo)]
+    scores_B, maps_BSS = predict_photos(basis.detector, photos, basis.device)
+    predicted = iter(zip(scores_B, maps_BSS, strict=True))
+    shots = []
+    for item in read:
+        if isinstance(item, Unreadable):
+            shots.append(Shot(str(item.path), reason=item.reason))
+            continue
+        score, map_SS = next(predicted)
+        if not math.isfinite(score):
+            shots.append(Shot(str(item.path), reason=f"the extractor gave the score {score}"))
+        else:
+            unlike = basis.appearance.unlike(item.appearance)
+            picture = jpeg(item.shown)
+            shots.append(Shot(str(item.path), float(score), map_SS.astype(np.float32), picture, unlike=unlike))
+    return shots
+
+
+def verdicts(scored: Scored, rate: float) -> Verdicts:
+    """Threshold and verdicts for a false-alarm rate in (0, 1), without scoring again. ValueError for other rates."""
+    unlike = scored.normal_unlike, ()
+    calibration = calibrate(scored.normal_scores, rate, unlike=unlike) if scored.normal_scores else None
+    threshold = calibration.threshold if calibration else None
+    results = [
+        Result(shot.name, None, None, UNREADABLE, reason=shot.reason)
+        if shot.score is None or shot.unlike is None
+        else judge(shot.name, shot.score, shot.unlike, calibration, threshold)
+        for shot in scored.shots
+    ]
+    return Verdicts(
+        results=tuple(results),
+        calibration=calibration,
+        scale=scored.scale.with_limit(threshold),
+        warnings=(*(calibration.warnings if calibration else (SINGLE,)), *scored.notes),
+    )
+
+
+def heatmap(scored: Scored, place: int, scale: ColourScale) -> bytes | None:
+    """The heatmap over photograph number ``place``, as a JPEG of the photograph's size; None if there is none."""
+    shot = scored.shots[place]
+    if shot.photo is None or shot.map_SS is None:
+        return None
+    return jpeg(overlay(Image.open(io.BytesIO(shot.photo)), shot.map_SS, scale))
+
+
+def jpeg(picture: Image.Image, longest: int | None = None) -> bytes:
+    """The picture for a page, at most ``longest`` pixels wide and high."""
+    if longest:
+        picture = picture.copy()
+        picture.thumbnail((longest, longest))
+    buffer = io.BytesIO()
+    picture.convert("RGB").save(buffer, "JPEG", quality=88)
+    return buffer.getvalue()
+
+
+def write_csv(path: Path, found: Verdicts) -> None:
+    """The same table as `adpretrain score` writes."""
+    write_scores(path, found.results)

@@ -1,0 +1,153 @@
+"""Verdicts for another rate, without scoring again: the same as a fresh run of `adpretrain score` at that rate."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from adpretrain.extractor import ADExtractor
+from downstream.inspection.basis import Options, prepare
+from downstream.inspection.results import ANOMALOUS, NORMAL, UNDECIDED, UNREADABLE, write_scores
+from downstream.inspection.resume import Record
+from downstream.inspection.scoring import score_images
+from downstream.web import fragments as showing
+from downstream.web.example_photographs import draw_samples
+from downstream.web.session import SINGLE, Scored, heatmap, score_uploads, verdicts, write_csv
+from downstream.web.uploads import Upload, uploads
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def extractor(extractor_dir: Path) -> ADExtractor:
+    return ADExtractor.from_pretrained(extractor_dir)
+
+
+def scored_of(extractor: ADExtractor, good: Path, new: Path) -> Scored:
+    return score_uploads(extractor, CPU, uploads(sorted(good.iterdir())), uploads(sorted(new.iterdir())))
+
+
+def test_every_rate_gives_what_a_fresh_run_gives(
+    extractor: ADExtractor, write_tiles: Callable[..., Path], tmp_path: Path
+) -> None:
+    good, new = write_tiles("good", range(5)), write_tiles("new", range(10, 14))
+    write_tiles("new", range(20, 22), blob=True, prefix="blob")
+    scored = scored_of(extractor, good, new)
+    for rate in (0.05, 0.2, 0.4):
+        found = verdicts(scored, rate)
+        basis = prepare(extractor, CPU, good, options=Options(rate))
+        with Record(tmp_path, {}, resume=False) as record:
+            results, _ = score_images(basis, new, sorted(new.iterdir()), record)
+        assert [result.path for result in found.results] == [result.path for result in results]
+        assert [result.verdict for result in found.results] == [result.verdict for result in results]
+        assert [result.p_value for result in found.results] == [result.p_value for result in results]
+        np.testing.assert_allclose([r.score for r in found.results], [r.score for r in results], rtol=1e-6)
+        assert found.threshold == pytest.approx(basis.threshold, rel=1e-6)
+        assert found.scale.limit == pytest.approx(basis.scale.limit, rel=1e-6)
+        assert found.scale.high == pytest.approx(basis.scale.high, rel=1e-6)
+        assert found.warnings == basis.warnings
+        assert {r.verdict for r in found.results if r.path.startswith("blob")} == {ANOMALOUS}
+
+
+def test_the_table_is_that_of_the_command(
+    extractor: ADExtractor, write_tiles: Callable[..., Path], tmp_path: Path
+) -> None:
+    scored = scored_of(extractor, write_tiles("good", range(3)), write_tiles("new", range(10, 13)))
+    found = verdicts(scored, 0.25)
+    write_csv(tmp_path / "ours.csv", found)
+    write_scores(tmp_path / "theirs.csv", found.results)
+    assert (tmp_path / "ours.csv").read_bytes() == (tmp_path / "theirs.csv").read_bytes()
+    rows = list(csv.DictReader((tmp_path / "ours.csv").open(encoding="utf-8")))
+    assert [row["path"] for row in rows] == ["tile_10.png", "tile_11.png", "tile_12.png"]
+    assert [float(row["score"]) for row in rows] == [result.score for result in found.results]
+
+
+def test_a_higher_rate_never_loses_an_anomaly(extractor: ADExtractor, write_tiles: Callable[..., Path]) -> None:
+    scored = scored_of(extractor, write_tiles("good", range(4)), write_tiles("new", range(10, 18)))
+    counts = [sum(r.verdict == ANOMALOUS for r in verdicts(scored, rate).results) for rate in (0.2, 0.4, 0.6, 0.8)]
+    assert counts == sorted(counts)
+    assert counts[-1] > counts[0]
+    assert [round(verdicts(scored, rate).calibration.rate, 6) for rate in (0.01, 0.2, 0.4)] == [0.2, 0.2, 0.4]
+
+
+def test_one_good_photograph_ranks_and_promises_nothing(
+    extractor: ADExtractor, write_tiles: Callable[..., Path]
+) -> None:
+    new = write_tiles("new", range(10, 13))
+    write_tiles("new", range(20, 21), blob=True, prefix="blob")
+    scored = scored_of(extractor, write_tiles("good", range(1)), new)
+    found = verdicts(scored, 0.05)
+    assert found.threshold is None
+    assert {(r.verdict, r.p_value) for r in found.results} == {(UNDECIDED, None)}
+    assert found.results[found.ranked()[0]].path == "blob_20.png"
+    assert found.warnings == (SINGLE,)
+    assert "No threshold" in showing.summary(scored, found, 0.05)
+    assert heatmap(scored, 0, found.scale) is not None
+
+
+def test_visitors_share_weights_and_nothing_else(extractor_dir: Path, write_tiles: Callable[..., Path]) -> None:
+    extractor = ADExtractor.from_pretrained(extractor_dir)
+    good, new = write_tiles("good", range(3)), write_tiles("new", range(10, 13))
+    first = scored_of(extractor, good, new)
+    scored_of(extractor, write_tiles("other", range(20, 24), blob=True), new)
+    again = scored_of(extractor, good, new)
+    assert extractor.references is None
+    assert [shot.score for shot in first.shots] == [shot.score for shot in again.shots]
+
+
+def test_an_unreadable_photograph_is_listed_and_a_bad_good_one_stops(
+    extractor: ADExtractor, write_tiles: Callable[..., Path], tmp_path: Path
+) -> None:
+    good, new = write_tiles("good", range(3)), write_tiles("new", range(10, 12))
+    (new / "note.png").write_text("not a picture")
+    scored = scored_of(extractor, good, new)
+    found = verdicts(scored, 0.25)
+    assert [r.verdict for r in found.results if r.path == "note.png"] == [UNREADABLE]
+    assert "not a photograph" in showing.table(scored, found, 0)
+    assert str(tmp_path) not in showing.table(scored, found, 0)
+    (good / "zero.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"good photographs, and zero\.png is bad: the content is not a photograph"):
+        scored_of(extractor, good, new)
+
+
+def test_other_shapes_are_noticed(extractor: ADExtractor, write_tiles: Callable[..., Path]) -> None:
+    new = write_tiles("new", range(10, 12))
+    Image.open(new / "tile_10.png").crop((0, 0, 96, 60)).save(new / "wide.png")
+    scored = scored_of(extractor, write_tiles("good", range(3)), new)
+    assert any(note.startswith("1 of 3 images have a shape") for note in scored.notes)
+
+
+def test_names_are_escaped_everywhere(extractor: ADExtractor, write_tiles: Callable[..., Path]) -> None:
+    evil = '<img src=x onerror="alert(1)">.png'
+    paths = sorted(write_tiles("good", range(2)).iterdir())
+    # Names are cleaned before; the page must not rely on it.
+    scored = score_uploads(extractor, CPU, uploads(paths), [Upload(paths[0], evil), Upload(paths[1], "<b>&.png")])
+    found = verdicts(scored, 0.4)
+    for html in (showing.table(scored, found, 0), showing.viewer(scored, found, 0), showing.notes((evil,))):
+        assert "<img src=x" not in html
+        assert "&lt;img src=x onerror=&quot;alert(1)&quot;&gt;.png" in html
+
+
+def test_drawn_samples_are_photographs_with_and_without_defects(tmp_path: Path) -> None:
+    good, new = draw_samples(tmp_path)
+    assert (len(good), len(new)) == (8, 8)
+    assert sum("good" in path.name for path in new) == 3
+    sizes = {Image.open(path).size for path in (*good, *new)}
+    assert sizes == {(256, 256)}
+    assert len({path.read_bytes() for path in (*good, *new)}) == 16
+
+
+def test_verdicts_are_words_besides_colours(extractor: ADExtractor, write_tiles: Callable[..., Path]) -> None:
+    new = write_tiles("new", range(10, 12))
+    write_tiles("new", range(20, 21), blob=True, prefix="blob")
+    scored = scored_of(extractor, write_tiles("good", range(4)), new)
+    page = showing.table(scored, verdicts(scored, 0.2), 0)
+    assert f"▲ {ANOMALOUS}</span>" in page
+    assert f"✓ {NORMAL}</span>" in page
+    assert page.index("blob_20.png") < page.index("tile_1")  # the highest score first
