@@ -33,7 +33,7 @@ $(UV):
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --target .uv uv
 
 demo: $(READY)
-	$(BIN)/python recipes/demo.py $(if $(DATA),--data "$(DATA)")
+	$(BIN)/python recipes/quickstart.py $(if $(DATA),--data "$(DATA)")
 
 PYTEST := -m pytest -n auto --dist worksteal --durations=10
 

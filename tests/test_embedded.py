@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from huggingface_hub import constants
+from products import make_synthetic
 from sklearn.metrics import roc_auc_score
 
 from adpretrain import ADExtractor
 from adpretrain.card import card
 from adpretrain.config import BackboneConfig, LocalScaleConfig
 from adpretrain.data import ImageDataset, index_dataset
-from adpretrain.data.synthetic import make_synthetic
 from adpretrain.hub.locating import EMBEDDED_FOLDER
 from downstream.detectors.featurenorm import FeatureNorm
 

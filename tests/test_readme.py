@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from products import make_synthetic
 
-from adpretrain.data.synthetic import make_synthetic
 from downstream.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,7 +55,7 @@ def test_every_command_is_known_to_this_test() -> None:
         "adpretrain ",
         "python hub/convert_official.py",  # these two are run by tests/hub
         "python hub/publish.py",
-        "python -m adpretrain.data.synthetic",
+        "python recipes/draw_products.py",
         "accelerate launch",
         ".venv/bin/python",
         "echo ",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import tempfile
 import traceback
@@ -15,10 +16,10 @@ import torch
 
 from adpretrain.extractor import ADExtractor
 from downstream.web import fragments as showing
-from downstream.web.example_photographs import draw_samples
 from downstream.web.session import RATE, Scored, score_uploads, verdicts, write_csv
 from downstream.web.uploads import LIMITS, MEGA, SUFFIXES, Limits, Upload, uploads
 
+EXAMPLES = Path(__file__).parent / "examples"  # drawn by recipes/products
 KEPT_S = 30 * 60  # how long a visitor's scores are kept after the last press of the button
 TITLE = "Visual inspection from a few good photographs"
 EXPLAINED = (
@@ -96,9 +97,10 @@ class Desk:
         return [place, showing.viewer(scored, verdicts(scored, _share(rate)), place)]
 
     def samples(self) -> list[list[str]]:
-        """Drawn photographs in both fields."""
-        good, new = draw_samples(Path(tempfile.mkdtemp(dir=self.folder, prefix="samples-")))
-        return [[str(path) for path in good], [str(path) for path in new]]
+        """Drawn photographs in both fields: a capsule, good and damaged, for a first look without any of one's own."""
+        folder = Path(tempfile.mkdtemp(dir=self.folder, prefix="samples-"))
+        shutil.copytree(EXAMPLES, folder, dirs_exist_ok=True)
+        return [sorted(str(path) for path in folder.glob(f"{kind}_*.jpg")) for kind in ("good", "part")]
 
     def _shown(self, scored: Scored, chosen: int, rate: float) -> list[Any]:
         found = verdicts(scored, _share(rate))

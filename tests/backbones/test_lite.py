@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from products import make_synthetic
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -80,9 +81,11 @@ def test_the_file_is_what_the_script_makes_of_the_package(tmp_path: Path) -> Non
     if spec is None or spec.origin is None:
         pytest.skip(f"the package {PACKAGE} is not installed")
     folder = Path(spec.origin).parent
-    subprocess.run([sys.executable, ROOT / "hub" / "build_embedded.py", folder, "--out", tmp_path], check=True)
-    assert (tmp_path / LITE0.name).read_bytes() == LITE0.read_bytes()
-    ours, built = (load_file(path / "model.safetensors") for path in (LITE0.parent, tmp_path))
+    drawn = make_synthetic(tmp_path / "drawn", products=40, normals=2, defects=1, views=1, size=256, seed=0)
+    out = tmp_path / "out"
+    subprocess.run([sys.executable, ROOT / "hub" / "build_embedded.py", folder, drawn, "--out", out], check=True)
+    assert (out / LITE0.name).read_bytes() == LITE0.read_bytes()
+    ours, built = (load_file(path / "model.safetensors") for path in (LITE0.parent, out))
     assert ours.keys() == built.keys()
     assert all(torch.allclose(ours[name], built[name], rtol=1e-3) for name in ours)
 

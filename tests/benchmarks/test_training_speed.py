@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from products import make_synthetic
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -25,7 +26,6 @@ from adpretrain.backbones import Backbone, load_backbone
 from adpretrain.backbones.dinov2 import DinoV2
 from adpretrain.config import LossConfig, OptimConfig, PretrainConfig, ProjectorConfig, ReferencesConfig
 from adpretrain.data import index_realiad
-from adpretrain.data.synthetic import make_synthetic
 from adpretrain.extractor import ADExtractor, build_projector
 from adpretrain.residual import tokens
 from adpretrain.training.batches import OnlineBatches, encode, encode_batch

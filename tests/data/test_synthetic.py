@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from products import DEFECTS, PRODUCTS, make_product, make_synthetic, render, write
+from products.product import MIN_AREA, MIN_CHANGE, VISIBLE, difference, kind_of
 from scipy import ndimage
-
-from adpretrain.data.synthetic import DEFECTS, PRODUCTS, make_product, make_synthetic, render, write
-from adpretrain.data.synthetic.product import MIN_AREA, MIN_CHANGE, VISIBLE, difference, kind_of
 
 SMALL = {"products": 3, "normals": 2, "defects": 3, "views": 3, "size": 96, "seed": 5, "progress": False}
 

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from products import make_synthetic
 from running import ROOT
-
-from adpretrain.data.synthetic import make_synthetic
 
 
 @pytest.fixture(scope="session")

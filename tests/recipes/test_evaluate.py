@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from hub_server.server import Hub
 from processes import output, start, wait
+from products import make_synthetic
 from running import until
 
 from adpretrain.backbones import load_backbone
-from adpretrain.data.synthetic import make_synthetic
 from adpretrain.extractor import ADExtractor
 from adpretrain.hub.locating import EMBEDDED_FOLDER
 from adpretrain.saved import folder_digest

@@ -10,9 +10,9 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from products import make_synthetic
 
 from adpretrain.data import Junk
-from adpretrain.data.synthetic import make_synthetic
 from downstream import cli
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,10 +13,9 @@ import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 from devices import Device
+from products import make_synthetic
 from running import ROOT
 from safetensors.torch import load_file
-
-from adpretrain.data.synthetic import make_synthetic
 
 
 def forget() -> None:

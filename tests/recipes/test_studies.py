@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from products import make_synthetic
 
 from adpretrain import ADExtractor, load_backbone
 from adpretrain.config import LocalScaleConfig
-from adpretrain.data.synthetic import make_synthetic
 from adpretrain.local_scale import LocalScale
 from downstream.evaluation.few_shot import draw_shots, encode_samples, measure, score
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from products import make_synthetic
 from safetensors.torch import load_file
 from transformers import Dinov2Config, Dinov2Model
 
@@ -11,7 +12,6 @@ from adpretrain.backbones import load_backbone
 from adpretrain.backbones.dinov2 import DinoV2
 from adpretrain.config import ReferencesConfig
 from adpretrain.data import Sample, index_realiad
-from adpretrain.data.synthetic import make_synthetic
 from adpretrain.extractor import ADExtractor
 from adpretrain.local_scale import LocalScale
 from adpretrain.training.batches import CachedBatches, OnlineBatches, ResidualBatch, encode_batch, label, thin

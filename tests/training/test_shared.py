@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import together
+from products import make_synthetic
 
 from adpretrain.backbones import load_backbone
 from adpretrain.data import index_realiad
-from adpretrain.data.synthetic import make_synthetic
 from adpretrain.extractor import ADExtractor
 from adpretrain.training.batches import CachedBatches
 from adpretrain.training.dataset import PretrainingSet

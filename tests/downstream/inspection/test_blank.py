@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from products import make_synthetic
 
 from adpretrain.data import index_realiad
-from adpretrain.data.synthetic import make_synthetic
 from downstream.inspection.basis import Options
 from downstream.inspection.run import EXIT_INCOMPLETE, score_folder
 

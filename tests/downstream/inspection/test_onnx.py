@@ -19,6 +19,7 @@ import onnxruntime
 import pytest
 import torch
 from PIL import ExifTags, Image, ImageOps
+from products import make_synthetic
 from torch import Tensor
 
 from adpretrain import __version__
@@ -26,7 +27,6 @@ from adpretrain.backbones import load_backbone
 from adpretrain.config import ProjectorConfig
 from adpretrain.data.layouts.mtd import index_mtd
 from adpretrain.data.samples import ImageDataset
-from adpretrain.data.synthetic import make_synthetic
 from adpretrain.extractor import ADExtractor, build_projector
 from adpretrain.local_scale import LocalScale
 from adpretrain.preprocess import Preprocess, read_image

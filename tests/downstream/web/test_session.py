@@ -17,7 +17,7 @@ from downstream.inspection.results import ANOMALOUS, NORMAL, UNDECIDED, UNREADAB
 from downstream.inspection.resume import Record
 from downstream.inspection.scoring import score_images
 from downstream.web import fragments as showing
-from downstream.web.example_photographs import draw_samples
+from downstream.web.page import EXAMPLES
 from downstream.web.session import SINGLE, Scored, heatmap, score_uploads, verdicts, write_csv
 from downstream.web.uploads import Upload, uploads
 
@@ -135,7 +135,7 @@ def test_names_are_escaped_everywhere(extractor: ADExtractor, write_tiles: Calla
 
 
 def test_drawn_samples_are_photographs_with_and_without_defects(tmp_path: Path) -> None:
-    good, new = draw_samples(tmp_path)
+    good, new = (sorted(EXAMPLES.glob(f"{kind}_*.jpg")) for kind in ("good", "part"))
     assert (len(good), len(new)) == (8, 8)
     assert sum("good" in path.name for path in new) == 3
     sizes = {Image.open(path).size for path in (*good, *new)}

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.random import Generator
 
-from adpretrain.data.synthetic.fields import (
+from products.fields import (
     Array,
     Draw,
     Pose,
@@ -13,7 +13,7 @@ from adpretrain.data.synthetic.fields import (
     smoothstep,
     spectrum,
 )
-from adpretrain.data.synthetic.irregular import axis, filled
+from products.irregular import axis, filled
 
 
 def fabric(rng: Generator, size: int) -> Draw:

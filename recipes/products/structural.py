@@ -4,7 +4,7 @@ import numpy as np
 from numpy.random import Generator
 from scipy import ndimage
 
-from adpretrain.data.synthetic.fields import (
+from products.fields import (
     Array,
     field,
     grid,
@@ -13,8 +13,8 @@ from adpretrain.data.synthetic.fields import (
     smoothstep,
     spectrum,
 )
-from adpretrain.data.synthetic.shapes import blob, toward, window
-from adpretrain.data.synthetic.sites import Site, behind, blob_at, rim_site
+from products.shapes import blob, toward, window
+from products.sites import Site, behind, blob_at, rim_site
 
 
 def blowhole(image: Array, part: Array, site: Site, rng: Generator) -> Array:

@@ -51,7 +51,8 @@ def synthesise(folder: Path, size: dict[str, int]) -> None:
     flags = [part for name, value in size.items() for part in (f"--{name}", str(value))]
     workers = str(os.cpu_count() or 1)
     run(
-        sys.executable, "-m", "adpretrain.data.synthetic", "--out", folder, *flags, "--views", "1", "--workers", workers
+        *(sys.executable, "recipes/draw_products.py", "--out", folder, *flags),
+        *("--views", "1", "--workers", workers),
     )
 
 

@@ -6,12 +6,12 @@ import numpy as np
 from numpy.random import Generator
 from scipy import ndimage
 
-from adpretrain.data.synthetic.fields import (
+from products.fields import (
     Array,
     loguniform,
     random_colour,
 )
-from adpretrain.data.synthetic.shapes import blob
+from products.shapes import blob
 
 
 @dataclass(frozen=True)

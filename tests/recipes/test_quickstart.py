@@ -16,7 +16,7 @@ from running import ROOT
 @pytest.mark.parametrize("seeds", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_the_demo_ends_with_a_table_and_a_report(tmp_path: Path, seeds: int) -> None:
     out = tmp_path / "demo"
-    command = [sys.executable, "recipes/demo.py", "--out", str(out), "--products", "6", "--seeds", str(seeds)]
+    command = [sys.executable, "recipes/quickstart.py", "--out", str(out), "--products", "6", "--seeds", str(seeds)]
     command += ["--steps", "3"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(

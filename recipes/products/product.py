@@ -10,13 +10,13 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from adpretrain.data.synthetic.defects import DEFECTS
-from adpretrain.data.synthetic.fields import Array, Draw, Pose, make_pose
-from adpretrain.data.synthetic.lighting import Develop, Rig, make_rig, set_up
-from adpretrain.data.synthetic.nuisances import Nuisance, habits
-from adpretrain.data.synthetic.objects import OBJECTS
-from adpretrain.data.synthetic.sites import choose_site
-from adpretrain.data.synthetic.textures import TEXTURES
+from products.defects import DEFECTS
+from products.fields import Array, Draw, Pose, make_pose
+from products.lighting import Develop, Rig, make_rig, set_up
+from products.nuisances import Nuisance, habits
+from products.objects import OBJECTS
+from products.sites import choose_site
+from products.textures import TEXTURES
 
 PRODUCTS: dict[str, Callable[[Generator, int], Draw]] = TEXTURES | OBJECTS
 MIN_AREA = 12

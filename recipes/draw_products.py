@@ -1,13 +1,12 @@
-"""`python -m adpretrain.data.synthetic`: write a procedural set of products and defects."""
+"""`python recipes/draw_products.py`: write a procedural set of products and defects."""
 
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
+from products.defects import DEFECTS
+from products.product import PRODUCTS
+from products.write import make_synthetic
 from rich.console import Console
-
-from adpretrain.data.synthetic.defects import DEFECTS
-from adpretrain.data.synthetic.product import PRODUCTS
-from adpretrain.data.synthetic.write import make_synthetic
 
 DESCRIPTION = f"""Write procedural products with defects in the Real-IAD layout: nothing to download.
 
@@ -16,12 +15,12 @@ defects come from {len(DEFECTS)} families: {", ".join(DEFECTS)}.
 The same parameters and seed give the same bytes for any number of workers. A folder that already holds
 the set is kept as it is. Example, a small set to look at (a few seconds):
 
-  python -m adpretrain.data.synthetic --out data/synthetic --products 10 --samples 4 --defects 4
+  python recipes/draw_products.py --out data/synthetic --products 10 --samples 4 --defects 4
 """
 
 
 def parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="python -m adpretrain.data.synthetic", description=DESCRIPTION)
+    parser = ArgumentParser(prog="python recipes/draw_products.py", description=DESCRIPTION)
     parser.add_argument(
         "--out",
         type=Path,

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.random import Generator
 
-from adpretrain.data.synthetic.fields import Array, field, grid, smoothstep, spectrum
-from adpretrain.data.synthetic.shapes import blob, strokes, toward
+from products.fields import Array, field, grid, smoothstep, spectrum
+from products.shapes import blob, strokes, toward
 
 Shot = tuple[Array, Array]
 Nuisance = Callable[[Array, Array, Generator], Shot]

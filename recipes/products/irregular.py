@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.random import Generator
 
-from adpretrain.data.synthetic.fields import (
+from products.fields import (
     Array,
     Draw,
     Pose,

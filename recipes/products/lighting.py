@@ -10,7 +10,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.random import Generator
 
-from adpretrain.data.synthetic.fields import Array, grid, loguniform
+from products.fields import Array, grid, loguniform
 
 Box = tuple[slice, slice]
 Develop = Callable[[Array, Box], Array]

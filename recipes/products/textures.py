@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from numpy.random import Generator
 
-from adpretrain.data.synthetic import irregular, patterns
-from adpretrain.data.synthetic.fields import Draw
+from products import irregular, patterns
+from products.fields import Draw
 
 TEXTURES: dict[str, Callable[[Generator, int], Draw]] = {
     "brushed": irregular.brushed,

@@ -18,7 +18,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from adpretrain.data.synthetic.product import Product, Rendering, make_product, render
+from products.product import Product, Rendering, make_product, render
 
 VERSION = 2
 """Of the generator: raise it when the images of a seed change, so that old sets are not taken for new."""

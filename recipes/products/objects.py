@@ -5,8 +5,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.random import Generator
 
-from adpretrain.data.synthetic.art import blank, material, photographed
-from adpretrain.data.synthetic.fields import (
+from products.art import blank, material, photographed
+from products.fields import (
     Draw,
     box,
     circle,

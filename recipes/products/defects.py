@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 from numpy.random import Generator
 
-from adpretrain.data.synthetic import painted, structural
-from adpretrain.data.synthetic.fields import Array
-from adpretrain.data.synthetic.sites import Site
+from products import painted, structural
+from products.fields import Array
+from products.sites import Site
 
 DEFECTS: dict[str, Callable[[Array, Array, Site, Generator], Array]] = {
     "scratch": painted.scratch,

@@ -4,14 +4,14 @@ import numpy as np
 from numpy.random import Generator
 from scipy import ndimage
 
-from adpretrain.data.synthetic.fields import (
+from products.fields import (
     Array,
     field,
     loguniform,
     spectrum,
 )
-from adpretrain.data.synthetic.shapes import blob, branches, course, paint_lines, strokes, toward
-from adpretrain.data.synthetic.sites import Site, blob_at, target_of
+from products.shapes import blob, branches, course, paint_lines, strokes, toward
+from products.sites import Site, blob_at, target_of
 
 
 def scratch(image: Array, part: Array, site: Site, rng: Generator) -> Array:

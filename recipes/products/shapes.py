@@ -5,7 +5,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from adpretrain.data.synthetic.fields import Array, smoothstep
+from products.fields import Array, smoothstep
 
 OVERSAMPLE = 2
 
