@@ -173,7 +173,7 @@ def colour_bar(scale: ColourScale, width: int, height: int = _FOOTER) -> Image.I
 def save_png(picture: Image.Image, path: Path) -> None:
     """Write a PNG that appears under its name only when complete."""
     with atomic_path(path) as temporary:
-        picture.save(temporary, format="PNG", compress_level=3)  # twice as fast as 6, a few % larger
+        picture.save(temporary, format="PNG", compress_level=2)  # five times as fast as 6, a sixth larger
 
 
 def marked(photo: Image.Image, mask: NDArray[np.bool_]) -> Image.Image:

@@ -118,7 +118,7 @@ def jpeg(picture: Image.Image) -> bytes:
     small = picture.copy()
     small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    small.save(buffer, format="JPEG", quality=82, optimize=True)
+    small.save(buffer, format="JPEG", quality=82)
     return buffer.getvalue()
 
 

@@ -13,6 +13,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +82,7 @@ def _score_batch(
     read = without_blank(read, basis.contrast)
     photos = [item for item in read if isinstance(item, Photo)]
     predicted = iter(zip(*predict_photos(basis.detector, photos, basis.device), strict=True))
-    results, odd_shapes, saturated = list[Result](), 0, 0
+    results, panels, odd_shapes, saturated = list[Result](), list[tuple[Photo, NDArray[np.float64], Result]](), 0, 0
     for item in read:
         name, heatmap = relative_name(root, item.path), names[item.path]
         score, map_SS = next(predicted) if isinstance(item, Photo) else (math.nan, np.empty((0, 0)))
@@ -95,10 +96,17 @@ def _score_batch(
         if (original := basis.known.get(item.digest)) is not None:
             reason = f"it is a copy of a normal photograph ({original}), so that it is compared with itself"
             result = dataclasses.replace(result, verdict=UNDECIDED, reason=reason)
-        save_png(panel(item.shown, map_SS, scale, title=_title(result)), out / heatmap)
+        panels.append((item, map_SS, result))
         odd_shapes += is_odd(item.aspect, basis.aspects)
         saturated += item.saturated
         results.append(result)
+
+    def draw(made: tuple[Photo, NDArray[np.float64], Result]) -> None:
+        item, map_SS, result = made
+        save_png(panel(item.shown, map_SS, scale, title=_title(result)), out / names[item.path])
+
+    with ThreadPoolExecutor() as pool:  # packing pixels takes longer than scoring them, and needs no lock of Python's
+        list(pool.map(draw, panels))
     return Batch(tuple(results), odd_shapes, saturated)
 
 

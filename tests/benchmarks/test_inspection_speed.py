@@ -6,6 +6,7 @@ Run by `make bench`. The photographs are drawn; times do not depend on what is o
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import subprocess
@@ -23,6 +24,7 @@ from PIL import Image
 from adpretrain import ADExtractor
 from downstream.detectors.featurenorm import FeatureNorm
 from downstream.inspection.onnx import export_onnx
+from downstream.inspection.resume import PART
 
 pytestmark = pytest.mark.benchmark
 
@@ -78,6 +80,19 @@ def cpu_seconds(processes: list[subprocess.Popen[bytes]], before: float) -> floa
     return _children() - before
 
 
+def seconds_to_first_scores(tmp_path: Path, images: Path, out: str) -> float:
+    """From the command to the first batch on disk."""
+    began, process = time.perf_counter(), score(tmp_path, images, out)
+    while process.poll() is None:
+        with contextlib.suppress(FileNotFoundError):
+            if len((tmp_path / out / PART).read_bytes().splitlines()) > 1:
+                break
+        time.sleep(0.01)
+    seconds = time.perf_counter() - began
+    process.communicate()
+    return seconds
+
+
 def _children() -> float:
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
@@ -88,12 +103,14 @@ def test_cold_start_and_throughput_of_score(tmp_path: Path) -> None:
     photographs(tmp_path / "normal", 4, seed=0)
     few, many = photographs(tmp_path / "few", 28, seed=1), photographs(tmp_path / "many", 228, seed=2)
     score(tmp_path, few, "warm").communicate()  # compiles the byte code
+    first = min(seconds_to_first_scores(tmp_path, few, f"first{i}") for i in range(3))
     cold = min(cpu_seconds([score(tmp_path, few, f"few{i}")], _children()) for i in range(3))
-    print(f"\ncold start, 28 photographs: {cold:.1f} s of CPU time")
-    whole = cpu_seconds([score(tmp_path, many, "many")], _children())
+    print(f"\ncold start: {first:.1f} s to the first 16 scores and heatmaps;")
+    print(f"28 photographs with their report: {cold:.1f} s of CPU time")
+    whole = cpu_seconds([score(tmp_path, many, "all")], _children())
     began = time.perf_counter()
     both = cpu_seconds([score(tmp_path, many, f"many{i}") for i in range(2)], _children())
     wall = time.perf_counter() - began
     print(f"throughput: {200 / (whole - cold):.1f} images/s of CPU time; two processes at once:")
     print(f"{400 / (both - 2 * cold):.1f} images/s of CPU time, 456 photographs in {wall:.0f} s")
-    assert cold <= 6
+    assert first <= 6
