@@ -12,7 +12,7 @@ import sys
 import traceback
 from argparse import RawDescriptionHelpFormatter
 from importlib.metadata import version
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
@@ -42,8 +42,9 @@ class _Parser(ArgumentParser):
         self.exit(EXIT_USAGE)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns its exit code (2 for a user's mistake)."""
+def main(argv: list[str] | None = None, **process: Any) -> int:
+    """Run one command; returns its exit code (2 for a user's mistake). ``process``: what a launcher tells a command
+    that several processes share (`commands.evaluate`)."""
     # Subparsers take over the formatter and the mode of their parent.
     parser = _Parser(
         prog="adpretrain",
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else EXIT_USAGE
     try:
         with one_line_warnings("adpretrain: "):
-            code = runs[arguments.subcommand](arguments[arguments.subcommand])
+            code = runs[arguments.subcommand](arguments[arguments.subcommand], **process)
             sys.stdout.flush()
             return code
     except BrokenPipeError:  # who reads stdout, such as head, has seen enough

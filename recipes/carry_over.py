@@ -37,10 +37,10 @@ from adpretrain.training.batches import CachedBatches, label, thin
 from adpretrain.training.dataset import PretrainingSet
 from adpretrain.training.objective import Objective, measure_centers
 from downstream.detectors import DETECTORS
-from downstream.evaluation.contenders import PRETRAINED, SCALED, Contender, Networks
+from downstream.evaluation.board import PRETRAINED, SCALED, ProtocolOptions
 from downstream.evaluation.few_shot import FeatureSet, draw_shots, encode_samples, measure, normals, score
-from downstream.evaluation.protocols import ProtocolOptions, trials
-from downstream.evaluation.remembered import Remembered
+from downstream.evaluation.networks import Contender, Networks, Remembered
+from downstream.evaluation.protocols import trials
 from downstream.evaluation.trial import Settings, run_trial
 
 METRICS = ("image_auroc", "pixel_auroc", "aupro")

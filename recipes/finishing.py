@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torchvision
 from held_out import published, refreshed
-from panels import product_folder, save_panels
 from run_data import count_categories
 from run_folder import git_commit
 from run_setup import Run
@@ -19,8 +18,12 @@ from adpretrain._version import __version__
 from adpretrain.backbones.fingerprint import fingerprint
 from adpretrain.extractor import ADExtractor
 from adpretrain.files import atomic_path
+from adpretrain.preprocess import read_image
 from adpretrain.saved import save_tensors
+from downstream.detectors.featurenorm import FeatureNorm
 from downstream.evaluation.few_shot import draw_shots, score
+from downstream.evaluation.pictures import file_name, median_images, save_panels
+from downstream.visualise import ColourScale
 
 EXAMPLES = 3  # held-out products whose heatmaps are drawn
 
@@ -66,8 +69,13 @@ def draw_examples(run: Run, extractor: ADExtractor) -> None:
         images = refreshed(run, images)
         references, queries = draw_shots(images.samples, shots)
         prediction = score([extractor], images, references, queries)[0]
-        folder = run.folder.path / "heatmaps" / product_folder(images.samples[0])
-        save_panels(folder, extractor, images, references, queries, prediction, kinds=1)
+        photos = [extractor.preprocess(read_image(images.samples[index].image)) for index in references]
+        normal = FeatureNorm(extractor).leave_one_out(torch.stack(photos).to(prediction.maps.device))
+        scale = ColourScale.from_normal_maps(normal.maps.cpu().numpy())  # as that of `adpretrain score`
+        samples, masks = [images.samples[index] for index in queries], images.masks[queries].cpu().numpy()
+        typical = median_images(samples, prediction.scores.cpu().numpy(), prediction.maps.cpu().numpy(), masks)
+        folder = run.folder.path / "heatmaps" / file_name(samples[0].category, samples[0].view)
+        save_panels(folder, typical[:1], scale, extractor.preprocess)
 
 
 def finish(run: Run) -> None:

@@ -29,11 +29,11 @@ from rich.markup import escape
 from adpretrain.config import PretrainConfig
 from adpretrain.files import atomic_path
 from adpretrain.parsing import parse_command_line, read_yaml
-from downstream.evaluation.contenders import PRETRAINED, RAW, RESIDUAL
+from downstream.evaluation.board import PRETRAINED, RAW, RESIDUAL
 
 RECIPES = Path(__file__).resolve().parent
 # The paper's, unless --evaluate names others.
-DETECTORS = ["--detectors", "padim,patchcore,featurenorm", "--settings", "adpretrain"]
+DETECTORS = ["--detectors", "padim,patchcore,featurenorm", "--protocol", "full", "--settings", "adpretrain"]
 METRICS = {"image_auroc": "image AUROC", "aupro": "AUPRO"}  # the two that the paper's ablations give
 
 
@@ -78,7 +78,7 @@ def commands(options: argparse.Namespace, variant: Variant) -> list[list[str]]:
     pretrain = [*shlex.split(options.launch), str(RECIPES / "pretrain.py"), "--config", str(options.config)]
     pretrain += [*variant.flags, *options.rest, "--run", str(variant.run)]
     evaluate = [*shlex.split(options.launch), str(RECIPES / "evaluate.py"), *DETECTORS, *shlex.split(options.evaluate)]
-    evaluate += ["--features", ",".join((RAW, RESIDUAL, PRETRAINED)), "--extractors", str(variant.run / "extractor")]
+    evaluate += ["--features", RAW, RESIDUAL, PRETRAINED, "--extractors", str(variant.run / "extractor")]
     evaluate += ["--out", str(variant.run / "evaluation")]
     if "backbone" in variant.flags:  # "--learns backbone": its weights lie beside the extractor
         evaluate += ["--weights", str(variant.run / "backbone.safetensors")]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
 
 from downstream.commands.backbones import backbones
 from downstream.commands.check_data import check_data
@@ -21,7 +21,7 @@ from downstream.commands.info import info
 from downstream.commands.push import push
 from downstream.commands.score import score
 
-Run = Callable[[Namespace], int]
+Run = Callable[..., int]  # the parsed options -> exit code
 
 COMMANDS: dict[str, Callable[[ArgumentParser], Run]] = {
     "score": score,

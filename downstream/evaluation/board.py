@@ -1,5 +1,6 @@
-"""A board: data sets x extractors x detectors, as one YAML file.
+"""A board: data sets x extractors x detectors by one protocol, as flags or as a YAML file (docs/board.md).
 
+  protocol: few-shot
   sets:
     - {name: tiles, root: data/mtd}
     - {name: solar cells, root: data/elpv, products: [poly], optional: true}
@@ -13,186 +14,305 @@
   shots: [4, all]
   draws: 3
 
-Folders are relative to the file. `board_run` computes it.
+Folders are relative to the file. One set, and extractors of one kind, can be given as flags. `engine` computes it. This
+file imports no torch, so that --help is quick.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_args
 
-from adpretrain.data.layouts.detect import HUB
-from adpretrain.hub.locating import EMBEDDED
 from adpretrain.parsing import from_dict, read_yaml
-from downstream.evaluation.contenders import Kind
 
-FIXED = ("image_size", "levels", "resize", "crop_from", "finest")  # an extractor brings its own
-ALL = "all"
+Kind = Literal["raw", "residual", "scaled", "pretrained"]
+RAW, RESIDUAL, SCALED, PRETRAINED = FEATURES = get_args(Kind)
+Protocol = Literal[
+    "full", "few-shot", "sample-efficiency", "contamination", "reference-sensitivity", "multi-class", "robustness"
+]
+PROTOCOLS: tuple[str, ...] = get_args(Protocol)
+ALL, DEFAULT_BACKBONE = "all", "lite0"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class SetRow:
-    """A data set, scored product by product.
+class ProtocolOptions:
+    """Which protocol of `protocols`, and its numbers.
 
     Args:
-        name: what the tables call it.
-        root: its folder, or "hf://org/name".
-        layout: a name of `adpretrain.data.DATASETS`, or "auto".
-        split: a listing of the set's own, such as "realiad_jsons".
-        columns: of a Hugging Face set, those that are not guessed.
-        products: categories to score; [] = all.
-        optional: whether the board goes on without it where ``root`` is absent.
+        protocol: full, few-shot, sample-efficiency, contamination, reference-sensitivity, multi-class or robustness.
+        shots: numbers of training images K, for few-shot; 0 (in a board also "all") = all, of which there is one draw.
+        draws: how often what is random is drawn anew: the K images, the share, the anomalies, the references, the
+            changes of images; 0 = the protocol's own number.
+        seed: of the first draw; every further one has the next number.
+        references: the extractor's references in the other protocols, drawn from the training images.
+        share: of the normal training images, for sample-efficiency.
+        noise: anomalies per normal training image, for contamination; at most half of a product's anomalies.
+        overlap: whether the anomalies that were trained on are scored too, as in the paper.
     """
 
-    name: str
-    root: str
-    layout: str = "auto"
+    protocol: Protocol = "full"
+    shots: tuple[int, ...] = (1, 2, 4, 8, 16)
+    draws: int = 0
+    seed: int = 0
+    references: int = 8
+    share: float = 0.1
+    noise: float = 0.1
+    overlap: bool = True
+
+    def __post_init__(self) -> None:
+        if self.protocol not in PROTOCOLS:
+            raise ValueError(f"protocol {self.protocol!r} is unknown; choose one of {', '.join(PROTOCOLS)}")
+        if not self.shots or min(self.shots) < 0 or self.references < 1 or self.draws < 0 or self.seed < 0:
+            raise ValueError(
+                f"shots {list(self.shots)} must be numbers of images (0 = all), references {self.references} at least "
+                f"1, draws {self.draws} (0 = the protocol's own number) and seed {self.seed} at least 0"
+            )
+        for name in ("share", "noise"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be in (0, 1], such as 0.1")
+
+    @property
+    def repeats(self) -> int:
+        """Draws, the protocol's own number where none was given: 3 for reference-sensitivity, else 1."""
+        return self.draws or (3 if self.protocol == "reference-sensitivity" else 1)
+
+
+@dataclass(frozen=True)
+class Photographs:
+    """A labelled data set, scored product by product.
+
+    Args:
+        root: the folder of a data set, or hf://org/name.
+        dataset: its layout: auto, or a name that `adpretrain check-data` tells.
+        split: a listing of the set's own, such as realiad_jsons or VisA's 1cls.
+        columns: of a Hugging Face set, those that are not guessed, such as mask=segmentation.
+        products: categories to score, or patterns of them such as "p00*"; all where none are given.
+        defects: kinds of defects to score; all where none are given.
+    """
+
+    root: str = ""
+    dataset: str = "auto"
     split: str = ""
     columns: dict[str, str] = field(default_factory=dict)
     products: list[str] = field(default_factory=list)
+    defects: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class SetRow(Photographs):
+    """One of several data sets. ``name``: what the tables call it ("" = its folder's name); ``optional``: whether the
+    board goes on without it where ``root`` is absent."""
+
+    name: str = ""
     optional: bool = False
 
 
 @dataclass(frozen=True)
-class ExtractorRow:
-    """Features that detectors work on.
+class Network:
+    """A backbone whose features are compared without an extractor.
 
     Args:
-        extractor: a folder written by save_pretrained, "org/name[@revision]" on the Hub, or "embedded"; or
-        backbone: a name of `adpretrain.backbones.BACKBONES`, or timm/<model name>.
-        features: raw = the backbone's own, residual = feature minus nearest reference, scaled = the extractor without
-            its projector, pretrained = the extractor's own; null = pretrained of an extractor, raw of a backbone.
-        weights: a local file or folder of the backbone's weights.
-        image_size: side of a backbone's input in pixels; null = 224.
-        levels: of a backbone; null = the paper's.
-        resize: "squeeze" (null) or "crop", of a backbone.
-        crop_from: for "crop", the shorter side before it.
-        finest: stride in pixels to which a backbone's finer maps are averaged; null = as the network gives them.
+        backbone: network of raw features, a name of `adpretrain backbones` or timm/<model name>.
+        weights: a local file or folder of its weights, or of an extractor's backbone.
+        image_size: side of its input in pixels; 224 where none is given.
+        levels: its blocks or stages; the paper's where none are given.
+        resize: squeeze (photographs whole, the usual) or crop (their centre).
+        crop_from: for crop, the shorter side before it, such as 256 for 224 pixels.
+        finest: stride in pixels to which its finer maps are averaged; none where none is given.
+        random_weights: seed of untrained weights: a floor to compare with.
     """
 
-    extractor: str | None = None
     backbone: str | None = None
-    features: Kind | None = None
     weights: str | None = None
     image_size: int | None = None
     levels: list[int] | None = None
     resize: Literal["squeeze", "crop"] | None = None
     crop_from: int | None = None
     finest: int | None = None
+    random_weights: int | None = None
+
+
+@dataclass(frozen=True)
+class ExtractorRow(Network):
+    """Features that detectors work on: an extractor's, or a backbone's.
+
+    Args:
+        extractor: a folder written by save_pretrained, "org/name[@revision]" on the Hub, or "embedded"; several are
+            seeds of one training, which are averaged.
+        features: raw = the backbone's own, residual = feature minus nearest reference, scaled = the extractor without
+            its projector, pretrained = the extractor's own; null = pretrained of an extractor, raw of a backbone.
+    """
+
+    extractor: str | list[str] | None = None
+    features: Kind | None = None
 
     def __post_init__(self) -> None:
-        if (self.extractor is None) == (self.backbone is None):
+        if bool(self.extractor) == (self.backbone is not None):
             raise ValueError(f"extractor {self.extractor}, backbone {self.backbone}: name one of the two")
-        if self.extractor and (given := [name for name in FIXED if getattr(self, name) is not None]):
+        own = [f.name for f in fields(Network) if f.name not in ("backbone", "weights")]
+        if self.extractor and (given := [name for name in own if getattr(self, name) is not None]):
             raise ValueError(f"{' and '.join(given)} cannot be given with an extractor: it was trained with its own")
-        if self.backbone and self.features in ("scaled", "pretrained"):
+        if self.backbone and self.features in (SCALED, PRETRAINED):
             raise ValueError(f"features {self.features!r} need an extractor; of a backbone there are raw and residual")
+        if self.random_weights is not None and self.weights:
+            raise ValueError(f"random_weights {self.random_weights} and weights {self.weights}: give one of the two")
 
     @property
     def kind(self) -> Kind:
         """`features`, or what they are where none are named."""
         return self.features or ("pretrained" if self.extractor else "raw")
 
+    @property
+    def sources(self) -> list[str]:
+        """The extractors, one for each seed."""
+        return [self.extractor] if isinstance(self.extractor, str) else self.extractor or []
+
 
 @dataclass(frozen=True)
-class Board:
+class Board(ProtocolOptions, Network, Photographs):
     """What is compared.
 
     Args:
-        sets: data sets.
-        extractors: features by name.
-        detectors: names of `downstream.detectors.DETECTORS`, with the options that differ from the default.
-        shots: numbers of normal images that a detector is fitted on and features are compared with; 0 = all of the
-            training split.
-        draws: how often they are drawn anew; of all images there is one draw.
-        seed: of the first draw; every further one has the next number, so boards whose seeds are ``draws`` apart share
-            none.
-        settings: detectors' own default options, or those of ADPretrain's evaluation.
+        draws: how often what is random is drawn anew; 0 = 3 for few-shot and reference-sensitivity, else 1.
+        sets: in a file, several data sets: mappings with the keys of one set, name and optional.
+        extractors: folders, org/name[@revision] of the Hub, or embedded (the default, where no backbone is named):
+            seeds of one training, which are averaged. In a file also a mapping from names to rows of features.
+        features: of raw, residual, scaled, pretrained; where none are given raw, and pretrained of an extractor.
+        detectors: their names (`adpretrain detectors`); in a file with options, such as {patchcore: {amount: 0.1}}.
+        settings: detectors' own default options, or those of ADPretrain's evaluation (adpretrain).
+        pictures: heatmaps of every product in the report, one kind of defect each.
+        panels: whether the median-scored image of every kind of defect is drawn too.
+        per_defect: whether there are tables for every kind of defect, against all normal images.
+        embeddings: products whose patch features are drawn in two dimensions.
     """
 
-    sets: list[SetRow]
-    extractors: dict[str, ExtractorRow]
-    detectors: dict[str, dict[str, Any]]
+    protocol: Protocol = "few-shot"
     shots: tuple[int, ...] = (4,)
-    draws: int = 3
-    seed: int = 0
+    sets: list[dict[str, Any]] = field(default_factory=list)
+    extractors: dict[str, Any] | list[str] = field(default_factory=list)
+    features: list[Kind] = field(default_factory=list)
+    detectors: list[Any] = field(default_factory=lambda: ["featurenorm"])
     settings: Literal["default", "adpretrain"] = "default"
+    pictures: int = 2
+    panels: bool = False
+    per_defect: bool = False
+    embeddings: int = 0
+
+    @property
+    def repeats(self) -> int:
+        return self.draws or (3 if self.protocol in ("few-shot", "reference-sensitivity") else 1)
 
 
-@dataclass(frozen=True)
-class _File:
-    """The keys of the file; `Board` explains them."""
-
-    sets: list[dict[str, Any]]
-    extractors: dict[str, Any]
-    detectors: list[Any]
-    shots: list[int | Literal["all"]] = field(default_factory=lambda: [4])
-    draws: int = 3
-    seed: int = 0
-    settings: Literal["default", "adpretrain"] = "default"
-
-
-def read_board(path: Path) -> Board:
-    """The board of a YAML file, with folders as they are seen from here.
+def read_board(values: Mapping[str, Any], file: Path | None = None) -> Board:
+    """The board of a YAML file, with folders as they are seen from here, and ``values`` (flags) in place of its own.
 
     Raises ValueError, naming the file, for unknown keys, values of a wrong type, and what is empty or named twice.
     """
-    content = from_dict(_File, read_yaml(str(path)), str(path))
-    empty = [name for name in ("sets", "extractors", "detectors", "shots") if not getattr(content, name)]
-    if empty:
-        raise ValueError(f"{path}: {' and '.join(empty)} must not be empty")
-    sets = [_set(row, path, f"{path}, sets[{number}]") for number, row in enumerate(content.sets)]
-    extractors = {name: _extractor(row, path, f"{path}, extractors.{name}") for name, row in content.extractors.items()}
-    detectors: dict[str, dict[str, Any]] = {}
-    for number, entry in enumerate(content.detectors):
-        name, options = _detector(entry, f"{path}, detectors[{number}]")
-        if name in detectors:
-            raise ValueError(f"{path}: detector {name} is there twice; write a second board for other options")
-        detectors[name] = options
-    names = [row.name for row in sets]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"{path}: sets {', '.join(twice)} are there twice; each needs a name of its own")
-    shots = tuple(dict.fromkeys(0 if count == ALL else int(count) for count in content.shots))
-    if content.draws < 1 or content.seed < 0 or min(shots) < 0:
-        raise ValueError(
-            f"{path}: draws {content.draws} must be at least 1, seed {content.seed} at least 0, shots {content.shots} "
-            'numbers of images (0 or "all" = all of the training split)'
-        )
-    return Board(sets, extractors, detectors, shots, content.draws, content.seed, content.settings)
-
-
-def _set(row: Mapping[str, Any], path: Path, where: str) -> SetRow:
-    read = from_dict(SetRow, row, where)
-    return from_dict(SetRow, {**row, "root": _beside(path, read.root)}, where)
-
-
-def _extractor(row: Any, path: Path, where: str) -> ExtractorRow:
-    given = {"extractor": row} if isinstance(row, str) else row
+    named = f"{file}: " if file else ""
+    content = {**(_seen_from_here(read_yaml(str(file)), file.parent) if file else {}), **values}
+    if isinstance(shots := content.get("shots"), list):
+        content["shots"] = [0 if count == ALL else count for count in shots]
+    if isinstance(one := content.get("extractors"), str):
+        content["extractors"] = [one]
+    if empty := [name for name in ("sets", "detectors", "shots") if content.get(name) == []]:
+        raise ValueError(f"{named}{' and '.join(empty)} must not be empty")
+    board = from_dict(Board, content, str(file) if file else "flags")
     try:
-        read = from_dict(ExtractorRow, given, where)
+        set_rows(board), extractor_rows(board), detector_rows(board)
+    except ValueError as error:
+        raise ValueError(f"{named}{error}") from error
+    return board
+
+
+def set_rows(board: Board) -> list[SetRow]:
+    """The data sets, each with a name of its own. Raises ValueError for unknown keys, and without a set."""
+    rows = [from_dict(SetRow, row, f"sets[{number}]") for number, row in enumerate(board.sets)]
+    if board.root:
+        rows.insert(0, SetRow(**_shared(board, Photographs)))
+    if not rows:
+        raise ValueError("needed: --root, the folder of a data set, or a file with sets")
+    found = {row.name or Path(row.root).name: row for row in rows}
+    if len(found) < len(rows):
+        names = [row.name or Path(row.root).name for row in rows]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"sets {', '.join(twice)} are there twice; each needs a name of its own")
+    return [SetRow(**{**vars(row), "name": name}) for name, row in found.items()]
+
+
+def extractor_rows(board: Board) -> dict[str, ExtractorRow]:
+    """Features by name; those of flags are called what they are. Raises ValueError for unknown keys, and what does not
+    go together."""
+    network = _shared(board, Network)
+    if isinstance(board.extractors, dict):
+        if given := [name for name, value in network.items() if value is not None] + ["features"] * bool(
+            board.features
+        ):
+            raise ValueError(f"{' and '.join(given)} cannot be given beside named extractors: write them into a row")
+        return {name: _extractor(row, f"extractors.{name}") for name, row in board.extractors.items()}
+    sources: list[str] = board.extractors
+    learnt = bool({SCALED, PRETRAINED} & {*board.features})
+    if not sources and (learnt or all(value is None for value in network.values())):
+        sources = ["embedded"]
+    elif not sources:
+        network["backbone"] = board.backbone or DEFAULT_BACKBONE
+    kinds = board.features or [RAW, *([PRETRAINED] if sources else [])]
+    return {
+        kind: ExtractorRow(**network, features=kind, extractor=sources if kind == PRETRAINED else sources[:1])
+        for kind in kinds
+    }
+
+
+def detector_rows(board: Board) -> dict[str, dict[str, Any]]:
+    """The options of every detector that differ from its own. Raises ValueError for what is no detector's row."""
+    found: dict[str, dict[str, Any]] = {}
+    for number, entry in enumerate(board.detectors):
+        row = {entry: {}} if isinstance(entry, str) else entry
+        if not isinstance(row, dict) or len(row) != 1 or not all(isinstance(options, dict) for options in row.values()):
+            expected = "expected a detector's name, or its options, such as padim: {sigma: 4.0}"
+            raise ValueError(f"detectors[{number}] is {entry!r}; {expected}")
+        if (name := next(iter(row))) in found:
+            raise ValueError(f"detector {name} is there twice; write a second board for other options")
+        found |= row
+    return found
+
+
+def _extractor(row: Any, where: str) -> ExtractorRow:
+    given = {"extractor": row} if isinstance(row, str | list) else row
+    try:
+        return from_dict(ExtractorRow, given, where)
     except ValueError as error:
         raise error if str(error).startswith(where) else ValueError(f"{where}: {error}") from error
-    found = {
-        name: _beside(path, value)
-        for name in ("extractor", "weights")
-        if (value := getattr(read, name)) and value != EMBEDDED and (path.parent / value).exists()
-    }
-    return from_dict(ExtractorRow, {**given, **found}, where)
 
 
-def _detector(entry: Any, where: str) -> tuple[str, dict[str, Any]]:
-    """A name, or a mapping of one name to its options."""
-    if isinstance(entry, str):
-        return entry, {}
-    if isinstance(entry, dict) and len(entry) == 1:
-        ((name, options),) = entry.items()
-        if isinstance(options, dict):
-            return str(name), options
-    raise ValueError(f"{where} is {entry!r}; expected a detector's name, or its options, such as padim: {{sigma: 4.0}}")
+def _shared(board: Board, kind: type) -> dict[str, Any]:
+    """The board's values of the fields that it has from ``kind``."""
+    return {item.name: getattr(board, item.name) for item in fields(kind)}
 
 
-def _beside(path: Path, name: str) -> str:
-    """A folder of the file, as seen from here."""
-    return name if name.startswith(HUB) else str(path.parent / Path(name).expanduser())
+def _seen_from_here(content: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A file's content, whose folders are relative to ``folder``, with these as they are seen from here."""
+
+    def root(value: Any) -> Any:
+        return value if not isinstance(value, str) or "://" in value else str(folder / Path(value).expanduser())
+
+    def source(value: Any) -> Any:
+        if isinstance(value, list):
+            return [source(item) for item in value]
+        beside = isinstance(value, str) and value != "embedded" and (folder / value).exists()
+        return str(folder / value) if beside else value
+
+    def row(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return source(value)
+        return {key: source(item) if key in ("extractor", "weights") else item for key, item in value.items()}
+
+    out = {key: root(value) if key == "root" else value for key, value in row(content).items()}
+    if isinstance(sets := content.get("sets"), list):
+        out["sets"] = [{**s, "root": root(s.get("root", ""))} if isinstance(s, dict) else s for s in sets]
+    if (extractors := content.get("extractors")) is not None:
+        named = isinstance(extractors, dict)
+        out["extractors"] = {name: row(r) for name, r in extractors.items()} if named else source(extractors)
+    return out

@@ -9,25 +9,46 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Sequence
-from html import escape
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, Template
+from markupsafe import Markup
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from PIL import Image
 
+from adpretrain._version import __version__
 from adpretrain.files import atomic_path
+from adpretrain.preprocess import Preprocess
 from downstream.evaluation import plots
-from downstream.evaluation.tables import MAIN, TITLES, all_notes, number, products_table, summarise, summary_table
+from downstream.evaluation.board import PRETRAINED, RAW
+from downstream.evaluation.networks import Contender, Features
+from downstream.evaluation.pictures import file_name, in_two_dimensions, sampled_patches
+from downstream.evaluation.protocols import Part, Trial
+from downstream.evaluation.tables import (
+    ABOUT_ERRORS,
+    MAIN,
+    TITLES,
+    Record,
+    all_notes,
+    defect_tables,
+    number,
+    products_table,
+    summarise,
+    summary_table,
+)
+from downstream.evaluation.trial import Images, Settings, give_references
 from downstream.inspection.finding import printable
-from downstream.inspection.report import Fact, jpeg, tile, warning_list
+from downstream.inspection.report import Fact, jpeg
 from downstream.visualise import COLORMAP
 
 MOST_PRODUCTS = 40  # whose histograms and maps are shown
 MOST_NOTES = 8
+FIRST = (("photograph", "photograph"), ("truth", "marked defect"))  # pictures of an image and their captions
+PER_KIND = 12  # scored images of each kind, normal and defective, whose patches are drawn
 SCALE_NOTE = (
     "Heatmap colours: dark is a typical normal pixel, the middle of the scale (outlined) the highest value of any "
     "normal image that was scored, for each detector by itself. The photographs were chosen before anything was "
@@ -35,9 +56,36 @@ SCALE_NOTE = (
 )
 
 
+def report(
+    folder: Path,
+    records: Sequence[Record],
+    configuration: dict[str, Any],
+    preprocess: Preprocess,
+    drawn: Sequence[Path],
+) -> Path:
+    """The page of a finished evaluation; ``drawn``: pictures of its features."""
+    protocol, extractors = configuration["protocol"], len(configuration["extractors"])
+    images = {record["product"]: len(record["scores"]) for record in records}
+    settings = list(dict.fromkeys(record["setting"] for record in records))
+    detectors = ", ".join(dict.fromkeys(record["detector"] for record in records))
+    repeats = max(row.repeats for row in summarise(records))
+    seconds = sum(sum(record["seconds"].values()) for record in records)
+    facts = [
+        Fact("Protocol", protocol, ", ".join(name for name in settings if name != protocol)),
+        Fact("Products", str(len(images)), f"{sum(images.values())} scored images"),
+        Fact("Backbone", configuration["backbone"]["name"], preprocess.in_words),
+        Fact("Extractors", str(extractors), "" if extractors else "raw features only"),
+        Fact("Repeats", str(repeats), "draws and extractors; ± is the standard deviation between them"),
+        Fact("Computing time", f"{seconds / 60:.1f} min", "all processes together"),
+    ]
+    title = f"{', '.join(dict.fromkeys(record['set'] for record in records))}: {detectors}"
+    footer = f"adpretrain {__version__}. Nothing was chosen on the scored images, but the thresholds of max-F1 and of "
+    return write_comparison(folder, records, title, configuration["root"], facts, drawn, footer + ABOUT_ERRORS)
+
+
 def write_comparison(
     folder: Path,
-    records: Sequence[dict[str, Any]],
+    records: Sequence[Record],
     title: str,
     where: str,
     facts: Sequence[Fact],
@@ -53,128 +101,109 @@ def write_comparison(
     notes = all_notes(records)
     if len(notes) > MOST_NOTES:
         notes[MOST_NOTES:] = [f"and {len(notes) - MOST_NOTES} more notes, in table.md"]
-    values = {
-        "title": _text(title),
-        "style": _style(),
-        "where": _text(where),
-        "facts": "".join(tile(fact) for fact in facts),
-        "warnings": warning_list(notes),
-        "summary": _summary(records),
-        "curves": _plot(plots.curves(shown), f"{last}: every curve is the mean of the products' curves."),
-        "embeddings": _embeddings(embeddings),
-        "tables": _product_tables(records),
-        "products": _products(folder, shown),
-        "footer": _text(footer),
-    }
+    names = sorted({record["product"] for record in shown})
+    products = [_product(folder, name, [r for r in shown if r["product"] == name]) for name in names[:MOST_PRODUCTS]]
     template = resources.files("downstream").joinpath("comparison.html").read_text(encoding="utf-8")
-    page = re.sub(r"\{\{(\w+)\}\}", lambda found: values[found[1]], template)
+    environment = Environment(autoescape=True, finalize=_printable)
+    page = environment.from_string(template).render(
+        style=_style(),
+        title=title,
+        where=where,
+        facts=facts,
+        notes=notes,
+        summary=summary_table(summarise(records)),
+        last=last,
+        curves=_base64(plots.curves(shown)),
+        embeddings=[_base64(path.read_bytes()) for path in embeddings],
+        tables=[*defect_tables(records), *_product_tables(records)],
+        products=products,
+        more=max(0, len(names) - MOST_PRODUCTS),
+        scale_note=SCALE_NOTE,
+        footer=footer,
+    )
     with atomic_path(folder / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
     return folder / "report.html"
 
 
-def _text(text: object) -> str:
-    return escape(printable(text), quote=True)
+def _printable(text: object) -> str:
+    return text if isinstance(text, Markup) else printable(text)
 
 
-def _style() -> str:
+def _style() -> Markup:
     page = resources.files("downstream").joinpath("report.html").read_text(encoding="utf-8")
     found = re.search(r"<style>(.*?)</style>", page, flags=re.S)
     assert found is not None
     ramp = ",".join(to_hex(colormaps[COLORMAP](at)) for at in np.linspace(0, 1, 9))
-    return found[1].replace("{{ramp}}", ramp)
+    return Markup(Template(found[1]).render(ramp=ramp))
 
 
-def _summary(records: Sequence[dict[str, Any]]) -> str:
-    heading, lines = summary_table(summarise(records))
-    body = []
-    for line in lines:
-        gain = line[2] == "gain over raw"
-        body.append(_line(line, 3, "gain" if gain else "", coloured=gain))
-    return _table(heading, body, 3)
-
-
-def _product_tables(records: Sequence[dict[str, Any]]) -> str:
-    parts: list[str] = []
+def _product_tables(records: Sequence[Record]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Title, heading and lines of every setting and metric."""
+    out = []
     for setting in dict.fromkeys(record["setting"] for record in records):
         for metric in MAIN:
             heading, lines = products_table(records, metric, setting)
             text = [[str(line[0]), *(number(value) for value in line[1:])] for line in lines]
-            body = [_line(line, 1, "mean" if index == len(text) - 1 else "") for index, line in enumerate(text)]
-            name = _text(f"{TITLES[metric]} in %, {setting}")
-            parts.append(
-                f"<details{' open' if not parts else ''}><summary>{name}</summary>"
-                f'<div class="scroll">{_table(heading, body, 1)}</div></details>'
-            )
-    return "".join(parts)
+            out.append((f"{TITLES[metric]} in %, {setting}", heading, text))
+    return out
 
 
-def _table(heading: Sequence[str], body: Sequence[str], texts: int) -> str:
-    cells = "".join(f"<th{_kind(index, texts)}>{_text(name)}</th>" for index, name in enumerate(heading))
-    return f"<table><thead><tr>{cells}</tr></thead><tbody>{''.join(body)}</tbody></table>"
-
-
-def _line(cells: Sequence[str], texts: int, kind: str = "", coloured: bool = False) -> str:
-    out = []
-    for index, cell in enumerate(cells):
-        look = _kind(index, texts)
-        if coloured and index >= texts and cell[:1] in "+-" and cell.strip("+-0."):
-            look = f' class="{"up" if cell[0] == "+" else "down"}"'
-        out.append(f"<td{look}>{_text(cell)}</td>")
-    return f'<tr class="{kind}">{"".join(out)}</tr>'
-
-
-def _kind(index: int, texts: int) -> str:
-    return ' class="text"' if index < texts else ""
-
-
-def _products(folder: Path, shown: Sequence[dict[str, Any]]) -> str:
-    products = sorted({record["product"] for record in shown})
-    parts: list[str] = []
-    for product in products[:MOST_PRODUCTS]:
-        records = [record for record in shown if record["product"] == product]
-        inner = _plot(plots.histograms(records), "Image scores, each detector in its own unit.") + _maps(
-            folder, records
-        )
-        opened = " open" if not parts else ""
-        parts.append(f"<details{opened}><summary>{_text(product)}</summary>{inner}</details>")
-    if len(products) > MOST_PRODUCTS:
-        parts.append(f"<p>{len(products) - MOST_PRODUCTS} more products are in the tables only.</p>")
-    return "".join(parts) + f"<p><small>{_text(SCALE_NOTE)}</small></p>"
-
-
-def _maps(folder: Path, records: Sequence[dict[str, Any]]) -> str:
-    """For every photograph shown: itself, the marked defect, and each contender's heatmap."""
-    images: dict[str, dict[str, Any]] = {}
+def _product(folder: Path, name: str, records: Sequence[Record]) -> dict[str, Any]:
+    """Histograms, and for every photograph shown: itself, the marked defect, and each contender's heatmap."""
+    images: dict[tuple[str, str], dict[str, Any]] = {}
     for record in records:
         for entry in record["pictures"]:
-            group = images.setdefault(entry["number"], {**entry, "maps": []})
-            group["maps"].append((f"{record['detector']}, {record['features']}", entry["map"]))
-    parts: list[str] = []
-    for group in images.values():
-        base = folder / group["folder"]
-        pictures = [("photograph", "photograph"), ("marked defect", "truth"), *group["maps"]]
-        figures = "".join(_picture(base / f"{group['number']}-{name}.png", caption) for caption, name in pictures)
-        parts.append(f'<h3>{_text(group["defect"])}: {_text(group["image"])}</h3><div class="maps">{figures}</div>')
-    return "".join(parts)
+            base = folder / entry["folder"]
+            first = [(base / f"{entry['number']}-{kind}.png", caption) for kind, caption in FIRST]
+            image = {"defect": entry["defect"], "name": entry["image"], "files": first}
+            image = images.setdefault((entry["folder"], entry["number"]), image)
+            contender = f"{record['detector']}, {record['features']}"
+            image["files"].append((base / f"{entry['number']}-{entry['map']}.png", contender))
+    for image in images.values():
+        image["pictures"] = [(_inlined(path), caption) for path, caption in image["files"]]
+    return {"name": name, "histograms": _base64(plots.histograms(records)), "images": list(images.values())}
 
 
-def _embeddings(paths: Sequence[Path]) -> str:
-    if not paths:
-        return ""
-    figures = "".join(_plot(path.read_bytes(), "The same patches of the last level's features.") for path in paths)
-    return f'<section class="panel"><h2>Patch features in two dimensions</h2>{figures}</section>'
-
-
-def _plot(content: bytes, caption: str) -> str:
-    source = "data:image/png;base64," + base64.b64encode(content).decode("ascii")
-    return (
-        f'<figure class="plot-image"><img src="{source}" alt="{_text(caption)}"></figure>'
-        f"<figcaption>{_text(caption)}</figcaption>"
-    )
-
-
-def _picture(path: Path, caption: str) -> str:
+def _inlined(path: Path) -> str:
     with Image.open(path) as picture:
-        source = "data:image/jpeg;base64," + base64.b64encode(jpeg(picture.convert("RGB"))).decode("ascii")
-    return f'<figure><img src="{source}" alt="{_text(caption)}"><figcaption>{_text(caption)}</figcaption></figure>'
+        return _base64(jpeg(picture.convert("RGB")))
+
+
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode("ascii")
+
+
+def draw_features(
+    folder: Path, trials: Sequence[Trial], rows: Sequence[Features], settings: Settings, number: int
+) -> list[Path]:
+    """Patch features of the first products in two dimensions, raw and pretrained; made once."""
+    parts = {part.product: part for trial in trials for part in trial.parts if trial.draw == 0}
+    alike = [row for row in rows if row.networks.backbone is rows[0].networks.backbone]
+    paths = []
+    for product, part in list(parts.items())[:number]:
+        path = folder / "pictures" / file_name(product) / "features.png"
+        if not path.is_file():
+            content = _scatter(part, [row for row in alike if row.kind in (RAW, PRETRAINED)] or alike, settings)
+            if content is None:
+                continue
+            with atomic_path(path) as temporary:
+                temporary.write_bytes(content)
+        paths.append(path)
+    return paths
+
+
+def _scatter(part: Part, rows: Sequence[Features], settings: Settings) -> bytes | None:
+    """None for a product with too few patches."""
+    marked = [s for s in part.test if not s.anomalous or s.mask_files]  # else nobody knows which patches are defective
+    groups = [[s for s in marked if s.anomalous == anomalous][:PER_KIND] for anomalous in (False, True)]
+    points, anomalous, method = {}, np.zeros(0, bool), ""
+    for row in rows:
+        extract = row.networks.extract(Contender("", row.kind))
+        images = Images([*groups[0], *groups[1]], row.networks.backbone.preprocess, settings)
+        give_references(extract, part, settings)
+        features, anomalous = sampled_patches(extract, images.with_masks())
+        if len(features) < 5:
+            return None
+        points[f"{part.product}: {row.name}"], method = in_two_dimensions(features)
+    return plots.scatter(points, anomalous, method)

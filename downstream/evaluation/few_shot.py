@@ -187,17 +187,6 @@ def same_residuals(first: ADExtractor, second: ADExtractor) -> bool:
     return same and first.local_scale.config == second.local_scale.config
 
 
-@torch.no_grad()
-def backbone_norm(images: FeatureSet, queries: Sequence[int], image_size: int) -> Prediction:
-    """The plain norm of the backbone's own features, without references: the weakest baseline."""
-    detector = FeatureNorm(lambda batch: [batch], image_size=image_size)
-    parts = [
-        detector.from_features([level[list(queries[start : start + BATCH])] for level in images.features])
-        for start in range(0, len(queries), BATCH)
-    ]
-    return _joined(parts)
-
-
 def measure(prediction: Prediction, images: FeatureSet, queries: Sequence[int]) -> Metrics:
     """Metrics of a prediction of ``queries``; those of pixels are nan if a defect has no mask."""
     masks, samples = images.masks[list(queries)], [images.samples[index] for index in queries]

@@ -1,6 +1,7 @@
 """Curves, histograms and scatter plots of an evaluation, as PNG bytes. No window, no global state.
 
-A contender's colour tells its detector, its line the features: dotted raw, dashed residual, solid pretrained.
+A contender's colour tells its detector, its line the features: dotted raw, dashed residual, dash-dotted
+scaled, solid pretrained and those of other names.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def _by_contender(records: Sequence[Record]) -> list[tuple[dict[str, Any], list[
         (
             {
                 "color": COLOURS[detectors.index(detector) % len(COLOURS)],
-                "linestyle": LINES[features],
+                "linestyle": LINES.get(features, "-"),
                 "linewidth": 1.6,
                 "label": f"{detector}, {features}",
             },

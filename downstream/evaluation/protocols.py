@@ -20,19 +20,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 
 from adpretrain.data import Sample
 from adpretrain.references import random_references
+from downstream.evaluation.board import PROTOCOLS as PROTOCOLS
+from downstream.evaluation.board import ProtocolOptions
 from downstream.evaluation.few_shot import by_product, normals, queries
 from downstream.evaluation.perturbation import SAID
 
-PROTOCOLS = (
-    *("full", "few-shot", "sample-efficiency", "contamination", "reference-sensitivity", "multi-class"),
-    "robustness",
-)
 PERTURBED = "perturbed images"
 EVERYTHING = "all products"
 HELD_OUT = 5  # where a set has no test split, every fifth normal image is one
@@ -41,51 +38,6 @@ NO_TEST_SPLIT = (
     f"no test split: every {HELD_OUT}th normal image is held out (Real-IAD's own lists, which published numbers use: "
     "--split realiad_jsons)"
 )
-
-
-@dataclass(frozen=True)
-class ProtocolOptions:
-    """Which protocol, and its numbers.
-
-    Args:
-        protocol: one of `PROTOCOLS`.
-        shots: numbers of training images K, for few-shot; 0 = all, of which there is one draw.
-        draws: how often what is random is drawn anew: the K images, the share, the anomalies, the references, the
-            changes of images. 0 = the protocol's own: 3 for reference-sensitivity, else 1.
-        seed: of the first draw; every further one has the next number.
-        references: the extractor's references in the other protocols, drawn from the training images.
-        share: of the normal training images, for sample-efficiency.
-        noise: anomalies per normal training image, for contamination; at most half of a product's anomalies.
-        overlap: whether the anomalies that were trained on are scored too, as in the paper.
-    """
-
-    protocol: Literal[
-        "full", "few-shot", "sample-efficiency", "contamination", "reference-sensitivity", "multi-class", "robustness"
-    ] = "full"
-    shots: tuple[int, ...] = (1, 2, 4, 8, 16)
-    draws: int = 0
-    seed: int = 0
-    references: int = 8
-    share: float = 0.1
-    noise: float = 0.1
-    overlap: bool = True
-
-    def __post_init__(self) -> None:
-        if self.protocol not in PROTOCOLS:
-            raise ValueError(f"protocol {self.protocol!r} is unknown; choose one of {', '.join(PROTOCOLS)}")
-        if not self.shots or min(self.shots) < 0 or self.references < 1 or self.draws < 0 or self.seed < 0:
-            raise ValueError(
-                f"shots {list(self.shots)} must be numbers of images (0 = all), references {self.references} at least "
-                f"1, draws {self.draws} (0 = the protocol's own number) and seed {self.seed} at least 0"
-            )
-        for name in ("share", "noise"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name} {getattr(self, name)} must be in (0, 1], such as 0.1")
-
-    @property
-    def repeats(self) -> int:
-        """Draws, the protocol's own number where none was given."""
-        return self.draws or (3 if self.protocol == "reference-sensitivity" else 1)
 
 
 @dataclass(frozen=True)
@@ -171,7 +123,7 @@ def _check_pools(products: Mapping[str, Sequence[Sample]], shots: int) -> None:
     if small := [f"{name} ({pool})" for name, pool in pools.items() if pool < shots]:
         raise ValueError(
             f"too few normal images for K = {shots} references: {', '.join(small)}; choose smaller numbers of images K "
-            "(--shots), or leave these categories out (--categories)"
+            "(--shots), or leave these products out (--products)"
         )
 
 

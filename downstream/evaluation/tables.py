@@ -19,7 +19,7 @@ import numpy as np
 
 from adpretrain.card import METRICS
 from adpretrain.files import atomic_path
-from downstream.evaluation.contenders import RAW
+from downstream.evaluation.board import RAW
 
 FALSE_POSITIVES, FALSE_NEGATIVES = COUNTS = ("false_positives_at_best_f1", "false_negatives_at_best_f1")
 TITLES = {
@@ -36,6 +36,7 @@ ABOUT_ERRORS = (
     "false negatives. That threshold has the best F1 on the scored images themselves, as in PatchCore's paper: for "
     "comparison with it only, it is no threshold to work with"
 )
+MEAN = "mean over sets"
 D_PRIME = "d_prime"  # a ratio without an upper end, the only one that is no share
 MAIN = ("image_auroc", "pixel_auroc", "aupro")  # what the paper reports
 COLUMNS = ("product", "setting", "draw", "detector", "features", "extractor", *TITLES, "trained_on", "notes")
@@ -128,6 +129,31 @@ def _spread(values: Sequence[float]) -> float:
     return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
+def by_set(records: Sequence[Record]) -> list[tuple[str, Row]]:
+    """The rows of every set, and of the mean over several, as boards show them: a record's metrics are averaged over a
+    set's products first, then over repeats. The mean over sets is taken for each repeat, so that its spread is that of
+    whole boards; it gives every set the same weight.
+    """
+    sets: dict[str, dict[tuple[Any, ...], list[Record]]] = {}
+    for record in records:
+        key = tuple(record[name] for name in ("setting", "detector", "features", "draw", "extractor"))
+        sets.setdefault(record["set"], {}).setdefault(key, []).append(record)
+    means = {name: [_over_products(name, found) for found in cells.values()] for name, cells in sets.items()}
+    out = [(name, row) for name, found in means.items() for row in summarise(found)]
+    if len(sets) > 1:
+        out += [(MEAN, row) for row in summarise([record for found in means.values() for record in found])]
+    return out
+
+
+def _over_products(name: str, records: Sequence[Record]) -> Record:
+    """One record of a set's products: metric -> mean over those that define it."""
+    values = {
+        metric: [r["metrics"][metric] for r in records if r["metrics"].get(metric) is not None] for metric in MAIN
+    }
+    metrics = {metric: sum(found) / len(found) if found else None for metric, found in values.items()}
+    return {**records[0], "product": name, "metrics": metrics}
+
+
 def products_table(records: Sequence[Record], metric: str, setting: str) -> tuple[list[str], list[list[Any]]]:
     """One metric of every product (rows) and contender (columns), mean over repeats in %; the mean of the views of
     every category that has several; and the mean of all products at the end.
@@ -162,6 +188,19 @@ def products_table(records: Sequence[Record], metric: str, setting: str) -> tupl
 def _column_means(name: str, lines: Sequence[Sequence[Any]]) -> list[Any]:
     columns = list(zip(*lines, strict=True))[1:]
     return [name, *(_mean([value for value in column if value == value]) for column in columns)]
+
+
+def defect_tables(records: Sequence[Record]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """A title, heading and lines for every kind of defect that was measured apart."""
+    kinds = dict.fromkeys(kind for record in records for kind in record.get("defects", {}))
+    out = []
+    for kind in kinds:
+        own = [{**r, "metrics": r["defects"][kind]} for r in records if kind in r.get("defects", {})]
+        products = len({record["product"] for record in own})
+        heading, lines = summary_table(summarise(own), MAIN)
+        title = f"Defects: {kind}, against all normal images; mean over {products} product(s), in %"
+        out.append((title, heading[:-1], [line[:-1] for line in lines]))
+    return out
 
 
 def number(value: float, digits: int = 1, sign: bool = False) -> str:
@@ -219,6 +258,46 @@ def all_notes(records: Sequence[Record]) -> list[str]:
     return lines
 
 
+def write_board(folder: Path, records: Sequence[Record], planned: int, notes: Sequence[str]) -> str:
+    """Write board.md and board.csv, the means of every set; returns the first one's text. ``planned``: records of the
+    whole board."""
+    found = by_set(records)
+    text = _board(found, records, planned, notes)
+    for name, content in (("board.md", text), ("board.csv", _board_csv(found))):
+        with atomic_path(folder / name) as temporary:
+            temporary.write_text(content, encoding="utf-8")
+    return text
+
+
+def _board(found: Sequence[tuple[str, Row]], records: Sequence[Record], planned: int, notes: Sequence[str]) -> str:
+    title = "Means in %, ± standard deviation between draws"
+    if len(records) < planned:
+        title += f"; {len(records)} of {planned} cells are finished, and the means are theirs"
+    heading = ["set", "images", "detector", "features", "draws", *(TITLES[name] for name in MAIN)]
+    rows = []
+    for name, row in found:
+        cells = [summary_cell(row, metric) for metric in MAIN]
+        rows.append([name, row.setting, row.detector, row.features, str(row.repeats), *cells])
+        if row.gain is not None:
+            gains = [number(row.gain[metric], sign=True) for metric in MAIN]
+            rows.append(["", "", "", "gain over raw", "", *gains])
+    told = [f"- {' '.join(note.split())}" for note in (*notes, *all_notes(records))]
+    return "\n".join([markdown(title, heading, rows), *told]).rstrip() + "\n"
+
+
+def _board_csv(found: Sequence[tuple[str, Row]]) -> str:
+    """Per cent, with all digits; an empty field where a metric is undefined. ``sets``: how many define it."""
+    columns = [f"{name}{part}" for name in MAIN for part in ("", "_spread", "_sets")]
+    lines: list[Sequence[Any]] = [["set", "images", "detector", "features", "draws", *columns]]
+    for name, row in found:
+        cells: list[Any] = [name, row.setting, row.detector, row.features, row.repeats]
+        for metric in MAIN:
+            defined = row.defined[metric]
+            cells += [row.mean[metric], row.spread[metric], defined] if defined else ["", "", 0]
+        lines.append(cells)
+    return _comma_separated(lines)
+
+
 def write_tables(folder: Path, records: Sequence[Record], configuration: dict[str, Any]) -> list[Path]:
     """table.json (everything), table.csv (a line per record), table.md and table.tex (means, then every product,
     then what the reader must know of them; in LaTeX as comments)."""
@@ -236,7 +315,9 @@ def write_tables(folder: Path, records: Sequence[Record], configuration: dict[st
 
 
 def _json(records: Sequence[Record], rows: Sequence[Row], configuration: dict[str, Any]) -> str:
-    kept = [{key: value for key, value in record.items() if key in COLUMNS or key == "metrics"} for record in records]
+    kept = [
+        {key: value for key, value in record.items() if key in (*COLUMNS, "metrics", "defects")} for record in records
+    ]
     summary = [
         {**vars(row), **{part: _defined(getattr(row, part)) for part in ("mean", "spread", "gain")}} for row in rows
     ]
@@ -252,12 +333,14 @@ def _defined(values: dict[str, float] | None) -> dict[str, float | None] | None:
 
 def _csv(records: Sequence[Record]) -> str:
     """Metrics as shares of 1, with all digits; an empty field where one is undefined."""
+    flat = [{**record, **record["metrics"], "notes": "; ".join(record["notes"])} for record in records]
+    values = [["" if row.get(name) is None else row[name] for name in COLUMNS] for row in flat]
+    return _comma_separated([COLUMNS, *values])
+
+
+def _comma_separated(lines: Sequence[Sequence[Any]]) -> str:
     buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for record in records:
-        flat = {**record, **record["metrics"], "notes": "; ".join(record["notes"])}
-        writer.writerow(["" if flat.get(name) is None else flat[name] for name in COLUMNS])
+    csv.writer(buffer, lineterminator="\n").writerows(lines)
     return buffer.getvalue()
 
 
@@ -265,7 +348,7 @@ def _document(records: Sequence[Record], rows: Sequence[Row], render: Any, bulle
     """The summary, then a table of all products for each setting and metric, then the notes, a line each."""
     products = len({record["product"] for record in records})
     title = f"Mean over {products} product(s), {UNITS}"
-    parts = [render(title, *summary_table(rows))]
+    parts = [render(title, *summary_table(rows)), *(render(*table) for table in defect_tables(records))]
     for setting in dict.fromkeys(row.setting for row in rows):
         for metric in MAIN:
             heading, lines = products_table(records, metric, setting)

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -18,18 +19,19 @@ from torch import Tensor
 
 from adpretrain.data import ImageDataset, Sample, TooFewImages
 from adpretrain.preprocess import Preprocess
+from downstream.detectors.aligned import NAME as ALIGNED
 from downstream.detectors.aligned import AlignedOptions
 from downstream.detectors.building import build_detector
 from downstream.detectors.featurenorm import NAME as FEATURENORM
 from downstream.detectors.refined import Refined
-from downstream.evaluation.contenders import ALIGNED, RAW, Contender, Networks
+from downstream.evaluation.board import RAW
 from downstream.evaluation.few_shot import PIXEL_METRICS, about_bare, about_inverted
+from downstream.evaluation.networks import ROOM, Contender, Networks, Withheld
 from downstream.evaluation.perturbation import PerturbedImages
+from downstream.evaluation.pictures import Shown, choose_shown, median_images
 from downstream.evaluation.protocols import Part, Trial
-from downstream.evaluation.shown import Shown, choose_shown
-from downstream.evaluation.withheld import Withheld
-from downstream.ground_truth import region_weights
-from downstream.metrics import Metrics, aupro, d_prime, errors_at_best_f1, evaluate_maps
+from downstream.ground_truth import region_weights, unmarked
+from downstream.metrics import Metrics, aupro, checked, d_prime, errors_at_best_f1, evaluate_maps, from_counts
 from downstream.streamed_metrics import StreamingMetrics
 from downstream.thresholds import count, pro_curve
 
@@ -42,9 +44,36 @@ ALONE = "the only reference is compared with itself: fitted on residuals of zero
 CURVE = np.linspace(0, 0.3, 61)  # false positive rates at which the PRO curve is kept
 
 
+class Photographs:
+    """Images and masks as tensors, up to ``room`` bytes: detectors, features and draws meet the same ones again."""
+
+    def __init__(self, room: int = ROOM) -> None:
+        self.room, self._held = room, 0
+        self._items: dict[Any, tuple[Tensor, Tensor]] = {}
+
+    def forget(self) -> None:
+        """Give the memory back, as for another product."""
+        self._items, self._held = {}, 0
+
+    def read(self, data: ImageDataset, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The image [3, S, S] and the mask [S, S] of every sample, in order."""
+        keys = [(sample, data.preprocess) for sample in data.samples]
+        missing = [index for index, key in enumerate(keys) if key not in self._items]
+        loader = torch.utils.data.DataLoader(torch.utils.data.Subset(data, missing), batch_size, num_workers=workers)
+        fresh = (pair for batch in loader for pair in zip(batch["image"], batch["mask"], strict=True))
+        new = {keys[index] for index in missing}
+        for key in keys:
+            image, mask = next(fresh) if key in new else self._items[key]
+            if key in new and self._held + image.nbytes + mask.nbytes <= self.room:
+                self._items[key] = image.clone(), mask.clone()
+                self._held += image.nbytes + mask.nbytes
+            yield image, mask
+
+
 @dataclass(frozen=True)
 class Settings:
-    """How trials are run: detectors' settings and options by name, and how images are read."""
+    """How trials are run: detectors' settings and options by name, how images are read, and what is kept for people:
+    ``pictures`` of kinds of defects, ``panels`` of median-scored images, metrics ``per_defect``."""
 
     settings: str = "default"
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -52,6 +81,9 @@ class Settings:
     workers: int = 0
     device: str = "cpu"
     pictures: int = 2
+    panels: bool = False
+    per_defect: bool = False
+    photographs: Photographs = field(default_factory=lambda: Photographs(0))
 
 
 class Images:
@@ -63,14 +95,13 @@ class Images:
     def __init__(
         self, samples: Sequence[Sample], preprocess: Preprocess, settings: Settings, perturbed: int | None = None
     ) -> None:
-        data = ImageDataset(samples, preprocess)
+        self._settings, self._data = settings, ImageDataset(samples, preprocess)
+        self._photographs = settings.photographs
         if perturbed is not None:
-            data = PerturbedImages(samples, preprocess, perturbed)
-        self.device = settings.device
-        self._loader = torch.utils.data.DataLoader(data, settings.batch_size, num_workers=settings.workers)
+            self._data, self._photographs = PerturbedImages(samples, preprocess, perturbed), Photographs(0)
 
     def __len__(self) -> int:
-        return len(self._loader)
+        return -(-len(self._data) // self._settings.batch_size)
 
     def __iter__(self) -> Iterator[Tensor]:
         for images, _ in self.with_masks():
@@ -78,8 +109,11 @@ class Images:
 
     def with_masks(self) -> Iterator[tuple[Tensor, NDArray[np.bool_]]]:
         """Batches and their masks, bool [b, S, S]."""
-        for batch in self._loader:
-            yield batch["image"].to(self.device), batch["mask"].numpy()
+        size = self._settings.batch_size
+        rows = self._photographs.read(self._data, size, self._settings.workers)
+        while batch := list(islice(rows, size)):
+            images, masks = zip(*batch, strict=True)
+            yield torch.stack(images).to(self._settings.device), torch.stack(masks).numpy()
 
 
 class Training:
@@ -188,7 +222,8 @@ def _unfitted(trial: Trial, part: Part, contender: Contender, reason: str) -> di
 
 
 def _scored(detector: Any, part: Part, images: Images, settings: Settings, size: int) -> dict[str, Any]:
-    """Metrics, image scores, the PRO curve and the maps to show (`Shown`, under "shown")."""
+    """Metrics (under "defects" also those of every kind), image scores, the PRO curve and the maps to show (`Shown`,
+    under "shown")."""
     labels = np.array([sample.anomalous for sample in part.test])
     streaming = StreamingMetrics() if len(labels) * size * size > WHOLE else None
     # A map of a changed image would not lie on its photograph.
@@ -208,33 +243,50 @@ def _scored(detector: Any, part: Part, images: Images, settings: Settings, size:
             maps.append(found)
             masks.append(mask)
         done += len(found)
-    out: dict[str, Any] = {"scores": np.concatenate(scores).tolist(), "labels": labels.astype(int).tolist()}
+    all_scores = np.concatenate(scores)
+    out: dict[str, Any] = {"scores": all_scores.tolist(), "labels": labels.astype(int).tolist()}
+    bare, values, curve = about_bare(part.test), {}, None
     if streaming is not None:
         bounds = streaming.result()
-        metrics, swept, curve = bounds.middle, None, None
+        metrics, swept = bounds.middle, None
         notes = [f"measured in a stream: pixel metrics are off by at most {bounds.error:.1e}"]
     else:
         all_maps, all_masks = np.concatenate(maps), np.concatenate(masks)
-        metrics, notes = evaluate_maps(all_maps, all_masks, np.concatenate(scores), labels), []
-        swept, curve = aupro(all_maps, all_masks, form="official"), _pro_curve(all_maps, all_masks)
+        all_maps, all_masks, all_scores, labels = checked(all_maps, all_masks, all_scores, labels)
+        pixels = count(all_maps, all_masks, region_weights(all_masks))
+        metrics, notes = from_counts(count(all_scores, labels), pixels, unmarked(all_masks, labels)), []
+        swept = aupro(all_maps, all_masks, form="official")
+        if all_masks.any() and not all_masks.all():
+            fpr, pro = pro_curve(pixels)
+            curve = [round(float(value), 5) for value in np.interp(CURVE, fpr, pro)]
+        if settings.per_defect:
+            out["defects"] = _by_defect(part, all_maps, all_masks, all_scores, bool(bare))
+        if settings.panels and part.perturbed is None:
+            shown.typical = median_images(part.test, all_scores, all_maps, all_masks)
     values = {**asdict(metrics), "aupro_official": swept, "d_prime": d_prime(out["scores"], labels)}
     values |= dict(zip(ERRORS, errors_at_best_f1(out["scores"], labels) or (None, None), strict=True))
     notes += list(values.pop("notes"))
     if doubt := about_inverted(part.test, shares):
         notes.append(doubt)
-    if bare := about_bare(part.test):
+    if bare:
         notes = [*(note for note in notes if "pixel" not in note), bare]
         values, curve = {**values, **dict.fromkeys((*PIXEL_METRICS, "aupro_official"))}, None
     out |= {"metrics": {name: _number(value) for name, value in values.items()}, "notes": notes}
     return {**out, "pro": curve, "shown": shown}
 
 
-def _pro_curve(maps: NDArray[np.float32], masks: NDArray[np.bool_]) -> list[float] | None:
-    """PRO at the false positive rates `CURVE`."""
-    if masks.all() or not masks.any():
-        return None
-    fpr, pro = pro_curve(count(maps, masks, region_weights(masks)))
-    return [round(float(value), 5) for value in np.interp(CURVE, fpr, pro)]
+def _by_defect(
+    part: Part, maps: NDArray[np.float32], masks: NDArray[np.bool_], scores: NDArray[np.float32], bare: bool
+) -> dict[str, dict[str, float | None]]:
+    """Kind of defect -> metrics of its images and all normal ones."""
+    kinds = np.array([sample.defect if sample.anomalous else "" for sample in part.test])
+    found = {}
+    for kind in sorted({*kinds.tolist()} - {""}):
+        rows = (kinds == kind) | (kinds == "")
+        values = asdict(evaluate_maps(maps[rows], masks[rows], scores[rows], kinds[rows] != ""))
+        values |= dict.fromkeys(PIXEL_METRICS) if bare else {}
+        found[kind] = {name: _number(value) for name, value in values.items() if name != "notes"}
+    return found
 
 
 def _number(value: float | None) -> float | None:

@@ -23,8 +23,8 @@ from adpretrain.references import random_references
 from downstream import FeatureNorm, PatchCore, evaluate_maps
 from downstream.cli import main
 from downstream.detectors import DETECTORS
-from downstream.evaluation.board import read_board
-from downstream.evaluation.remembered import Remembered
+from downstream.evaluation.board import detector_rows, extractor_rows, read_board, set_rows
+from downstream.evaluation.networks import Remembered
 
 pytestmark = pytest.mark.filterwarnings("ignore:elsewhere is left out")
 METRICS = ("image_auroc", "pixel_auroc", "aupro")
@@ -79,7 +79,8 @@ def stamps(board: Path) -> dict[Path, tuple[int, bytes]]:
 
 def without_seconds(file: Path) -> dict[str, Any]:
     content = json.loads(file.read_text())
-    del content["record"]["seconds"]
+    for record in content["records"]:
+        del record["seconds"]
     return content
 
 
@@ -132,7 +133,7 @@ def test_a_cell_is_a_plain_loop_over_the_public_detectors(
         for draw in (0, 1)
     }
     for draw in (0, 1):
-        record = json.loads(cells(board)["both/tile", features, detector, "K=2", draw].read_text())["record"]
+        record = json.loads(cells(board)["both/tile", features, detector, "K=2", draw].read_text())["records"][0]
         for name in METRICS:
             assert record["metrics"][name] == pytest.approx(expected["tile", draw][name], abs=1e-4), name
     assert 0 < expected["tile", 0]["pixel_auroc"] < 1
@@ -195,7 +196,7 @@ def test_all_normal_images_are_one_draw(board: Path) -> None:
     board.write_text(text.replace("shots: [2]", "shots: [all]"))
     assert evaluate(board) == 0
     assert {key[3:] for key in cells(board)} == {("K=all", 0)}
-    assert json.loads(cells(board)["both/tile", "raw", "padim", "K=all", 0].read_text())["record"]["trained_on"] == 6
+    assert json.loads(cells(board)["both/tile", "raw", "padim", "K=all", 0].read_text())["records"][0]["trained_on"] == 6
 
 
 @pytest.mark.parametrize(
@@ -203,10 +204,10 @@ def test_all_normal_images_are_one_draw(board: Path) -> None:
     [
         ("root: set, products: [slab]", "root: nowhere", "set slabs: folder not found: .*nowhere"),
         ("products: [slab]", "products: [slob]", r"set slabs: products \['slob'\] are not in .*found: slab, tile"),
-        ("products: [slab]", "product: [slab]", r"board.yaml, sets\[0\]: unknown key product \(did you mean products"),
+        ("products: [slab]", "product: [slab]", r"board.yaml: sets\[0\]: unknown key product \(did you mean products"),
         ("name: both", "name: slabs", "sets slabs are there twice"),
         ("draws: 2", "drawn: 2", r"board.yaml: unknown key drawn \(did you mean draws\?\)"),
-        ("draws: 2", "draws: 0", "draws 0 must be at least 1"),
+        ("draws: 2", "draws: -1", "draws -1"),
         ("shots: [2]", "shots: [many]", "shots.*many"),
         ("shots: [2]", "shots: [7]", r"set slabs: too few normal images for K = 7 references: slab \(6\)"),
         ("shots: [2]", "shots: []", "shots must not be empty"),
@@ -239,13 +240,12 @@ def test_mistakes_are_told_before_anything_is_computed(
 def test_the_board_of_the_project_is_read() -> None:
     """Its folders lie where the file says; only the solar cells may be absent."""
     file = Path(__file__).parents[3] / "recipes" / "board.yaml"
-    board = read_board(file)
-    assert {Path(row.root).resolve().parent.name for row in board.sets} == {"data", "board"}
-    assert [row.name for row in board.sets if row.optional] == ["elpv_mono", "elpv_poly"]
-    assert (
-        [row.kind for row in board.extractors.values()] == list(board.extractors) == ["pretrained", "residual", "raw"]
-    )
-    assert set(board.detectors) <= set(DETECTORS)
+    board = read_board({}, file)
+    sets, extractors = set_rows(board), extractor_rows(board)
+    assert {Path(row.root).resolve().parent.name for row in sets} == {"data", "board"}
+    assert [row.name for row in sets if row.optional] == ["elpv_mono", "elpv_poly"]
+    assert [row.kind for row in extractors.values()] == list(extractors) == ["pretrained", "residual", "raw"]
+    assert set(detector_rows(board)) <= set(DETECTORS)
 
 
 def test_a_remembered_backbone_gives_the_same_features_and_keeps_to_its_room() -> None:

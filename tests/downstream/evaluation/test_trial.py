@@ -20,13 +20,12 @@ from downstream.detectors.building import build_detector
 from downstream.detectors.featurenorm import FeatureNorm
 from downstream.evaluation import plots, trial
 from downstream.evaluation.comparison_page import write_comparison
-from downstream.evaluation.contenders import Contender, Networks, contenders
 from downstream.evaluation.few_shot import encode_samples, few_shot
-from downstream.evaluation.patches import in_two_dimensions, sampled_patches
+from downstream.evaluation.networks import Contender, Networks, Withheld
+from downstream.evaluation.pictures import in_two_dimensions, sampled_patches
 from downstream.evaluation.protocols import Part, ProtocolOptions, Trial, trials
 from downstream.evaluation.tables import TITLES
 from downstream.evaluation.trial import CURVE, Images, Settings, Training, run_trial
-from downstream.evaluation.withheld import Withheld
 from downstream.inspection.report import Fact
 from downstream.metrics import auroc, d_prime
 
@@ -187,29 +186,6 @@ def test_detectors_made_of_others_are_compared(samples: list[Sample], networks: 
     (every,) = trials(samples, ProtocolOptions("multi-class"))
     with pytest.raises(ValueError, match="refined on pretrained keeps the normal images of all products"):
         run_trial(every, Contender("refined", "pretrained"), networks, settings)
-
-
-def test_contenders_are_every_detector_on_every_kind_of_features(networks: Networks) -> None:
-    two = Networks(networks.backbone, networks.extractors * 2)
-    found = contenders(["padim", "featurenorm"], ["raw", "pretrained"], two)
-    assert [(c.detector, c.features, c.extractor) for c in found] == [
-        ("padim", "raw", 0),
-        ("padim", "pretrained", 0),
-        ("padim", "pretrained", 1),
-        ("featurenorm", "raw", 0),
-        ("featurenorm", "pretrained", 0),
-        ("featurenorm", "pretrained", 1),
-    ]
-    alone = Networks(networks.backbone)
-    for names, features, message in (
-        ([], ["raw"], "no detectors to compare; choose from featurenorm"),
-        (["padlm"], ["raw"], r"detectors \['padlm'\] are unknown; choose from featurenorm"),
-        (["padim"], ["cooked"], r"features \['cooked'\] are unknown"),
-        (["padim"], ["pretrained"], "need an extractor on that backbone: give --extractors"),
-        (["padim"], ["scaled"], "need an extractor with a local scale"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            contenders(names, features, alone)
 
 
 def test_options_replace_single_ones_and_settings_are_adpretrains(networks: Networks) -> None:

@@ -1,0 +1,238 @@
+"""What detectors are compared on. "With" and "without" pretraining differ in one argument, the `Extract`.
+
+raw          the backbone's own features, without references
+residual     feature minus nearest reference, nothing learnt
+scaled       residuals over the local scale (extractors that have one)
+pretrained   the extractor's features
+
+Shapes: B images, K references, S side in pixels, L levels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adpretrain.backbones import Backbone, FeatureMaps, load_backbone
+from adpretrain.backbones.fingerprint import fingerprint
+from adpretrain.extractor import ADExtractor
+from adpretrain.hub import locate
+from adpretrain.preprocess import Preprocess
+from adpretrain.saved import backbone_config, folder_digest
+from downstream.evaluation.board import RAW, RESIDUAL, SCALED, ExtractorRow
+from downstream.evaluation.few_shot import same_residuals
+
+ROOM = 2 << 30  # bytes of features that are kept
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A detector on features. ``extractor`` numbers the extractors that are averaged; 0 for features that need none."""
+
+    detector: str
+    features: str
+    extractor: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.detector} on {self.features}"
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The backbone, and the extractors on it (seeds of one training, averaged; perhaps none)."""
+
+    backbone: Backbone
+    extractors: tuple[ADExtractor, ...] = ()
+
+    def __post_init__(self) -> None:
+        for number, extractor in enumerate(self.extractors):
+            if not same_residuals(self.extractors[0], extractor):
+                raise ValueError(f"extractor {number} and extractor 0 are not seeds of one training: score them apart")
+
+    def extract(self, contender: Contender) -> Backbone | Withheld:
+        """The features of a contender; all but raw ones wait for their references."""
+        if contender.features == RAW:
+            return self.backbone
+        if not self.extractors:
+            return Withheld(ADExtractor(self.backbone))
+        first = self.extractors[0]
+        if contender.features == RESIDUAL:
+            return Withheld(ADExtractor(self.backbone, matching=first.config.matching))
+        if contender.features == SCALED:
+            return Withheld(first.without_projector())
+        return Withheld(self.extractors[contender.extractor])
+
+
+class Withheld:
+    """An `Extract` around an `ADExtractor`, which compares no reference with itself: [B, 3, S, S] -> L levels
+    [B, C_l, H_l, W_l].
+
+    A detector is often fitted on the very images that are the extractor's references. Their residuals would be zero,
+    and a memory of zeros knows nothing of the product. So an image that is a reference is compared with the other K - 1
+    while a detector is fitted; with a single reference there is no other, and it is compared with itself after all.
+    Scored images are compared with all K, as they are by the extractor in use: an anomaly that was taken for a
+    reference (contamination with overlap) is scored as one.
+    """
+
+    def __init__(self, extractor: ADExtractor) -> None:
+        self.extractor = extractor
+        self._own: list[Tensor] = []
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """Photograph -> network input."""
+        return self.extractor.preprocess
+
+    @property
+    def backbone(self) -> Backbone:
+        """The network below."""
+        return self.extractor.backbone
+
+    def set_references(self, images: Tensor) -> Withheld:
+        """Keep the references of every later call: images [K, 3, S, S]."""
+        self.extractor.set_references(images)
+        self._own = list(images)
+        return self
+
+    def compare_with_all(self) -> None:
+        """From now on, until the next references, no image is kept from meeting itself: for images to score."""
+        self._own = []
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> FeatureMaps:
+        """Features of the images; equality to the last bit tells which of them are references."""
+        features = self.extractor(images)
+        banks = self.extractor.references
+        assert banks is not None
+        if len(self._own) < 2:
+            return features
+        for row, image in enumerate(images):
+            same = [number for number, own in enumerate(self._own) if torch.equal(own, image)]
+            if same and len(same) < len(self._own):
+                keep = [number for number in range(len(self._own)) if number not in same]
+                others = [bank.unflatten(1, (len(self._own), -1))[:, keep].flatten(1, 2) for bank in banks]
+                for level, alone in zip(features, self.extractor(images[row : row + 1], others), strict=True):
+                    level[row] = alone[0]
+        return features
+
+
+class Remembered:
+    """Stands before ``backbone.forward`` from now on, and keeps the features of images up to ``room`` bytes: detectors,
+    references and draws meet the same photographs again and again.
+
+    The backbone stays what it is for whoever asks for its kind. Images are told apart by their pixels. Each goes
+    through the network alone, so that its features do not depend on what it came with: an evaluation that was
+    interrupted ends with the same numbers.
+    """
+
+    def __init__(self, backbone: Backbone, room: int = ROOM) -> None:
+        self.room, self._held = room, 0
+        self._seen: dict[bytes, FeatureMaps] = {}
+        self._forward = backbone.forward
+        backbone.forward = self  # type: ignore[method-assign]
+
+    def forget(self) -> None:
+        """Give the memory back, as for another product."""
+        self._seen, self._held = {}, 0
+
+    def __call__(self, images: Tensor) -> FeatureMaps:
+        """[B, 3, S, S] -> L levels [B, C_l, H_l, W_l], as the backbone gives them for each image."""
+        rows = [self._features(image[None]) for image in images]
+        return [torch.cat(level) for level in zip(*rows, strict=True)]
+
+    def _features(self, image: Tensor) -> FeatureMaps:
+        key = hashlib.blake2b(image.detach().cpu().contiguous().numpy().tobytes()).digest()
+        if key in self._seen:
+            return self._seen[key]
+        found = self._forward(image)
+        size = sum(level.numel() * level.element_size() for level in found)
+        if self._held + size <= self.room:
+            self._seen[key] = found
+            self._held += size
+        return found
+
+
+@dataclass(frozen=True)
+class Features:
+    """One row of a board's extractors, loaded. ``sees``: what its features depend on, but for the extractors, whose
+    digests by source are ``digests``; both ready for JSON."""
+
+    name: str
+    kind: str
+    networks: Networks
+    sees: dict[str, Any]
+    digests: dict[str, str]
+
+    def contenders(self, detector: str) -> list[tuple[Contender, dict[str, Any]]]:
+        """The detector on every seed, or on the one kind of features that all share, and what that depends on."""
+        digests = list(self.digests.values()) if self.kind == "pretrained" else list(self.digests.values())[:1]
+        return [
+            (Contender(detector, self.kind, number), {**self.sees, "features": self.kind, "extractor": digest})
+            for number, digest in enumerate(digests or [None])
+        ]
+
+
+def load_features(rows: Mapping[str, ExtractorRow], device: str) -> tuple[list[Features], list[Remembered]]:
+    """Every row of the extractors, and the backbones below: one for all rows that see images alike.
+
+    Raises ValueError naming a row that cannot be loaded or lacks what is asked of it.
+    """
+    found: list[Features] = []
+    backbones: list[tuple[dict[str, Any], Backbone]] = []
+    loaded: dict[tuple[str, str | None], tuple[ADExtractor, str]] = {}
+    for name, row in rows.items():
+        try:
+            for source in row.sources:
+                if (source, row.weights) not in loaded:
+                    folder = locate_extractor(source)
+                    extractor = ADExtractor.from_pretrained(folder, device, row.weights)
+                    loaded[source, row.weights] = extractor, folder_digest(folder)
+            own = {source: loaded[source, row.weights] for source in row.sources}
+            extractors = tuple(extractor for extractor, _ in own.values())
+            backbone = extractors[0].backbone if extractors else _backbone(row).to(device)
+            sees = {
+                "backbone": asdict(backbone_config(backbone)),
+                "preprocess": backbone.preprocess.to_dict(),
+                "fingerprint": fingerprint(backbone.network),  # of the weights: a file can change under its name
+            }
+            shared = next((known for seen, known in backbones if seen == sees), None)
+            if shared is None:
+                shared = backbone
+                backbones.append((sees, shared))
+            for extractor in extractors:
+                extractor.backbone = shared
+            if row.kind == SCALED and not (extractors and extractors[0].local_scale):
+                raise ValueError("features 'scaled' need an extractor with a local scale")
+            digests = {source: digest for source, (_, digest) in own.items()}
+            found.append(Features(name, row.kind, Networks(shared, extractors), sees, digests))
+        except ValueError as error:
+            raise ValueError(f"extractor {name}: {error}") from error
+    return found, [Remembered(known) for _, known in backbones]
+
+
+def locate_extractor(name: str) -> Path:
+    """The folder of an extractor that is given as one, as org/name[@revision] of the Hub, or as "embedded"."""
+    source, _, revision = (name, "", "") if Path(name).is_dir() else name.partition("@")
+    return locate(source, revision or None).folder
+
+
+def _backbone(row: ExtractorRow) -> Backbone:
+    assert row.backbone is not None
+    if row.random_weights is not None:
+        torch.manual_seed(row.random_weights)
+    return load_backbone(
+        row.backbone,
+        row.random_weights is None,
+        weights=row.weights,
+        image_size=row.image_size or 224,
+        levels=row.levels,
+        resize=row.resize or "squeeze",
+        crop_from=row.crop_from,
+        finest=row.finest or 0,
+    )

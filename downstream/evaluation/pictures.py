@@ -1,0 +1,151 @@
+"""Pictures of an evaluation: maps of photographs chosen before anything is scored, the median-scored image of every
+kind of defect, and patch features in two dimensions. To look at, not to measure.
+
+Shapes: b images of a batch, S side in pixels, C channels, H x W tokens, n sampled patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from adpretrain.backbones import Extract
+from adpretrain.data import Sample
+from adpretrain.data.samples import load_mask
+from adpretrain.preprocess import Preprocess, read_image
+from downstream.visualise import ColourScale, marked, overlay, panel, save_png, shown_region
+
+STEP, NORMALS = 4, 64  # normal maps the colour scale comes from: every 4th pixel of at most so many
+WIDTH = 256  # longest side of a picture
+MARKED = 0.25  # share of a token's pixels that makes it a defective patch
+PERPLEXITY = 30.0
+
+Scored = tuple[Sample, float, NDArray[np.float32], NDArray[np.bool_]]  # an image, its score, map and mask [S, S]
+
+
+def choose_shown(samples: Sequence[Sample], number: int) -> list[int]:
+    """Positions of the images to show: of each of the first ``number`` kinds of defect the middle one by file name."""
+    kinds = sorted({sample.defect for sample in samples if sample.anomalous})[:number]
+    chosen = []
+    for kind in kinds:
+        of_kind = sorted(
+            (position for position, sample in enumerate(samples) if sample.defect == kind),
+            key=lambda position: str(samples[position].image),
+        )
+        chosen.append(of_kind[len(of_kind) // 2])
+    return chosen
+
+
+class Shown:
+    """Collects the maps of the chosen images, which are the same for every detector, and the normal images' values for
+    the colour scale. ``typical``: the median-scored image of every kind of defect, where these are drawn."""
+
+    def __init__(self, chosen: Sequence[int]) -> None:
+        self.maps: dict[int, NDArray[np.float32]] = {}
+        self.typical: Sequence[Scored] = ()
+        self._chosen = set(chosen)
+        self._normal: list[NDArray[np.float32]] = []
+
+    def add(self, start: int, maps: NDArray[np.float32], labels: NDArray[np.bool_]) -> None:
+        """A batch of maps [b, S, S] whose first image has number ``start``; labels [b]."""
+        for row, (found, anomalous) in enumerate(zip(maps, labels, strict=True)):
+            if start + row in self._chosen:
+                self.maps[start + row] = found
+            if not anomalous and len(self._normal) < NORMALS:
+                self._normal.append(found[::STEP, ::STEP])
+
+    def save(self, folder: Path, name: str, samples: Sequence[Sample], preprocess: Preprocess) -> list[dict[str, str]]:
+        """Write <number>-photograph.png, <number>-truth.png and <number>-<name>.png, returns what they show; and, into
+        a folder ``name`` of their own, panels of the typical ones.
+
+        The colours' middle is the highest value in any normal image that was scored: for looking only.
+        """
+        if not self._normal:
+            return []
+        scale = ColourScale.from_normal_maps(np.stack(self._normal))
+        save_panels(folder / name, self.typical, scale, preprocess)
+        out = []
+        for position, found in sorted(self.maps.items()):
+            sample = samples[position]
+            photo = read_image(sample.image)
+            picture = shown_region(photo, preprocess, WIDTH)
+            save_png(picture, folder / f"{position}-photograph.png")
+            mask = load_mask(sample, photo.size, preprocess).numpy()
+            save_png(marked(picture, mask), folder / f"{position}-truth.png")
+            save_png(overlay(picture, found, scale), folder / f"{position}-{name}.png")
+            out.append({"defect": sample.defect, "image": sample.image.name, "number": str(position), "map": name})
+        return out
+
+
+def median_images(
+    samples: Sequence[Sample], scores: NDArray[Any], maps: NDArray[np.float32], masks: NDArray[np.bool_]
+) -> list[Scored]:
+    """The median-scored image of every kind of defect: a typical one, never the best. n samples, [n], [n, S, S] x 2."""
+    out = []
+    for kind in sorted({sample.defect for sample in samples if sample.anomalous}):
+        positions = [position for position, sample in enumerate(samples) if sample.defect == kind]
+        positions.sort(key=lambda position: float(scores[position]))
+        place = positions[len(positions) // 2]
+        out.append((samples[place], float(scores[place]), maps[place], masks[place]))
+    return out
+
+
+def save_panels(folder: Path, found: Sequence[Scored], scale: ColourScale, preprocess: Preprocess) -> None:
+    """Photograph, heatmap and ground truth of images of different defects, each in ``folder``/{defect}.png."""
+    for sample, score, map_SS, mask_SS in found:
+        photo = shown_region(read_image(sample.image), preprocess)
+        title = f"{sample.defect}: {sample.image.name}, score {score:.2f}"
+        save_png(panel(photo, map_SS, scale, mask_SS, title), folder / f"{file_name(sample.defect)}.png")
+
+
+def file_name(*parts: str | None) -> str:
+    """A name for a file or folder that no other parts have: %XX for what is no letter or digit, joined by "@", parts
+    that are missing left out."""
+    name = "@".join(quote(part, safe="") for part in parts if part)
+    return name.replace(".", "%2E") if name in (".", "..") else name
+
+
+def sampled_patches(
+    extract: Extract, batches: Iterable[tuple[Tensor, NDArray[np.bool_]]], number: int = 400, seed: int = 0
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Up to ``number`` normal and as many defective patches of the last level: features [n, C], defective [n].
+
+    ``batches``: images [b, 3, S, S] with masks [b, S, S]. The same seed and images give the same patches, whatever
+    the features, so that two pictures show the same ones.
+    """
+    features, marks = [], []
+    for images, masks in batches:
+        with torch.no_grad():
+            level = extract(images)[-1].float().cpu()
+        grid = (int(level.shape[2]), int(level.shape[3]))
+        share = F.adaptive_avg_pool2d(torch.from_numpy(masks).float()[:, None], grid)[:, 0]
+        features.append(level.permute(0, 2, 3, 1).flatten(0, 2).numpy())
+        marks.append(share.flatten().numpy())
+    feature_NC, share_N = np.concatenate(features), np.concatenate(marks)
+    rng = np.random.default_rng(seed)
+    groups = [np.flatnonzero(share_N == 0), np.flatnonzero(share_N >= MARKED)]
+    chosen = [rng.permutation(group)[:number] for group in groups]
+    rows = np.concatenate(chosen)
+    return feature_NC[rows], np.repeat([False, True], [len(group) for group in chosen])
+
+
+def in_two_dimensions(feature_NC: NDArray[np.float32], seed: int = 0) -> tuple[NDArray[np.float32], str]:
+    """[n, C] -> [n, 2] and the method's name: UMAP if umap-learn is installed, else t-SNE. n must be at least 5."""
+    if len(feature_NC) < 5:
+        raise ValueError(f"{len(feature_NC)} patches are too few for a picture; at least 5 are needed")
+    try:
+        import umap
+    except ImportError:
+        from sklearn.manifold import TSNE
+
+        perplexity = min(PERPLEXITY, (len(feature_NC) - 1) / 4)
+        return TSNE(2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(feature_NC), "t-SNE"
+    return np.asarray(umap.UMAP(random_state=seed).fit_transform(feature_NC)), "UMAP"
