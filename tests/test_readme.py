@@ -104,7 +104,7 @@ def test_pretrain_and_inspect_commands(tmp_path: Path, monkeypatch: pytest.Monke
 
     program, _, compare = [c for c in commands() if c.startswith("accelerate")][1].partition("recipes/evaluate.py")
     assert program == "accelerate launch "
-    assert evaluate([*shlex.split(compare), "--categories", "p000*", "--detectors", "patchcore,featurenorm"]) == 0
+    assert evaluate([*shlex.split(compare), "--products", "p000*", "--detectors", "patchcore,featurenorm"]) == 0
     assert {"table.md", "table.csv", "report.html"} <= {path.name for path in (tmp_path / "runs/compare").iterdir()}
     check = next(span for span in re.findall(r"`(adpretrain check-data .*?)`", README))
     adpretrain(check.replace("path/to/set", "data/synthetic"))
@@ -121,12 +121,11 @@ def test_evaluate_prints_every_row_on_the_same_references(
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     from evaluate import main as evaluate
 
-    flags = ["--extractors", "my-extractor", "--root", str(root), "--shots", "2", "4"]
-    assert evaluate([*flags, "--per-defect", "--json", "t.json"]) == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines() if " norm" in line or "FeatureNorm" in line]
-    assert len(rows) >= 8
+    flags = ["--extractors", "my-extractor", "--root", str(root), "--shots", "2", "4", "--out", "out"]
+    assert evaluate([*flags, "--features", "raw", "residual", "scaled", "pretrained", "--per-defect"]) == 0
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if "featurenorm" in line]
+    assert len(rows) == 2 * 4
     # An untrained projector returns its input: the last two rows must agree.
-    scaled = [row[-3:] for row in rows if "scaled" in row]
-    pretrained = [row[-3:] for row in rows if "pretrained" in row]
+    scaled = [row[-4:] for row in rows if row[4].strip() == "scaled"]
+    pretrained = [row[-4:] for row in rows if row[4].strip() == "pretrained"]
     assert scaled == pretrained
-    assert (tmp_path / "t.json").is_file()

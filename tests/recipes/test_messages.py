@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import io
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,46 +53,19 @@ def test_a_torn_checkpoint_in_brackets_is_named(tmp_path: Path) -> None:
     assert f"checkpoint {torn} is unreadable" in text(console)
 
 
-def test_a_defect_in_brackets_heads_its_table() -> None:
-    from few_shot import BACKBONE, PRETRAINED, RAW, Result, show
-
-    console = written()
-    results = [Result(row, "nut", 1, 0, "[bold]", 0, (50.0, 50.0, 50.0)) for row in (BACKBONE, RAW, PRETRAINED)]
-    show(results, argparse.Namespace(shots=[1], draws=1, extractors=["embedded"]), console)
-    assert "defects: [bold]," in text(console)
-
-
-def test_the_few_shot_table_says_whose_means_it_holds() -> None:
-    """Of three products, one has no image AUROC, and one alone has dents."""
-    from few_shot import BACKBONE, PRETRAINED, RAW, Result, _plain, show
-
-    nan, console, results = float("nan"), written(), []
-    for row in (BACKBONE, RAW, PRETRAINED):
-        for name, values in (("a", (60.0, 50.0, 40.0)), ("b", (70.0, 50.0, 40.0)), ("[c]", (nan, 80.0, 40.0))):
-            results.append(Result(row, name, 1, 0, "all", 0, values))
-        results.append(Result(row, "a", 1, 0, "dent", 0, (nan, nan, nan)))
-    show(results, argparse.Namespace(shots=[1], draws=1, extractors=["embedded"]), console)
-    everything, dents = text(console).split("1 product(s), defects: dent,")
-    assert "3 product(s), defects: all," in everything
-    rows = [line.split()[-3:] for line in everything.splitlines() if line.startswith("1 ")]
-    assert rows == [["65.0", "60.0", "40.0"]] * 3
-    assert "some metrics are not defined for [c]: their means are of the other products" in everything
-    assert "nan" not in dents
-    assert json.loads(json.dumps(_plain(results[2]), allow_nan=False))["values"] == [None, 80.0, 40.0]
-
-
 def test_a_comparison_says_where_it_lies_and_what_is_no_share(
     photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from evaluate import main
 
     out = tmp_path / "[red]"
-    flags = ["--image-size", "64", "--references", "1", "--device", "cpu", "--embeddings", "0", "--pictures", "0"]
-    assert main(["--root", str(photographs), "--detectors", "featurenorm", *flags, "--out", str(out)]) == 0
+    flags = ["--image-size", "64", "--shots", "1", "--draws", "1", "--device", "cpu", "--pictures", "0"]
+    assert main(["--root", str(photographs), *flags, "--out", str(out)]) == 0
     said = capsys.readouterr()
     assert "/[red]/table.md" in (shown := said.err.replace("\n", ""))
     assert "/[red]/report.html" in shown
-    assert "in % (d' is a ratio, errors are images)" in said.out
+    assert "Means in %" in said.out
+    assert "in % (d' is a ratio, errors are images)" in (out / "table.md").read_text()
 
 
 @pytest.mark.slow

@@ -196,7 +196,9 @@ def test_all_normal_images_are_one_draw(board: Path) -> None:
     board.write_text(text.replace("shots: [2]", "shots: [all]"))
     assert evaluate(board) == 0
     assert {key[3:] for key in cells(board)} == {("K=all", 0)}
-    assert json.loads(cells(board)["both/tile", "raw", "padim", "K=all", 0].read_text())["records"][0]["trained_on"] == 6
+    assert (
+        json.loads(cells(board)["both/tile", "raw", "padim", "K=all", 0].read_text())["records"][0]["trained_on"] == 6
+    )
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def test_what_uses_no_drawn_references_runs_once(rows: list[Features], tmp_path:
     samples, counts = files(tmp_path, "cap", 9, 3), {}
     contenders = [Contender("padim", "raw"), Contender("padim", "pretrained"), Contender(ALIGNED, "pretrained")]
     for protocol in ("reference-sensitivity", "few-shot"):
-        board = Board(protocol, detectors=["padim", ALIGNED])  # type: ignore[arg-type]
+        board = Board(protocol=protocol, detectors=["padim", ALIGNED])  # type: ignore[arg-type]
         cells = cells_of(board, [(SetRow(name="set"), trials(samples, board))], rows)
         counts[protocol] = [sum(cell.contender == row for cell in cells) for row in contenders]
     assert counts == {"reference-sensitivity": [1, 3, 1], "few-shot": [3, 3, 3]}

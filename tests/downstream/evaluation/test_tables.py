@@ -15,6 +15,7 @@ from downstream.evaluation.tables import (
     COLUMNS,
     TITLES,
     all_notes,
+    defect_tables,
     in_order,
     number,
     products_table,
@@ -205,3 +206,17 @@ def test_errors_are_counted_over_products(tmp_path: Path) -> None:
         assert "That threshold has the best F1 on the scored images themselves" in (tmp_path / name).read_text()
     assert "the scored images themselves" in json.loads((tmp_path / "table.json").read_text())["about"][0]
     assert "false_negatives_at_best_f1" in (tmp_path / "table.csv").read_text().splitlines()[0]
+
+
+def test_tables_of_defects_say_whose_means_they_hold() -> None:
+    """Of three products, one has no image AUROC of scratches, and one alone has dents."""
+    found = [record(name, "raw", 0.5) for name in "abc"]
+    for entry, value in zip(found, (0.6, 0.7, None), strict=True):
+        entry["defects"] = {"scratch": {"image_auroc": value, "pixel_auroc": 0.5, "aupro": 0.4}}
+    found[0]["defects"]["[bold]"] = dict.fromkeys(("image_auroc", "pixel_auroc", "aupro"))
+    (title, heading, (line,)), (other, _, (empty,)) = defect_tables(found)
+    assert title == "Defects: scratch, against all normal images; mean over 3 product(s), in %"
+    assert heading[-3:] == ["image AUROC", "pixel AUROC", "AUPRO"]
+    assert line[-3:] == ["65.0 (2 of 3)", "50.0", "40.0"]
+    assert other.startswith("Defects: [bold], against all normal images; mean over 1 product(s)")
+    assert empty[-3:] == ["–", "–", "–"]
