@@ -176,7 +176,7 @@ def test_an_extractor_of_the_hub_gives_the_numbers_of_its_folder(
 def test_without_an_extractor_it_is_the_embedded_one(
     given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags = [*given[:2], "--products", "p000*", "--references", "2", "--pictures", "0"]
+    flags = [*given[:2], "--products", "p000*", "--shots", "2", "--draws", "1", "--pictures", "0"]
     flags += ["--detectors", "featurenorm", "--out", str(tmp_path / "out")]
     assert evaluate(*flags, "--features", "raw,pretrained", monkeypatch=monkeypatch) == 0
     assert [record["features"] for record in table(tmp_path / "out")] == ["raw", "pretrained"]
