@@ -9,11 +9,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterable, Sized
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 logger = logging.getLogger(__name__)
 SHARE = 0.5  # of the machine's memory, where no limit is given
@@ -44,11 +42,6 @@ def total_memory(device: torch.device) -> int:
     with contextlib.suppress(OSError, ValueError):  # no container, or no limit ("max")
         total = min(total, int(CGROUP.read_text()))
     return total
-
-
-def expected_images(batches: Iterable[Tensor], first: int) -> int | None:
-    """The number of images in batches of ``first`` images, the last one perhaps smaller; None if they do not say."""
-    return len(batches) * first if isinstance(batches, Sized) else None
 
 
 def readable(size: int) -> str:

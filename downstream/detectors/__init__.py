@@ -1,9 +1,15 @@
-"""Every detector by name: what it is, where it is from, and the class, imported only when asked for."""
+"""Every detector by name: what it is, where it is from, and the class, imported only when asked for.
+
+`build_detector` makes an unfitted one from its name and options, as files and command lines give them;
+`detector_from_pretrained` loads a fitted one of any kind.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +17,16 @@ import torch
 from typing_extensions import Unpack
 
 from adpretrain.backbones import Extract
+from adpretrain.parsing import from_dict
 from downstream.detector import Detector
 from downstream.saved import HubOptions, locate_model, read_detector_config
+
+SETTINGS = ("default", "adpretrain")
 
 
 @dataclass(frozen=True)
 class DetectorEntry:
-    """``module`` and ``name`` of the class; ``config``: the dataclass of its options, beside it."""
+    """``module`` and ``name`` of the class; ``config``: the dataclass of its options by name, beside it."""
 
     module: str
     name: str
@@ -42,14 +51,14 @@ DETECTORS: dict[str, DetectorEntry] = {
     "featurenorm": DetectorEntry(
         "downstream.detectors.featurenorm",
         "FeatureNorm",
-        "FeatureNormOptions",
+        "FeatureNormConfig",
         "norm of the pretrained features; nothing to fit but references",
         "ADPretrain, Yao et al. 2025",
     ),
     "aligned-featurenorm": DetectorEntry(
         "downstream.detectors.aligned",
         "AlignedFeatureNorm",
-        "AlignedOptions",
+        "AlignedFeatureNormConfig",
         "the same, with the best aligned references for every image",
         "ADPretrain, Yao et al. 2025, App. C",
     ),
@@ -105,9 +114,38 @@ def find_detector(name: str) -> DetectorEntry:
     return DETECTORS[name]
 
 
+def build_detector(name: str, extract: Extract, options: Mapping[str, Any], settings: str = "default") -> Detector:
+    """An unfitted detector of the table on ``extract``.
+
+    ``settings``: its own "default" options, or those of ADPretrain's evaluation ("adpretrain") where it has them.
+    ``options`` replace single ones of these, at any depth. Raises ValueError for an unknown name, setting or option.
+    """
+    detector: Detector = find_detector(name).load().of(extract, chosen_options(name, options, settings))
+    return detector
+
+
+def chosen_options(name: str, options: Mapping[str, Any], settings: str = "default") -> Any:
+    """The dataclass of all options of the detector that `build_detector` makes. Errors as there."""
+    if settings not in SETTINGS:
+        raise ValueError(f"settings {settings!r} are unknown; choose one of {', '.join(SETTINGS)}")
+    entry = find_detector(name)
+    module = entry.place()
+    base = dataclasses.asdict(getattr(module, "ADPRETRAIN" if settings == "adpretrain" else "DEFAULT", module.DEFAULT))
+    return from_dict(entry.options(), merged(base, options), f"options of {name}")
+
+
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested ``base`` with the values of ``changes`` in place of its own; a mapping replaces key by key."""
+    out = dict(base)
+    for key, value in changes.items():
+        inner = out.get(key)
+        out[key] = merged(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
+    return out
+
+
 def detector_from_pretrained(
     folder: str | os.PathLike[str],
-    extract: Extract | None = None,
+    extract: Extract | Sequence[Extract] | None = None,
     device: str | torch.device | None = None,
     weights: str | os.PathLike[str] | None = None,
     **hub: Unpack[HubOptions],
