@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ class FeatureNorm(Detector):
 
     name = "featurenorm"
     options = FeatureNormConfig
-    references_are = "fitted"
+    references_are: ClassVar[Literal["fitted", "chosen"]] = "fitted"
 
     def __init__(self, extract: Extract, config: FeatureNormConfig = DEFAULT) -> None:
         preprocess = getattr(extract, "preprocess", None)

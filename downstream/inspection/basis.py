@@ -238,5 +238,6 @@ def promise(calibration: Calibration | None, options: Options) -> tuple[str, ...
 def _describe(extractor: ADExtractor, detector: FeatureNorm, options: Options) -> str:
     features = "projected residuals" if extractor.projector is not None else "raw residuals, no projector"
     if isinstance(detector, AlignedFeatureNorm):
-        return f"{extractor.backbone.name}, {features}, the {detector.config.shots} best aligned references for every image"
+        shots = detector.config.shots
+        return f"{extractor.backbone.name}, {features}, the {shots} best aligned references for every image"
     return f"{extractor.backbone.name}, {features}, references chosen: {options.references}"
