@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from adpretrain.backbones import Extract, FeatureMaps
-from downstream.approximate import ApproximateNeighbours
 from downstream.bank import GrowingBank
 from downstream.coreset import METHODS, Progress, check_amount, subsample
 from downstream.detector import Detector, NormalFeatures, Prediction
 from downstream.embedding import Embedding, EmbeddingConfig, settle_levels
 from downstream.maps import SIGMA, check_sigma, pixel_maps
-from downstream.neighbours import Neighbours, nearest
+from downstream.neighbours import ApproximateNeighbours, Neighbours, nearest
 
 SEARCHES = ("exact", "ivfpq")
 CHOOSING = 40  # bytes of bounds, norms and counts that the coreset keeps of a row
