@@ -90,7 +90,7 @@ def test_a_pool_that_outgrows_the_memory_is_refused_before_it_does(extractor: AD
 
 def test_mistakes_are_named(extractor: ADExtractor) -> None:
     detector = AlignedFeatureNorm(extractor, AlignedFeatureNormConfig(SIZE, shots=5))
-    with pytest.raises(ValueError, match=r"call fit\(normal_batches\) first"):
+    with pytest.raises(ValueError, match=r"call fit\(normal_batches\) or from_pretrained first"):
         detector.predict(photographs(1, seed=0))
     with pytest.raises(ValueError, match="K = 5 aligned references cannot be chosen from a pool of 3"):
         detector.fit([photographs(3, seed=0)])

@@ -217,7 +217,7 @@ def test_options_replace_single_ones_and_settings_are_adpretrains(networks: Netw
     assert padim.config.per_level
     assert padim.config.embedding.patch == 3
     norm: Any = build_detector("featurenorm", networks.backbone, {}, "adpretrain")
-    assert norm.top == 0.0
+    assert norm.config.top == 0.0
     with pytest.raises(ValueError, match="options of padim"):
         build_detector("padim", networks.backbone, {"epsilon": 1})
     with pytest.raises(ValueError, match="settings 'papers' are unknown; choose one of default, adpretrain"):
