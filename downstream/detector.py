@@ -53,7 +53,7 @@ class Detector:
     options: ClassVar[type | None]
     # An extractor's references are given to it before `fit`, are what `fit` takes, or are chosen from what it takes.
     references_are: ClassVar[Literal["given", "fitted", "chosen"]] = "given"
-    load_member: ClassVar[Callable[..., Any] | None] = None
+    load_member: ClassVar[Callable[..., Any] | None] = None  # of one that is made of others: loads any detector
 
     extract: Extract
     members: Sequence[Detector] = ()

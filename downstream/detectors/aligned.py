@@ -16,10 +16,9 @@ from typing_extensions import Self
 from adpretrain.backbones import FeatureMaps
 from adpretrain.data.samples import TooFewImages
 from adpretrain.extractor import ADExtractor
-from adpretrain.memory import hold, memory_limit
+from adpretrain.memory import GrowingBank, hold, memory_limit
 from adpretrain.references import AlignedReferences
 from adpretrain.residual import tokens
-from downstream.bank import GrowingBank
 from downstream.coreset import Progress
 from downstream.detector import Detector, NormalFeatures, Prediction
 from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
@@ -150,5 +149,4 @@ class AlignedFeatureNorm(FeatureNorm):
         return {f"pool.{level}": feature for level, feature in enumerate(self._pool)}, {}
 
     def restore(self, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Take the pool."""
         self._set_pool([tensors[f"pool.{level}"] for level in range(len(tensors))])

@@ -236,7 +236,6 @@ class Ensemble(Detector):
         return cls(loaded.members)
 
     def restore(self, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Take the units."""
         self._units = [Units.of_numbers(numbers, self.side) for numbers in tensors["units"].tolist()]
         if len(self._units) != len(self.members):
             raise ValueError(f"{len(self.members)} members and units of {len(self._units)}")

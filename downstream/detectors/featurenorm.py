@@ -129,4 +129,4 @@ class FeatureNorm(Detector):
         return {}, {}
 
     def restore(self, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Nothing: the references are the extractor's."""
+        pass

@@ -96,7 +96,6 @@ class PaDiM(Detector):
         self._grids = grids
 
     def from_features(self, features: FeatureMaps) -> Prediction:
-        """Mahalanobis distances; the score is the map's maximum."""
         total = features[0].new_zeros(len(features[0]), self.side, self.side, dtype=torch.float32)
         rows = self._embed(features)
         for level, gaussians, grid in zip(rows, self._gaussians, self._grids, strict=True):
@@ -138,7 +137,6 @@ class PaDiM(Detector):
         }
 
     def restore(self, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Take the Gaussians."""
         self._grids = [(height, width) for height, width in facts["grids"]]
         self._embeddings = self._new_embeddings(len(self._grids))
         for number, embedding in enumerate(self._embeddings):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from adpretrain.backbones import Extract, FeatureMaps
-from downstream.bank import GrowingBank
+from adpretrain.memory import GrowingBank
 from downstream.coreset import METHODS, Progress, check_amount, subsample
 from downstream.detector import Detector, NormalFeatures, Prediction
 from downstream.embedding import Embedding, EmbeddingConfig, settle_levels
@@ -100,11 +100,12 @@ class PatchCore(Detector):
     name = "patchcore"
     options = PatchCoreConfig
 
+    bank_ND: Tensor
+    _search: Neighbours | ApproximateNeighbours
+
     def __init__(self, extract: Extract, config: PatchCoreConfig = DEFAULT) -> None:
         super().__init__(extract, replace(config, embedding=settle_levels(config.embedding, extract, STAGES)))
         self.embedding = Embedding(self.config.embedding)
-        self.bank_ND: Tensor | None = None
-        self._search: Neighbours | ApproximateNeighbours | None = None
 
     def fit_features(self, normals: NormalFeatures, progress: Progress | None) -> None:
         """Fill the bank and subsample it; ``progress`` is told how the coreset grows. Raises ValueError before the bank
@@ -167,7 +168,6 @@ class PatchCore(Detector):
         self.bank_ND = bank_ND
 
     def from_features(self, features: FeatureMaps) -> Prediction:
-        """Features of images -> prediction."""
         return self.score(self.embedding(features), self.side)
 
     def score(self, rows_BHWD: Tensor, side: int) -> Prediction:
@@ -189,8 +189,6 @@ class PatchCore(Detector):
 
     def _nearest(self, rows_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Distance to the nearest row of the bank, and its index: [N], [N]."""
-        assert self._search is not None
-        assert self.bank_ND is not None
         distance, index = (found[:, 0] for found in self._search.search(rows_ND, 1))
         lost = index < 0  # the cells that an approximate search looked into are empty
         if bool(lost.any()):
@@ -204,8 +202,6 @@ class PatchCore(Detector):
         weight is the others' share of the sum, so that nothing overflows or cancels. In a bank of one row it is 1,
         where Eq. 7 gives 0: every score would be 0.
         """
-        assert self._search is not None
-        assert self.bank_ND is not None
         count = min(self.config.reweight, len(self.bank_ND))
         if count < 2:
             return torch.ones_like(patch_BD[:, 0])
@@ -217,10 +213,8 @@ class PatchCore(Detector):
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The bank: FEATURES OF THE PRODUCT."""
-        assert self.bank_ND is not None
         return {"bank": self.bank_ND, **self.embedding.state_dict()}, {}
 
     def restore(self, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Take the bank."""
         self.embedding.reducer = tensors.get("reducer")
         self.remember(tensors["bank"])

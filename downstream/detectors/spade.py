@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from adpretrain.backbones import Extract, FeatureMaps
-from downstream.bank import GrowingBank
+from adpretrain.memory import GrowingBank
 from downstream.coreset import Progress
 from downstream.detector import Detector, NormalFeatures, Prediction
 from downstream.embedding import Embedding, EmbeddingConfig, settle_levels
@@ -62,12 +62,13 @@ class SPADE(Detector):
     name = "spade"
     options = SPADEConfig
 
+    descriptors_NC: Tensor
+    patches_NTD: Tensor
+    _search: Neighbours
+
     def __init__(self, extract: Extract, config: SPADEConfig = DEFAULT) -> None:
         super().__init__(extract, replace(config, embedding=settle_levels(config.embedding, extract, STAGES)))
         self.embedding = Embedding(self.config.embedding)
-        self.descriptors_NC: Tensor | None = None
-        self.patches_NTD: Tensor | None = None
-        self._search: Neighbours | None = None
 
     def fit_features(self, normals: NormalFeatures, progress: Progress | None) -> None:
         """Keep the patches of N images, 4 N T D bytes. Raises ValueError for fewer patches than are to be averaged, or
@@ -95,9 +96,6 @@ class SPADE(Detector):
         self._search = Neighbours(descriptors_NC)
 
     def from_features(self, features: FeatureMaps) -> Prediction:
-        """The two stages."""
-        assert self._search is not None
-        assert self.patches_NTD is not None
         distance_BK, index_BK = self._search.search(describe(features), min(self.config.images, len(self.patches_NTD)))
         grids = []
         for rows_HWD, index_K in zip(self.embedding(features), index_BK, strict=True):
@@ -108,12 +106,9 @@ class SPADE(Detector):
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """FEATURES OF EVERY NORMAL IMAGE."""
-        assert self.descriptors_NC is not None
-        assert self.patches_NTD is not None
         return {"descriptors": self.descriptors_NC, "patches": self.patches_NTD, **self.embedding.state_dict()}, {}
 
     def restore(self, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Take the galleries."""
         self.embedding.reducer = tensors.get("reducer")
         self._remember(tensors["descriptors"], tensors["patches"])
 

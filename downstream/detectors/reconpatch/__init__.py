@@ -80,10 +80,11 @@ class ReConPatch(Detector):
     name = "reconpatch"
     options = ReConPatchConfig
 
+    representation: Representation
+
     def __init__(self, extract: Extract, config: ReConPatchConfig = DEFAULT) -> None:
         self._core = PatchCore(extract, config.memory)
         super().__init__(extract, replace(config, memory=self._core.config))
-        self.representation: Representation | None = None
         self.losses: list[float] = []
 
     def fit_features(self, normals: NormalFeatures, progress: Progress | None) -> None:
@@ -112,19 +113,15 @@ class ReConPatch(Detector):
         return self._core.embedding(features).float()
 
     def from_features(self, features: FeatureMaps) -> Prediction:
-        """Represented embeddings against the bank."""
-        assert self.representation is not None
         return self._core.score(self.representation(self._embed(features)), self.side)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The bank, FEATURES OF THE PRODUCT, and the representation."""
-        assert self.representation is not None
         tensors, _ = self._core.state()
         tensors |= {f"{REPRESENTATION}{name}": value for name, value in self.representation.state_dict().items()}
         return tensors, {"losses": self.losses}
 
     def restore(self, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Take representation and bank."""
         named = {name.removeprefix(REPRESENTATION): name for name in tensors if name.startswith(REPRESENTATION)}
         state = {short: tensors[name] for short, name in named.items()}
         training = self.config.training

@@ -113,12 +113,13 @@ class Refined(Detector):
     options = RefinementConfig
     load_member = staticmethod(detector_from_pretrained)
 
+    _network: RefinementNetwork
+    _units: Units
+
     def __init__(self, detector: Detector, config: RefinementConfig = TRAINING, textures: Tensor | None = None) -> None:
         self.detector, self.config, self.textures = detector, config, textures
         self.members = [detector]
         self.losses: list[float] = []
-        self._network: RefinementNetwork | None = None
-        self._units: Units | None = None
 
     @classmethod
     def of(cls, extract: Extract, config: RefinedConfig) -> Self:
@@ -132,7 +133,7 @@ class Refined(Detector):
         step. ``losses`` are the means of the epochs.
         """
         batches = list(normal_batches)
-        self.detector.fit(batches)
+        self.detector.fit(batches, progress)
         self._units = training_units(self.detector, batches)
         device = self.detector.predict(batches[0][:1]).maps.device
         network = build_network(self.config).to(device)
@@ -170,7 +171,6 @@ class Refined(Detector):
 
     def _standard_maps(self, images: Tensor) -> Tensor:
         """[B, 3, S, S] -> the detector's maps as modified z-scores: [B, S, S]."""
-        assert self._units is not None
         with torch.no_grad():
             return self._units.pixels.standard(self.detector.predict(images).maps.float())
 
@@ -178,15 +178,12 @@ class Refined(Detector):
     def predict(self, images: Tensor) -> Prediction:
         """[B, 3, S, S] -> scores [B], maps [B, S, S]. Raises ValueError before `fit`."""
         self.check_fitted()
-        assert self._network is not None
         maps = self._standard_maps(images)
         refined = self._network.to(maps.device)(images.to(maps), maps)
         return Prediction(refined.flatten(1).amax(1), refined)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The detector's units and the network."""
-        assert self._network is not None
-        assert self._units is not None
         weights = {f"{NETWORK}{name}": value for name, value in self._network.state_dict().items()}
         return {"units": torch.tensor(self._units.numbers, dtype=torch.float64), **weights}, {"losses": self.losses}
 
@@ -195,7 +192,6 @@ class Refined(Detector):
         return cls(loaded.members[0], loaded.options)
 
     def restore(self, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Take units and network."""
         self._units = Units.of_numbers(tensors.pop("units").tolist(), self.side)
         self.losses = facts["losses"]
         with torch.device("meta"):  # sizes of any config cost nothing before the file is seen to hold them

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from downstream import bank as bank_module
-from downstream.bank import GrowingBank
+from adpretrain import memory
+from adpretrain.memory import GrowingBank
 
 
 @pytest.mark.parametrize("expected", [None, 70, 100])
 def test_rows_come_back_in_order(expected: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where batches cross the borders of blocks (here of 16 rows)."""
-    monkeypatch.setattr(bank_module, "BLOCK_BYTES", 16 * 5 * 4)
+    monkeypatch.setattr(memory, "BLOCK_BYTES", 16 * 5 * 4)
     rows = torch.randn(70, 5)
     bank = GrowingBank(expected)
     for part in rows.split(9):
@@ -46,7 +46,7 @@ def test_too_large_a_bank_is_refused_before_it_is_made() -> None:
 
 PEAK = """
 import torch
-from downstream.bank import GrowingBank
+from adpretrain.memory import GrowingBank
 def status(field):
     return int(next(l for l in open("/proc/self/status") if l.startswith(field)).split()[1])
 rows, width, batches = 4000, 1024, 25
@@ -70,7 +70,7 @@ def test_the_peak_is_the_bank_and_a_batch() -> None:
     """25 batches of 16 MB, one at a time: 26 at the peak if the number of images is known; else a block of four more,
     not the 51 of a concatenation."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[1]
     done = subprocess.run(
         [sys.executable, "-c", PEAK], capture_output=True, text=True, check=True, cwd=root, env=environment
     )
