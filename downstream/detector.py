@@ -22,7 +22,7 @@ from adpretrain.backbones import Extract, FeatureMaps
 from adpretrain.hub import Published
 from downstream.coreset import Progress
 from downstream.extracts import checked_features, fixed_picture, keeping_references
-from downstream.saved import HubOptions, Loaded, load_detector, publish_detector, put_together, save_detector
+from downstream.saved import HubOptions, Loaded, load_detector, publish_saved, put_together, save_detector
 
 BRIGHTEST = 16.0  # of normalised images without negative values; with usual means and deviations none reaches 5
 
@@ -184,7 +184,7 @@ class Detector:
         options: dict[str, Any] = {"tag": tag, "branch": branch, "message": message, "token": token}
         with tempfile.TemporaryDirectory() as scratch:
             folder = self.save_pretrained(Path(scratch) / "detector")
-            return publish_detector(folder, repo_id, private=private, dry_run=dry_run, **options)
+            return publish_saved(folder, repo_id, private=private, dry_run=dry_run, **options)
 
 
 class NormalFeatures:

@@ -358,17 +358,15 @@ def detector_card(config: DetectorConfig, repo_id: str = PLACEHOLDER) -> str:
     )
 
 
-def publish_detector(folder: Path, repo_id: str, *, private: bool, **options: Any) -> Published:
-    """Publish a detector's folder, whose card gets the repository's name. A warning says loudly what it holds."""
-    public = "" if private else " THE REPOSITORY IS PUBLIC: everybody can read it."
-    warnings.warn(f"{NOTICE}{public}", stacklevel=3)
-    return _publish_named(folder, repo_id, private=private, **options)
-
-
-def _publish_named(folder: Path, repo_id: str, **options: Any) -> Published:
+def publish_saved(folder: Path, repo_id: str, *, private: bool, detector: bool = True, **options: Any) -> Published:
+    """Publish a folder of our own, whose card gets the repository's name. For a detector, a warning says loudly what
+    the folder holds."""
+    if detector:
+        public = "" if private else " THE REPOSITORY IS PUBLIC: everybody can read it."
+        warnings.warn(f"{NOTICE}{public}", stacklevel=3)
     readme = folder / CARD_NAME
     readme.write_text(readme.read_text(encoding="utf-8").replace(PLACEHOLDER, repo_id), encoding="utf-8")
-    return publish(folder, repo_id, **options)
+    return publish(folder, repo_id, private=private, **options)
 
 
 def push_folder(folder: Path, repo_id: str, *, private: bool | None = None, **options: Any) -> Published:
@@ -382,13 +380,13 @@ def push_folder(folder: Path, repo_id: str, *, private: bool | None = None, **op
     detector = is_detector(folder)
     files_to_publish(folder)
     text = detector_card(read_detector_config(folder)) if detector else card(read_config(folder))
-    send = publish_detector if detector else _publish_named
     with tempfile.TemporaryDirectory() as scratch:
         staged = Path(shutil.copytree(folder, Path(scratch) / folder.resolve().name, symlinks=True))
         if not (staged / CARD_NAME).is_file():
             (staged / CARD_NAME).write_text(text, encoding="utf-8")
         try:
-            return send(staged, repo_id, private=detector if private is None else private, **options)
+            private = detector if private is None else private
+            return publish_saved(staged, repo_id, private=private, detector=detector, **options)
         except ValueError as error:
             raise ValueError(str(error).replace(str(staged), str(folder))) from error
 
