@@ -70,7 +70,7 @@ def test_the_peak_is_the_bank_and_a_batch() -> None:
     """25 batches of 16 MB, one at a time: 26 at the peak if the number of images is known; else a block of four more,
     not the 51 of a concatenation."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-c", PEAK], capture_output=True, text=True, check=True, cwd=root, env=environment
     )
