@@ -26,11 +26,10 @@ SETTINGS = ("default", "adpretrain")
 
 @dataclass(frozen=True)
 class DetectorEntry:
-    """``module`` and ``name`` of the class; ``config``: the dataclass of its options by name, beside it."""
+    """``module`` and ``name`` of the class."""
 
     module: str
     name: str
-    config: str
     summary: str
     paper: str
 
@@ -43,64 +42,56 @@ class DetectorEntry:
         return getattr(self.place(), self.name)
 
     def options(self) -> Any:
-        """The dataclass of its options."""
-        return getattr(self.place(), self.config)
+        """The dataclass of its options by name."""
+        return type(self.place().DEFAULT)
 
 
 DETECTORS: dict[str, DetectorEntry] = {
     "featurenorm": DetectorEntry(
         "downstream.detectors.featurenorm",
         "FeatureNorm",
-        "FeatureNormConfig",
         "norm of the pretrained features; nothing to fit but references",
         "ADPretrain, Yao et al. 2025",
     ),
     "aligned-featurenorm": DetectorEntry(
         "downstream.detectors.aligned",
         "AlignedFeatureNorm",
-        "AlignedFeatureNormConfig",
         "the same, with the best aligned references for every image",
         "ADPretrain, Yao et al. 2025, App. C",
     ),
     "patchcore": DetectorEntry(
         "downstream.detectors.patchcore",
         "PatchCore",
-        "PatchCoreConfig",
         "distance of every patch to a coreset of normal patches",
         "Towards Total Recall, Roth et al. 2022",
     ),
     "reconpatch": DetectorEntry(
         "downstream.detectors.reconpatch",
         "ReConPatch",
-        "ReConPatchConfig",
         "PatchCore on a representation trained on the product's patches",
         "ReConPatch, Hyun et al. 2024",
     ),
     "padim": DetectorEntry(
         "downstream.detectors.padim",
         "PaDiM",
-        "PaDiMConfig",
         "a Gaussian at every position; for products that lie in one place",
         "PaDiM, Defard et al. 2021",
     ),
     "spade": DetectorEntry(
         "downstream.detectors.spade",
         "SPADE",
-        "SPADEConfig",
         "nearest normal images, then their nearest patches; a baseline",
         "Sub-Image Anomaly Detection, Cohen & Hoshen 2020",
     ),
     "ensemble": DetectorEntry(
         "downstream.detectors.ensemble",
         "Ensemble",
-        "EnsembleConfig",
         "the mean of several detectors' standardised scores",
         "ReConPatch, Hyun et al. 2024, Sec. 3.3",
     ),
     "refined": DetectorEntry(
         "downstream.detectors.refined",
         "Refined",
-        "RefinedConfig",
         "a detector and a network that sharpens its maps",
         "ReConPatch, Hyun et al. 2024, suppl. D",
     ),
