@@ -7,12 +7,32 @@ from adpretrain._version import __version__
 
 if TYPE_CHECKING:
     from adpretrain.backbones import load_backbone
+    from adpretrain.config import LocalScaleConfig, ProjectorConfig
     from adpretrain.extractor import ADExtractor
+    from adpretrain.local_scale import LocalScale
     from adpretrain.preprocess import read_image
+    from adpretrain.saved import build_projector
 
-__all__ = ["ADExtractor", "__version__", "load_backbone", "read_image"]
+_PLACES = {
+    "ADExtractor": "extractor",
+    "LocalScale": "local_scale",
+    "LocalScaleConfig": "config",
+    "ProjectorConfig": "config",
+    "build_projector": "saved",
+    "load_backbone": "backbones",
+    "read_image": "preprocess",
+}
 
-_PLACES = {"ADExtractor": "extractor", "load_backbone": "backbones", "read_image": "preprocess"}
+__all__ = [
+    "ADExtractor",
+    "LocalScale",
+    "LocalScaleConfig",
+    "ProjectorConfig",
+    "__version__",
+    "build_projector",
+    "load_backbone",
+    "read_image",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,9 +7,9 @@ if TYPE_CHECKING:
     from downstream.calibration import calibrate
     from downstream.detector import Detector, Prediction
     from downstream.detectors import detector_from_pretrained
-    from downstream.detectors.aligned import AlignedFeatureNorm
+    from downstream.detectors.aligned import AlignedFeatureNorm, AlignedFeatureNormConfig
     from downstream.detectors.ensemble import Ensemble
-    from downstream.detectors.featurenorm import FeatureNorm
+    from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
     from downstream.detectors.padim import PaDiM, PaDiMConfig
     from downstream.detectors.patchcore import PatchCore, PatchCoreConfig
     from downstream.detectors.reconpatch import ReConPatch, ReConPatchConfig
@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 
 _PLACES = {
     "AlignedFeatureNorm": "detectors.aligned",
+    "AlignedFeatureNormConfig": "detectors.aligned",
     "Detector": "detector",
     "EmbeddingConfig": "embedding",
     "Ensemble": "detectors.ensemble",
     "FeatureNorm": "detectors.featurenorm",
+    "FeatureNormConfig": "detectors.featurenorm",
     "PaDiM": "detectors.padim",
     "PaDiMConfig": "detectors.padim",
     "PatchCore": "detectors.patchcore",
@@ -42,10 +44,12 @@ _PLACES = {
 __all__ = [
     "SPADE",
     "AlignedFeatureNorm",
+    "AlignedFeatureNormConfig",
     "Detector",
     "EmbeddingConfig",
     "Ensemble",
     "FeatureNorm",
+    "FeatureNormConfig",
     "PaDiM",
     "PaDiMConfig",
     "PatchCore",

@@ -22,11 +22,10 @@ from adpretrain._version import __version__
 from adpretrain.data import Sample, index_with_bare
 from adpretrain.data.layouts.detect import HUB
 from adpretrain.files import atomic_path
-from downstream.detectors.aligned import NAME as ALIGNED
-from downstream.detectors.building import build_detector, chosen_options
+from downstream.detectors import build_detector, chosen_options
 from downstream.evaluation.board import RAW, Board, SetRow, detector_rows, extractor_rows, set_rows
 from downstream.evaluation.comparison_page import draw_features, report
-from downstream.evaluation.networks import Contender, Features, load_features
+from downstream.evaluation.networks import ALIGNED, Contender, Features, load_features
 from downstream.evaluation.pictures import file_name
 from downstream.evaluation.protocols import Part, Trial, trials
 from downstream.evaluation.tables import Record, in_order, write_board, write_tables
@@ -230,7 +229,7 @@ def _pairs(
             for contender, identity in row.contenders(detector):
                 extract = row.networks.extract(contender)
                 build_detector(detector, extract, options, board.settings)
-                chosen = asdict(chosen_options(detector, extract, options, board.settings))
+                chosen = asdict(chosen_options(detector, options, board.settings))
                 place = (detector_number, row_number)
                 yield row, contender, place, {"features": identity, "detector": detector, "options": chosen}
 

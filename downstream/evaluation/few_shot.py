@@ -21,7 +21,7 @@ from adpretrain.extractor import ADExtractor
 from adpretrain.references import random_references
 from adpretrain.residual import tokens
 from downstream.detector import Prediction
-from downstream.detectors.featurenorm import FeatureNorm
+from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
 from downstream.metrics import Metrics, evaluate_maps
 
 BATCH = 16
@@ -159,7 +159,7 @@ def score(
     first = extractors[0]
     banks = reference_banks(images, references)
     scales = first.scales(images.features, banks)
-    detector = FeatureNorm(first, image_size=side or first.preprocess.image_size, sigma=sigma)
+    detector = FeatureNorm(first, FeatureNormConfig(side, sigma))
     parts: list[list[Prediction]] = [[] for _ in extractors]
     for start in range(0, len(queries), BATCH):
         rows = list(queries[start : start + BATCH])

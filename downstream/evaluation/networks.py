@@ -25,9 +25,11 @@ from adpretrain.extractor import ADExtractor
 from adpretrain.hub import locate
 from adpretrain.preprocess import Preprocess
 from adpretrain.saved import backbone_config, folder_digest
+from downstream.detectors.aligned import AlignedFeatureNorm
 from downstream.evaluation.board import RAW, RESIDUAL, SCALED, ExtractorRow
 from downstream.evaluation.few_shot import same_residuals
 
+ALIGNED = AlignedFeatureNorm.name
 ROOM = 2 << 30  # bytes of features that are kept
 
 
@@ -55,18 +57,19 @@ class Networks:
             if not same_residuals(self.extractors[0], extractor):
                 raise ValueError(f"extractor {number} and extractor 0 are not seeds of one training: score them apart")
 
-    def extract(self, contender: Contender) -> Backbone | Withheld:
-        """The features of a contender; all but raw ones wait for their references."""
+    def extract(self, contender: Contender) -> Backbone | ADExtractor | Withheld:
+        """The features of a contender; all but raw ones wait for their references, unless the detector chooses them."""
         if contender.features == RAW:
             return self.backbone
         if not self.extractors:
-            return Withheld(ADExtractor(self.backbone))
-        first = self.extractors[0]
-        if contender.features == RESIDUAL:
-            return Withheld(ADExtractor(self.backbone, matching=first.config.matching))
-        if contender.features == SCALED:
-            return Withheld(first.without_projector())
-        return Withheld(self.extractors[contender.extractor])
+            extractor = ADExtractor(self.backbone)
+        elif contender.features == RESIDUAL:
+            extractor = ADExtractor(self.backbone, matching=self.extractors[0].config.matching)
+        elif contender.features == SCALED:
+            extractor = self.extractors[0].without_projector()
+        else:
+            extractor = self.extractors[contender.extractor]
+        return extractor if contender.detector == ALIGNED else Withheld(extractor)
 
 
 class Withheld:

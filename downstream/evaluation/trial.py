@@ -19,14 +19,13 @@ from torch import Tensor
 
 from adpretrain.data import ImageDataset, Sample, TooFewImages
 from adpretrain.preprocess import Preprocess
-from downstream.detectors.aligned import NAME as ALIGNED
-from downstream.detectors.aligned import AlignedOptions
-from downstream.detectors.building import build_detector
-from downstream.detectors.featurenorm import NAME as FEATURENORM
+from downstream.detectors import build_detector
+from downstream.detectors.aligned import AlignedFeatureNormConfig
+from downstream.detectors.featurenorm import FeatureNorm
 from downstream.detectors.refined import Refined
 from downstream.evaluation.board import RAW
 from downstream.evaluation.few_shot import PIXEL_METRICS, about_bare, about_inverted
-from downstream.evaluation.networks import ROOM, Contender, Networks, Withheld
+from downstream.evaluation.networks import ALIGNED, ROOM, Contender, Networks, Withheld
 from downstream.evaluation.perturbation import PerturbedImages
 from downstream.evaluation.pictures import Shown, choose_shown, median_images
 from downstream.evaluation.protocols import Part, Trial
@@ -153,16 +152,14 @@ def run_trial(trial: Trial, contender: Contender, networks: Networks, settings: 
             "each: leave it out of multi-class, or take raw features"
         )
     began = time.perf_counter()
-    if contender.detector != FEATURENORM:
-        try:
-            detector.fit(Training(trial.parts, extract, preprocess, settings))
-        except TooFewImages as error:  # no reason to stop the other detectors
-            return [_unfitted(trial, part, contender, str(error)) for part in trial.parts]
+    try:
+        detector.fit(Training(trial.parts, extract, preprocess, settings))
+    except TooFewImages as error:  # no reason to stop the other detectors
+        return [_unfitted(trial, part, contender, str(error)) for part in trial.parts]
     fitted = time.perf_counter() - began
     records = []
     for part in trial.parts:
-        if len(trial.parts) > 1 or contender.detector == FEATURENORM:
-            give_references(extract, part, settings)
+        give_references(extract, part, settings)
         if isinstance(extract, Withheld):
             extract.compare_with_all()
         began = time.perf_counter()
@@ -185,7 +182,7 @@ def _options(trial: Trial, contender: Contender, settings: Settings) -> tuple[di
     are training images."""
     options = settings.options.get(contender.detector, {})
     pool = sum(len(part.train) for part in trial.parts)
-    if contender.detector != ALIGNED or options.get("shots", AlignedOptions.shots) <= pool:
+    if contender.detector != ALIGNED or options.get("shots", AlignedFeatureNormConfig.shots) <= pool:
         return options, []
     return {**options, "shots": pool}, [f"{pool} aligned references: there are no more training images"]
 
@@ -203,7 +200,7 @@ def _about_references(trial: Trial, part: Part, contender: Contender) -> list[st
     if contender.detector == ALIGNED:
         return [UNDRAWN] if trial.setting == "reference-sensitivity" else []
     own = [*part.reference_notes, *([OWN] if len(trial.parts) > 1 else [])]
-    return own + ([ALONE] if len(part.references) == 1 and contender.detector != FEATURENORM else [])
+    return own + ([ALONE] if len(part.references) == 1 and contender.detector != FeatureNorm.name else [])
 
 
 def _unfitted(trial: Trial, part: Part, contender: Contender, reason: str) -> dict[str, Any]:

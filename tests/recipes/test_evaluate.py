@@ -17,6 +17,7 @@ from running import until
 from adpretrain.backbones import load_backbone
 from adpretrain.extractor import ADExtractor
 from adpretrain.hub.locating import EMBEDDED_FOLDER
+from adpretrain.local_scale import LocalScale
 from adpretrain.saved import folder_digest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -207,3 +208,18 @@ def test_flags_that_do_not_belong_together_are_refused(
         assert message in " ".join(capsys.readouterr().err.split()), flags
     assert evaluate("--root", "nowhere", monkeypatch=monkeypatch) == 2
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_every_kind_of_features_is_compared_on_the_same_references(
+    given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backbone = load_backbone("lite0", image_size=64)
+    ADExtractor(backbone, local_scale=LocalScale(len(backbone.channels))).save_pretrained(tmp_path / "scaled")
+    flags = [*given[:2], "--extractors", str(tmp_path / "scaled"), "--shots", "1", "2", "--products", "p000*"]
+    flags += ["--features", "raw", "residual", "scaled", "pretrained", "--out", str(tmp_path / "out")]
+    assert evaluate(*flags, monkeypatch=monkeypatch) == 0
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if "featurenorm" in line]
+    assert len(rows) == 2 * 4
+    # Without a projector the extractor is its own baseline.
+    scaled, pretrained = ([row[-4:] for row in rows if row[4].strip() == name] for name in ("scaled", "pretrained"))
+    assert scaled == pretrained

@@ -11,10 +11,9 @@ import pytest
 from adpretrain.backbones import load_backbone
 from adpretrain.data import Sample
 from adpretrain.extractor import ADExtractor
-from downstream.detectors.aligned import NAME as ALIGNED
 from downstream.evaluation.board import Board, SetRow
 from downstream.evaluation.engine import Cell, cells_of, shares
-from downstream.evaluation.networks import Contender, Features, Networks
+from downstream.evaluation.networks import ALIGNED, Contender, Features, Networks
 from downstream.evaluation.protocols import Part, Trial, trials
 
 
