@@ -17,8 +17,8 @@ from typing import NoReturn
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from adpretrain.parsing import YAML
-from downstream.commands import COMMANDS, Run
-from downstream.commands.usage import usage_error
+from downstream.commands import COMMANDS
+from downstream.commands.options import add_options, from_options, help_of, usage_error
 from downstream.terminal import lines, one_line_warnings, plain
 
 EXIT_USAGE, EXIT_BUG, EXIT_INTERRUPTED, EXIT_PIPE = 2, 70, 130, 141
@@ -53,11 +53,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"adpretrain {version('adpretrain')}")
     subcommands = parser.add_subcommands(metavar="command", required=True)
-    runs: dict[str, Run] = {}
     for name, command in COMMANDS.items():
-        summary = (command.__doc__ or "").strip()
-        subparser = _Parser(description=summary)
-        runs[name] = command(subparser)
+        summary, epilog, _ = help_of(command)
+        subparser = _Parser(description=summary, epilog=epilog or None)
+        if command.from_file:
+            subparser.add_argument("--config", action="config", help="YAML file with any of these options")
+        add_options(subparser, command)
         subcommands.add_subcommand(name, subparser, help=summary)
     try:
         arguments = parser.parse_args(argv)
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else EXIT_USAGE
     try:
         with one_line_warnings("adpretrain: "):
-            code = runs[arguments.subcommand](arguments[arguments.subcommand])
+            code = from_options(COMMANDS[arguments.subcommand], arguments[arguments.subcommand]).run()
             sys.stdout.flush()
             return code
     except BrokenPipeError:  # who reads stdout, such as head, has seen enough

@@ -1,38 +1,30 @@
-"""The subcommands of `adpretrain`, one file each: a function that adds its arguments and returns what to run.
-
-torch is imported only when a command runs, so that --help is quick.
-"""
+"""The subcommands of `adpretrain`, one file each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from downstream.commands.backbones import Backbones
+from downstream.commands.check_data import CheckData
+from downstream.commands.demo import Demo
+from downstream.commands.detectors import Detectors
+from downstream.commands.evaluate import Evaluate
+from downstream.commands.export import Export
+from downstream.commands.extract import Extract
+from downstream.commands.fit import Fit
+from downstream.commands.info import Info
+from downstream.commands.options import Command
+from downstream.commands.push import Push
+from downstream.commands.score import Score
 
-from jsonargparse import ArgumentParser, Namespace
-
-from downstream.commands.backbones import backbones
-from downstream.commands.check_data import check_data
-from downstream.commands.demo import demo
-from downstream.commands.detectors import detectors
-from downstream.commands.evaluate import evaluate
-from downstream.commands.export import export
-from downstream.commands.extract import extract
-from downstream.commands.fit import fit
-from downstream.commands.info import info
-from downstream.commands.push import push
-from downstream.commands.score import score
-
-Run = Callable[[Namespace], int]
-
-COMMANDS: dict[str, Callable[[ArgumentParser], Run]] = {
-    "score": score,
-    "fit": fit,
-    "evaluate": evaluate,
-    "check-data": check_data,
-    "export": export,
-    "extract": extract,
-    "backbones": backbones,
-    "detectors": detectors,
-    "info": info,
-    "push": push,
-    "demo": demo,
+COMMANDS: dict[str, type[Command]] = {
+    "score": Score,
+    "fit": Fit,
+    "evaluate": Evaluate,
+    "check-data": CheckData,
+    "export": Export,
+    "extract": Extract,
+    "backbones": Backbones,
+    "detectors": Detectors,
+    "info": Info,
+    "push": Push,
+    "demo": Demo,
 }

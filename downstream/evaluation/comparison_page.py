@@ -22,8 +22,8 @@ from PIL import Image
 from adpretrain.files import atomic_path
 from downstream.evaluation import plots
 from downstream.evaluation.tables import MAIN, TITLES, all_notes, number, products_table, summarise, summary_table
-from downstream.inspection.finding import printable
-from downstream.inspection.report import Fact, jpeg, tile, warning_list
+from downstream.inspection.photos import printable
+from downstream.inspection.report import Fact, jpeg
 from downstream.visualise import COLORMAP
 
 MOST_PRODUCTS = 40  # whose histograms and maps are shown
@@ -57,8 +57,8 @@ def write_comparison(
         "title": _text(title),
         "style": _style(),
         "where": _text(where),
-        "facts": "".join(tile(fact) for fact in facts),
-        "warnings": warning_list(notes),
+        "facts": "".join(_tile(fact) for fact in facts),
+        "warnings": _warnings(notes),
         "summary": _summary(records),
         "curves": _plot(plots.curves(shown), f"{last}: every curve is the mean of the products' curves."),
         "embeddings": _embeddings(embeddings),
@@ -75,6 +75,16 @@ def write_comparison(
 
 def _text(text: object) -> str:
     return escape(printable(text), quote=True)
+
+
+def _tile(fact: Fact) -> str:
+    note = f"<small>{_text(fact.note)}</small>" if fact.note else ""
+    return f"<div><dt>{_text(fact.name)}</dt><dd>{_text(fact.value)}{note}</dd></div>"
+
+
+def _warnings(warnings: Sequence[str]) -> str:
+    items = "".join(f"<li>{_text(warning)}</li>" for warning in warnings)
+    return f'<ul class="warnings" aria-label="Warnings">{items}</ul>' if items else ""
 
 
 def _style() -> str:

@@ -61,7 +61,7 @@ def test_a_run_finds_the_discs_and_writes_everything(
         "summary.json",
     ]
     assert len(list((out / "heatmaps").glob("*.png"))) == 5
-    assert "a score is the mean of the heatmap&#x27;s highest 1 %" in (out / "report.html").read_text()
+    assert "a score is the mean of the heatmap&#39;s highest 1 %" in (out / "report.html").read_text()
     printed = capsys.readouterr().out
     assert "images anomalous (threshold" in printed
     assert "promised false-alarm rate 20 %" in printed

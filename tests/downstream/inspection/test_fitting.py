@@ -16,6 +16,7 @@ from torch import Tensor
 from adpretrain.backbones import load_backbone
 from adpretrain.extractor import ADExtractor
 from downstream.cli import main
+from downstream.commands.fit import parse_settings
 from downstream.detectors import DETECTORS, detector_from_pretrained
 from downstream.detectors.adapted import Adapted
 from downstream.detectors.building import build_detector
@@ -24,9 +25,7 @@ from downstream.detectors.featurenorm import FeatureNorm
 from downstream.detectors.padim import PaDiM
 from downstream.detectors.patchcore import PatchCore, PatchCoreConfig
 from downstream.embedding import EmbeddingConfig
-from downstream.inspection.finding import find_images
-from downstream.inspection.fitting import parse_settings
-from downstream.inspection.photos import Photo, read_batches
+from downstream.inspection.photos import Photo, find_images, read_batches
 
 
 def pixels(folder: Path, size: int = 64) -> Tensor:
