@@ -17,7 +17,7 @@ from typing import NoReturn
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from adpretrain.parsing import YAML
-from downstream.commands import COMMANDS
+from downstream.commands import COMMANDS, command_class
 from downstream.commands.options import add_options, from_options, help_of, usage_error
 from downstream.terminal import lines, one_line_warnings, plain
 
@@ -53,7 +53,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"adpretrain {version('adpretrain')}")
     subcommands = parser.add_subcommands(metavar="command", required=True)
-    for name, command in COMMANDS.items():
+    arguments = sys.argv[1:] if argv is None else argv
+    asked = [name for name in arguments[:1] if name in COMMANDS] or COMMANDS  # the help lists all of them
+    commands = {name: command_class(name) for name in asked}
+    for name, command in commands.items():
         summary, epilog, _ = help_of(command)
         subparser = _Parser(description=summary, epilog=epilog or None)
         if command.from_file:
@@ -61,12 +64,12 @@ def main(argv: list[str] | None = None) -> int:
         add_options(subparser, command)
         subcommands.add_subcommand(name, subparser, help=summary)
     try:
-        arguments = parser.parse_args(argv)
+        found = parser.parse_args(arguments)
     except SystemExit as stop:  # --help, --version or a usage error, already printed
         return stop.code if isinstance(stop.code, int) else EXIT_USAGE
     try:
         with one_line_warnings("adpretrain: "):
-            code = from_options(COMMANDS[arguments.subcommand], arguments[arguments.subcommand]).run()
+            code = from_options(commands[found.subcommand], found[found.subcommand]).run()
             sys.stdout.flush()
             return code
     except BrokenPipeError:  # who reads stdout, such as head, has seen enough
