@@ -54,6 +54,10 @@ from downstream.inspection.results import ANOMALOUS, NORMAL, UNDECIDED, Result
 from downstream.terminal import Progress, no_progress
 from downstream.visualise import ColourScale
 
+ALONE = (
+    "One normal photograph cannot be compared with another one: there is no threshold, no p-value and no verdict, only "
+    "a ranking. Give at least 2, or further ones with --calibration."
+)
 SHAPE_TOLERANCE = 0.05  # relative difference of width:height that is worth a warning
 PERHAPS_FITTED = (
     "The promise holds only if the detector was not fitted on these normal photographs: those it knows score lower. "
@@ -78,8 +82,8 @@ class Inspector:
     detector: Detector
     preprocess: Preprocess
     device: torch.device
+    options: Options
     calibration: Calibration | None
-    threshold: float | None
     scale: ColourScale | None  # None with one reference only: a sample of the images must fix it
     references: int
     aspects: tuple[float, ...]  # width / height of the references, or of a fitted detector's normal photographs
@@ -89,13 +93,26 @@ class Inspector:
     known: Mapping[str, str]  # digests of the normal photographs, and their names
     description: str  # of the extractor or detector, for people
     score_is: str  # how a score comes from a heatmap, for people
-    promise: tuple[str, ...]  # what there is to say about the threshold
-    notes: tuple[str, ...]  # and about the photographs
+    notes: tuple[str, ...]  # what there is to say about the photographs
+
+    @property
+    def threshold(self) -> float | None:
+        """The given one, else the calibrated one."""
+        if self.options.threshold is None and self.calibration is not None:
+            return self.calibration.threshold
+        return self.options.threshold
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Everything that people should know."""
-        return (*self.promise, *self.notes)
+        """Everything that people should know: of the threshold, then of the photographs."""
+        calibration, given = self.calibration, self.options.threshold
+        if given is not None:
+            text = "The threshold was given, not calibrated: no false-alarm rate is promised."
+            if calibration is not None:
+                exceeding = sum(score > given for score in calibration.scores)
+                text += f" {exceeding} of {len(calibration.scores)} normal photographs exceed it."
+            return (text, *self.notes)
+        return (*(calibration.warnings if calibration else (ALONE,)), *self.notes)
 
     @classmethod
     def from_folder(
@@ -167,22 +184,20 @@ class Inspector:
         batch = options.batch_size
         found = score_normals(detector, further, preprocess, device, contrast, batch, progress, known, scale)
         brightest = [photo.brightest for photo in references] + found.brightest
-        warnings = [*copies_note(copies, "references"), *notes, *found.notes("calibration"), *dark_note(brightest)]
+        notes = [*copies_note(copies, "references"), *notes, *found.notes("calibration"), *dark_note(brightest)]
         appearance = Normals([photo.appearance for photo in references])
 
-        calibration, threshold = None, options.threshold
+        calibration = None
         if len(scores_K) or len(found.scores):
             unlike = appearance.leave_one_out(), appearance.unlike(found.appearance).values
             calibration = calibrate(scores_K, options.false_alarm_rate, found.scores, unlike)
-            threshold = calibration.threshold if threshold is None else threshold
-        normal_maps = [*maps_KSS, *found.maps]
-        return cls(
+        inspector = cls(
             detector=detector,
             preprocess=preprocess,
             device=device,
+            options=options,
             calibration=calibration,
-            threshold=threshold,
-            scale=ColourScale.from_normal_maps(np.concatenate(normal_maps), threshold) if normal_maps else None,
+            scale=None,
             references=pool,
             aspects=tuple(photo.aspect for photo in references),
             contrast=contrast,
@@ -191,9 +206,12 @@ class Inspector:
             known=known,
             description=_describe(extractor, detector, options),
             score_is=f"the mean of the heatmap's highest {percent(detector.top)}",
-            promise=_promise(calibration, options),
-            notes=(*warnings, *_crop_note(preprocess)),
+            notes=(*notes, *_crop_note(preprocess)),
         )
+        if not (maps := [*maps_KSS, *found.maps]):
+            return inspector
+        colours = ColourScale.from_normal_maps(np.concatenate(maps), inspector.threshold)
+        return dataclasses.replace(inspector, scale=colours)
 
     @classmethod
     def from_detector(
@@ -234,14 +252,14 @@ class Inspector:
         appearance = Normals(found.appearance)
         unlike = appearance.leave_one_out()  # empty if there is one normal photograph only
         calibration = calibrate((), options.false_alarm_rate, found.scores, ((), unlike) if len(unlike) else None)
-        remembers = options.threshold is not None or bool(fitted.photographs)
+        doubt = [PERHAPS_FITTED] if options.threshold is None and not fitted.photographs else []
         network = f" on {fitted.backbone.name}" if fitted.backbone else ""
         return cls(
             detector=detector,
             preprocess=preprocess,
             device=device,
+            options=options,
             calibration=calibration,
-            threshold=calibration.threshold if options.threshold is None else options.threshold,
             # Not the threshold: image scores need not be in the maps' unit.
             scale=ColourScale.from_normal_maps(np.concatenate(found.maps)),
             references=0,
@@ -252,8 +270,7 @@ class Inspector:
             known=known,
             description=f"{fitted.detector}{network}, fitted before",
             score_is="the detector's, in its own unit",
-            promise=(*_promise(calibration, options), *([] if remembers else [PERHAPS_FITTED])),
-            notes=(*found.notes("normal"), *dark_note(found.brightest), *_crop_note(preprocess)),
+            notes=(*doubt, *found.notes("normal"), *dark_note(found.brightest), *_crop_note(preprocess)),
         )
 
     def score(self, read: Sequence[Photo | Unreadable]) -> list[Scored | Unreadable]:
@@ -346,22 +363,6 @@ def _sample(paths: Sequence[Path], preprocess: Preprocess, batch_size: int, scal
         reasons = [item.reason for item in read if isinstance(item, Unreadable)]
         raise ValueError(f"no normal photograph can be used: {reasons[0] if reasons else 'all of them are blank'}")
     return photos
-
-
-def _promise(calibration: Calibration | None, options: Options) -> tuple[str, ...]:
-    """What there is to say about the threshold."""
-    if options.threshold is not None:
-        text = "The threshold was given, not calibrated: no false-alarm rate is promised."
-        if calibration is not None:
-            exceeding = sum(score > options.threshold for score in calibration.scores)
-            text += f" {exceeding} of {len(calibration.scores)} normal photographs exceed it."
-        return (text,)
-    if calibration is None:
-        return (
-            "One normal photograph cannot be compared with another one: there is no threshold, no p-value "
-            "and no verdict, only a ranking. Give at least 2, or further ones with --calibration.",
-        )
-    return calibration.warnings
 
 
 def _crop_note(preprocess: Preprocess) -> list[str]:

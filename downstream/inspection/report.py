@@ -165,15 +165,3 @@ def _histogram(
 
 def _scores(results: Sequence[Result], verdict: str) -> list[float]:
     return [result.score for result in results if result.verdict == verdict and result.score is not None]
-
-
-def rate_fact(rate: float | None, asked: float, upper: float | None) -> Fact:
-    """The false-alarm tile."""
-    if rate is None or upper is None:
-        return Fact("False-alarm rate", "not known", "no calibrated threshold")
-    note = f"on average; for these photographs up to {percent(upper)} (95 % confidence)"
-    return Fact(
-        "Promised false-alarm rate",
-        percent(rate),
-        note if rate <= asked + 1e-9 else f"{percent(asked)} was asked; {note}",
-    )

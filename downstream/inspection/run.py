@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from adpretrain import __version__
 from adpretrain.extractor import ADExtractor
 from adpretrain.files import atomic_path, sweep
-from downstream.calibration import percent
+from downstream.calibration import Calibration, percent
 from downstream.inspection import DEFAULTS, Options
 from downstream.inspection.inspector import Inspector, Scored, shape_note
 from downstream.inspection.normals import SCALE_SAMPLE, predict_photos
@@ -40,7 +40,7 @@ from downstream.inspection.photos import (
     read_batches,
     relative_name,
 )
-from downstream.inspection.report import Fact, rate_fact, write_report
+from downstream.inspection.report import Fact, write_report
 from downstream.inspection.results import (
     ANOMALOUS,
     NORMAL,
@@ -141,9 +141,9 @@ def score_folder(
     with record:
         results, more_warnings = score_images(inspector, images, paths, record, options.batch_size, progress)
     warnings = [*inspector.warnings, *more_warnings, *_copies_note(results), *foreign]
-    drift = _drift_note(inspector, options, results)
+    drift = _drift_note(inspector, results)
     summary: dict[str, Any] = {kind: printable(name), "normal": printable(normal), "images_folder": printable(images)}
-    summary |= _summary(inspector, options, results, [*drift, *warnings]) | {"more_alarms_than_promised": bool(drift)}
+    summary |= _summary(inspector, results, [*drift, *warnings]) | {"more_alarms_than_promised": bool(drift)}
     summary["seconds"] = round(time.perf_counter() - started, 3)
     write_scores(out / "scores.csv", results)
     write_report(
@@ -151,7 +151,7 @@ def score_folder(
         results,
         title=f"Inspection of {images.resolve().name}",
         where=f"{summary['images_folder']} compared with {summary['normal']}",
-        facts=[*_facts(inspector, options, results), Fact(kind.capitalize(), printable(name), inspector.description)],
+        facts=[*_facts(inspector, results), Fact(kind.capitalize(), printable(name), inspector.description)],
         warnings=[*drift, *warnings],
         threshold=inspector.threshold,
         normal_scores=inspector.calibration.scores if inspector.calibration else (),
@@ -307,10 +307,10 @@ def _copies_note(results: Sequence[Result]) -> list[str]:
     ]
 
 
-def _drift_note(inspector: Inspector, options: Options, results: Sequence[Result]) -> list[str]:
+def _drift_note(inspector: Inspector, results: Sequence[Result]) -> list[str]:
     """What to say if there are more alarms than the promise allows, were all photographs normal."""
     calibration = inspector.calibration
-    if calibration is None or options.threshold is not None:
+    if calibration is None or inspector.options.threshold is not None:
         return []
     counts = counted(results)
     alarms, judged = counts[ANOMALOUS], counts[ANOMALOUS] + counts[NORMAL]
@@ -331,10 +331,8 @@ def _saturation_note(saturated: int, total: int, full_scale: float | None) -> li
     return [f"{saturated} of {total} images hold values above {limit}: what is brighter all looks white."]
 
 
-def _summary(
-    inspector: Inspector, options: Options, results: Sequence[Result], warnings: Sequence[str]
-) -> dict[str, Any]:
-    calibration = inspector.calibration
+def _summary(inspector: Inspector, results: Sequence[Result], warnings: Sequence[str]) -> dict[str, Any]:
+    calibration, options = inspector.calibration, inspector.options
     promised = calibration if options.threshold is None else None
     return {
         "references": inspector.references,
@@ -361,33 +359,30 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _facts(inspector: Inspector, options: Options, results: Sequence[Result]) -> list[Fact]:
-    calibration = inspector.calibration if options.threshold is None else None
+def _facts(inspector: Inspector, results: Sequence[Result]) -> list[Fact]:
+    calibration, options = inspector.calibration, inspector.options
     threshold = "none" if inspector.threshold is None else f"{inspector.threshold:.4g}"
     origin = "given by the user" if options.threshold is not None else "from normal photographs only"
     # Why a heatmap can be outlined where the verdict is normal.
     origin += f"; a score is {inspector.score_is}"
-    beyond = inspector.calibration.unlike_threshold if inspector.calibration else math.inf
+    beyond = calibration.unlike_threshold if calibration else math.inf
     limit = f"above {beyond:.3g}" if math.isfinite(beyond) else "not judged"
-    calibrated = len(inspector.calibration.scores) if inspector.calibration else 0
+    calibrated = len(calibration.scores) if calibration else 0
+    verdicts = ", ".join(f"{n} {verdict}" for verdict, n in counted(results).items() if n)
+    used = f"as references; {calibrated} calibrate the threshold" if inspector.references else "calibrate the threshold"
     return [
-        Fact(
-            "Images",
-            str(len(results)),
-            ", ".join(f"{n} {verdict}" for verdict, n in counted(results).items() if n),
-        ),
+        Fact("Images", str(len(results)), verdicts),
         Fact("Threshold", threshold, origin if inspector.threshold is not None else "one reference cannot give one"),
         Fact("Unlike the normals", limit, "brightness, contrast, colour, sharpness, layout; in units of their spread"),
-        rate_fact(
-            calibration.rate if calibration else None,
-            options.false_alarm_rate,
-            calibration.rate_upper if calibration else None,
-        ),
-        Fact(
-            "Normal photographs",
-            str(inspector.references or calibrated),
-            f"as references; {calibrated} calibrate the threshold"
-            if inspector.references
-            else "calibrate the threshold",
-        ),
+        _rate_fact(calibration if options.threshold is None else None, options.false_alarm_rate),
+        Fact("Normal photographs", str(inspector.references or calibrated), used),
     ]
+
+
+def _rate_fact(calibration: Calibration | None, asked: float) -> Fact:
+    if calibration is None:
+        return Fact("False-alarm rate", "not known", "no calibrated threshold")
+    note = f"on average; for these photographs up to {percent(calibration.rate_upper)} (95 % confidence)"
+    if calibration.rate > asked + 1e-9:
+        note = f"{percent(asked)} was asked; {note}"
+    return Fact("Promised false-alarm rate", percent(calibration.rate), note)
