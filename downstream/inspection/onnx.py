@@ -255,11 +255,13 @@ class DetectorGraph(nn.Module):
         super().__init__()
         extractor = detector.extract
         if isinstance(detector, AlignedFeatureNorm):
-            raise ValueError("only one set of references for all images can be exported, not aligned ones")
+            raise ValueError(
+                "the exported detector has one set of references for all images: aligned ones cannot be exported"
+            )
         if not isinstance(extractor, ADExtractor) or extractor.references is None:
             raise ValueError("only a FeatureNorm of an ADExtractor can be exported, after fit(normal_images)")
         if (banks := extractor.references[0].shape[0]) != 1:
-            raise ValueError(f"only one set of references for all images can be exported, not {banks}")
+            raise ValueError(f"the exported detector has one set of references for all images, not {banks}")
         self.from_features, self.weighted = detector.from_features, extractor.weighted
         self.metric = extractor.config.matching
         self.backbone = extractor.backbone
