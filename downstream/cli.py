@@ -11,14 +11,15 @@ import os
 import sys
 import traceback
 from argparse import RawDescriptionHelpFormatter
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from adpretrain.parsing import YAML
-from downstream.commands import COMMANDS, Run
-from downstream.commands.usage import usage_error
+from downstream.commands import COMMANDS, command_class
+from downstream.commands.options import help_of, usage_error
 from downstream.terminal import lines, one_line_warnings, plain
 
 EXIT_USAGE, EXIT_BUG, EXIT_INTERRUPTED, EXIT_PIPE = 2, 70, 130, 141
@@ -54,19 +55,24 @@ def main(argv: list[str] | None = None, **process: Any) -> int:
     )
     parser.add_argument("--version", action="version", version=f"adpretrain {version('adpretrain')}")
     subcommands = parser.add_subcommands(metavar="command", required=True)
-    runs: dict[str, Run] = {}
-    for name, command in COMMANDS.items():
-        summary = (command.__doc__ or "").strip()
-        subparser = _Parser(description=summary)
-        runs[name] = command(subparser)
+    arguments = sys.argv[1:] if argv is None else argv
+    asked = [name for name in arguments[:1] if name in COMMANDS] or COMMANDS  # the help lists all of them
+    commands = {name: command_class(name) for name in asked}
+    for name, command in commands.items():
+        summary, epilog, _ = help_of(command)
+        subparser = _Parser(description=summary, epilog=epilog or None)
+        if command.from_file:
+            subparser.add_argument("--config", action="config", help="YAML file with any of these options")
+        command.add_to(subparser)
         subcommands.add_subcommand(name, subparser, help=summary)
     try:
-        arguments = parser.parse_args(argv)
+        found = parser.parse_args(arguments)
     except SystemExit as stop:  # --help, --version or a usage error, already printed
         return stop.code if isinstance(stop.code, int) else EXIT_USAGE
     try:
         with one_line_warnings("adpretrain: "):
-            code = runs[arguments.subcommand](arguments[arguments.subcommand], **process)
+            run: Callable[..., int] = commands[found.subcommand].parsed(found[found.subcommand]).run
+            code = run(**process)
             sys.stdout.flush()
             return code
     except BrokenPipeError:  # who reads stdout, such as head, has seen enough

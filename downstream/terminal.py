@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 
+Progress = Callable[[str, int, int], None]  # what is being done, how many are done, of how many
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -58,24 +59,23 @@ class _Shown(logging.Handler):
             self._said.add(message)
 
 
-class ProgressBars:
-    """Progress on stderr: a live bar on a terminal, silence in a log file."""
+def no_progress(what: str, done: int, total: int) -> None:
+    """Shows nothing."""
 
-    def __enter__(self) -> Callable[[str, int, int], None]:
+
+class ProgressBars:
+    """Progress on stderr: a live bar on a terminal, nothing in a log file."""
+
+    def __enter__(self) -> Progress:
+        from rich import progress as bars
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         console = Console(stderr=True)
-        self._bars = Progress(
-            TextColumn("{task.description:<22}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=console,
-        )
+        columns = bars.TextColumn("{task.description:<22}"), bars.BarColumn(), bars.MofNCompleteColumn()
+        self._bars = bars.Progress(*columns, bars.TimeRemainingColumn(), console=console)
         self._tasks: dict[str, object] = {}
         if not console.is_terminal:
-            return lambda what, done, total: None
+            return no_progress
         self._bars.start()
         return self._show
 

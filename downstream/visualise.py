@@ -11,6 +11,7 @@ same references and threshold. The contour follows the limit.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +52,16 @@ class ColourScale:
         low = float(np.median(maps))
         middle = float(maps.max()) if limit is None or limit <= low else limit
         return cls._around(low, middle)
+
+    @classmethod
+    def from_typical_map(cls, maps: Sequence[NDArray[np.floating]], limit: float | None = None) -> ColourScale:
+        """The scale of the map [S, S] with the median peak among ``maps``; those that are not finite are left out."""
+        finite = [map_SS for map_SS in maps if np.isfinite(map_SS).all()]
+        if not finite:
+            return cls(0.0, 1.0, 2.0)  # nothing could be read, so nothing will be drawn
+        return cls.from_normal_maps(
+            sorted(finite, key=lambda map_SS: float(map_SS.max()))[len(finite) // 2][None], limit
+        )
 
     @classmethod
     def _around(cls, low: float, middle: float) -> ColourScale:

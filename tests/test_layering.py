@@ -1,6 +1,7 @@
 """The house rules of who imports whom."""
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,37 @@ def test_the_house_rules_hold(path: Path) -> None:
 
 def test_the_rooms_were_found() -> None:
     assert {path.relative_to(ROOT).parts[0] for path in FILES} >= {"adpretrain", "downstream", "recipes"}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the two packages, and its file."""
+    found = {}
+    for path in FILES:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if parts[0] in ("adpretrain", "downstream"):
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(name: str, path: Path, known: set[str]) -> set[str]:
+    """The modules that a file imports anywhere, for annotations too, with the packages that these lie in."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (inside & known) | ({node.module} if inside - known else set())
+    packages = {module.rsplit(".", up)[0] for module in found for up in range(1, module.count(".") + 1)}
+    found |= {package for package in packages if not f"{name}.".startswith(f"{package}.")}
+    return found & known - {name}
+
+
+@pytest.mark.xfail(strict=True, reason="downstream.saved imports detectors and card, which import it: room A ends it")
+def test_no_module_imports_itself_through_others() -> None:
+    found = modules()
+    graph = {name: imports(name, path, set(found)) for name, path in found.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(reversed(error.args[1])))

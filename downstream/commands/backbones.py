@@ -4,50 +4,46 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from jsonargparse import ArgumentParser, Namespace
-
-if TYPE_CHECKING:
-    from adpretrain.backbones import BackboneInfo
+from downstream.commands.options import Command
 
 WIDTH = 140  # of the table where stdout is no terminal
-NOTE = "timm/<model name> is any other network of timm. Licences are those of the weights."
 
 
-def backbones(parser: ArgumentParser) -> Callable[[Namespace], int]:
-    """List the feature networks: levels, widths, licence, and whether their weights are in the local cache."""
-    parser.add_argument("--json", action="store_true", help="print one JSON list instead of a table")
-    return _backbones
+@dataclass(frozen=True)
+class Backbones(Command):
+    """List the feature networks: levels, widths, licence, and whether their weights are in the local cache.
 
+    Args:
+        json: print one JSON list instead of a table
+    """
 
-def _backbones(options: Namespace) -> int:
-    from adpretrain.backbones import list_backbones
+    json: bool = False
 
-    rows = list_backbones()
-    if options.json:
-        print(json.dumps([dataclasses.asdict(row) for row in rows]))
-    else:
-        _show(rows)
-    return 0
+    def run(self) -> int:
+        from rich.box import ASCII
+        from rich.console import Console
+        from rich.table import Table
 
+        from adpretrain.backbones import list_backbones
 
-def _show(rows: Sequence[BackboneInfo]) -> None:
-    from rich.box import ASCII
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=WIDTH)
-    table = Table("name", "levels", "widths", "licence", "in cache", box=ASCII)
-    for row in rows:
-        widths = f"{row.channels[0]} x {len(row.channels)}" if len({*row.channels}) == 1 else _list(row.channels)
-        cached = "yes" if row.cached else "no"
-        table.add_row(row.name, _list(row.levels), widths, row.licence, cached)
-    console.print(table)
-    console.print(NOTE)
+        rows = list_backbones()
+        if self.json:
+            print(json.dumps([dataclasses.asdict(row) for row in rows]))
+            return 0
+        console = Console(highlight=False)
+        if not console.is_terminal:
+            console = Console(highlight=False, width=WIDTH)
+        table = Table("name", "levels", "widths", "licence", "in cache", box=ASCII)
+        for row in rows:
+            same = len({*row.channels}) == 1
+            widths = f"{row.channels[0]} x {len(row.channels)}" if same else _list(row.channels)
+            table.add_row(row.name, _list(row.levels), widths, row.licence, "yes" if row.cached else "no")
+        console.print(table)
+        console.print("timm/<model name> is any other network of timm. Licences are those of the weights.")
+        return 0
 
 
 def _list(numbers: Sequence[int]) -> str:

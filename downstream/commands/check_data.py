@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ArgumentParser, Namespace
-
+from downstream.commands.options import Command
 from downstream.terminal import ProgressBars, plain
 
 if TYPE_CHECKING:
@@ -18,44 +18,46 @@ if TYPE_CHECKING:
 
 SHOWN = 20  # warnings
 
-EXIT_CODES = """exit codes:
-  0  every image and mask was read, and masks agree with labels; there may be warnings
-  1  problems, each on a line of its own
-  2  wrong usage, or no data set of a known layout: nothing was checked"""
 
+@dataclass(frozen=True, kw_only=True)
+class CheckData(Command):
+    """Read every image and mask of a data set and compare them with the labels.
 
-def check_data(parser: ArgumentParser) -> Callable[[Namespace], int]:
-    """Read every image and mask of a data set and compare them with the labels."""
-    parser.epilog = EXIT_CODES
-    parser.add_argument("--dataset", type=str, default="auto", help="layout of the set; auto finds it")
-    parser.add_argument("--root", type=str, required=True, help="folder of the set, or hf://org/name")
-    parser.add_argument(
-        "--columns",
-        type=dict[str, str],
-        default={},
-        help="columns of a Hugging Face data set that are not guessed, such as --columns.mask segmentation",
-    )
-    parser.add_argument("--workers", type=int, default=4, help="images read at a time")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    return _check_data
+    exit codes:
+      0  every image and mask was read, and masks agree with labels; there may be warnings
+      1  problems, each on a line of its own
+      2  wrong usage, or no data set of a known layout: nothing was checked
 
+    Args:
+        dataset: layout of the set; auto finds it
+        root: folder of the set, or hf://org/name
+        columns: columns of a Hugging Face data set that are not guessed, such as --columns.mask segmentation
+        workers: images read at a time
+        json: print one JSON object instead of text
+    """
 
-def _check_data(options: Namespace) -> int:
-    from adpretrain.data import detect_layout
-    from adpretrain.data.checking import check_samples
+    dataset: str = "auto"
+    root: str
+    columns: dict[str, str] = field(default_factory=dict)
+    workers: int = 4
+    json: bool = False
 
-    layout = detect_layout(options.root) if options.dataset == "auto" else options.dataset
-    samples, missing, left_out, junk = _index(layout, options.root, options.columns)
-    with ProgressBars() as progress:
-        found = check_samples(samples, options.workers, progress, missing, masks_needed=False)
-    lines = [*left_out, *(problem.reason for problem in found if not problem.doubtful)]
-    warned = [*junk, *(problem.reason for problem in found if problem.doubtful)]
-    if options.json:
-        report = {"dataset": layout, "root": options.root, "images": len(samples)}
-        told = {"problems": [plain(line) for line in lines], "warnings": [plain(line) for line in warned]}
-        print(json.dumps({**report, "categories": count(samples), **told}))
-    else:
-        print(f"{plain(options.root)}: {len(samples)} images in the {layout} layout")
+    def run(self) -> int:
+        from adpretrain.data import detect_layout
+        from adpretrain.data.checking import check_samples
+
+        layout = detect_layout(self.root) if self.dataset == "auto" else self.dataset
+        samples, missing, left_out, junk = _index(layout, self.root, self.columns)
+        with ProgressBars() as progress:
+            found = check_samples(samples, self.workers, progress, missing, masks_needed=False)
+        lines = [*left_out, *(problem.reason for problem in found if not problem.doubtful)]
+        warned = [*junk, *(problem.reason for problem in found if problem.doubtful)]
+        if self.json:
+            report = {"dataset": layout, "root": self.root, "images": len(samples)}
+            told = {"problems": [plain(line) for line in lines], "warnings": [plain(line) for line in warned]}
+            print(json.dumps({**report, "categories": count(samples), **told}))
+            return 1 if lines else 0
+        print(f"{plain(self.root)}: {len(samples)} images in the {layout} layout")
         print(table(samples))
         print(f"{len(lines)} problems" + (":" if lines else ""))
         for line in lines:
@@ -66,7 +68,7 @@ def _check_data(options: Namespace) -> int:
             print(f"  {plain(line)}")
         if len(warned) > SHOWN:
             print(f"  and {len(warned) - SHOWN} more; --json lists all")
-    return 1 if lines else 0
+        return 1 if lines else 0
 
 
 def _index(

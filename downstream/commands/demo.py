@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 
-from jsonargparse import ArgumentParser, Namespace
+from downstream.commands.options import EMBEDDED, REPEATED, Command
 
 
-def demo(parser: ArgumentParser) -> Callable[[Namespace], int]:
-    """Open a page on this machine: drop good photographs and new ones, see scores, verdicts and heatmaps."""
-    parser.add_argument(
-        "--extractor",
-        action="append",
-        default=None,
-        help='"embedded" (default) or a folder written by save_pretrained; repeat it to offer several',
-    )
-    parser.add_argument("--port", type=int, default=7860, help="0 takes any free port")
-    parser.add_argument(
-        "--host", type=str | None, default=None, help="where to listen; default: this machine only (127.0.0.1)"
-    )
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    return _demo
+@dataclass(frozen=True)
+class Demo(Command):
+    """Open a page on this machine: drop good photographs and new ones, see scores, verdicts and heatmaps.
 
+    Args:
+        extractor: "embedded" (default) or a folder written by save_pretrained; repeat it to offer several
+        port: 0 takes any free port
+        host: where to listen; default: this machine only (127.0.0.1)
+        device: auto, cpu, cuda, cuda:1, mps
+    """
 
-def _demo(options: Namespace) -> int:
-    if find_spec("gradio") is None:  # before torch is imported, which takes a while
-        raise ValueError("the demo needs gradio: pip install 'adpretrain[demo]'")
-    from downstream.web.serving import EMBEDDED, serve
+    extractor: list[str] | None = field(default=None, metadata=REPEATED)
+    port: int = 7860
+    host: str | None = None
+    device: str = "auto"
 
-    serve(options.extractor or [EMBEDDED], options.host, options.port, options.device)
-    return 0
+    def run(self) -> int:
+        if find_spec("gradio") is None:  # before torch is imported, which takes a while
+            raise ValueError("the demo needs gradio: pip install 'adpretrain[demo]'")
+        from downstream.web.serving import serve
+
+        serve(self.extractor or [EMBEDDED], self.host, self.port, self.device)
+        return 0

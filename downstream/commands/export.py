@@ -2,89 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jsonargparse import ArgumentParser, Namespace
-
-from downstream.commands.network import EMBEDDED, EXTRACTOR_HELP
+from downstream.commands.options import EMBEDDED, Command
 from downstream.terminal import ProgressBars, plain
 
 if TYPE_CHECKING:
     from adpretrain.preprocess import Preprocess
 
-EXIT_CODES = """exit codes:
-  0  the file was written, and ONNX Runtime gives the same scores and maps as torch
-  2  wrong usage or input, a missing package, or results that differ: nothing was written
-The file contains features of the normal photographs: share it only with those who may see the product."""
 
+@dataclass(frozen=True, kw_only=True)
+class Export(Command):
+    """Write an inspector of one product as an ONNX file: extractor, references and threshold in one.
 
-def export(parser: ArgumentParser) -> Callable[[Namespace], int]:
-    """Write an inspector of one product as an ONNX file: extractor, references and threshold in one."""
-    parser.epilog = EXIT_CODES
-    parser.add_argument("--config", action="config", help="YAML file with any of these options")
-    parser.add_argument("--extractor", type=str, default=EMBEDDED, help=EXTRACTOR_HELP)
-    parser.add_argument("--normal", type=str, required=True, help="folder of normal photographs, 2 to 8 or more")
-    parser.add_argument("--out", type=str, required=True, help="the file to write, e.g. model.onnx")
-    parser.add_argument(
-        "--calibration",
-        type=str | None,
-        default=None,
-        help="folder of further normal photographs, for the threshold only",
-    )
-    parser.add_argument(
-        "--false-alarm-rate",
-        type=float,
-        default=0.05,
-        help="share of normal images that may be called anomalous",
-    )
-    parser.add_argument("--shots", type=int, default=16, help="number of references K at most; the others calibrate")
-    parser.add_argument(
-        "--check",
-        type=str | None,
-        default=None,
-        help="folder of photographs to compare ONNX Runtime with torch on, at most 16; default: the normal ones",
-    )
-    parser.add_argument("--opset", type=int, default=20, help="version of the ONNX operators, 18 or newer")
-    parser.add_argument("--batch-size", type=int, default=16, help="images in memory at once")
-    parser.add_argument("--device", type=str, default="auto", help="for fitting: auto, cpu, cuda, cuda:1, mps")
-    return _export
+    exit codes:
+      0  the file was written, and ONNX Runtime gives the same scores and maps as torch
+      2  wrong usage or input, a missing package, or results that differ: nothing was written
+    The file contains features of the normal photographs: share it only with those who may see the product.
 
+    Args:
+        extractor: a folder written by save_pretrained, "org/name" on the Hugging Face Hub, or the embedded one
+        normal: folder of normal photographs, 2 to 8 or more
+        out: the file to write, e.g. model.onnx
+        calibration: folder of further normal photographs, for the threshold only
+        false_alarm_rate: share of normal images that may be called anomalous
+        shots: number of references K at most; the others calibrate
+        check: folder of photographs to compare ONNX Runtime with torch on, at most 16; default: the normal ones
+        opset: version of the ONNX operators, 18 or newer
+        batch_size: images in memory at once
+        device: for fitting: auto, cpu, cuda, cuda:1, mps
+    """
 
-def _export(options: Namespace) -> int:
-    from downstream.inspection.basis import Options
-    from downstream.inspection.onnx import export_folder
+    from_file = True
+    extractor: str = EMBEDDED
+    normal: Path
+    out: Path
+    calibration: Path | None = None
+    false_alarm_rate: float = 0.05
+    shots: int = 16
+    check: Path | None = None
+    opset: int = 20
+    batch_size: int = 16
+    device: str = "auto"
 
-    with ProgressBars() as progress:
-        done, basis = export_folder(
-            options.extractor,
-            Path(options.normal),
-            Path(options.out),
-            Path(options.calibration) if options.calibration else None,
-            Path(options.check) if options.check else None,
-            Options(options.false_alarm_rate, shots=options.shots, batch_size=options.batch_size),
-            options.opset,
-            options.device,
-            progress,
-        )
-    threshold = "none" if basis.threshold is None else f"{basis.threshold:.4g}"
-    print(f"{plain(done.path)}: {done.size / 2**20:.1f} MiB, {basis.references} references, threshold {threshold}")
-    found = done.agreement
-    same = found.images - found.ties
-    views = "the photographs, mirrored ones and single ones"
-    print(f"largest difference between ONNX Runtime and torch: {found.difference:.1e} on {same} images ({views})")
-    if found.ties:
-        print(
-            f"note: {found.ties} more images hold a token that is equally near to two references, and differ by up to "
-            f"{found.tie_difference:.1e} there: rounding decides which one is taken"
-        )
-    for warning in basis.warnings:
-        print(f"note: {plain(warning)}")
-    print(f"note: the file contains features of the photographs in {plain(options.normal)}")
-    print("To run it on photographs without transparency, 8 bits a channel:\n")
-    print(snippet(done.path, basis.preprocess))
-    return 0
+    def run(self) -> int:
+        from downstream.inspection import Options
+        from downstream.inspection.onnx import export_folder
+
+        options = Options(self.false_alarm_rate, shots=self.shots, batch_size=self.batch_size)
+        folders = self.normal, self.out, self.calibration, self.check
+        with ProgressBars() as progress:
+            done, inspector = export_folder(self.extractor, *folders, options, self.opset, self.device, progress)
+        limit = "none" if inspector.threshold is None else f"{inspector.threshold:.4g}"
+        size = f"{done.size / 2**20:.1f} MiB"
+        print(f"{plain(done.path)}: {size}, {inspector.references} references, threshold {limit}")
+        found = done.agreement
+        same = found.images - found.ties
+        views = "the photographs, mirrored ones and single ones"
+        print(f"largest difference between ONNX Runtime and torch: {found.difference:.1e} on {same} images ({views})")
+        if found.ties:
+            print(
+                f"note: {found.ties} more images hold a token that is equally near to two references, and differ by up "
+                f"to {found.tie_difference:.1e} there: rounding decides which one is taken"
+            )
+        for warning in inspector.warnings:
+            print(f"note: {plain(warning)}")
+        print(f"note: the file contains features of the photographs in {plain(self.normal)}")
+        print("To run it on photographs without transparency, 8 bits a channel:\n")
+        print(snippet(done.path, inspector.preprocess))
+        return 0
 
 
 def snippet(path: Path, preprocess: Preprocess) -> str:

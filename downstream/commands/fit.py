@@ -2,60 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace
-
-from downstream.commands.network import add_network, check_network, load_network
+from downstream.commands.options import Command, Network
 from downstream.terminal import ProgressBars, plain, tell_memory
 
-EPILOG = """The folder written holds features of the product: share it only with those who may see the product.
-It scores with adpretrain score --detector FOLDER --normal OTHERS, normal photographs that it was not fitted on;
-in Python: downstream.detectors.detector_from_pretrained(folder).predict(images).
 
-exit codes:
-  0  fitted and saved
-  2  wrong usage or input: nothing was written"""
+@dataclass(frozen=True, kw_only=True)
+class Fit(Command):
+    """Fit a detector on normal photographs and save it.
 
+    The folder written holds features of the product: share it only with those who may see the product.
+    It scores with adpretrain score --detector FOLDER --normal OTHERS, normal photographs that it was not fitted on;
+    in Python: downstream.detectors.detector_from_pretrained(folder).predict(images).
 
-def fit(parser: ArgumentParser) -> Callable[[Namespace], int]:
-    """Fit a detector on normal photographs and save it."""
-    parser.epilog = EPILOG
-    parser.add_argument("--config", action="config", help="YAML file with any of these options")
-    parser.add_argument("--detector", type=str, default="patchcore", help="its name (adpretrain detectors)")
-    parser.add_argument("--backbone", type=str | None, default=None, help="raw features (adpretrain backbones)")
-    parser.add_argument("--extractor", type=str | None, default=None, help="features of this extractor instead")
-    parser.add_argument("--normal", type=str, required=True, help="folder of normal photographs, with subfolders")
-    parser.add_argument("--out", type=str, required=True, help="folder of the fitted detector")
-    parser.add_argument(
-        "--set",
-        type=str,
-        nargs="*",
-        default=[],
-        help="options of the detector, such as amount=0.01 embedding.patch=5; a wrong one lists them",
-    )
-    parser.add_argument("--shots", type=int, default=8, help="references of an extractor, taken from the normal ones")
-    add_network(parser)
-    return _fit
+    exit codes:
+      0  fitted and saved
+      2  wrong usage or input: nothing was written
 
+    Args:
+        detector: its name (adpretrain detectors)
+        normal: folder of normal photographs, with subfolders
+        out: folder of the fitted detector
+        set: options of the detector, such as amount=0.01 embedding.patch=5; a wrong one lists them
+        shots: references of an extractor, taken from the normal ones
+    """
 
-def _fit(options: Namespace) -> int:
-    from downstream.inspection.finding import find_images
-    from downstream.inspection.fitting import fit_folder, parse_settings
-    from downstream.inspection.run import pick_device
+    from_file = True
+    detector: str = "patchcore"
+    normal: Path
+    out: Path
+    set: list[str] = field(default_factory=list)
+    shots: int = 8
+    network: Network
 
-    check_network(options)
-    tell_memory()
-    normal, out = Path(options.normal), Path(options.out)
-    device, settings = pick_device(options.device), parse_settings(options.set)
-    find_images(normal, exclude=out)  # a wrong path is found before a network is loaded
-    model = load_network(options, device)
-    with ProgressBars() as progress:
-        done = fit_folder(
-            options.detector, model, normal, out, settings, options.shots, options.batch_size, device, progress
+    def run(self) -> int:
+        from downstream.inspection.fitting import fit_folder
+        from downstream.inspection.photos import find_images
+        from downstream.inspection.run import pick_device
+
+        if self.shots < 1:
+            raise ValueError(f"--shots {self.shots}: expected at least 1")
+        tell_memory()
+        device, settings, batch_size = (
+            pick_device(self.network.device),
+            parse_settings(self.set),
+            self.network.batch_size,
         )
-    references = f"{done.references} references" if done.references else ""
-    fitted = ", ".join(filter(None, [f"{done.images} images" if done.images else "", references]))
-    print(f"{options.detector} fitted on {fitted or 'nothing (it needs none)'}: {plain(done.folder)}")
-    return 0
+        find_images(self.normal, exclude=self.out)  # a wrong path is found before a network is loaded
+        model = self.network.load(device)
+        with ProgressBars() as progress:
+            done = fit_folder(
+                self.detector, model, self.normal, self.out, settings, self.shots, batch_size, device, progress
+            )
+        references = f"{done.references} references" if done.references else ""
+        fitted = ", ".join(filter(None, [f"{done.images} images" if done.images else "", references]))
+        print(f"{self.detector} fitted on {fitted or 'nothing (it needs none)'}: {plain(done.folder)}")
+        return 0
+
+
+def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
+    """["embedding.patch=1", "amount=0.01"] -> nested keys and values, read as YAML. ValueError for another form."""
+    import yaml
+
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not separator or not key:
+            raise ValueError(f"setting {pair!r} must be key=value, such as embedding.target_dim=100")
+        *parents, last = key.split(".")
+        place = settings
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"setting {pair!r}: {parent} already has a value")
+        try:
+            place[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"setting {pair!r}: {error}") from error
+    return settings

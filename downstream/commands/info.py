@@ -3,33 +3,38 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from dataclasses import dataclass, field
 
-from jsonargparse import ArgumentParser, Namespace
-
+from downstream.commands.options import POSITIONAL, Command
 from downstream.terminal import plain
 
 
-def info(parser: ArgumentParser) -> Callable[[Namespace], int]:
-    """Say what an extractor or fitted detector is: backbone, levels, size, training data, metrics."""
-    parser.add_argument("model", type=str, help='a folder, "org/name" on the Hugging Face Hub, or embedded')
-    parser.add_argument("--revision", type=str | None, default=None, help="branch, tag or commit on the Hub")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    return _info
+@dataclass(frozen=True)
+class Info(Command):
+    """Say what an extractor or fitted detector is: backbone, levels, size, training data, metrics.
 
+    Args:
+        model: a folder, "org/name" on the Hugging Face Hub, or embedded
+        revision: branch, tag or commit on the Hub
+        json: print one JSON object instead of text
+    """
 
-def _info(options: Namespace) -> int:
-    from downstream.described import describe_model
+    model: str = field(metadata=POSITIONAL)
+    revision: str | None = None
+    json: bool = False
 
-    facts = describe_model(options.model, options.revision)
-    if options.json:
-        print(json.dumps(facts))
+    def run(self) -> int:
+        from downstream.described import describe_model
+
+        facts = describe_model(self.model, self.revision)
+        if self.json:
+            print(json.dumps(facts))
+            return 0
+        width = max(map(len, facts))
+        for name, value in facts.items():
+            if value not in (None, "", [], {}):
+                if isinstance(value, dict):
+                    value = [f"{key} {part}" for key, part in value.items()]
+                shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+                print(f"{name:<{width}}  {plain(shown)}")
         return 0
-    width = max(map(len, facts))
-    for name, value in facts.items():
-        if value not in (None, "", [], {}):
-            if isinstance(value, dict):
-                value = [f"{key} {part}" for key, part in value.items()]
-            shown = ", ".join(map(str, value)) if isinstance(value, list) else value
-            print(f"{name:<{width}}  {plain(shown)}")
-    return 0

@@ -41,7 +41,7 @@ from downstream.evaluation.tables import (
     summary_table,
 )
 from downstream.evaluation.trial import Images, Settings, give_references
-from downstream.inspection.finding import printable
+from downstream.inspection.photos import printable
 from downstream.inspection.report import Fact, jpeg
 from downstream.visualise import COLORMAP
 

@@ -1,1 +1,44 @@
 """A new product inspected from a few normal photographs: references, threshold, scores, pictures, report, export."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+References = Literal["even", "random", "kmeans", "aligned"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How photographs are scored. Raises ValueError for values out of range.
+
+    Args:
+        false_alarm_rate: share of normal images that may be called anomalous
+        threshold: use this score instead of a calibrated threshold, and promise no false-alarm rate
+        references: which normal photographs become references: evenly spaced by name, drawn with --seed, spread over
+            k-means clusters, or the best aligned ones for every image (parts that do not lie in one place)
+        shots: number of references K at most; the others calibrate
+        seed: of --references random and kmeans
+        batch_size: images in memory at once
+    """
+
+    false_alarm_rate: float = 0.05
+    threshold: float | None = None
+    references: References = "even"
+    shots: int = 16
+    seed: int = 0
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        if not 0 < self.false_alarm_rate < 1:
+            raise ValueError(f"false-alarm rate {self.false_alarm_rate}; expected a share between 0 and 1, e.g. 0.05")
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise ValueError(f"threshold {self.threshold}; expected a finite number")
+        if self.references not in get_args(References):
+            raise ValueError(f"references {self.references!r}; choose one of {', '.join(get_args(References))}")
+        if self.shots < 1 or self.batch_size < 1:
+            raise ValueError(f"shots {self.shots} and batch_size {self.batch_size}: expected at least 1")
+
+
+DEFAULTS = Options()

@@ -27,10 +27,16 @@ from adpretrain.backbones import Backbone, FeatureMaps
 from adpretrain.extractor import backbone_config
 from adpretrain.files import atomic_folder, atomic_path
 from adpretrain.saved import save_tensors
-from downstream.inspection.choosing import EVEN, choose_references, read_all
-from downstream.inspection.finding import find_images, printable
-from downstream.inspection.normals import Progress, silent
-from downstream.inspection.photos import Photo, Unreadable, full_scale, read_batches, relative_name
+from downstream.inspection.photos import (
+    Photo,
+    Unreadable,
+    find_images,
+    full_scale,
+    printable,
+    read_batches,
+    relative_name,
+)
+from downstream.terminal import Progress, no_progress
 
 INDEX = "index.json"
 SHARD = "features-{:05d}.safetensors"
@@ -56,7 +62,7 @@ def extract_folder(
     out: Path,
     batch_size: int = 16,
     device: torch.device | str = "cpu",
-    progress: Progress = silent,
+    progress: Progress = no_progress,
     scale: float | None = None,
 ) -> Extraction:
     """Write the feature maps of every readable image below ``images``, in path order.
@@ -177,23 +183,6 @@ def _levels(model: Backbone | ADExtractor, maps: FeatureMaps) -> list[dict[str, 
         }
         for level, (number, feature) in enumerate(zip(numbers, maps, strict=True))
     ]
-
-
-def set_references(
-    extractor: ADExtractor, normal: Path, shots: int, batch_size: int, out: Path, scale: float | None
-) -> list[Photo]:
-    """Give an extractor the photographs in ``normal``, at most ``shots``, evenly spaced by name; returns them.
-
-    They are encoded a batch at a time. ``scale``: as in `read_batches`. Raises ValueError for an unreadable one.
-    """
-    paths = find_images(normal, exclude=out)
-    chosen = choose_references(EVEN, paths, shots, 0, extractor, batch_size, lambda done: None, scale)
-    photos = read_all(chosen, extractor, batch_size, scale)
-    pixels = torch.stack([photo.pixels for photo in photos])
-    device = next(extractor.buffers()).device
-    parts = [extractor.encode_references(part.to(device)) for part in pixels.split(batch_size)]
-    extractor.set_references([torch.cat(level, 1) for level in zip(*parts, strict=True)])
-    return photos
 
 
 def join(shards: Sequence[Path], target: Path) -> None:

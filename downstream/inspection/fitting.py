@@ -1,30 +1,23 @@
-"""`fit_folder`: a detector fitted on a folder of normal photographs, from its name and options in text.
-
-Shapes: b images of a batch, S side in pixels.
-"""
+"""`fit_folder`: a detector fitted on a folder of normal photographs, from its name and options in text."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from torch import Tensor
 
 from adpretrain.backbones import Backbone
 from adpretrain.extractor import ADExtractor
 from adpretrain.files import check_writable
-from adpretrain.preprocess import Preprocess
 from adpretrain.saved import refuse_others
 from downstream.detectors import build_detector
-from downstream.inspection.extraction import set_references
-from downstream.inspection.finding import find_images
-from downstream.inspection.normals import Progress, silent
-from downstream.inspection.photos import Photo, Unreadable, full_scale, read_batches
+from downstream.inspection.normals import NormalBatches, set_references
+from downstream.inspection.photos import Photo, find_images, full_scale
 from downstream.saved import EXTRACTOR, member, remember_photographs
+from downstream.terminal import Progress, no_progress
 
 
 @dataclass(frozen=True)
@@ -36,62 +29,6 @@ class Fitted:
     references: int
 
 
-class NormalBatches:
-    """The photographs of ``paths`` as batches [b, 3, S, S], read anew at every iteration, one batch ahead.
-
-    Raises ValueError for an unreadable photograph: every score would depend on it.
-    """
-
-    def __init__(
-        self,
-        paths: Sequence[Path],
-        preprocess: Preprocess,
-        batch_size: int,
-        device: torch.device,
-        progress: Progress = silent,
-        scale: float | None = None,
-    ) -> None:
-        self.paths, self.preprocess, self.batch_size = paths, preprocess, batch_size
-        self.device, self.progress, self.scale = device, progress, scale
-        self.digests = set[str]()  # of the photographs that were read
-
-    def __len__(self) -> int:
-        return -(-len(self.paths) // self.batch_size)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        done = 0
-        for batch in read_batches(self.paths, self.preprocess, self.batch_size, self.scale):
-            pixels = []
-            for photo in batch:
-                if isinstance(photo, Unreadable):
-                    raise ValueError(f"every score depends on the normal photographs, and one is bad: {photo.reason}")
-                pixels.append(photo.pixels)
-                self.digests.add(photo.digest)
-            yield torch.stack(pixels).to(self.device)
-            done += len(batch)
-            self.progress("normal photographs", done, len(self.paths))
-
-
-def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
-    """["embedding.patch=1", "amount=0.01"] -> nested keys and values, read as YAML. ValueError for another form."""
-    settings: dict[str, Any] = {}
-    for pair in pairs:
-        key, separator, value = pair.partition("=")
-        if not separator or not key:
-            raise ValueError(f"setting {pair!r} must be key=value, such as embedding.target_dim=100")
-        *parents, last = key.split(".")
-        place = settings
-        for parent in parents:
-            place = place.setdefault(parent, {})
-            if not isinstance(place, dict):
-                raise ValueError(f"setting {pair!r}: {parent} already has a value")
-        try:
-            place[last] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ValueError(f"setting {pair!r}: {error}") from error
-    return settings
-
-
 def fit_folder(
     name: str,
     model: Backbone | ADExtractor,
@@ -101,7 +38,7 @@ def fit_folder(
     shots: int = 8,
     batch_size: int = 16,
     device: torch.device | None = None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Fitted:
     """Fit on the photographs in ``normal`` and save to ``out``, which then HOLDS FEATURES OF THE PRODUCT.
 
@@ -129,7 +66,7 @@ def fit_folder(
         references = set_references(model, normal, shots, batch_size, out, scale)
     taken = {photo.path for photo in references}
     rest = [path for path in paths if path not in taken and detector.references_are != "fitted"]
-    normals = NormalBatches(rest, model.preprocess, batch_size, device, progress, scale)
+    normals = NormalBatches(rest, model.preprocess, batch_size, device, progress, scale, "normal photographs")
     if rest:
         detector.fit(normals)
     folder = detector.save_pretrained(out)

@@ -1,6 +1,7 @@
 """A fitted detector as one file for ONNX Runtime: photographs in, scores and maps out, no torch needed.
 
-Shapes: B images (any number), S = the network's input side.
+Shapes: B images (any number), S = the network's input side, L levels, T tokens per image, N_l reference tokens,
+Q = B * T queries.
 """
 
 from __future__ import annotations
@@ -15,25 +16,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adpretrain import __version__
-from adpretrain.extractor import ADExtractor
+from adpretrain.backbones import References
+from adpretrain.extractor import ADExtractor, images_in_bank
 from adpretrain.files import atomic_path, check_writable
+from adpretrain.projector import FixedKeyValueProjector, LearnableKeyValueProjector
+from adpretrain.residual import SearchIndex, as_map, residual_tokens, search_index, similarities, tokens
 from downstream.calibration import Calibration
+from downstream.detectors.aligned import AlignedFeatureNorm
 from downstream.detectors.featurenorm import FeatureNorm
-from downstream.inspection.basis import DEFAULTS, Basis, Options, prepare
-from downstream.inspection.finding import find_images
-from downstream.inspection.graph import Inspector
-from downstream.inspection.normals import Progress, silent
-from downstream.inspection.photos import Unreadable, read_batches
+from downstream.inspection import DEFAULTS, Options
+from downstream.inspection.inspector import Inspector
+from downstream.inspection.photos import Unreadable, find_images, read_batches
 from downstream.inspection.run import pick_device
+from downstream.terminal import Progress, no_progress
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OPSET, OPSETS = 20, range(18, 24)  # 20: ONNX Runtime 1.17 or newer
 ANY_BATCH = {"images": {0: torch.export.Dim("batch", max=2**31 - 1)}}  # torch 2.6 refuses a size without a bound
 CHECKED = 16  # photographs that a folder's export is verified on
 TOLERANCE = 1e-4
+ROUNDING = 1e-6  # of a similarity, relative to the lengths of query and reference: float32 features and sums
 LARGEST_FILE = 2**31 - 2**24  # protobuf's 2 GiB, less some room for the graph itself
 NOTICE = (
     "This file contains features of the reference photographs it was made from. They belong to whoever made the "
@@ -76,11 +81,11 @@ def export_onnx(
     comes from.
 
     Raises ValueError if packages are missing, ``opset`` is not in `OPSETS`, the detector cannot be exported (see
-    `Inspector`), is not on the CPU or too large for one file, or if the results differ.
+    `DetectorGraph`), is not on the CPU or too large for one file, or if the results differ.
     """
     check_possible(opset)
-    inspector = Inspector(detector)
-    held = [*inspector.parameters(), *inspector.buffers()]
+    graph = DetectorGraph(detector)
+    held = [*graph.parameters(), *graph.buffers()]
     if devices := {str(tensor.device) for tensor in held} - {"cpu"}:
         raise ValueError(f"the extractor is on {', '.join(sorted(devices))}: export it from the CPU, extractor.cpu()")
     if (size := sum(tensor.nbytes for tensor in held)) > LARGEST_FILE:
@@ -90,7 +95,7 @@ def export_onnx(
         )
     if threshold is None and calibration is not None:
         threshold = calibration.threshold
-    program = _trace(inspector, opset)
+    program = _trace(graph, opset)
     program.model.metadata_props.update(metadata(detector, calibration, threshold))
     with atomic_path(path) as temporary:
         program.save(str(temporary), external_data=False)
@@ -114,12 +119,12 @@ def _import(package: str) -> Any:
         raise ValueError(f"ONNX export needs {package} ({error}): pip install 'adpretrain[export]'") from None
 
 
-def _trace(inspector: Inspector, opset: int) -> Any:
-    """The inspector as a `torch.onnx.ONNXProgram`, for any number of images."""
-    side = inspector.backbone.preprocess.image_size
+def _trace(graph: DetectorGraph, opset: int) -> Any:
+    """The detector as a `torch.onnx.ONNXProgram`, for any number of images."""
+    side = graph.backbone.preprocess.image_size
     with torch.no_grad():
         return torch.onnx.export(
-            inspector,
+            graph,
             (torch.zeros(2, 3, side, side),),
             input_names=["images"],
             output_names=["scores", "maps"],
@@ -132,7 +137,7 @@ def _trace(inspector: Inspector, opset: int) -> Any:
 
 def metadata(detector: FeatureNorm, calibration: Calibration | None, threshold: float | None) -> dict[str, str]:
     """What the file tells about itself; values are text, JSON where they are more than one number or sentence."""
-    assert isinstance(detector.extract, ADExtractor)  # Inspector has refused others
+    assert isinstance(detector.extract, ADExtractor)  # DetectorGraph has refused others
     config = dataclasses.asdict(detector.extract.config)
     entries = {
         "preprocess": json.dumps(config.pop("preprocess")),
@@ -156,12 +161,12 @@ def verify(
     Every batch [b, 3, S, S] is compared as it is, mirrored, and its first image alone: mirrored, a reference does not
     meet itself, where the map is rounding noise about zero. An image's difference is the larger of |map - map'| and
     |score - score'|, relative to the largest map value and score of all. A difference above ``tolerance`` is accepted
-    only where `Inspector.ties` explains it, and in less than half of the images.
+    only where `DetectorGraph.ties` explains it, and in less than half of the images.
 
     Raises ValueError that names the difference otherwise, and without images.
     """
     session = _import("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    inspector = Inspector(detector)
+    graph = DetectorGraph(detector)
     errors, tied, largest = [], [], torch.zeros(2)
     for batch in batches:
         for images in (batch, batch.flip(-1), batch[:1]):
@@ -169,7 +174,7 @@ def verify(
             scores, maps = map(torch.from_numpy, session.run(["scores", "maps"], {"images": images.numpy()}))
             error = torch.stack([(scores - expected.scores).abs(), (maps - expected.maps).abs().amax((1, 2))])
             errors.append(error.nan_to_num(torch.inf))  # NaN is never an agreement
-            tied.append(inspector.ties(images))
+            tied.append(graph.ties(images))
             largest = largest.maximum(torch.stack([expected.scores.abs().max(), expected.maps.abs().max()]))
     if not errors:
         raise ValueError("no images to verify the exported file on")
@@ -198,13 +203,13 @@ def export_folder(
     options: Options = DEFAULTS,
     opset: int = OPSET,
     device: str = "auto",
-    progress: Progress = silent,
-) -> tuple[Exported, Basis]:
+    progress: Progress = no_progress,
+) -> tuple[Exported, Inspector]:
     """Fit the photographs in `normal` as `score_folder` does, on ``device``, and export the result to ``out``.
 
     It is verified on the photographs in ``check`` (default: ``normal``), at most `CHECKED` of them, evenly spaced in
-    sorted order. Raises ValueError for input that makes no inspector, see `prepare` and `export_onnx`; OSError if
-    ``out`` cannot be written.
+    sorted order. Raises ValueError for input that cannot be inspected with or exported, see `Inspector.from_folder` and
+    `export_onnx`; OSError if ``out`` cannot be written.
     """
     check_possible(opset)
     if out.is_dir():
@@ -214,22 +219,103 @@ def export_folder(
     paths = find_images(check or normal)
     check_writable(out)
     model = ADExtractor.from_pretrained(extractor, device=pick_device(device))
-    basis = prepare(model, pick_device(device), normal, calibration, options, progress=progress)
+    inspector = Inspector.from_folder(model, pick_device(device), normal, calibration, options, progress=progress)
+    assert isinstance(inspector.detector, FeatureNorm)
     model.cpu()
     count = min(len(paths), CHECKED)
     chosen = [paths[index * len(paths) // count] for index in range(count)]
     progress("exporting", 0, 1)
-    batches = _read(chosen, basis, options.batch_size)
-    done = export_onnx(basis.detector, out, batches, basis.calibration, basis.threshold, opset)
+    batches = _read(chosen, inspector, options.batch_size)
+    done = export_onnx(inspector.detector, out, batches, inspector.calibration, inspector.threshold, opset)
     progress("exporting", 1, 1)
-    return done, basis
+    return done, inspector
 
 
-def _read(paths: Sequence[Path], basis: Basis, batch_size: int) -> Iterator[Tensor]:
-    for batch in read_batches(paths, basis.preprocess, batch_size, basis.full_scale):
+def _read(paths: Sequence[Path], inspector: Inspector, batch_size: int) -> Iterator[Tensor]:
+    for batch in read_batches(paths, inspector.preprocess, batch_size, inspector.full_scale):
         pixels = []
         for photo in batch:
             if isinstance(photo, Unreadable):
                 raise ValueError(f"the file cannot be verified on these photographs: {photo.reason}")
             pixels.append(photo.pixels)
         yield torch.stack(pixels)
+
+
+class DetectorGraph(nn.Module):
+    """A fitted `FeatureNorm` whose forward is one graph: all that does not depend on the image is a constant.
+
+    The references, their search indices and scales and the projector's keys and values are buffers. Backbone and
+    layers are the extractor's own, not copies; a later `set_references` does not reach the graph. Similarities of
+    a whole batch, B * T * max N_l floats, are held at once.
+
+    Raises ValueError without an extractor, without references, or if every image has references of its own.
+    """
+
+    def __init__(self, detector: FeatureNorm) -> None:
+        super().__init__()
+        extractor = detector.extract
+        if isinstance(detector, AlignedFeatureNorm):
+            raise ValueError(
+                "the exported detector has one set of references for all images: aligned ones cannot be exported"
+            )
+        if not isinstance(extractor, ADExtractor) or extractor.references is None:
+            raise ValueError("only a FeatureNorm of an ADExtractor can be exported, after fit(normal_images)")
+        if (banks := extractor.references[0].shape[0]) != 1:
+            raise ValueError(f"the exported detector has one set of references for all images, not {banks}")
+        self.from_features, self.weighted = detector.from_features, extractor.weighted
+        self.metric = extractor.config.matching
+        self.backbone = extractor.backbone
+        self.projectors = nn.ModuleList(map(_fixed, extractor.projector.levels)) if extractor.projector else None
+        with torch.no_grad():
+            self._register(extractor, extractor.references)
+        self.eval()
+
+    def _register(self, extractor: ADExtractor, references: References) -> None:
+        side = extractor.preprocess.image_size
+        features = extractor.encode(torch.zeros(1, 3, side, side, device=references[0].device))  # for their sizes
+        scales = extractor.scales(features, references)
+        contexts: Sequence[Tensor | None] = [None] * len(references)
+        if extractor.projector is not None and extractor.projector.needs_reference_residuals:
+            contexts = extractor.reference_residuals(references, images_in_bank(features, references), scales)
+        for level, (bank_1NC, context) in enumerate(zip(references, contexts, strict=True)):
+            rows_NC, shift_1C = search_index(bank_1NC[0], self.metric)
+            # Clones: what the extractor made in inference mode cannot be part of a graph.
+            self.register_buffer(f"bank_{level}", bank_1NC.clone())
+            self.register_buffer(f"scale_{level}", scales[level].clone() if scales else None)
+            self.register_buffer(f"rows_{level}", rows_NC)
+            self.register_buffer(f"shift_{level}", shift_1C)
+            self.register_buffer(f"context_{level}", context)
+
+    def _index(self, level: int) -> SearchIndex:
+        return SearchIndex(getattr(self, f"rows_{level}"), getattr(self, f"shift_{level}"))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, 3, S, S] float32, normalised -> scores [B], maps [B, S, S]: what the detector's `predict` gives."""
+        projected = []
+        for level, feature in enumerate(self.backbone(images)):
+            bank, scale = getattr(self, f"bank_{level}"), getattr(self, f"scale_{level}")
+            x_BTC = residual_tokens(tokens(feature), bank, self.metric, None, scale, self._index(level))
+            if self.projectors is not None:
+                x_BTC = self.projectors[level](x_BTC, getattr(self, f"context_{level}"))
+            projected.append(as_map(x_BTC, feature))
+        prediction = self.from_features(self.weighted(projected))
+        return prediction.scores, prediction.maps
+
+    @torch.no_grad()
+    def ties(self, images: Tensor) -> Tensor:
+        """Which of the images [B, 3, S, S] hold a token with two nearest references, equally near within rounding: [B].
+
+        Which of the two is taken, and with it the residual, is then up to the order of a sum: correct programs differ.
+        """
+        tied = torch.zeros(images.shape[0], dtype=torch.bool, device=images.device)
+        for level, feature in enumerate(self.backbone(images)):
+            index, query_QC = self._index(level), tokens(feature).flatten(0, 1)
+            nearest, second = similarities(query_QC, index).topk(2, dim=1).values.unbind(1)
+            length_Q = (query_QC if index.shift is None else query_QC - index.shift).norm(dim=1)
+            rounding_Q = ROUNDING * length_Q * index.rows[:, :-1].norm(dim=1).max()
+            tied |= (nearest - second <= rounding_Q).view(images.shape[0], -1).any(1)
+        return tied
+
+
+def _fixed(level: nn.Module) -> nn.Module:
+    return FixedKeyValueProjector(level) if isinstance(level, LearnableKeyValueProjector) else level

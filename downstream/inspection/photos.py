@@ -1,5 +1,7 @@
-"""Reading photographs, a batch at a time; files that cannot be read are reported, not
-raised.
+"""Photographs of a folder: which files they are, and their reading, a batch at a time.
+
+A photograph is named by a path: of a file with several pages or frames, every page has its own, ``name.tif#2``. A data
+set's masks are told apart. A file that cannot be read is reported as `Unreadable`, not raised.
 """
 
 from __future__ import annotations
@@ -7,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,16 +20,133 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from adpretrain.data.layouts.detect import PATTERNS, layout_of
+from adpretrain.data.samples import IMAGE_SUFFIXES, is_image
 from adpretrain.deep import full_scale_of
-from adpretrain.preprocess import Preprocess, depth, read_image
+from adpretrain.preprocess import FORMATS, Preprocess, depth, page_count, read_image
 from downstream.appearance import appearance
-from downstream.inspection.finding import file_and_page, printable
 from downstream.visualise import shown_region
 
-HEATMAPS = "heatmaps"  # below the output folder
-DIGEST = 32  # hexadecimal digits
-LITTLE = 1 / 8  # of the range
+PAGED_SUFFIXES = (".gif", ".png", ".tif", ".tiff", ".webp")
+GOOD_FOLDERS = [pattern for layout in ("mvtec_3d", "btad", "mvtec", "mtd", "realiad") for pattern in PATTERNS[layout]]
+MASK_FOLDERS = ("ground_truth", "gt", "mask", "masks")
+MASK_NAME = re.compile(r"(.+)_(?:mask|gt|label|seg)", re.IGNORECASE)
 BLANK = 0.1  # of the references' contrast; of the 1344 Magnetic Tile photographs none is below .3 of their median
+
+
+def printable(text: object) -> str:
+    """Text that any UTF-8 stream takes: file names on Linux are bytes and need not be valid UTF-8."""
+    return os.fsencode(str(text)).decode("utf-8", errors="replace")
+
+
+def find_images(folder: Path, exclude: Path | None = None) -> list[Path]:
+    """Every photograph below `folder`, sorted, links to folders followed; hidden ones and everything below `exclude`
+    are left out.
+
+    A single file is accepted as a folder of one. Raises ValueError, with the folder to use instead, for a data set of a
+    known layout and for masks beside the photographs; and if there is no such folder or no image in it.
+    """
+    if folder.is_file():
+        return _each_page(folder)
+    if not folder.is_dir():
+        raise ValueError(f"no such folder: {printable(folder)}")
+    files = sorted(path for path in _files(folder, exclude) if is_image(path))
+    if not files:
+        barred = exclude.resolve() if exclude else None
+        if barred and folder.resolve().is_relative_to(barred):
+            raise ValueError(f"{printable(folder)} lies in the output folder {printable(exclude)}: give another --out")
+        raise ValueError(f"no images in {printable(folder)}; known kinds are {', '.join(IMAGE_SUFFIXES)}")
+    _refuse_data_set(folder)
+    _refuse_masks(folder, files)
+    return [page for file in files for page in _each_page(file)]
+
+
+def passed_over(folder: Path, exclude: Path | None = None) -> list[str]:
+    """A warning about the files below a folder that are no photographs, hidden ones aside; empty without any."""
+    if not folder.is_dir():
+        return []
+    kinds = Counter(path.suffix.lower() or "without suffix" for path in _files(folder, exclude) if not is_image(path))
+    if not kinds:
+        return []
+    listing = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+    return [f"Files in {printable(folder)} that are no photographs by their names were passed over: {listing}."]
+
+
+def file_and_page(path: Path) -> tuple[Path, int | None]:
+    """The file of a photograph, and which page of it if `find_images` found several."""
+    name, mark, page = path.name.rpartition("#")
+    if mark and page.isdecimal() and Path(name).suffix.lower() in PAGED_SUFFIXES:  # "a#1.png" ends in a suffix
+        return path.with_name(name), int(page)
+    return path, None
+
+
+def _files(folder: Path, exclude: Path | None) -> Iterator[Path]:
+    """The files below a folder. A folder that several links lead to, or that holds itself, is entered once."""
+    barred, entered = exclude.resolve() if exclude else None, set[Path]()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = Path(place).resolve()
+        if real in entered or (barred and real.is_relative_to(barred)):
+            folders.clear()
+            continue
+        entered.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (Path(place, name) for name in names if not name.startswith(".")):
+            if path.is_file() and not (barred and path.is_symlink() and path.resolve().is_relative_to(barred)):
+                yield path
+
+
+def _each_page(file: Path) -> list[Path]:
+    if file.suffix.lower() not in PAGED_SUFFIXES:
+        return [file]
+    try:
+        count = page_count(file)
+    except ValueError:  # reported when the file is read
+        count = 1
+    return [file] if count == 1 else [file.with_name(f"{file.name}#{page}") for page in range(1, count + 1)]
+
+
+def _refuse_data_set(folder: Path) -> None:
+    layout = layout_of(folder)
+    if layout is None or layout == "hf":  # photographs may have a metadata.csv
+        return
+    good = next((found for pattern in GOOD_FOLDERS for found in sorted(folder.glob(pattern))), None)
+    use = f"use {printable(good)} as --normal" if good else "use its folder of good photographs as --normal"
+    test = next((path for part in (good.parents if good else ()) if (path := part / "test").is_dir()), None)
+    raise ValueError(
+        f"{printable(folder)} is a data set in the {layout} layout, not a folder of photographs alone: {use}"
+        + (f", {printable(test)} as --images" if test else "")
+    )
+
+
+def _refuse_masks(folder: Path, files: Sequence[Path]) -> None:
+    for file in files:
+        parents = file.relative_to(folder).parts[:-1]
+        if any(part.lower() in MASK_FOLDERS for part in parents):
+            _refuse(folder, file, "it lies in a folder of masks")
+    stems = {file.stem for file in files}
+    for file in files:
+        if (named := MASK_NAME.fullmatch(file.stem)) and named[1] in stems:
+            _refuse(folder, file, f"it is named after {named[1]}")
+    kinds = {(file.parent, file.stem): file for file in files if file.suffix.lower() in (".jpg", ".jpeg")}
+    for file in files:
+        photo = kinds.get((file.parent, file.stem))
+        if photo is not None and file.suffix.lower() in (".png", ".bmp") and _is_two_coloured(file):
+            _refuse(folder, file, f"it has two colours and the name of {photo.name}")
+
+
+def _refuse(folder: Path, mask: Path, why: str) -> None:
+    raise ValueError(
+        f"{printable(folder)} holds masks beside the photographs, such as {printable(mask)} ({printable(why)}): "
+        "give a folder with photographs alone"
+    )
+
+
+def _is_two_coloured(file: Path) -> bool:
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            return image.getcolors(2) is not None
+    except Exception:  # Pillow's plugins raise many kinds of errors; reported when the file is read
+        return False
 
 
 @dataclass(frozen=True)
@@ -50,6 +170,8 @@ class Photo:
 
 @dataclass(frozen=True)
 class Unreadable:
+    """A photograph that cannot be used, and why."""
+
     path: Path
     reason: str
 
@@ -57,7 +179,7 @@ class Unreadable:
 def full_scale(paths: Sequence[Path]) -> float | None:
     """The value that becomes 255 in the photographs of one camera; see `adpretrain.deep.full_scale_of`.
 
-    Those that cannot be read are told when they are used. Raises ValueError as there.
+    Photographs that cannot be read are left out here: they are reported when they are used.
     """
 
     def deep(path: Path) -> tuple[float, bool] | None:
@@ -79,20 +201,18 @@ def read_batches(
     """
     if batch_size < 1:
         raise ValueError(f"batch size {batch_size}; expected at least 1")
-    starts = range(0, len(paths), batch_size)
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
         ahead = [pool.submit(_read, path, preprocess, scale) for path in paths[:batch_size]]
-        for start in starts:
+        for start in range(batch_size, len(paths) + batch_size, batch_size):
             current = ahead
-            following = paths[start + batch_size : start + 2 * batch_size]
-            ahead = [pool.submit(_read, path, preprocess, scale) for path in following]
+            ahead = [pool.submit(_read, path, preprocess, scale) for path in paths[start : start + batch_size]]
             yield [future.result() for future in current]
 
 
 def _read(path: Path, preprocess: Preprocess, scale: float | None) -> Photo | Unreadable:
     file, page = file_and_page(path)
     try:
-        return seen(path, read_image(file, page=page, full_scale=scale), preprocess)
+        return prepare_photo(path, read_image(file, page=page, full_scale=scale), preprocess)
     except (ValueError, OSError) as error:
         return Unreadable(path, printable(error))
 
@@ -111,7 +231,7 @@ def without_blank(read: Sequence[Photo | Unreadable], usual: float) -> list[Phot
     ]
 
 
-def seen(path: Path, photo: Image.Image, preprocess: Preprocess) -> Photo:
+def prepare_photo(path: Path, photo: Image.Image, preprocess: Preprocess) -> Photo:
     """An RGB photograph as the network and people see it."""
     pixels = preprocess.pixels(photo)
     return Photo(
@@ -119,22 +239,11 @@ def seen(path: Path, photo: Image.Image, preprocess: Preprocess) -> Photo:
         preprocess.normalise(pixels),
         shown_region(photo, preprocess),
         photo.width / photo.height,
-        hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:DIGEST],
+        hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:32],
         appearance(pixels),
         int(pixels.max()),
         photo.info.get("saturated") is True,
     )
-
-
-def dark(brightest: Sequence[int]) -> list[str]:
-    """What to say if all of the normals, whose highest values are given, use a small part of the range."""
-    if not brightest or max(brightest) >= 256 * LITTLE:
-        return []
-    return [
-        f"All normal photographs use less than an eighth of the range (the highest value is {max(brightest)} of 255): "
-        "little can be seen in them. If they are 16-bit colour files of a camera with 10 or 12 bits, convert them to 8 "
-        "bits per channel; if they are dark, lengthen the exposure."
-    ]
 
 
 def without_copies(photos: Sequence[Photo], known: dict[str, str]) -> tuple[list[Photo], list[tuple[str, str]]]:
@@ -156,23 +265,3 @@ def without_copies(photos: Sequence[Photo], known: dict[str, str]) -> tuple[list
 def relative_name(root: Path, path: Path) -> str:
     """The path below the folder that was asked for, with forward slashes on every system."""
     return path.name if root.is_file() else path.relative_to(root).as_posix()
-
-
-def picture_names(root: Path, paths: Sequence[Path]) -> dict[Path, str]:
-    """Where each image's heatmap goes below the output folder: readable, safe in a URL, distinct on case-blind disks.
-
-    ``a/b c.jpg`` -> ``heatmaps/a_b-c.png``; a second image that would get the same name, ``heatmaps/a_b-c-2.png``.
-    """
-    names: dict[Path, str] = {}
-    taken: set[str] = set()
-    for path in paths:
-        stem = relative_name(root, path).removesuffix(path.suffix).replace("/", "_")
-        # File systems allow 255 bytes; a temporary name beside the final one needs some of them.
-        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip(".")[-120:] or "image"
-        name, copies = f"{stem}.png", 1
-        while name.casefold() in taken:
-            copies += 1
-            name = f"{stem}-{copies}.png"
-        taken.add(name.casefold())
-        names[path] = f"{HEATMAPS}/{name}"
-    return names

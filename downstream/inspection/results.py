@@ -1,14 +1,9 @@
-"""The outcome of a scoring run: one `Result` per image, and the files scores.csv and summary.json made of
-them.
-"""
+"""The outcome of a scoring run: one `Result` per image, and scores.csv."""
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import dataclasses
-import json
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from adpretrain.files import atomic_path
-from downstream.inspection.finding import printable
-from downstream.inspection.photos import HEATMAPS
+from downstream.inspection.photos import printable
 
 ANOMALOUS, NORMAL, UNDECIDED, UNREADABLE = "anomalous", "normal", "undecided", "unreadable"
-
 COLUMNS = ("path", "score", "p_value", "verdict", "unlike", "unlike_p_value", "measure", "reason")
 
 
@@ -44,16 +37,9 @@ class Result:
         return f"{self.verdict} ({self.reason})" if self.reason else self.verdict
 
 
-def by_score(results: Sequence[Result], verdict: str) -> list[Result]:
-    """The results with this verdict, highest score first."""
-    chosen = (result for result in results if result.verdict == verdict)
-    return sorted(chosen, key=lambda result: (-(result.score or 0.0), result.path))
-
-
 def write_scores(path: Path, results: Sequence[Result]) -> None:
     """scores.csv, a row per result in `COLUMNS`; an empty field where there is no number."""
-    # surrogateescape writes back the very bytes of a file name that is not UTF-8, so that scripts find the
-    # file.
+    # surrogateescape writes back the very bytes of a file name that is not UTF-8, so that scripts find the file.
     with (
         atomic_path(path) as temporary,
         temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
@@ -62,14 +48,7 @@ def write_scores(path: Path, results: Sequence[Result]) -> None:
         writer.writerow(COLUMNS)
         for result in results:
             values = [getattr(result, name) for name in COLUMNS]
-            writer.writerow(
-                [value if isinstance(value, str) else "" if value is None else repr(value) for value in values]
-            )
-
-
-def write_summary(path: Path, summary: dict[str, Any]) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            writer.writerow("" if value is None else value for value in values)
 
 
 def counted(results: Sequence[Result]) -> dict[str, int]:
@@ -81,15 +60,3 @@ def counted(results: Sequence[Result]) -> dict[str, int]:
 def as_dict(result: Result) -> dict[str, Any]:
     """For JSON: names are made valid Unicode."""
     return {**dataclasses.asdict(result), "path": printable(result.path), "reason": printable(result.reason)}
-
-
-def remove_earlier_heatmaps(out: Path, lists: Sequence[str]) -> None:
-    """Delete the heatmaps that an earlier run's files ``lists`` name, so that none outlives its image.
-
-    Nothing that this toolkit did not write is touched; a list that cannot be read changes nothing.
-    """
-    for name in lists:
-        with contextlib.suppress(OSError):
-            listed = re.findall(rf'"heatmap": "({HEATMAPS}/[A-Za-z0-9._-]+\.png)"', (out / name).read_text("latin-1"))
-            for heatmap in listed:
-                (out / heatmap).unlink(missing_ok=True)

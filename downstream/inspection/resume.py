@@ -22,9 +22,8 @@ from typing_extensions import Self
 
 from adpretrain import __version__
 from adpretrain.saved import CONFIG_NAME, WEIGHTS_NAME
-from downstream.inspection.basis import Options
-from downstream.inspection.finding import file_and_page
-from downstream.inspection.photos import relative_name
+from downstream.inspection import Options
+from downstream.inspection.photos import file_and_page, relative_name
 from downstream.inspection.results import Result
 from downstream.visualise import ColourScale
 

@@ -1,30 +1,46 @@
-"""`score_folder`: inspection from folder to folder. Reads an extractor and two folders, writes everything to
-a third.
+"""`score_folder`: inspection from folder to folder.
+
+Every image is read, scored and drawn in one pass. Only two batches of images and one of maps are in memory, however
+many images there are, because the inspector fixes the colour scale before the first image is scored; that also makes
+the heatmaps of different runs with the same references comparable.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import os
+import re
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from adpretrain import __version__
 from adpretrain.extractor import ADExtractor
 from adpretrain.files import atomic_path, sweep
-from downstream.calibration import percent
-from downstream.detector import Detector
-from downstream.inspection.basis import DEFAULTS, Basis, Options, prepare
-from downstream.inspection.finding import find_images, passed_over, printable
-from downstream.inspection.fitted import prepare_fitted
-from downstream.inspection.normals import Progress, silent
-from downstream.inspection.photos import HEATMAPS
-from downstream.inspection.report import Fact, rate_fact, write_report
+from downstream.calibration import Calibration, percent
+from downstream.inspection import DEFAULTS, Options
+from downstream.inspection.inspector import Inspector, Scored, shape_note
+from downstream.inspection.normals import SCALE_SAMPLE, predict_photos
+from downstream.inspection.photos import (
+    Photo,
+    Unreadable,
+    find_images,
+    passed_over,
+    printable,
+    read_batches,
+    relative_name,
+)
+from downstream.inspection.report import Fact, write_report
 from downstream.inspection.results import (
     ANOMALOUS,
     NORMAL,
@@ -33,17 +49,16 @@ from downstream.inspection.results import (
     Result,
     as_dict,
     counted,
-    remove_earlier_heatmaps,
     write_scores,
-    write_summary,
 )
-from downstream.inspection.resume import PART, Record, settings_of
-from downstream.inspection.scoring import score_images
+from downstream.inspection.resume import PART, Batch, Record, Stamp, settings_of, stamp
 from downstream.saved import locate_model
+from downstream.terminal import Progress, no_progress
+from downstream.visualise import ColourScale, panel, save_png
 
 # One meaning per code, the most urgent one that is true; --help repeats them.
 EXIT_FINE, EXIT_ANOMALY, EXIT_USAGE, EXIT_INCOMPLETE = 0, 1, 2, 3
-SUMMARY = "summary.json"
+SUMMARY, HEATMAPS = "summary.json", "heatmaps"  # in the output folder
 
 
 @dataclass(frozen=True)
@@ -87,8 +102,8 @@ def score_folder(
     calibration: Path | None = None,
     options: Options = DEFAULTS,
     device: str = "auto",
-    progress: Progress = silent,
-    weights: str | None = None,
+    progress: Progress = no_progress,
+    weights: str | os.PathLike[str] | None = None,
     revision: str | None = None,
     resume: bool = False,
     detector: str | os.PathLike[str] | None = None,
@@ -114,50 +129,38 @@ def score_folder(
     folder = locate_model(name, revision=revision).folder
     extra = find_images(calibration, exclude=out) if calibration else []
     normals = find_images(normal, exclude=out)
-    settings = settings_of(kind, folder, where, normals, extra, options)
-    record = Record(out, settings, resume)
+    record = Record(out, settings_of(kind, folder, where, normals, extra, options), resume)
     given = where, normal, calibration, options, out
-    basis: Basis[Detector]
     if detector is None:
-        basis = prepare(ADExtractor.from_pretrained(folder, where, weights), *given, progress)
+        inspector = Inspector.from_folder(ADExtractor.from_pretrained(folder, where, weights), *given, progress)
     else:
-        basis = prepare_fitted(folder, *given, weights, progress)
+        inspector = Inspector.from_detector(folder, *given, weights, progress)
     if not record.goes_on:
-        remove_earlier_heatmaps(out, (SUMMARY, PART))
+        _remove_earlier_heatmaps(out)
     (out / SUMMARY).unlink(missing_ok=True)
     with record:
-        results, more_warnings = score_images(basis, images, paths, record, options.batch_size, progress)
-    warnings = [*basis.warnings, *more_warnings, *_copies(basis, results), *foreign]
-    if drift := drift_warning(basis, options, results):
-        warnings.insert(0, drift)
+        results, more_warnings = score_images(inspector, images, paths, record, options.batch_size, progress)
+    warnings = [*inspector.warnings, *more_warnings, *_copies_note(results), *foreign]
+    drift = _drift_note(inspector, results)
     summary: dict[str, Any] = {kind: printable(name), "normal": printable(normal), "images_folder": printable(images)}
-    summary |= _summary(basis, options, results, warnings)
+    summary |= _summary(inspector, results, [*drift, *warnings]) | {"more_alarms_than_promised": bool(drift)}
     summary["seconds"] = round(time.perf_counter() - started, 3)
-    done = Inspection(results, summary, out)
-    facts = [*_facts(basis, options, results), Fact(kind.capitalize(), printable(name), basis.description)]
-    _write(done, basis, f"Inspection of {images.resolve().name}", facts, warnings)
-    record.finish()
-    return done
-
-
-def _write(
-    done: Inspection, basis: Basis[Detector], title: str, facts: Sequence[Fact], warnings: Sequence[str]
-) -> None:
-    """The files of a finished run, summary.json last."""
-    write_scores(done.out / "scores.csv", done.results)
-    made = f"Made by adpretrain {__version__} on {time.strftime('%Y-%m-%d %H:%M')}."
+    write_scores(out / "scores.csv", results)
     write_report(
-        done.out / "report.html",
-        done.results,
-        title=title,
-        where=f"{done.summary['images_folder']} compared with {done.summary['normal']}",
-        facts=facts,
-        warnings=warnings,
-        threshold=basis.threshold,
-        normal_scores=basis.calibration.scores if basis.calibration else (),
-        footer=f"{made} All numbers are in scores.csv.",
+        out / "report.html",
+        results,
+        title=f"Inspection of {images.resolve().name}",
+        where=f"{summary['images_folder']} compared with {summary['normal']}",
+        facts=[*_facts(inspector, results), Fact(kind.capitalize(), printable(name), inspector.description)],
+        warnings=[*drift, *warnings],
+        threshold=inspector.threshold,
+        normal_scores=inspector.calibration.scores if inspector.calibration else (),
+        footer=f"Made by adpretrain {__version__} on {time.strftime('%Y-%m-%d %H:%M')}. All numbers are in scores.csv.",
     )
-    write_summary(done.out / SUMMARY, done.summary)
+    with atomic_path(out / SUMMARY) as temporary:  # the last file: the run is complete
+        temporary.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    record.finish()
+    return Inspection(results, summary, out)
 
 
 def _make_writable(out: Path) -> None:
@@ -172,44 +175,170 @@ def _make_writable(out: Path) -> None:
     sweep(out / HEATMAPS)
 
 
-def _copies(basis: Basis[Detector], results: Sequence[Result]) -> list[str]:
-    """A photograph that is compared with itself is normal whatever it shows."""
-    undecided = [result for result in results if result.verdict == UNDECIDED and result.reason]
-    if not undecided:
-        return []
-    return [
-        f"{len(undecided)} of {len(results)} images are normal photographs too (copies, under any name): their scores "
-        "say nothing, and they have no verdict."
+def _remove_earlier_heatmaps(out: Path) -> None:
+    """Delete the heatmaps that an earlier run's lists name, so that none outlives its image.
+
+    Nothing that this toolkit did not write is touched; a list that cannot be read changes nothing.
+    """
+    for name in (SUMMARY, PART):
+        with contextlib.suppress(OSError):
+            listed = re.findall(rf'"heatmap": "({HEATMAPS}/[A-Za-z0-9._-]+\.png)"', (out / name).read_text("latin-1"))
+            for heatmap in listed:
+                (out / heatmap).unlink(missing_ok=True)
+
+
+def score_images(
+    inspector: Inspector,
+    root: Path,
+    paths: Sequence[Path],
+    record: Record,
+    batch_size: int = 16,
+    progress: Progress = no_progress,
+) -> tuple[list[Result], list[str]]:
+    """Score `paths`, save a panel for each; the results in the order of `paths`, and warnings.
+
+    Panels go below the record's folder. Batches that the record holds are taken from it, the others are added to it. A
+    photograph that is blank or has no finite score counts as unreadable.
+    """
+    names, images = picture_names(root, paths), [stamp(root, path) for path in paths]
+    scale = inspector.scale or _scale_of_sample(inspector, paths, images, record, batch_size)
+    spans = [slice(start, start + batch_size) for start in range(0, len(paths), batch_size)]
+    earlier = [record.scored(images[span], [names[path] for path in paths[span]]) for span in spans]
+    if record.has_batches and not any(earlier):
+        warnings.warn(
+            f"what the unfinished run in {printable(record.folder)} has scored is none of these {len(paths)} images as "
+            "they are now: all are scored",
+            stacklevel=2,
+        )
+    to_read = [path for span, batch in zip(spans, earlier, strict=True) if batch is None for path in paths[span]]
+    read = read_batches(to_read, inspector.preprocess, batch_size, inspector.full_scale)
+    results, odd_shapes, saturated = list[Result](), 0, 0
+    progress("scoring", 0, len(paths))
+    for span, batch in zip(spans, earlier, strict=True):
+        if batch is None:
+            batch = _score_batch(inspector, root, next(read), names, record.folder, scale)
+            record.add(images[span], batch)
+        results += batch.results
+        odd_shapes += batch.odd_shapes
+        saturated += batch.saturated
+        progress("scoring", len(results), len(paths))
+    return results, [
+        *shape_note(odd_shapes, len(paths)),
+        *_saturation_note(saturated, len(paths), inspector.full_scale),
     ]
 
 
-def drift_warning(basis: Basis[Detector], options: Options, results: Sequence[Result]) -> str | None:
+def _score_batch(
+    inspector: Inspector,
+    root: Path,
+    read: Sequence[Photo | Unreadable],
+    names: Mapping[Path, str],
+    out: Path,
+    scale: ColourScale,
+) -> Batch:
+    """Score and draw a batch; `names`: of the heatmaps, relative to `out`."""
+    results, drawn = list[Result](), list[tuple[Scored, Result]]()
+    for before, item in zip(read, inspector.score(read), strict=True):
+        name, heatmap = relative_name(root, before.path), names[before.path]
+        if isinstance(item, Unreadable):
+            results.append(Result(name, None, None, UNREADABLE, reason=item.reason))
+            (out / heatmap).unlink(missing_ok=True)  # of what lay there before an interruption
+        else:
+            results.append(inspector.judge(name, item, heatmap))
+            drawn.append((item, results[-1]))
+
+    def draw(made: tuple[Scored, Result]) -> None:
+        scored, result = made
+        p_value = "" if result.p_value is None else f", p {result.p_value:.3g}"
+        title = f"{printable(result.path)}: {result.judgement}, score {result.score:.4g}{p_value}"
+        save_png(panel(scored.photo.shown, scored.map_SS, scale, title=title), out / names[scored.photo.path])
+
+    with ThreadPoolExecutor() as pool:  # packing pixels takes longer than scoring them, and needs no lock of Python's
+        list(pool.map(draw, drawn))
+    odd_shapes = sum(inspector.has_odd_shape(scored.photo) for scored, _ in drawn)
+    return Batch(tuple(results), odd_shapes, sum(scored.photo.saturated for scored, _ in drawn))
+
+
+def _scale_of_sample(
+    inspector: Inspector, paths: Sequence[Path], images: Sequence[Stamp], record: Record, batch_size: int
+) -> ColourScale:
+    """One reference has no normal map: the typical (median) image of an evenly spaced sample fixes the scale."""
+    step = max(1, len(paths) // SCALE_SAMPLE)
+    sample, images = paths[::step][:SCALE_SAMPLE], images[::step][:SCALE_SAMPLE]
+    if (earlier := record.scale(images)) is not None:
+        return earlier
+    maps = list[NDArray[np.float64]]()
+    for batch in read_batches(sample, inspector.preprocess, batch_size, inspector.full_scale):
+        photos = [item for item in batch if isinstance(item, Photo)]
+        maps += list(predict_photos(inspector.detector, photos, inspector.device)[1])
+    scale = ColourScale.from_typical_map(maps, inspector.threshold)
+    record.set_scale(images, scale)
+    return scale
+
+
+def picture_names(root: Path, paths: Sequence[Path]) -> dict[Path, str]:
+    """Where each image's heatmap goes below the output folder: readable, safe in a URL, distinct on case-blind disks.
+
+    ``a/b c.jpg`` -> ``heatmaps/a_b-c.png``; a second image that would get the same name, ``heatmaps/a_b-c-2.png``.
+    """
+    names: dict[Path, str] = {}
+    taken: set[str] = set()
+    for path in paths:
+        stem = relative_name(root, path).removesuffix(path.suffix).replace("/", "_")
+        # File systems allow 255 bytes; a temporary name beside the final one needs some of them.
+        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip(".")[-120:] or "image"
+        name, copies = f"{stem}.png", 1
+        while name.casefold() in taken:
+            copies += 1
+            name = f"{stem}-{copies}.png"
+        taken.add(name.casefold())
+        names[path] = f"{HEATMAPS}/{name}"
+    return names
+
+
+def _copies_note(results: Sequence[Result]) -> list[str]:
+    """A photograph that is compared with itself is normal whatever it shows."""
+    copies = sum(result.verdict == UNDECIDED and bool(result.reason) for result in results)
+    if not copies:
+        return []
+    return [
+        f"{copies} of {len(results)} images are normal photographs too (copies, under any name): their scores say "
+        "nothing, and they have no verdict."
+    ]
+
+
+def _drift_note(inspector: Inspector, results: Sequence[Result]) -> list[str]:
     """What to say if there are more alarms than the promise allows, were all photographs normal."""
-    calibration = basis.calibration
-    if calibration is None or options.threshold is not None:
-        return None
+    calibration = inspector.calibration
+    if calibration is None or inspector.options.threshold is not None:
+        return []
     counts = counted(results)
     alarms, judged = counts[ANOMALOUS], counts[ANOMALOUS] + counts[NORMAL]
     if not judged or not calibration.exceeds(alarms, judged):
-        return None
-    return (
+        return []
+    return [
         f"{alarms} of {judged} images are anomalous: more than normal photographs like the given ones would give "
         f"(about {percent(calibration.rate)}; a test at the 1 % level). Either many of them have defects, or the line "
         "has changed since the normal photographs were taken. Look at the alarms; if they are good, add some of them "
         "to the normal photographs."
-    )
+    ]
 
 
-def _summary(
-    basis: Basis[Detector], options: Options, results: Sequence[Result], warnings: Sequence[str]
-) -> dict[str, Any]:
-    calibration = basis.calibration
+def _saturation_note(saturated: int, total: int, full_scale: float | None) -> list[str]:
+    if not saturated:
+        return []
+    limit = "the full scale of their type" if full_scale is None else f"{full_scale:g}, the full scale of the normals"
+    return [f"{saturated} of {total} images hold values above {limit}: what is brighter all looks white."]
+
+
+def _summary(inspector: Inspector, results: Sequence[Result], warnings: Sequence[str]) -> dict[str, Any]:
+    calibration, options = inspector.calibration, inspector.options
     promised = calibration if options.threshold is None else None
     return {
-        "references": basis.references,
-        "reference_choice": options.references if basis.references else None,
-        "shots": options.shots if basis.references else None,
-        "threshold": basis.threshold,
+        "references": inspector.references,
+        "reference_choice": options.references if inspector.references else None,
+        "shots": options.shots if inspector.references else None,
+        "threshold": inspector.threshold,
         "unlike_threshold": _finite(calibration.unlike_threshold) if calibration else None,
         "threshold_from": "user" if options.threshold is not None else "calibration" if calibration else None,
         "asked_false_alarm_rate": options.false_alarm_rate,
@@ -217,8 +346,7 @@ def _summary(
         "false_alarm_rate_upper_95": promised.rate_upper if promised else None,
         "calibration_scores": list(calibration.scores) if calibration else [],
         "calibration_unlike": list(calibration.unlike) if calibration else [],
-        "more_alarms_than_promised": drift_warning(basis, options, results) is not None,
-        "full_scale": basis.full_scale,
+        "full_scale": inspector.full_scale,
         "counts": counted(results),
         "warnings": [printable(warning) for warning in warnings],
         "files": {"scores": "scores.csv", "report": "report.html", "heatmaps": HEATMAPS},
@@ -231,31 +359,30 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _facts(basis: Basis[Detector], options: Options, results: Sequence[Result]) -> list[Fact]:
-    calibration = basis.calibration if options.threshold is None else None
-    threshold = "none" if basis.threshold is None else f"{basis.threshold:.4g}"
+def _facts(inspector: Inspector, results: Sequence[Result]) -> list[Fact]:
+    calibration, options = inspector.calibration, inspector.options
+    threshold = "none" if inspector.threshold is None else f"{inspector.threshold:.4g}"
     origin = "given by the user" if options.threshold is not None else "from normal photographs only"
     # Why a heatmap can be outlined where the verdict is normal.
-    origin += f"; a score is {basis.score}"
-    beyond = basis.calibration.unlike_threshold if basis.calibration else math.inf
+    origin += f"; a score is {inspector.score_is}"
+    beyond = calibration.unlike_threshold if calibration else math.inf
     limit = f"above {beyond:.3g}" if math.isfinite(beyond) else "not judged"
-    calibrated = len(basis.calibration.scores) if basis.calibration else 0
+    calibrated = len(calibration.scores) if calibration else 0
+    verdicts = ", ".join(f"{n} {verdict}" for verdict, n in counted(results).items() if n)
+    used = f"as references; {calibrated} calibrate the threshold" if inspector.references else "calibrate the threshold"
     return [
-        Fact(
-            "Images",
-            str(len(results)),
-            ", ".join(f"{n} {verdict}" for verdict, n in counted(results).items() if n),
-        ),
-        Fact("Threshold", threshold, origin if basis.threshold is not None else "one reference cannot give one"),
+        Fact("Images", str(len(results)), verdicts),
+        Fact("Threshold", threshold, origin if inspector.threshold is not None else "one reference cannot give one"),
         Fact("Unlike the normals", limit, "brightness, contrast, colour, sharpness, layout; in units of their spread"),
-        rate_fact(
-            calibration.rate if calibration else None,
-            options.false_alarm_rate,
-            calibration.rate_upper if calibration else None,
-        ),
-        Fact(
-            "Normal photographs",
-            str(basis.references or calibrated),
-            f"as references; {calibrated} calibrate the threshold" if basis.references else "calibrate the threshold",
-        ),
+        _rate_fact(calibration if options.threshold is None else None, options.false_alarm_rate),
+        Fact("Normal photographs", str(inspector.references or calibrated), used),
     ]
+
+
+def _rate_fact(calibration: Calibration | None, asked: float) -> Fact:
+    if calibration is None:
+        return Fact("False-alarm rate", "not known", "no calibrated threshold")
+    note = f"on average; for these photographs up to {percent(calibration.rate_upper)} (95 % confidence)"
+    if calibration.rate > asked + 1e-9:
+        note = f"{percent(asked)} was asked; {note}"
+    return Fact("Promised false-alarm rate", percent(calibration.rate), note)

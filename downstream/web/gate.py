@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
@@ -49,14 +47,14 @@ class Gate:
     """
 
     def __init__(
-        self, app: App, folder: Path, upload_bytes: int, hosts: tuple[str, ...] | None, ancestors: str = "'self'"
+        self, app: ASGIApp, folder: Path, upload_bytes: int, hosts: tuple[str, ...] | None, ancestors: str = "'self'"
     ) -> None:
         self.app, self.folder, self.upload_bytes, self.hosts = app, folder.resolve(), upload_bytes, hosts
-        self.headers = [
-            (b"content-security-policy", POLICY.format(ancestors=ancestors).encode("ascii")),
-            (b"x-content-type-options", b"nosniff"),
-            (b"referrer-policy", b"no-referrer"),
-        ]
+        self.headers = {
+            "content-security-policy": POLICY.format(ancestors=ancestors),
+            "x-content-type-options": "nosniff",
+            "referrer-policy": "no-referrer",
+        }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -67,18 +65,19 @@ class Gate:
         try:
             receive = await self._checked(scope, receive)
         except Refused as refusal:
-            await self._refuse(send, refusal)
+            response = JSONResponse({"detail": refusal.reason}, refusal.status, self.headers)
+            await response(scope, receive, send)
             return
 
-        async def with_headers(message: MutableMapping[str, Any]) -> None:
+        async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", []), *self.headers]
+                MutableHeaders(scope=message).update(self.headers)
             await send(message)
 
         await self.app(scope, receive, with_headers)
 
     async def _checked(self, scope: Scope, receive: Receive) -> Receive:
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        headers = Headers(scope=scope)
         host = re.sub(r":\d+$", "", headers.get("host", ""))
         if self.hosts is not None and host not in self.hosts:
             raise Refused(421, f"this page is not served under the name {host!r}")
@@ -115,9 +114,9 @@ class Gate:
             raise Refused(400, "not JSON") from None
         for path in _paths(content):
             self._check_file(path)
-        messages: Iterator[MutableMapping[str, Any]] = iter([{"type": "http.request", "body": body}])
+        messages: Iterator[Message] = iter([{"type": "http.request", "body": body}])
 
-        async def replay() -> MutableMapping[str, Any]:
+        async def replay() -> Message:
             return next(messages, None) or await receive()
 
         return replay
@@ -130,11 +129,6 @@ class Gate:
             inside = False
         if not inside:
             raise Refused(403, "only files that were uploaded here can be named")
-
-    async def _refuse(self, send: Send, refusal: Refused) -> None:
-        headers = [(b"content-type", b"application/json"), *self.headers]
-        await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
-        await send({"type": "http.response.body", "body": json.dumps({"detail": refusal.reason}).encode()})
 
 
 def _paths(content: object) -> Iterator[object]:

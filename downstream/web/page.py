@@ -1,7 +1,8 @@
-"""The widgets, and what each of them does. All work is done by `session`, all pictures by `showing`."""
+"""The widgets, what each of them does, and the pictures and tables they show. All work is done by `session`."""
 
 from __future__ import annotations
 
+import io
 import shutil
 import sys
 import tempfile
@@ -13,10 +14,13 @@ from typing import Any
 
 import gradio as gr
 import torch
+from PIL import Image
 
 from adpretrain.extractor import ADExtractor
-from downstream.web import fragments as showing
-from downstream.web.session import RATE, Scored, score_uploads, verdicts, write_csv
+from downstream.inspection.report import TEMPLATES
+from downstream.inspection.results import counted, write_scores
+from downstream.visualise import colour_bar
+from downstream.web.session import RATE, Scored, Verdicts, heatmap, jpeg, score_uploads, verdicts
 from downstream.web.uploads import LIMITS, MEGA, SUFFIXES, Limits, Upload, uploads
 
 EXAMPLES = Path(__file__).parent / "examples"  # drawn by recipes/products
@@ -30,6 +34,8 @@ FOOT = (
     "Photographs stay on the machine that runs this page and are deleted after an hour or when it stops. The promise "
     "holds for new photographs taken as the good ones were: same product, camera and light."
 )
+FRAGMENTS: Any = TEMPLATES.get_template("web/fragments.html").module
+THUMBNAIL = 112  # pixels, twice what is shown, for dense screens
 HINT = '<p class="ad-hint">Scores, verdicts and heatmaps appear here.</p>'
 # A click, Enter or the space bar on a row chooses it; the mark moves at once, the picture follows.
 CHOOSE = """
@@ -94,7 +100,7 @@ class Desk:
         place = event._data.get("place") if isinstance(event._data, dict) else None
         if scored is None or not isinstance(place, int) or not 0 <= place < len(scored.shots):
             return [gr.skip(), gr.skip()]
-        return [place, showing.viewer(scored, verdicts(scored, _share(rate)), place)]
+        return [place, viewer(scored, verdicts(scored, _share(rate)), place)]
 
     def samples(self) -> list[list[str]]:
         """Drawn photographs in both fields: a capsule, good and damaged, for a first look without any of one's own."""
@@ -105,14 +111,9 @@ class Desk:
     def _shown(self, scored: Scored, chosen: int, rate: float) -> list[Any]:
         found = verdicts(scored, _share(rate))
         csv = Path(tempfile.mkdtemp(dir=self.folder, prefix="scores-")) / "scores.csv"
-        write_csv(csv, found)
-        return [
-            showing.summary(scored, found, _share(rate)),
-            showing.notes(found.warnings),
-            showing.table(scored, found, chosen),
-            showing.viewer(scored, found, chosen),
-            str(csv),
-        ]
+        write_scores(csv, found.results)
+        shown = summary(scored, found), notes(found.warnings), table(scored, found, chosen)
+        return [*shown, viewer(scored, found, chosen), str(csv)]
 
     def _uploaded(self, paths: Sequence[str] | None) -> list[Upload]:
         found = [Path(path).resolve() for path in paths or ()]
@@ -123,6 +124,39 @@ class Desk:
 
 def _share(percent: float) -> float:
     return float(percent) / 100
+
+
+def summary(scored: Scored, found: Verdicts) -> str:
+    """How many images have which verdict, and what the threshold promises."""
+    return str(FRAGMENTS.summary(counted(found.results), found.calibration, scored.references))
+
+
+def notes(warnings: Sequence[str]) -> str:
+    """The warnings as a list; empty without any."""
+    return str(FRAGMENTS.notes(warnings)).strip()
+
+
+def table(scored: Scored, found: Verdicts, chosen: int | None) -> str:
+    """One row for each image, the highest score first; a click on a row chooses its image."""
+    top = max((result.score for result in found.results if result.score is not None), default=0.0) or 1.0
+
+    def place(value: float | None) -> float | None:
+        return None if value is None else round(100 * min(max(value / top, 0.0), 1.0), 1)
+
+    rows = []
+    for index in found.ranked():
+        result, photo = found.results[index], scored.shots[index].photo
+        thumbnail = photo and jpeg(Image.open(io.BytesIO(photo)), THUMBNAIL)
+        rows.append((index, result, thumbnail, place(result.score)))
+    return str(FRAGMENTS.table(rows, chosen, place(found.threshold)))
+
+
+def viewer(scored: Scored, found: Verdicts, chosen: int) -> str:
+    """The chosen photograph under its heatmap, whose strength is the page's variable --heat, and the legend."""
+    legend = io.BytesIO()
+    colour_bar(found.scale, 480).save(legend, "PNG")
+    photo, heat = scored.shots[chosen].photo, heatmap(scored, chosen, found.scale)
+    return str(FRAGMENTS.viewer(chosen, found.results[chosen], found.threshold, photo, heat, legend.getvalue()))
 
 
 def build_page(desk: Desk) -> gr.Blocks:
@@ -148,15 +182,15 @@ def build_page(desk: Desk) -> gr.Blocks:
         with gr.Column(visible=False, elem_id="ad-results") as results:
             with gr.Row():
                 with gr.Column(scale=6, min_width=300):
-                    table = _html("", "ad-table", CHOOSE)
+                    rows = _html("", "ad-table", CHOOSE)
                     csv = gr.DownloadButton("Download CSV", size="sm", elem_id="ad-csv")
                 with gr.Column(scale=5, min_width=300):
-                    viewer = _html("", "ad-viewer")
+                    picture = _html("", "ad-viewer")
                     strength = gr.Slider(0, 100, 80, step=1, label="Heatmap strength, %", elem_id="ad-strength")
-            notes = _html("", "ad-notes")
+            remarks = _html("", "ad-notes")
         _html(f'<p class="ad-foot">{FOOT}</p>', "ad-foot")
 
-        shown = [status, notes, table, viewer, csv]
+        shown = [status, remarks, rows, picture, csv]
         task: dict[str, Any] = {
             "fn": desk.score,
             "inputs": [model, good, new, rate],
@@ -173,7 +207,7 @@ def build_page(desk: Desk) -> gr.Blocks:
         )
         drawn.success(**task)
         rate.change(desk.judge, [scored, chosen, rate], shown, trigger_mode="always_last", **quick)
-        table.click(desk.choose, [scored, rate], [chosen, viewer], trigger_mode="always_last", **quick)
+        rows.click(desk.choose, [scored, rate], [chosen, picture], trigger_mode="always_last", **quick)
         strength.change(None, strength, None, js=STRENGTH)
     return page.queue(max_size=16, api_open=False)
 

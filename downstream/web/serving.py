@@ -20,6 +20,7 @@ from downstream.web.gate import LOCAL_NAMES, Gate
 from downstream.web.uploads import LIMITS
 
 LOCAL, EVERYWHERE = "127.0.0.1", "0.0.0.0"
+STYLE = Path(__file__).with_name("style.css")
 HUGGING_FACE = "'self' https://huggingface.co https://*.hf.space"
 
 
@@ -67,7 +68,6 @@ def _app(models: Mapping[str, ADExtractor], device: object, folder: Path, where:
     from fastapi import FastAPI
 
     from downstream.web.page import Desk, build_page
-    from downstream.web.style import STYLE
 
     # Names of fonts that systems have; Gradio's own theme would fetch one.
     theme = gr.themes.Default(
@@ -90,7 +90,7 @@ def _app(models: Mapping[str, ADExtractor], device: object, folder: Path, where:
         pwa=False,
         mcp_server=False,
         theme=theme,
-        css=STYLE,
+        css_paths=STYLE,
     )
     local = where in (LOCAL, "localhost", "::1")
     ancestors = HUGGING_FACE if "SPACE_ID" in os.environ else "'self'"

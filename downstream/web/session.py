@@ -13,7 +13,6 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,11 +22,11 @@ from PIL import Image
 from adpretrain.extractor import ADExtractor
 from downstream.appearance import Unlike
 from downstream.calibration import Calibration, calibrate
-from downstream.inspection.basis import Basis, Options, prepare_photos
-from downstream.inspection.normals import Progress, predict_photos, silent
-from downstream.inspection.photos import Photo, Unreadable, without_blank
-from downstream.inspection.results import UNREADABLE, Result, write_scores
-from downstream.inspection.scoring import is_odd, judge, shape_warning, typical_scale
+from downstream.inspection import Options
+from downstream.inspection.inspector import Inspector, judge, shape_note
+from downstream.inspection.photos import Photo, Unreadable
+from downstream.inspection.results import UNREADABLE, Result
+from downstream.terminal import Progress, no_progress
 from downstream.visualise import ColourScale, overlay
 from downstream.web.uploads import LIMITS, Limits, Upload, check_counts, read_upload
 
@@ -60,7 +59,6 @@ class Scored:
     normal_unlike: tuple[float, ...]  # the same good photographs as a whole, see downstream.appearance
     references: int
     scale: ColourScale
-    description: str  # of the extractor, for people
     notes: tuple[str, ...]  # warnings that do not depend on the rate
 
 
@@ -90,63 +88,41 @@ def score_uploads(
     good: Sequence[Upload],
     new: Sequence[Upload],
     limits: Limits = LIMITS,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Scored:
     """Score the new photographs against the good ones. Raises ValueError, in words for the page, for bad input."""
     check_counts(good, new, limits)
     # A copy shares the weights; the visitor's references are dropped with it and never meet another visitor's.
     own = copy.copy(extractor)
-    references = _read_references(good, own, limits)
-    options = Options(shots=limits.good, batch_size=BATCH)
-    basis = prepare_photos(own, device, references, options, progress=progress)
-    shots: list[Shot] = []
-    odd = 0
-    for start in range(0, len(new), BATCH):
-        progress("scoring", start, len(new))
-        read = [read_upload(upload, own.preprocess, limits) for upload in new[start : start + BATCH]]
-        shots += _score_batch(basis, read)
-        odd += sum(isinstance(item, Photo) and is_odd(item.aspect, basis.aspects) for item in read)
-    progress("scoring", len(new), len(new))
-    scale = basis.scale or typical_scale([shot.map_SS for shot in shots if shot.map_SS is not None])
-    return Scored(
-        shots=tuple(shots),
-        normal_scores=basis.calibration.scores if basis.calibration else (),
-        normal_unlike=basis.calibration.unlike if basis.calibration else (),
-        references=basis.references,
-        scale=scale,
-        description=basis.description,
-        notes=(*basis.notes, *shape_warning(odd, len(new))),
-    )
-
-
-def _read_references(good: Sequence[Upload], extractor: ADExtractor, limits: Limits) -> list[Photo]:
-    references: list[Photo] = []
+    references = list[Photo]()
     for upload in good:
-        item = read_upload(upload, extractor.preprocess, limits)
+        item = read_upload(upload, own.preprocess, limits)
         if isinstance(item, Unreadable):
             raise ValueError(f"Every score depends on the good photographs, and {upload.name} is bad: {item.reason}.")
         references.append(item)
-    return references
-
-
-def _score_batch(basis: Basis, read: Sequence[Photo | Unreadable]) -> list[Shot]:
-    read = without_blank(read, basis.contrast)
-    photos = [item for item in read if isinstance(item, Photo)]
-    scores_B, maps_BSS = predict_photos(basis.detector, photos, basis.device)
-    predicted = iter(zip(scores_B, maps_BSS, strict=True))
-    shots = []
-    for item in read:
-        if isinstance(item, Unreadable):
-            shots.append(Shot(str(item.path), reason=item.reason))
-            continue
-        score, map_SS = next(predicted)
-        if not math.isfinite(score):
-            shots.append(Shot(str(item.path), reason=f"the extractor gave the score {score}"))
-        else:
-            unlike = basis.appearance.unlike(item.appearance)
-            picture = jpeg(item.shown)
-            shots.append(Shot(str(item.path), float(score), map_SS.astype(np.float32), picture, unlike=unlike))
-    return shots
+    options = Options(shots=limits.good, batch_size=BATCH)
+    inspector = Inspector.from_photos(own, device, references, options, progress=progress)
+    shots, odd = list[Shot](), 0
+    for start in range(0, len(new), BATCH):
+        progress("scoring", start, len(new))
+        read = [read_upload(upload, own.preprocess, limits) for upload in new[start : start + BATCH]]
+        for one in inspector.score(read):
+            if isinstance(one, Unreadable):
+                shots.append(Shot(str(one.path), reason=one.reason))
+                continue
+            photo, map_SS = jpeg(one.photo.shown), one.map_SS.astype(np.float32)
+            shots.append(Shot(str(one.photo.path), one.score, map_SS, photo, unlike=one.unlike))
+            odd += inspector.has_odd_shape(one.photo)
+    progress("scoring", len(new), len(new))
+    maps = [shot.map_SS for shot in shots if shot.map_SS is not None]
+    return Scored(
+        shots=tuple(shots),
+        normal_scores=inspector.calibration.scores if inspector.calibration else (),
+        normal_unlike=inspector.calibration.unlike if inspector.calibration else (),
+        references=inspector.references,
+        scale=inspector.scale or ColourScale.from_typical_map(maps),
+        notes=(*inspector.notes, *shape_note(odd, len(new))),
+    )
 
 
 def verdicts(scored: Scored, rate: float) -> Verdicts:
@@ -184,8 +160,3 @@ def jpeg(picture: Image.Image, longest: int | None = None) -> bytes:
     buffer = io.BytesIO()
     picture.convert("RGB").save(buffer, "JPEG", quality=88)
     return buffer.getvalue()
-
-
-def write_csv(path: Path, found: Verdicts) -> None:
-    """The same table as `adpretrain score` writes."""
-    write_scores(path, found.results)

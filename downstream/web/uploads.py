@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from adpretrain.preprocess import Preprocess, as_rgb, page_count
-from downstream.inspection.photos import Photo, Unreadable, seen
+from downstream.inspection.photos import Photo, Unreadable, prepare_photo
 
 MEGA = 10**6
 FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")  # Pillow's names
@@ -94,7 +94,7 @@ def read_upload(upload: Upload, preprocess: Preprocess, limits: Limits = LIMITS)
         if reason is None:
             with Image.open(upload.path, formats=FORMATS) as image:
                 image.load()
-                return seen(name, as_rgb(ImageOps.exif_transpose(image)), preprocess)
+                return prepare_photo(name, as_rgb(ImageOps.exif_transpose(image)), preprocess)
     except Exception:  # Pillow's plugins raise OSError, SyntaxError, struct.error, ...; their texts hold paths
         reason = "the file is damaged or cut off"
     return Unreadable(name, reason)

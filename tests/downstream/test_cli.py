@@ -24,6 +24,7 @@ from downstream.cli import main
 from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
 
 Write = Callable[..., Path]
+MODULES_OF_A_SCORE = 81  # to come down to 20
 
 
 def score(extractor: Path, normal: Path, images: Path, out: Path, *more: str) -> int:
@@ -61,7 +62,7 @@ def test_a_run_finds_the_discs_and_writes_everything(
         "summary.json",
     ]
     assert len(list((out / "heatmaps").glob("*.png"))) == 5
-    assert "a score is the mean of the heatmap&#x27;s highest 1 %" in (out / "report.html").read_text()
+    assert "a score is the mean of the heatmap&#39;s highest 1 %" in (out / "report.html").read_text()
     printed = capsys.readouterr().out
     assert "images anomalous (threshold" in printed
     assert "promised false-alarm rate 20 %" in printed
@@ -359,6 +360,20 @@ def test_help_tells_the_exit_codes_and_loads_no_torch() -> None:
     assert done.returncode == 0
     assert "  1  at least one image is anomalous" in done.stdout
     assert "  3  no anomaly found, but none can be" in done.stdout
+
+
+def test_a_score_enters_few_of_our_modules(write_tiles: Write, extractor_dir: Path, tmp_path: Path) -> None:
+    folders = {"normal": write_tiles("normal", range(2)), "images": write_tiles("images", range(3, 4))}
+    options = [f"--{name}={folder}" for name, folder in folders.items()]
+    options += [f"--extractor={extractor_dir}", f"--out={tmp_path / 'out'}", "--device=cpu", "--threshold=1e9"]
+    code = (
+        f"import sys; from downstream.cli import main; assert main(['score', *{options}]) == 0; "
+        "print(*(name for name in sys.modules if name.split('.')[0] in ('adpretrain', 'downstream')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    entered = done.stdout.splitlines()[-1].split()
+    assert sum(name.startswith("downstream.inspection") for name in entered) <= 8
+    assert len(entered) <= MODULES_OF_A_SCORE, sorted(entered)
 
 
 @pytest.mark.parametrize("method", ["even", "random", "kmeans"])

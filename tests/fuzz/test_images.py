@@ -21,8 +21,7 @@ from PIL import Image
 from adpretrain.data.samples import ImageDataset, Sample
 from adpretrain.preprocess import FORMATS, LARGEST_SIDE, Preprocess, picture_size, read_image, read_mask
 from downstream.cli import main
-from downstream.inspection.finding import find_images
-from downstream.inspection.photos import Photo, Unreadable, read_batches
+from downstream.inspection.photos import Photo, Unreadable, find_images, read_batches
 from downstream.web.uploads import LIMITS, Upload, read_upload
 
 MODES = (

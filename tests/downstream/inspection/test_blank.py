@@ -10,7 +10,7 @@ from PIL import Image
 from products import make_synthetic
 
 from adpretrain.data import index_realiad
-from downstream.inspection.basis import Options
+from downstream.inspection import Options
 from downstream.inspection.run import EXIT_INCOMPLETE, score_folder
 
 NOTHING = {"black": (0, 0), "gray": (128, 0), "white": (255, 0), "sensor noise": (12, 1)}  # level, noise

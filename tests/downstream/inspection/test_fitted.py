@@ -19,7 +19,7 @@ from downstream.detectors import detector_from_pretrained
 from downstream.detectors.ensemble import Ensemble
 from downstream.detectors.padim import PaDiM
 from downstream.detectors.patchcore import PatchCore
-from downstream.inspection.fitted import SEEN, preprocess_of
+from downstream.inspection.inspector import PERHAPS_FITTED, preprocess_of
 
 Write = Callable[..., Path]
 Scene = tuple[Path, Path, Path]
@@ -73,7 +73,7 @@ def test_scores_and_threshold_are_the_detectors(scene: Scene, tmp_path: Path) ->
     calibration = calibrate((), 0.2, predicted(sorted(scene[1].iterdir())))
     assert summary["threshold"] == pytest.approx(calibration.threshold, rel=1e-5)
     assert (summary["detector"], summary["references"], summary["promised_false_alarm_rate"]) == (folder, 0, 1 / 7)
-    assert SEEN not in summary["warnings"]
+    assert PERHAPS_FITTED not in summary["warnings"]
 
 
 def test_photographs_that_a_detector_knows_do_not_calibrate_it(
@@ -99,7 +99,7 @@ def test_photographs_that_a_detector_knows_do_not_calibrate_it(
     del config["full_scale"]
     (tmp_path / "det" / "config.json").write_text(json.dumps(config))
     score(tmp_path / "renamed", images, tmp_path / "out", "--detector", folder)
-    assert SEEN in json.loads((tmp_path / "out" / "summary.json").read_text())["warnings"]
+    assert PERHAPS_FITTED in json.loads((tmp_path / "out" / "summary.json").read_text())["warnings"]
 
 
 def test_a_fitted_featurenorm_gives_what_its_references_give(scene: Scene, extractor_dir: Path, tmp_path: Path) -> None:

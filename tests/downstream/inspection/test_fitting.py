@@ -16,6 +16,7 @@ from torch import Tensor
 from adpretrain.backbones import load_backbone
 from adpretrain.extractor import ADExtractor
 from downstream.cli import main
+from downstream.commands.fit import parse_settings
 from downstream.detectors import DETECTORS, build_detector, detector_from_pretrained
 from downstream.detectors.ensemble import EnsembleConfig, ScoreUnit
 from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
@@ -23,9 +24,7 @@ from downstream.detectors.padim import PaDiM
 from downstream.detectors.patchcore import PatchCore, PatchCoreConfig
 from downstream.embedding import EmbeddingConfig
 from downstream.extracts import Adapted
-from downstream.inspection.finding import find_images
-from downstream.inspection.fitting import parse_settings
-from downstream.inspection.photos import Photo, read_batches
+from downstream.inspection.photos import Photo, find_images, read_batches
 
 
 def pixels(folder: Path, size: int = 64) -> Tensor:

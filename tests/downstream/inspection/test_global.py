@@ -16,7 +16,7 @@ from PIL import Image, ImageFilter, ImageOps
 from adpretrain.backbones import load_backbone
 from adpretrain.extractor import ADExtractor
 from downstream.cli import main
-from downstream.inspection.basis import Options
+from downstream.inspection import Options
 from downstream.inspection.run import EXIT_ANOMALY, score_folder
 
 SHARED = Path(__file__).parents[4] / "shared"

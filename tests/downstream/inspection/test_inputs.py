@@ -17,7 +17,7 @@ from drawn import tile
 from PIL import Image
 
 from downstream.cli import main
-from downstream.inspection.finding import find_images, passed_over
+from downstream.inspection.photos import find_images, passed_over
 
 Write = Callable[..., Path]
 FAULTS = Path(__file__).parents[4] / "shared" / "faults"

@@ -35,8 +35,7 @@ from downstream.cli import main
 from downstream.commands.export import snippet
 from downstream.detectors.aligned import AlignedFeatureNorm, AlignedFeatureNormConfig
 from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
-from downstream.inspection.graph import Inspector
-from downstream.inspection.onnx import ANY_BATCH, NOTICE, Agreement, _judge, export_onnx, verify
+from downstream.inspection.onnx import ANY_BATCH, NOTICE, Agreement, DetectorGraph, _judge, export_onnx, verify
 
 MTD = Path(__file__).resolve().parents[4] / "shared" / "data" / "mtd"
 SIDE = 64
@@ -240,11 +239,11 @@ def test_a_tie_is_seen_where_rounding_decides_and_nowhere_else(photographs: dict
     """Two references equal but for the last bits of one pixel: the tokens of that place are nearly equally near."""
     normal, defects = photographs["normal"], photographs["defects"]
     detector = FeatureNorm(extractor_of(None, None, levels=(1,)), FeatureNormConfig(image_size=SIDE)).fit([normal[:2]])
-    alone = Inspector(detector).ties(defects)
+    alone = DetectorGraph(detector).ties(defects)
     twin = normal[:1] * (1 + 1e-7)
     detector.fit([torch.cat([normal[:1], twin, normal[1:2]])])
     assert not alone.all()
-    assert Inspector(detector).ties(defects).all()
+    assert DetectorGraph(detector).ties(defects).all()
 
 
 def test_a_difference_is_excused_by_ties_in_few_images_only() -> None:
@@ -272,7 +271,7 @@ def test_torch_export(photographs: dict[str, Tensor], architecture: str | None, 
     detector = FeatureNorm(extractor, FeatureNormConfig(image_size=SIDE)).fit([photographs["normal"][:4]])
     with torch.no_grad():
         program = torch.export.export(
-            Inspector(detector),
+            DetectorGraph(detector),
             (photographs["normal"][:2],),
             dynamic_shapes=ANY_BATCH,
         )
@@ -329,17 +328,17 @@ def test_errors_say_what_to_do(
 ) -> None:
     extractor = extractor_of(None, None)
     with pytest.raises(ValueError, match=r"can be exported, after fit\(normal_images\)"):
-        Inspector(FeatureNorm(extractor, FeatureNormConfig(image_size=SIDE)))
+        DetectorGraph(FeatureNorm(extractor, FeatureNormConfig(image_size=SIDE)))
     with pytest.raises(ValueError, match="only a FeatureNorm of an ADExtractor"):
-        Inspector(FeatureNorm(extractor.backbone, FeatureNormConfig(SIDE)).fit([photographs["normal"]]))
+        DetectorGraph(FeatureNorm(extractor.backbone, FeatureNormConfig(SIDE)).fit([photographs["normal"]]))
     aligned = AlignedFeatureNorm(extractor, AlignedFeatureNormConfig(image_size=SIDE, shots=2)).fit(
         [photographs["normal"]]
     )
     with pytest.raises(ValueError, match="aligned ones cannot be exported"):
-        Inspector(aligned)
+        DetectorGraph(aligned)
     extractor.set_references(extractor.encode_references(photographs["normal"].unflatten(0, (4, 2))))
     with pytest.raises(ValueError, match="one set of references for all images, not 4"):
-        Inspector(FeatureNorm(extractor, FeatureNormConfig(image_size=SIDE)))
+        DetectorGraph(FeatureNorm(extractor, FeatureNormConfig(image_size=SIDE)))
     detector = FeatureNorm(extractor, FeatureNormConfig(image_size=SIDE)).fit([photographs["normal"]])
     with pytest.raises(ValueError, match=r"opset 9 is not supported; choose one of 18\.\."):
         export_onnx(detector, tmp_path / "model.onnx", [], opset=9)

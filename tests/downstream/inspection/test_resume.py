@@ -20,7 +20,7 @@ from processes import output, start, wait
 
 from adpretrain.files import sweep
 from downstream.cli import main
-from downstream.inspection.basis import Options
+from downstream.inspection import Options
 from downstream.inspection.resume import PART
 from downstream.inspection.run import score_folder
 from downstream.visualise import ColourScale, overlay, panel, photo_and_heatmap

@@ -123,7 +123,7 @@ def test_one_click_shows_drawn_samples(browser: Browser) -> None:
     browser.click("#ad-sample-button")
     browser.until("document.querySelectorAll('#ad-table tr[data-place]').length === 8")
     assert browser.run("document.querySelectorAll('#ad-good .file-preview tr.file').length") == 8
-    assert "part_4_specks.png" in browser.text("#ad-table")
+    assert "part_4_specks.jpg" in browser.text("#ad-table")
     assert browser.run("document.querySelector('.ad-viewer img').naturalWidth") == 384
     for width in (1280, 420):
         browser.resize(width, 900)

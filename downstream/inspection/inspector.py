@@ -1,0 +1,378 @@
+"""An `Inspector`: what the normal photographs fix before the first image is scored, and the scores that follow.
+
+FeatureNorm is fitted on the references, and each of them scored against the others (leave-one-out); or a detector that
+was fitted before is loaded. Further normal photographs are scored as new ones are. The threshold and the heatmaps'
+colour scale follow from these scores.
+
+Shape legend: K references, B images of a batch, S = the network's input side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from adpretrain.extractor import ADExtractor
+from adpretrain.preprocess import Preprocess
+from downstream.appearance import Normals, Unlike
+from downstream.calibration import Calibration, calibrate, percent
+from downstream.detector import Detector
+from downstream.detectors.aligned import AlignedFeatureNorm, AlignedFeatureNormConfig
+from downstream.detectors.featurenorm import FeatureNorm
+from downstream.inspection import DEFAULTS, Options
+from downstream.inspection.normals import (
+    SCALE_SAMPLE,
+    as_numpy,
+    choose_references,
+    copies_note,
+    dark_note,
+    predict_photos,
+    read_all,
+    readable,
+    score_normals,
+)
+from downstream.inspection.photos import (
+    Photo,
+    Unreadable,
+    find_images,
+    full_scale,
+    printable,
+    read_batches,
+    without_blank,
+    without_copies,
+)
+from downstream.inspection.results import ANOMALOUS, NORMAL, UNDECIDED, Result
+from downstream.terminal import Progress, no_progress
+from downstream.visualise import ColourScale
+
+ALONE = (
+    "One normal photograph cannot be compared with another one: there is no threshold, no p-value and no verdict, only "
+    "a ranking. Give at least 2, or further ones with --calibration."
+)
+SHAPE_TOLERANCE = 0.05  # relative difference of width:height that is worth a warning
+PERHAPS_FITTED = (
+    "The promise holds only if the detector was not fitted on these normal photographs: those it knows score lower. "
+    "(It was saved by a version that did not remember its photographs.)"
+)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A photograph with its score and map; ``unlike`` is of this photograph alone."""
+
+    photo: Photo
+    score: float
+    map_SS: NDArray[np.float64]
+    unlike: Unlike
+
+
+@dataclass(frozen=True)
+class Inspector:
+    """A detector with everything that scores and judges photographs: `score`, then `judge`."""
+
+    detector: Detector
+    preprocess: Preprocess
+    device: torch.device
+    options: Options
+    calibration: Calibration | None
+    scale: ColourScale | None  # None with one reference only: a sample of the images must fix it
+    references: int
+    aspects: tuple[float, ...]  # width / height of the references, or of a fitted detector's normal photographs
+    contrast: float  # of the same photographs, the median
+    appearance: Normals  # what photographs are compared with as a whole
+    full_scale: float | None  # of gray photographs with more than 8 bits
+    known: Mapping[str, str]  # digests of the normal photographs, and their names
+    description: str  # of the extractor or detector, for people
+    score_is: str  # how a score comes from a heatmap, for people
+    notes: tuple[str, ...]  # what there is to say about the photographs
+
+    @property
+    def threshold(self) -> float | None:
+        """The given one, else the calibrated one."""
+        if self.options.threshold is None and self.calibration is not None:
+            return self.calibration.threshold
+        return self.options.threshold
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Everything that people should know: of the threshold, then of the photographs."""
+        calibration, given = self.calibration, self.options.threshold
+        if given is not None:
+            text = "The threshold was given, not calibrated: no false-alarm rate is promised."
+            if calibration is not None:
+                exceeding = sum(score > given for score in calibration.scores)
+                text += f" {exceeding} of {len(calibration.scores)} normal photographs exceed it."
+            return (text, *self.notes)
+        return (*(calibration.warnings if calibration else (ALONE,)), *self.notes)
+
+    @classmethod
+    def from_folder(
+        cls,
+        extractor: ADExtractor,
+        device: torch.device,
+        normal: Path,
+        extra: Path | None = None,
+        options: Options = DEFAULTS,
+        exclude: Path | None = None,
+        progress: Progress = no_progress,
+    ) -> Inspector:
+        """Fit the references in `normal`; calibrate on them and on the normal photographs in `extra`.
+
+        Photographs that are not chosen as references calibrate. An unreadable reference is a ValueError (every score
+        depends on it); an unreadable calibration photograph is left out with a warning. Nothing below `exclude` (the
+        output folder) is read.
+        """
+        normals = find_images(normal, exclude)
+        more = find_images(extra, exclude) if extra else []
+        scale = full_scale([*normals, *more])
+        chosen = choose_references(normals, extractor, options, scale, progress)
+        used = {path.resolve() for path in chosen}
+        further = {path.resolve(): path for path in (*normals, *more) if path.resolve() not in used}
+        notes = []
+        if overlap := sum(path.resolve() in used for path in more):
+            notes = [
+                f"{overlap} calibration photograph(s) are references too and were left out: they would score too low."
+            ]
+        references = read_all(chosen, extractor.preprocess, options.batch_size, scale)
+        paths = sorted(further.values())
+        return cls.from_photos(extractor, device, references, options, paths, notes, progress, scale)
+
+    @classmethod
+    def from_photos(
+        cls,
+        extractor: ADExtractor,
+        device: torch.device,
+        references: Sequence[Photo],
+        options: Options = DEFAULTS,
+        further: Sequence[Path] = (),
+        notes: Sequence[str] = (),
+        progress: Progress = no_progress,
+        scale: float | None = None,
+    ) -> Inspector:
+        """`from_folder` with references that are read already; the photographs in the files `further` calibrate too.
+
+        ``scale``: the full scale of gray photographs with more than 8 bits. Copies of a photograph are left out.
+        """
+        # A blank reference would match whatever is calm, and calibrate with a score beyond all others.
+        references = readable(without_blank(references, max(photo.contrast for photo in references)))
+        known: dict[str, str] = {}
+        references, copies = without_copies(references, known)
+        preprocess, pool = extractor.preprocess, len(references)
+        images_K = torch.stack([photo.pixels for photo in references]).to(device)
+        progress("fitting the references", 0, pool)
+        detector = FeatureNorm(extractor)
+        if options.references == "aligned" and pool > options.shots:
+            # Leave-one-out must meet as many references as a new image does, or one fewer where there are no more.
+            detector = AlignedFeatureNorm(extractor, AlignedFeatureNormConfig(shots=options.shots))
+        detector.fit(images_K.split(options.batch_size))
+        scores_K, maps_KSS = np.empty(0), []
+        if pool >= 2:
+            prediction = detector.leave_one_out(images_K)
+            scores_K, maps_KSS = as_numpy(prediction.scores), [as_numpy(prediction.maps)]
+        progress("fitting the references", pool, pool)
+
+        contrast = statistics.median(photo.contrast for photo in references)
+        batch = options.batch_size
+        found = score_normals(detector, further, preprocess, device, contrast, batch, progress, known, scale)
+        brightest = [photo.brightest for photo in references] + found.brightest
+        notes = [*copies_note(copies, "references"), *notes, *found.notes("calibration"), *dark_note(brightest)]
+        appearance = Normals([photo.appearance for photo in references])
+
+        calibration = None
+        if len(scores_K) or len(found.scores):
+            unlike = appearance.leave_one_out(), appearance.unlike(found.appearance).values
+            calibration = calibrate(scores_K, options.false_alarm_rate, found.scores, unlike)
+        inspector = cls(
+            detector=detector,
+            preprocess=preprocess,
+            device=device,
+            options=options,
+            calibration=calibration,
+            scale=None,
+            references=pool,
+            aspects=tuple(photo.aspect for photo in references),
+            contrast=contrast,
+            appearance=appearance,
+            full_scale=scale,
+            known=known,
+            description=_describe(extractor, detector, options),
+            score_is=f"the mean of the heatmap's highest {percent(detector.config.top)}",
+            notes=(*notes, *_crop_note(preprocess)),
+        )
+        if not (maps := [*maps_KSS, *found.maps]):
+            return inspector
+        colours = ColourScale.from_normal_maps(np.concatenate(maps), inspector.threshold)
+        return dataclasses.replace(inspector, scale=colours)
+
+    @classmethod
+    def from_detector(
+        cls,
+        folder: Path,
+        device: torch.device,
+        normal: Path,
+        extra: Path | None = None,
+        options: Options = DEFAULTS,
+        exclude: Path | None = None,
+        weights: str | os.PathLike[str] | None = None,
+        progress: Progress = no_progress,
+    ) -> Inspector:
+        """Load the fitted detector in ``folder``; all photographs in ``normal`` and ``extra`` calibrate (split
+        conformal), but for those that it was fitted on.
+
+        Raises ValueError if the folder holds no detector, or one whose photographs' preparation is unknown, or none of
+        the normal photographs can be read, or it was fitted on all of them. Nothing below ``exclude`` is read.
+        """
+        from downstream.detectors import detector_from_pretrained
+        from downstream.saved import read_detector_config
+
+        every = [*find_images(normal, exclude), *(find_images(extra, exclude) if extra else [])]
+        paths = sorted({path.resolve(): path for path in every}.values())
+        preprocess = preprocess_of(folder)
+        detector = detector_from_pretrained(folder, device=device, weights=weights)
+        fitted = read_detector_config(folder)
+        known = dict.fromkeys(fitted.photographs, "one that the detector was fitted on")
+        scale = fitted.full_scale if known else full_scale(paths)
+        sample, batch = _sample(paths, preprocess, options.batch_size, scale), options.batch_size
+        contrast = statistics.median(photo.contrast for photo in sample)
+        found = score_normals(detector, paths, preprocess, device, contrast, batch, progress, known, scale)
+        if not len(found.scores) and found.copies:
+            raise ValueError(
+                f"the detector was fitted on all {len(found.copies)} normal photographs, which can say nothing about "
+                "new ones: give photographs as --normal that it was not fitted on"
+            )
+        appearance = Normals(found.appearance)
+        unlike = appearance.leave_one_out()  # empty if there is one normal photograph only
+        calibration = calibrate((), options.false_alarm_rate, found.scores, ((), unlike) if len(unlike) else None)
+        doubt = [PERHAPS_FITTED] if options.threshold is None and not fitted.photographs else []
+        network = f" on {fitted.backbone.name}" if fitted.backbone else ""
+        return cls(
+            detector=detector,
+            preprocess=preprocess,
+            device=device,
+            options=options,
+            calibration=calibration,
+            # Not the threshold: image scores need not be in the maps' unit.
+            scale=ColourScale.from_normal_maps(np.concatenate(found.maps)),
+            references=0,
+            aspects=tuple(photo.aspect for photo in sample),
+            contrast=contrast,
+            appearance=appearance,
+            full_scale=scale,
+            known=known,
+            description=f"{fitted.detector}{network}, fitted before",
+            score_is="the detector's, in its own unit",
+            notes=(*doubt, *found.notes("normal"), *dark_note(found.brightest), *_crop_note(preprocess)),
+        )
+
+    def score(self, read: Sequence[Photo | Unreadable]) -> list[Scored | Unreadable]:
+        """Photographs of one batch, in order. One that is blank or has no finite score becomes unreadable."""
+        read = without_blank(read, self.contrast)
+        photos = [item for item in read if isinstance(item, Photo)]
+        predicted = iter(zip(*predict_photos(self.detector, photos, self.device), strict=True))
+        scored = list[Scored | Unreadable]()
+        for item in read:
+            if isinstance(item, Unreadable):
+                scored.append(item)
+                continue
+            score, map_SS = next(predicted)
+            if math.isfinite(score):
+                unlike = self.appearance.unlike(item.appearance)
+                scored.append(Scored(item, float(score), map_SS, unlike))
+            else:
+                scored.append(Unreadable(item.path, f"the extractor gave the score {score}"))
+        return scored
+
+    def judge(self, name: str, scored: Scored, heatmap: str | None = None) -> Result:
+        """The result of one image; a copy of a normal photograph, compared with itself, has no verdict."""
+        result = judge(name, scored.score, scored.unlike, self.calibration, self.threshold, heatmap)
+        if (original := self.known.get(scored.photo.digest)) is not None:
+            reason = f"it is a copy of a normal photograph ({original}), so that it is compared with itself"
+            result = dataclasses.replace(result, verdict=UNDECIDED, reason=reason)
+        return result
+
+    def has_odd_shape(self, photo: Photo) -> bool:
+        """Whether no normal photograph has nearly this width:height."""
+        return all(abs(math.log(photo.aspect / other)) > SHAPE_TOLERANCE for other in self.aspects)
+
+
+def judge(
+    name: str,
+    score: float,
+    unlike: Unlike,
+    calibration: Calibration | None,
+    threshold: float | None,
+    heatmap: str | None = None,
+) -> Result:
+    """The result of one image with a finite score; ``unlike`` is of this image alone."""
+    value, measure = float(unlike.values[0]), unlike.measures[0]
+    p_value = unlike_p_value = None
+    if calibration is not None:
+        p_value = float(calibration.p_values([score])[0])
+        unlike_p_value = float(calibration.unlike_p_values([value])[0]) if calibration.unlike else None
+    verdict, reasons = UNDECIDED, list[str]()
+    if threshold is not None:
+        reasons += ["score"] if score > threshold else []
+        beyond = calibration is not None and value > calibration.unlike_threshold
+        reasons += [f"unlike the normals: {measure}"] if beyond else []
+        verdict = ANOMALOUS if reasons else NORMAL
+    return Result(name, score, p_value, verdict, heatmap, ", ".join(reasons), value, unlike_p_value, measure)
+
+
+def shape_note(odd: int, total: int) -> list[str]:
+    """What to say when `odd` of `total` images have a shape unlike the normal photographs'."""
+    if not odd:
+        return []
+    return [
+        f"{odd} of {total} images have a shape (width:height) unlike the normal photographs'. They are "
+        "prepared like those, so what lies elsewhere in them looks like an anomaly: crop them alike."
+    ]
+
+
+def preprocess_of(folder: Path) -> Preprocess:
+    """How photographs become the images of a saved detector. Raises ValueError if its folder does not say."""
+    from downstream.saved import member, part, read_detector_config
+
+    config = read_detector_config(folder)
+    if config.extract == "members":
+        return preprocess_of(part(folder, member(0)))
+    found = config.images or config.preprocess
+    if found is None:
+        raise ValueError(
+            f"{printable(folder)} was fitted on features that a program made: how photographs are prepared for them is "
+            "not known; use it in Python (downstream.detectors.detector_from_pretrained)"
+        )
+    return found
+
+
+def _sample(paths: Sequence[Path], preprocess: Preprocess, batch_size: int, scale: float | None) -> list[Photo]:
+    """Evenly spaced ones of the photographs that can be read."""
+    some = paths[:: -(-len(paths) // SCALE_SAMPLE)]
+    read = [item for batch in read_batches(some, preprocess, batch_size, scale) for item in batch]
+    photos = [item for item in read if isinstance(item, Photo)]
+    if not any(photo.contrast for photo in photos):
+        reasons = [item.reason for item in read if isinstance(item, Unreadable)]
+        raise ValueError(f"no normal photograph can be used: {reasons[0] if reasons else 'all of them are blank'}")
+    return photos
+
+
+def _crop_note(preprocess: Preprocess) -> list[str]:
+    if preprocess.crop_from is None:
+        return []
+    return [f"Every photograph is {preprocess.in_words}: what lies outside of them is not inspected."]
+
+
+def _describe(extractor: ADExtractor, detector: FeatureNorm, options: Options) -> str:
+    features = "projected residuals" if extractor.projector is not None else "raw residuals, no projector"
+    chosen = f"references chosen: {options.references}"
+    if isinstance(detector, AlignedFeatureNorm):
+        chosen = f"the {detector.config.shots} best aligned references for every image"
+    return f"{extractor.backbone.name}, {features}, {chosen}"
