@@ -27,10 +27,10 @@ from adpretrain.card import card
 from adpretrain.config import LocalScaleConfig
 from adpretrain.data import ImageDataset
 from adpretrain.data.layouts.realiad import index_realiad
+from adpretrain.data.products import by_product
 from adpretrain.hub.locating import EMBEDDED
 from adpretrain.local_scale import LocalScale
 from adpretrain.saved import CARD_NAME, save_tensors
-from downstream.evaluation.few_shot import by_product
 
 BACKBONE = {"name": "lite0", "image_size": 224, "levels": [1, 2, 3], "finest": 8, "patch": [1, 1, 3]}
 SCALE = LocalScaleConfig(share=0.35, weights=[0.5, 1.0, 2.0])

@@ -30,6 +30,7 @@ from adpretrain import ADExtractor
 from adpretrain.backbones import FeatureMaps
 from adpretrain.config import LossConfig, ProjectorConfig
 from adpretrain.data import Sample, index_dataset, index_with_bare
+from adpretrain.data.products import draw_shots, normals
 from adpretrain.files import atomic_path
 from adpretrain.parsing import from_dict, read_yaml
 from adpretrain.saved import build_projector
@@ -38,7 +39,7 @@ from adpretrain.training.dataset import PretrainingSet
 from adpretrain.training.objective import Objective, measure_centers
 from downstream.detectors import DETECTORS
 from downstream.evaluation.contenders import PRETRAINED, SCALED, Contender, Networks
-from downstream.evaluation.few_shot import FeatureSet, draw_shots, encode_samples, measure, normals, score
+from downstream.evaluation.few_shot import FeatureSet, encode_samples, measure, score
 from downstream.evaluation.protocols import ProtocolOptions, trials
 from downstream.evaluation.remembered import Remembered
 from downstream.evaluation.trial import Settings, run_trial

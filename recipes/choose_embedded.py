@@ -24,11 +24,12 @@ from torch import Tensor
 
 from adpretrain import load_backbone
 from adpretrain.config import LocalScaleConfig
+from adpretrain.data.products import draw_shots
 from adpretrain.files import atomic_path
 from adpretrain.local_scale import LocalScale
 from adpretrain.residual import leave_one_out_residuals, nearest_reference, tokens
 from downstream.detectors.featurenorm import FeatureNorm
-from downstream.evaluation.few_shot import FeatureSet, draw_shots, encode_samples, measure, reference_banks
+from downstream.evaluation.few_shot import FeatureSet, encode_samples, measure, reference_banks
 
 HALVES = (
     ("tile", "mono", "poly", "mpdd_metal_plate"),

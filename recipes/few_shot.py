@@ -25,21 +25,11 @@ from rich.progress import Progress
 from rich.table import Table
 
 from adpretrain.data import Sample
+from adpretrain.data.products import about_bare, about_inverted, by_product, draw_shots
 from adpretrain.extractor import ADExtractor
 from adpretrain.files import atomic_path
 from adpretrain.hub import locate
-from downstream.evaluation.few_shot import (
-    FeatureSet,
-    about_bare,
-    about_inverted,
-    backbone_norm,
-    by_product,
-    draw_shots,
-    encode_samples,
-    measure,
-    same_residuals,
-    score,
-)
+from downstream.evaluation.few_shot import FeatureSet, backbone_norm, encode_samples, measure, same_residuals, score
 from downstream.evaluation.protocols import ProtocolOptions, trials
 from downstream.evaluation.tables import number
 

@@ -17,10 +17,11 @@ from run_setup import Run
 
 from adpretrain._version import __version__
 from adpretrain.backbones.fingerprint import fingerprint
+from adpretrain.data.products import draw_shots
 from adpretrain.extractor import ADExtractor
 from adpretrain.files import atomic_path
 from adpretrain.saved import save_tensors
-from downstream.evaluation.few_shot import draw_shots, score
+from downstream.evaluation.few_shot import score
 
 EXAMPLES = 3  # held-out products whose heatmaps are drawn
 

@@ -17,12 +17,12 @@ from rich.console import Console
 from adpretrain.config import PretrainConfig
 from adpretrain.data import Sample
 from adpretrain.data.layouts.detect import HUB
+from adpretrain.data.products import by_product, draw_shots
 from adpretrain.data.shards import Shards, pinned
 from adpretrain.files import atomic_path
 from adpretrain.preprocess import Preprocess
 from adpretrain.training.dataset import PretrainingSet, StepBatches
 from adpretrain.training.streamed import StreamedBatches, StreamedSet
-from downstream.evaluation.few_shot import by_product, draw_shots
 
 SHARDS = "shards"  # the data.name that streams
 COMMITS = "data_commits.json"  # in the run's folder: data.root -> the same at the commit of the run's start

@@ -29,6 +29,7 @@ from torch import nn
 from adpretrain.backbones import load_backbone
 from adpretrain.config import OptimConfig, PretrainConfig
 from adpretrain.data import ImageDataset, Sample
+from adpretrain.data.products import by_product
 from adpretrain.data.samples import to_learn_from
 from adpretrain.extractor import ADExtractor, build_projector
 from adpretrain.local_scale import LocalScale
@@ -39,7 +40,7 @@ from adpretrain.training.objective import Objective
 from adpretrain.training.shared import local_processes
 from adpretrain.training.speed import Stopwatch, Throughput, peak_flops
 from adpretrain.training.streamed import StreamedBatches, StreamedSet
-from downstream.evaluation.few_shot import FeatureSet, by_product, encode_samples
+from downstream.evaluation.few_shot import FeatureSet, encode_samples
 
 
 def build_extractor(config: PretrainConfig, samples: list[Sample], device: torch.device) -> ADExtractor:

@@ -21,6 +21,7 @@ from adpretrain.backbones import Backbone, load_backbone
 from adpretrain.backbones.fingerprint import fingerprint
 from adpretrain.data import Sample, index_with_bare
 from adpretrain.data.layouts.detect import HUB
+from adpretrain.data.products import by_product
 from adpretrain.extractor import ADExtractor
 from adpretrain.files import atomic_path
 from adpretrain.hub import locate
@@ -29,7 +30,6 @@ from downstream.detectors.building import build_detector, chosen_options
 from downstream.evaluation.board import Board, ExtractorRow, SetRow
 from downstream.evaluation.board_table import write_board
 from downstream.evaluation.contenders import ALIGNED, RAW, Contender, Networks
-from downstream.evaluation.few_shot import by_product
 from downstream.evaluation.protocols import ProtocolOptions, Trial, trials
 from downstream.evaluation.remembered import Remembered
 from downstream.evaluation.tables import Record

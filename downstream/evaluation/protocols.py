@@ -25,8 +25,8 @@ from typing import Literal
 import numpy as np
 
 from adpretrain.data import Sample
+from adpretrain.data.products import by_product, normals, queries
 from adpretrain.references import random_references
-from downstream.evaluation.few_shot import by_product, normals, queries
 from downstream.evaluation.perturbation import SAID
 
 PROTOCOLS = (

@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adpretrain.data import ImageDataset, Sample, TooFewImages
+from adpretrain.data.products import about_bare, about_inverted
 from adpretrain.preprocess import Preprocess
 from downstream.detectors.aligned import AlignedOptions
 from downstream.detectors.building import build_detector
 from downstream.detectors.featurenorm import NAME as FEATURENORM
 from downstream.detectors.refined import Refined
 from downstream.evaluation.contenders import ALIGNED, RAW, Contender, Networks
-from downstream.evaluation.few_shot import PIXEL_METRICS, about_bare, about_inverted
+from downstream.evaluation.few_shot import PIXEL_METRICS
 from downstream.evaluation.perturbation import PerturbedImages
 from downstream.evaluation.protocols import Part, Trial
 from downstream.evaluation.shown import Shown, choose_shown
