@@ -34,7 +34,8 @@ from adpretrain.data.products import draw_shots, normals
 from adpretrain.files import atomic_path
 from adpretrain.parsing import from_dict, read_yaml
 from adpretrain.saved import build_projector
-from adpretrain.training.batches import CachedBatches, label, thin
+from adpretrain.training.batches import label, thin
+from adpretrain.training.cache import CachedBatches
 from adpretrain.training.dataset import PretrainingSet
 from adpretrain.training.objective import Objective, measure_centers
 from downstream.detectors import DETECTORS

@@ -26,12 +26,12 @@ from pathlib import Path
 import comparison
 import few_shot
 from flags import Help
-from launch import complain, refuse_other_precision
 from rich.console import Console
 
 from adpretrain.data import DATASETS, Sample, index_with_bare
 from adpretrain.hub.locating import EMBEDDED
 from adpretrain.preprocess import RESIZES
+from adpretrain.training.launch import complain, refuse_other_precision
 from downstream import cli
 from downstream.detectors import DETECTORS
 from downstream.detectors.building import SETTINGS

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from panels import product_folder, save_panels
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
@@ -30,6 +29,7 @@ from adpretrain.extractor import ADExtractor
 from adpretrain.files import atomic_path
 from adpretrain.hub import locate
 from downstream.evaluation.few_shot import FeatureSet, backbone_norm, encode_samples, measure, same_residuals, score
+from downstream.evaluation.panels import product_folder, save_panels
 from downstream.evaluation.protocols import ProtocolOptions, trials
 from downstream.evaluation.tables import number
 

@@ -15,10 +15,16 @@ from running import train
 from safetensors.torch import load_file, save_file
 
 from adpretrain import ADExtractor, load_backbone
+from adpretrain.config import PretrainConfig
 from adpretrain.data import index_dataset
 from adpretrain.hub.contents import files_to_publish
+from adpretrain.parsing import parse_command_line
 from adpretrain.projector import FeatureProjector
 from adpretrain.training.dataset import PretrainingSet
+from adpretrain.training.launch import start
+from adpretrain.training.monitor import vitals
+from adpretrain.training.run import prepare
+from adpretrain.training.state import make_batches, set_up
 
 Arguments = Callable[..., list[str]]
 PLAIN = ["--local_scale", "null", "--augment", "epoch", "--cache.draws", "0", "--data.workers", "0"]
@@ -167,26 +173,25 @@ def test_vitals_against_their_definition_and_of_dead_references() -> None:
 
 def warned(rank: int, argv: list[str]) -> list[str]:
     """What a run says of references that a huge decay has erased."""
-    import pretrain
     from rich.console import Console
 
     console = Console(record=True, width=500)
-    config = pretrain.parse_command_line(pretrain.PretrainConfig, argv)
-    run = pretrain.set_up(config, console, pretrain.start(config))
-    batch = pretrain.prepare(run, next(iter(pretrain.make_batches(run)(run.schedule(0, 1)))))
+    config = parse_command_line(PretrainConfig, argv)
+    run = set_up(config, console, start(config))
+    batch = prepare(run, next(iter(make_batches(run)(run.schedule(0, 1)))))
     layers = run.extractor.projector.levels
-    pretrain.vitals(run, batch)  # outputs of zero, at the start: nothing has died
+    vitals(run, batch)  # outputs of zero, at the start: nothing has died
     for level in layers:
         torch.nn.init.normal_(level.attention[0].out.weight)
         level.references.data.mul_(100)  # keys far apart, whatever the residuals' scale
-    pretrain.vitals(run, batch)  # alive
+    vitals(run, batch)  # alive
     with torch.no_grad():
         layers[0].references.fill_(0.5)  # erased
         for level in layers[1:]:  # alive, but nothing is asked of them any more
             level.attention[0].query.weight.zero_()
     assert not console.export_text(clear=False).count("constant")
-    pretrain.vitals(run, batch)
-    pretrain.vitals(run, batch)
+    vitals(run, batch)
+    vitals(run, batch)
     return console.export_text().splitlines()
 
 

@@ -91,8 +91,13 @@ def test_a_step_waits_for_nothing_and_launches_no_more_for_more_images(
     if device.syncs is None or device.launches is None:
         pytest.skip("a GPU does not count")
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    import pretrain
     from rich.console import Console
+
+    from adpretrain.config import PretrainConfig
+    from adpretrain.parsing import parse_command_line
+    from adpretrain.training.launch import start
+    from adpretrain.training.run import advance
+    from adpretrain.training.state import make_batches, set_up
 
     data = make_synthetic(tmp_path / "set", 1, 30, 10, size=64, seed=3, workers=1, progress=False)
     launches = {}
@@ -131,16 +136,16 @@ def test_a_step_waits_for_nothing_and_launches_no_more_for_more_images(
                 "--shots",
                 "[1,4,8]",
             ]
-            config = pretrain.parse_command_line(pretrain.PretrainConfig, flags)
-            run = pretrain.set_up(config, Console(quiet=True), pretrain.start(config))
+            config = parse_command_line(PretrainConfig, flags)
+            run = set_up(config, Console(quiet=True), start(config))
             run.model.train()
             marks: list[tuple[str, int]] = []
             run.speed.watch = lambda phase, marks=marks: marks.append((phase, device.launches.total()))
-            source = iter(pretrain.make_batches(run)(run.schedule(0, 2)))
-            pretrain.advance(run, next(source), first=True)  # Adam's state is made
+            source = iter(make_batches(run)(run.schedule(0, 2)))
+            advance(run, next(source), first=True)  # Adam's state is made
             before = device.syncs.copy()
             marks.clear()
-            _, losses = pretrain.advance(run, next(source), first=False)
+            _, losses = advance(run, next(source), first=False)
             assert device.syncs == before
             assert losses.values()[0] > 0
             starts = dict(reversed(marks))

@@ -23,7 +23,7 @@ STATE = {"extractor": {"weight": torch.arange(2000.0)}, "optimizer": {"state": {
 @pytest.fixture
 def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    from run_folder import RunFolder
+    from adpretrain.training.folder import RunFolder
 
     return RunFolder(PretrainConfig(run=str(tmp_path)), Console(width=1000), main=True)
 
