@@ -8,21 +8,19 @@ decode time is measured on this machine; what is assumed is a flag, and is said 
 
 from __future__ import annotations
 
-import argparse
 import io
 import sys
 import time
 import timeit
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import mean, median
 
 import numpy as np
-from flags import Help
 from PIL import Image
 
 from adpretrain.config import PretrainConfig
-from adpretrain.parsing import from_dict, read_yaml
+from adpretrain.parsing import from_dict, parse_flags, read_yaml
 from adpretrain.preprocess import Preprocess, TwoViews, crop_side, read_image
 from adpretrain.training.costs import FLOAT, Counts, checkpoint_bytes, count, gather_bytes, loss_flops, memory
 
@@ -42,22 +40,37 @@ def photograph(side: int) -> bytes:
 
 @dataclass(frozen=True)
 class Assumed:
-    """What no machine here can say, the command's flags. Raises ValueError for a number that is not more than 0."""
+    """What is planned, and what no machine here can say. Raises ValueError for a number that is not more than 0.
 
-    gpus: int
-    gpus_per_node: int
-    peak_tflops: float
-    peak_float_tflops: float
-    mfu: float
-    node_gbit: float
-    images: int
-    image_kb: float
-    image_side: int
-    shares: Sequence[float]
+    Args:
+        config: a pretraining configuration, recipes/configs/*.yaml.
+        gpus: GPUs that are trained on.
+        gpus_per_node: GPUs of a machine.
+        images: images of the set (Real-IAD).
+        image_kb: assumed mean size of a file.
+        image_side: side of the photograph whose decoding is measured.
+        peak_tflops: of a GPU, half precision (H100 SXM, dense).
+        peak_float_tflops: of a GPU, float32 without TF32.
+        mfu: assumed share of the peak that is reached.
+        node_gbit: assumed network of a node, Gbit/s.
+        shares: assumed shares of anomalous tokens.
+    """
+
+    config: str
+    gpus: int = 64
+    gpus_per_node: int = 8
+    images: int = 151_050
+    image_kb: float = 300
+    image_side: int = 1024
+    peak_tflops: float = 989
+    peak_float_tflops: float = 67
+    mfu: float = 0.35
+    node_gbit: float = 400
+    shares: list[float] = field(default_factory=lambda: [0.01, 0.02, 0.05, 0.1])
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not np.min(value) > 0:
+            if name != "config" and not np.min(value) > 0:
                 raise ValueError(f"--{name.replace('_', '-')} {value} must be more than 0")
 
 
@@ -75,22 +88,6 @@ def step_seconds(config: PretrainConfig, counts: Counts, share: float, assumed: 
         "gradients": FLOAT * counts.projector_parameters * seconds_per_byte,
         "gather": 1.5 * gather_bytes(config, counts, share, assumed.gpus) * seconds_per_byte,
     }
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    parser.add_argument("--config", required=True, help="a pretraining configuration, recipes/configs/*.yaml")
-    parser.add_argument("--gpus", type=int, default=64, help="that are trained on")
-    parser.add_argument("--gpus-per-node", type=int, default=8, help="of a machine")
-    parser.add_argument("--images", type=int, default=151_050, help="of the set (Real-IAD)")
-    parser.add_argument("--image-kb", type=float, default=300, help="assumed mean size of a file")
-    parser.add_argument("--image-side", type=int, default=1024, help="of the photograph whose decoding is measured")
-    parser.add_argument("--peak-tflops", type=float, default=989, help="of a GPU, half precision (H100 SXM, dense)")
-    parser.add_argument("--peak-float-tflops", type=float, default=67, help="of a GPU, float32 without TF32")
-    parser.add_argument("--mfu", type=float, default=0.35, help="assumed share of the peak that is reached")
-    parser.add_argument("--node-gbit", type=float, default=400, help="assumed network of a node, Gbit/s")
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.01, 0.02, 0.05, 0.1], help="anomalous tokens")
-    return parser.parse_args(argv)
 
 
 def steps_table(config: PretrainConfig, counts: Counts, assumed: Assumed) -> list[str]:
@@ -164,10 +161,9 @@ def report(config: PretrainConfig, assumed: Assumed) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = vars(parse(argv))
-    path = options.pop("config")
     try:
-        print(report(from_dict(PretrainConfig, read_yaml(path), path), Assumed(**options)))
+        assumed = parse_flags(Assumed, argv, __doc__)
+        print(report(from_dict(PretrainConfig, read_yaml(assumed.config), assumed.config), assumed))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -33,7 +33,7 @@ from adpretrain.files import atomic_path
 from adpretrain.residual import tokens
 from adpretrain.saved import save_tensors
 from adpretrain.training.batches import ResidualBatch, encode
-from adpretrain.training.dataset import PretrainingSet, StepBatches
+from adpretrain.training.dataset import PretrainingSet
 from adpretrain.training.distributed import Group, everyone, processes
 
 
@@ -197,7 +197,7 @@ class CachedBatches:
             draws.append(extractor.residuals(views, banks, extractor.scales(views, banks)))
         return [torch.stack(level).half().cpu() for level in zip(*draws, strict=True)]
 
-    def __call__(self, steps: StepBatches) -> Iterator[ResidualBatch]:
+    def __call__(self, steps: Iterable[list[tuple[int, int]]]) -> Iterator[ResidualBatch]:
         for keys in steps:
             rows = torch.tensor([index for _, index in keys])
             draw = torch.tensor([epoch % self.draws for epoch, _ in keys])

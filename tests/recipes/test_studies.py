@@ -7,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+import carry_over
+import choose_embedded
 import numpy as np
 import pytest
 from products import make_synthetic
@@ -18,10 +20,6 @@ from adpretrain.local_scale import LocalScale
 from downstream.evaluation.few_shot import encode_samples, measure, score
 
 ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "recipes"))
-
-import carry_over  # noqa: E402
-import choose_embedded  # noqa: E402
 
 
 @pytest.fixture(scope="module")
