@@ -274,7 +274,7 @@ def _flags(cls: type, prefix: str = "") -> list[str]:
 def parse_flags(cls: type[T], argv: Sequence[str] | None = None, description: str | None = None) -> T:
     """A dataclass of options from flags such as ``--image-side 512 --shots 2 4``, whose help is its docstring's Args; a
     field with ``metadata=POSITIONAL`` has no flag. A wrong flag ends the program with exit code 2."""
-    parser = jsonargparse.ArgumentParser(description=description, formatter_class=_Help)
+    parser = jsonargparse.ArgumentParser(description=description, formatter_class=_Help, exit_on_error=False)
     told = {each.arg_name: each.description for each in docstring_parser.parse(cls.__doc__ or "").params}
     hints = typing.get_type_hints(cls)
     for item in dataclasses.fields(cls):  # type: ignore[arg-type]
@@ -285,13 +285,18 @@ def parse_flags(cls: type[T], argv: Sequence[str] | None = None, description: st
             options |= {"type": typing.get_args(options["type"])[0], "nargs": "*"}
         elif options["type"] is bool:
             options = {"action": "store_true", "help": options["help"]}
-        if item.metadata is POSITIONAL:
+        if item.metadata == POSITIONAL:
             parser.add_argument(item.name, **options)
         elif default is dataclasses.MISSING:
             parser.add_argument(f"--{item.name.replace('_', '-')}", required=True, **options)
         else:
             parser.add_argument(f"--{item.name.replace('_', '-')}", default=default, **options)
-    return cls(**{name: value for name, value in vars(parser.parse_args(argv)).items() if name in hints})
+    try:
+        given = vars(parser.parse_args(argv))
+    except jsonargparse.ArgumentError as error:
+        flag, space, words = _in_words(error, "--").partition(" ")
+        parser.exit(2, f"error: {flag.replace('_', '-')}{space}{words}; --help lists all flags\n")
+    return cls(**{name: value for name, value in given.items() if name in hints})
 
 
 def to_yaml(config: Any) -> str:

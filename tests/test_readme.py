@@ -76,7 +76,7 @@ def test_pretrain_and_inspect_commands(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
-    make, launch = (next(c for c in commands() if c.startswith(start)) for start in ("python -m", "accelerate"))
+    make, launch = (next(c for c in commands() if c.startswith(start)) for start in ("python recipes", "accelerate"))
     small = ["--products", "6", "--samples", "6", "--defects", "3", "--size", "128", "--workers", "1"]
     run([*shlex.split(make), *small], tmp_path)
     settings = ["--shots", "[1,3]", "--optim.steps", "4", "--optim.batch_size", "8", "--cache.folder", ""]

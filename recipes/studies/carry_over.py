@@ -14,6 +14,7 @@ repeated.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -225,10 +226,6 @@ class Options:
     seeds: int = 3
     out: Path = Path("runs/carry-over")
 
-    def __post_init__(self) -> None:
-        if self.detector not in DETECTORS:
-            raise ValueError(f"--detector {self.detector} is unknown; choose one of {', '.join(DETECTORS)}")
-
 
 def products(folders: Sequence[Path], chosen: Sequence[str]) -> dict[str, list[Sample]]:
     """Thinned samples by category."""
@@ -242,6 +239,8 @@ def products(folders: Sequence[Path], chosen: Sequence[str]) -> dict[str, list[S
 
 def main() -> None:
     options, console = parse_flags(Options, description=__doc__), Console(stderr=True)
+    if options.detector not in DETECTORS:
+        sys.exit(f"error: --detector {options.detector} is unknown; choose one of {', '.join(DETECTORS)}")
     variants = {
         str(name): from_dict(Variant, keys, f"{options.variants}, {name}")
         for name, keys in read_yaml(str(options.variants)).items()

@@ -188,6 +188,9 @@ def test_the_command_prints_a_plan(capsys: pytest.CaptureFixture[str], tmp_path:
     assert said.rstrip().endswith("all images have that share of anomalous tokens.")
     assert plan.main(["--config", str(tmp_path / "none.yaml")]) == 2
     assert "cannot read configuration" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        plan.main([*flags, "--node-gbit", "nan"])
+    assert "error: --node-gbit nan: expected a number" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -197,7 +200,6 @@ def test_the_command_prints_a_plan(capsys: pytest.CaptureFixture[str], tmp_path:
         (["--gpus", "-3"], "--gpus -3 must be more than 0"),
         (["--gpus-per-node", "0"], "--gpus-per-node 0 must be more than 0"),
         (["--image-side", "0"], "--image-side 0 must be more than 0"),
-        (["--node-gbit", "nan"], "--node-gbit nan must be more than 0"),
         (["--shares", "0.1", "0"], "--shares [0.1, 0.0] must be more than 0"),
     ],
 )
