@@ -63,16 +63,11 @@ class ProgressBars:
 
     def __enter__(self) -> Callable[[str, int, int], None]:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        from adpretrain.progress import progress_bar
 
         console = Console(stderr=True)
-        self._bars = Progress(
-            TextColumn("{task.description:<22}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=console,
-        )
+        self._bars = progress_bar(console)
         self._tasks: dict[str, object] = {}
         if not console.is_terminal:
             return lambda what, done, total: None

@@ -137,6 +137,17 @@ def test_a_decay_of_float32_weights_is_warned_of(plain: Arguments, tmp_path: Pat
     assert "erases" not in train(tmp_path / "log", plain(tmp_path / "other"))
 
 
+def test_residuals_far_longer_than_the_radius_are_warned_of_once(plain: Arguments, tmp_path: Path) -> None:
+    """Lite0's are, without a local scale: e to their length is the paper's norm loss, which overflows."""
+    flags = ["--loss.norm_form", "paper", "--loss.lambda_", "0"]
+    said = train(tmp_path / "log", plain(tmp_path / "run", *flags), expected=1)
+    assert said.count("where loss.radius is 0.4") == 1
+    assert "set local_scale (--local_scale.share 0.35)" in said
+    scaled = train(tmp_path / "log", plain(tmp_path / "scaled", *flags, "--local_scale.share", "0.35"))
+    assert "loss.radius" not in scaled
+    assert "loss.radius" not in train(tmp_path / "log", plain(tmp_path / "released"))
+
+
 def test_metrics_tell_whether_the_references_live(plain: Arguments, tmp_path: Path) -> None:
     """They start with deviation 1; the output of the attention starts at 0 and begins to vary over tokens."""
     train(tmp_path / "log", plain(tmp_path / "run"))
