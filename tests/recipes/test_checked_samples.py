@@ -11,15 +11,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from rich.console import Console
-from running import ROOT
 
 from adpretrain.config import DataConfig
 from adpretrain.data import index_dataset
-
-
-@pytest.fixture(autouse=True)
-def recipes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
 
 
 @pytest.fixture

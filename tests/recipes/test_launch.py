@@ -10,12 +10,7 @@ import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from processes import output, start, wait
-from running import ROOT, pretrain
-
-
-@pytest.fixture(autouse=True)
-def recipes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+from running import pretrain
 
 
 def left_by_accelerate(monkeypatch: pytest.MonkeyPatch, *flags: str) -> dict[str, str]:

@@ -11,14 +11,9 @@ from pathlib import Path
 import pytest
 from processes import output
 from rich.console import Console
-from running import ROOT, train
+from running import train
 
 from adpretrain.config import PretrainConfig
-
-
-@pytest.fixture(autouse=True)
-def recipes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
 
 
 def written() -> Console:

@@ -28,11 +28,6 @@ SMALL = PretrainConfig(
 )
 
 
-@pytest.fixture(autouse=True)
-def recipes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-
-
 def test_counts_of_dinov2_base_are_those_of_its_geometry() -> None:
     """Twelve blocks of 768, 257 tokens, 14 px patches; projectors of 2048 references, by hand."""
     counts = costs.count(PretrainConfig(backbone=BackboneConfig("dinov2-base"), optim=OptimConfig(precision="bf16")))

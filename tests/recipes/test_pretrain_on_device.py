@@ -45,10 +45,7 @@ def run(folder: Path, data: Path, *more: str) -> tuple[list[dict[str, float]], d
 
 
 @pytest.mark.slow
-def test_pretraining_ends_with_the_cpu_s_weights(
-    device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+def test_pretraining_ends_with_the_cpu_s_weights(device: Device, tmp_path: Path) -> None:
     data = make_synthetic(tmp_path / "set", 3, 4, 2, size=64, seed=3, workers=1, progress=False)
     with mock.patch.object(PartialState, "default_device", torch.device("cpu")):
         lines, weights = run(tmp_path / "cpu", data)
@@ -66,7 +63,6 @@ def test_pretraining_ends_with_the_cpu_s_weights(
 @pytest.mark.slow
 def test_deterministic_runs_agree_to_the_last_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU where there is one; of the pretended device torch's own deterministic forms know nothing."""
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     data = make_synthetic(tmp_path / "set", 3, 4, 2, size=64, seed=3, workers=1, progress=False)
     place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -84,13 +80,12 @@ def test_deterministic_runs_agree_to_the_last_bit(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("family", ["paper", "released"])
 def test_a_step_waits_for_nothing_and_launches_no_more_for_more_images(
-    device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+    device: Device, tmp_path: Path, family: str
 ) -> None:
     """From the loaded photographs to the updated weights, as both families of configurations train. Matching takes a
     few operations for each level and each of the three numbers of references, however many images there are."""
     if device.syncs is None or device.launches is None:
         pytest.skip("a GPU does not count")
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     from rich.console import Console
 
     from adpretrain.config import PretrainConfig

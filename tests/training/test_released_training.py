@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
 from rich.console import Console
-from running import ROOT
 from torch import Tensor
 
 from adpretrain.backbones import Backbone
@@ -29,6 +28,7 @@ from adpretrain.training.run import prepare, training_step
 from adpretrain.training.speed import Stopwatch, Throughput
 from adpretrain.training.state import Run, learner, make_optimizer
 
+ROOT = Path(__file__).parents[2]
 GOLDEN = sorted((ROOT / "tests" / "golden").glob("official_training*.npz"))
 CPU = torch.device("cpu")
 

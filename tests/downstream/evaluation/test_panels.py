@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-from running import ROOT
-
 from adpretrain.data import Sample
 
 
-def test_views_and_categories_of_any_name_have_heatmaps_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+def test_views_and_categories_of_any_name_have_heatmaps_of_their_own() -> None:
     from downstream.evaluation.panels import product_folder
 
     products = [("nut", "C1"), ("nut", "C2"), ("nut", None), ("nut@C1", None), ("a/b", None), ("a", "b"), ("..", "/")]

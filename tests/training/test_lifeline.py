@@ -7,9 +7,9 @@ import signal
 import time
 from pathlib import Path
 
-import pytest
 from processes import output, start, wait
-from running import ROOT
+
+ROOT = Path(__file__).parents[2]
 
 
 def join(rank: int, count: int, grace: float) -> tuple[object, list[int]]:
@@ -59,8 +59,7 @@ def test_a_stopped_process_and_one_that_is_done_earlier_end_nobody(tmp_path: Pat
     assert "was killed" not in output(log, 0)
 
 
-def test_processes_of_one_machine_meet_on_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+def test_processes_of_one_machine_meet_on_it_alone() -> None:
     from adpretrain.training.launch import _listen
 
     with _listen("localhost", 2) as server:
