@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import platform
 import subprocess
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -90,32 +89,25 @@ def advance(run: Run, batch: ResidualBatch, first: bool) -> tuple[LabelledBatch,
     return labelled, training_step(run, labelled)
 
 
-@dataclass(frozen=True)
-class Due:
-    """What follows a step; ``step`` counts finished ones."""
-
-    log: bool
-    evaluation: bool
-    checkpoint: bool
-
-    @classmethod
-    def after(cls, run: Run, step: int, stopping: bool) -> Due:
-        config, last = run.config, step == run.steps
-        return cls(
-            log=last or step % config.log_every == 0,
-            evaluation=run.held_out is not None and (last or bool(config.eval.every and step % config.eval.every == 0)),
-            checkpoint=stopping or last or step % config.checkpoint_every == 0,
-        )
-
-
-def evaluate_and_save(run: Run, step: int, due: Due) -> None:
-    """Score the held-out products and write a checkpoint, where it is due."""
-    run.speed.watch("evaluation")
-    if due.evaluation:
-        report_held_out(run, step)
-    if due.checkpoint and run.accelerator.is_main_process:
-        run.folder.save_checkpoint(step, run.state())
-        run.folder.plot(every=PLOT_EVERY)
+def record(run: Run, step: int, stopping: bool, unread: list[tuple[int, Losses]], batch: LabelledBatch) -> str | None:
+    """Log a line, score the held-out products and write a checkpoint, where each is due after ``step`` steps. Returns
+    the line's gist, None without one. Nothing is saved before every unread loss is known to be finite."""
+    config, last = run.config, step == run.steps
+    logged = last or step % config.log_every == 0
+    scored = run.held_out is not None and (last or bool(config.eval.every and step % config.eval.every == 0))
+    saved = stopping or last or step % config.checkpoint_every == 0
+    if not (logged or scored or saved):
+        return None
+    values = settle(unread)
+    with run.folder.writing():
+        gist = log(run, step, values, batch) if logged else None
+        run.speed.watch("evaluation")
+        if scored:
+            report_held_out(run, step)
+        if saved and run.accelerator.is_main_process:
+            run.folder.save_checkpoint(step, run.state())
+            run.folder.plot(every=PLOT_EVERY)
+    return gist
 
 
 def begin(run: Run) -> int:
@@ -154,14 +146,8 @@ def train(run: Run) -> bool:
             labelled, losses = advance(run, batch, first=step == done + 1)
             unread.append((step, losses))
             stopping = interruption.agreed()
-            due = Due.after(run, step, stopping)
-            if due.log or due.evaluation or due.checkpoint:  # nothing is saved before every loss is known to be finite
-                values = settle(unread)
-                with run.folder.writing():
-                    if due.log:
-                        bar.update(task, description=log(run, step, values, labelled))
-                    evaluate_and_save(run, step, due)
-            bar.update(task, completed=step)
+            gist = record(run, step, stopping, unread, labelled)
+            bar.update(task, completed=step, description=gist)
             if stopping and step < run.steps:
                 run.console.print(f"stopped at step {step}; the same command resumes")
                 return False
