@@ -12,6 +12,7 @@ from adpretrain.data import Sample
 from adpretrain.data.products import draw_shots
 from adpretrain.extractor import ADExtractor
 from adpretrain.progress import progress_bar
+from adpretrain.saved import place
 from downstream.evaluation.few_shot import FeatureSet, encode_samples, few_shot, score
 from downstream.evaluation.panels import product_folder, save_panels
 
@@ -28,7 +29,7 @@ class HeldOut:
 
     def _sets(self, extractor: ADExtractor) -> list[FeatureSet]:
         if not (self._seen and extractor.backbone.frozen):
-            device = extractor.get_buffer("center_0").device
+            device = place(extractor.backbone)
             with progress_bar(self.console) as bar:
                 groups = bar.track(self.samples, description="held-out products")
                 self._seen = [encode_samples(group, extractor.backbone, device) for group in groups]
