@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import docstring_parser
 import jsonargparse
 import yaml
 
@@ -28,6 +29,7 @@ TOO_DEEP = f"more than {DEEPEST} collections"
 LARGEST = 64 << 20  # bytes of a JSON file; the longest lists of images have a tenth of it
 SAID = 2000  # characters of the parser's messages, which repeat what a file holds
 YAML = "checked-yaml"  # mode of our parsers
+POSITIONAL = {"positional": True}  # metadata of a field, for `parse_flags`
 KINDS = {  # their names of types
     "<class 'int'>": "a whole number",
     "<class 'float'>": "a number",
@@ -267,6 +269,34 @@ def _flags(cls: type, prefix: str = "") -> list[str]:
         if dataclasses.is_dataclass(hint):
             names += _flags(typing.cast(type, hint), f"{prefix}{key}.")
     return names
+
+
+def parse_flags(cls: type[T], argv: Sequence[str] | None = None, description: str | None = None) -> T:
+    """A dataclass of options from flags such as ``--image-side 512 --shots 2 4``, whose help is its docstring's Args; a
+    field with ``metadata=POSITIONAL`` has no flag. A wrong flag ends the program with exit code 2."""
+    parser = jsonargparse.ArgumentParser(description=description, formatter_class=_Help, exit_on_error=False)
+    told = {each.arg_name: each.description for each in docstring_parser.parse(cls.__doc__ or "").params}
+    hints = typing.get_type_hints(cls)
+    for item in dataclasses.fields(cls):  # type: ignore[arg-type]
+        factory = item.default_factory
+        default = item.default if factory is dataclasses.MISSING else factory()
+        options: dict[str, Any] = {"type": hints[item.name], "help": told.get(item.name)}
+        if typing.get_origin(options["type"]) is list:
+            options |= {"type": typing.get_args(options["type"])[0], "nargs": "*"}
+        elif options["type"] is bool:
+            options = {"action": "store_true", "help": options["help"]}
+        if item.metadata == POSITIONAL:
+            parser.add_argument(item.name, **options)
+        elif default is dataclasses.MISSING:
+            parser.add_argument(f"--{item.name.replace('_', '-')}", required=True, **options)
+        else:
+            parser.add_argument(f"--{item.name.replace('_', '-')}", default=default, **options)
+    try:
+        given = vars(parser.parse_args(argv))
+    except jsonargparse.ArgumentError as error:
+        flag, space, words = _in_words(error, "--").partition(" ")
+        parser.exit(2, f"error: {flag.replace('_', '-')}{space}{words}; --help lists all flags\n")
+    return cls(**{name: value for name, value in given.items() if name in hints})
 
 
 def to_yaml(config: Any) -> str:

@@ -70,9 +70,10 @@ class ProgressBars:
         from rich import progress as bars
         from rich.console import Console
 
+        from adpretrain.progress import progress_bar
+
         console = Console(stderr=True)
-        columns = bars.TextColumn("{task.description:<22}"), bars.BarColumn(), bars.MofNCompleteColumn()
-        self._bars = bars.Progress(*columns, bars.TimeRemainingColumn(), console=console)
+        self._bars = progress_bar(console)
         self._tasks: dict[str, object] = {}
         if not console.is_terminal:
             return no_progress

@@ -12,10 +12,11 @@ how much one differs within itself) is measured on drawn products.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,13 +28,29 @@ from adpretrain.card import card
 from adpretrain.config import LocalScaleConfig
 from adpretrain.data import ImageDataset
 from adpretrain.data.layouts.realiad import index_realiad
+from adpretrain.data.products import by_product
 from adpretrain.hub.locating import EMBEDDED
 from adpretrain.local_scale import LocalScale
+from adpretrain.parsing import POSITIONAL, parse_flags
 from adpretrain.saved import CARD_NAME, save_tensors
-from downstream.evaluation.few_shot import by_product
 
-BACKBONE = {"name": "lite0", "image_size": 224, "levels": [1, 2, 3], "finest": 8, "patch": [1, 1, 3]}
+BACKBONE: dict[str, Any] = {"name": "lite0", "image_size": 224, "levels": [1, 2, 3], "finest": 8, "patch": [1, 1, 3]}
 SCALE = LocalScaleConfig(share=0.35, weights=[0.5, 1.0, 2.0])
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is packed where.
+
+    Args:
+        package: the package's folder, of the unpacked wheel or as installed.
+        drawn: drawn products, as recipes/draw_products.py writes them.
+        out: folder to write; by default it is the library's own.
+    """
+
+    package: Path = field(metadata=POSITIONAL)
+    drawn: Path = field(metadata=POSITIONAL)
+    out: Path = LITE0.parent
 
 
 def tensors(package: Path) -> StateDict:
@@ -63,11 +80,7 @@ def extractor(drawn: Path) -> ADExtractor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("package", type=Path, help="the package's folder, of the unpacked wheel or as installed")
-    parser.add_argument("drawn", type=Path, help="drawn products, as recipes/draw_products.py writes them")
-    parser.add_argument("--out", type=Path, default=LITE0.parent, help="folder to write (default: into the library)")
-    options = parser.parse_args()
+    options = parse_flags(Options, description=__doc__)
     options.out.mkdir(exist_ok=True)
     save_tensors(tensors(options.package), options.out / LITE0.name)
     with tempfile.TemporaryDirectory() as scratch:

@@ -11,20 +11,16 @@ from __future__ import annotations
 import hashlib
 import pickle
 import sys
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from adpretrain.backbones import load_backbone
 from adpretrain.convert import extractor_from_official
-
-
-class _Help(DefaultHelpFormatter, RawDescriptionHelpFormatter):
-    """Keeps the example as it is written."""
+from adpretrain.parsing import POSITIONAL, parse_flags
 
 
 def read_checkpoint(path: Path) -> Any:
@@ -64,23 +60,29 @@ def convert(path: Path, backbone: str, out: Path, image_size: int = 224, crop_fr
     return extractor_from_official(checkpoint, frozen, source).save_pretrained(out)
 
 
+@dataclass(frozen=True)
+class Options:
+    """What is converted into what.
+
+    Args:
+        checkpoint: checkpoints_{img,pix,pro}_{angle,norm}.pth.
+        backbone: the backbone it was trained on: dinov2-base, ...
+        out: folder of the extractor; must be new or an extractor.
+        image_size: side of the network's input in pixels.
+        crop_from: shorter side before the crop; the authors' 256 for 224 pixels.
+    """
+
+    checkpoint: Path = field(metadata=POSITIONAL)
+    backbone: str
+    out: Path
+    image_size: int = 224
+    crop_from: int | None = None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = ArgumentParser(description=__doc__, formatter_class=_Help)
-    parser.add_argument("checkpoint", type=str, help="checkpoints_{img,pix,pro}_{angle,norm}.pth")
-    parser.add_argument("--backbone", type=str, required=True, help="the backbone it was trained on: dinov2-base, ...")
-    parser.add_argument("--out", type=str, required=True, help="folder of the extractor; must be new or an extractor")
-    parser.add_argument("--image-size", type=int, default=224, help="side of the network's input in pixels")
-    parser.add_argument(
-        "--crop-from",
-        type=int | None,
-        default=None,
-        help="shorter side before the crop; the authors' 256 for 224 pixels",
-    )
-    options = parser.parse_args(argv)
+    given = parse_flags(Options, argv, __doc__)
     try:
-        folder = convert(
-            Path(options.checkpoint), options.backbone, Path(options.out), options.image_size, options.crop_from
-        )
+        folder = convert(given.checkpoint, given.backbone, given.out, given.image_size, given.crop_from)
     except (ValueError, OSError) as error:
         print(f"convert_official: error: {error}", file=sys.stderr)
         return 2

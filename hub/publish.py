@@ -15,17 +15,15 @@ import shlex
 import shutil
 import sys
 import tempfile
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
-
 from adpretrain.card import METRICS, Result, metadata, sections
 from adpretrain.hub import Published, publish, publish_space
-from adpretrain.parsing import read_json
+from adpretrain.parsing import parse_flags, read_json
 from adpretrain.saved import CONFIG_NAME, WEIGHTS_NAME, ExtractorConfig, folder_digest, read_config
 
 HUB = Path(__file__).resolve().parent
@@ -33,8 +31,31 @@ EXAMPLES = 3  # heatmaps on the page, at most
 OMITTED = ("--out", "--device")  # of a command: they change no number
 
 
-class _Help(DefaultHelpFormatter, RawDescriptionHelpFormatter):
-    """Keeps the examples as they are written."""
+@dataclass(frozen=True)
+class Options:
+    """What is published as what.
+
+    Args:
+        repo_id: org/name on the Hub.
+        run: folder of a run, or of an extractor.
+        space: publish the demo (hub/space) as a Space instead.
+        results: folders of recipes/evaluate.py.
+        licence: of the weights, such as apache-2.0.
+        private: only for you and your organisation.
+        tag: a version, such as v1, put on the commit.
+        message: of the commit.
+        dry_run: say what would be published; change nothing.
+    """
+
+    repo_id: str
+    run: Path | None = None
+    space: bool = False
+    results: list[Path] = field(default_factory=list)
+    licence: str | None = None
+    private: bool = False
+    tag: str | None = None
+    message: str | None = None
+    dry_run: bool = False
 
 
 def extractor_folder(run: Path) -> Path:
@@ -123,10 +144,11 @@ def describe(done: Published, dry_run: bool) -> str:
     return "\n".join(lines)
 
 
-def _publish_run(options: Namespace) -> Published:
+def _publish_run(options: Options) -> Published:
+    assert options.run is not None
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        stage(Path(options.run), folder, options.repo_id, [Path(r) for r in options.results], options.licence)
+        stage(options.run, folder, options.repo_id, options.results, options.licence)
         return publish(
             folder,
             options.repo_id,
@@ -137,7 +159,7 @@ def _publish_run(options: Namespace) -> Published:
         )
 
 
-def _publish_space(options: Namespace) -> Published:
+def _publish_space(options: Options) -> Published:
     if options.tag or options.results or options.licence:
         raise ValueError("--tag, --results and --licence belong to an extractor, not to --space")
     return publish_space(
@@ -146,17 +168,7 @@ def _publish_space(options: Namespace) -> Published:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = ArgumentParser(description=__doc__, formatter_class=_Help)
-    parser.add_argument("--run", type=str | None, default=None, help="folder of a run, or of an extractor")
-    parser.add_argument("--space", action="store_true", help="publish the demo (hub/space) as a Space instead")
-    parser.add_argument("--repo-id", type=str, required=True, help="org/name on the Hub")
-    parser.add_argument("--results", type=str, nargs="*", default=[], help="folders of recipes/evaluate.py")
-    parser.add_argument("--licence", type=str | None, default=None, help="of the weights, such as apache-2.0")
-    parser.add_argument("--private", action="store_true", help="only for you and your organisation")
-    parser.add_argument("--tag", type=str | None, default=None, help="a version, such as v1, put on the commit")
-    parser.add_argument("--message", type=str | None, default=None, help="of the commit")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be published; change nothing")
-    options = parser.parse_args(argv)
+    options = parse_flags(Options, argv, __doc__)
     try:
         if (options.run is None) != options.space:
             raise ValueError("give one of --run FOLDER and --space")

@@ -1,12 +1,15 @@
 """`python recipes/draw_products.py`: write a procedural set of products and defects."""
 
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
 from products.defects import DEFECTS
 from products.product import PRODUCTS
 from products.write import make_synthetic
 from rich.console import Console
+
+from adpretrain.parsing import parse_flags
 
 DESCRIPTION = f"""Write procedural products with defects in the Real-IAD layout: nothing to download.
 
@@ -19,34 +22,33 @@ the set is kept as it is. Example, a small set to look at (a few seconds):
 """
 
 
-def parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="python recipes/draw_products.py", description=DESCRIPTION)
-    parser.add_argument(
-        "--out",
-        type=Path,
-        required=True,
-        help="folder to write; it must not exist, be empty, or hold this set",
-    )
-    parser.add_argument("--products", type=int, default=80, help="how many products; pretraining wants 70 or more")
-    parser.add_argument(
-        "--samples", type=int, default=12, help="normal samples per product; half of them are the train split"
-    )
-    parser.add_argument("--defects", type=int, default=12, help="defective samples per product")
-    parser.add_argument(
-        "--views",
-        type=int,
-        default=1,
-        help="cameras per sample, 1 to 5; C1 is frontal, the others are tilted",
-    )
-    parser.add_argument("--size", type=int, default=256, help="image side in pixels, even, at least 64")
-    parser.add_argument("--seed", type=int, default=0, help="another seed gives other products")
-    parser.add_argument("--workers", type=int | None, default=None, help="processes; default: one per core, at most 16")
-    return parser
+@dataclass(frozen=True)
+class Options:
+    """What is drawn.
+
+    Args:
+        out: folder to write; it must not exist, be empty, or hold this set.
+        products: how many products; pretraining wants 70 or more.
+        samples: normal samples per product; half of them are the train split.
+        defects: defective samples per product.
+        views: cameras per sample, 1 to 5; C1 is frontal, the others are tilted.
+        size: image side in pixels, even, at least 64.
+        seed: another seed gives other products.
+        workers: processes; null = one per core, at most 16.
+    """
+
+    out: Path
+    products: int = 80
+    samples: int = 12
+    defects: int = 12
+    views: int = 1
+    size: int = 256
+    seed: int = 0
+    workers: int | None = None
 
 
 def main() -> None:
-    cli = parser()
-    given = cli.parse_args()
+    given = parse_flags(Options, description=DESCRIPTION)
     try:
         root = make_synthetic(
             given.out,
@@ -59,9 +61,10 @@ def main() -> None:
             workers=given.workers,
         )
     except ValueError as error:
-        cli.error(str(error))
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        cli.exit(130, "stopped: nothing was written\n")
+        print("stopped: nothing was written", file=sys.stderr)
+        sys.exit(130)
     images = sum(1 for _ in root.glob("realiad_256/**/*.jpg"))
     Console().print(f"{images} images of {given.products} products in {root}", highlight=False)
 

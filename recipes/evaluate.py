@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import torch
 from accelerate import PartialState
-from launch import complain, refuse_other_precision
 from rich.console import Console
 
+from adpretrain.training.launch import complain, refuse_other_precision
 from downstream import cli
 
 

@@ -8,127 +8,23 @@ decode time is measured on this machine; what is assumed is a flag, and is said 
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import io
 import sys
 import time
 import timeit
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import mean, median
-from typing import Any
 
 import numpy as np
-import torch
-from flags import Help
 from PIL import Image
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from adpretrain.backbones import load_backbone
 from adpretrain.config import PretrainConfig
-from adpretrain.extractor import build_projector
-from adpretrain.parsing import from_dict, read_yaml
+from adpretrain.parsing import from_dict, parse_flags, read_yaml
 from adpretrain.preprocess import Preprocess, TwoViews, crop_side, read_image
-from adpretrain.training.speed import count_flops
+from adpretrain.training.costs import FLOAT, Counts, checkpoint_bytes, count, gather_bytes, loss_flops, memory
 
-ADAM = 2  # moments per parameter
-FLOAT = 4  # bytes
 REPEATS = 15  # of a measurement, whose median counts
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Of the configuration's networks: ``tokens`` and ``widths`` of every level, of which ``entering`` are projected;
-    FLOPs of one image's forward; ``saved``: bytes that the projector keeps of a step for its backward pass."""
-
-    backbone_bytes: int
-    projector_parameters: int
-    tokens: list[int]
-    entering: list[int]
-    widths: list[int]
-    backbone_flops: int
-    projector_flops: int
-    saved: int
-
-
-def count(config: PretrainConfig) -> Counts:
-    """Build the networks without memory, and count."""
-    with torch.device("meta"):
-        backbone = load_backbone(**(dataclasses.asdict(config.backbone) | {"weights": None}), pretrained=False)
-        image = torch.zeros(1, 3, config.backbone.image_size, config.backbone.image_size)
-        maps = backbone(image)
-        images = 2 * config.optim.batch_size
-        projector = build_projector(config.projector, backbone.channels)
-    tokens = [level.shape[2] * level.shape[3] for level in maps]
-    entering = [min(number, config.tokens or number) for number in tokens]
-    shapes = [(images, level.shape[1], 1, number) for level, number in zip(maps, entering, strict=True)]
-    among = round(mean(config.shots))  # whose residuals cross attention takes
-    contexts = [(images, among * number, level.shape[1]) for level, number in zip(maps, tokens, strict=True)]
-    inputs = [[maps[0].new_zeros(*shape) for shape in levels] for levels in (shapes, contexts)]
-    return Counts(
-        backbone_bytes=sum(parameter.nbytes for parameter in backbone.parameters()),
-        projector_parameters=sum(parameter.numel() for parameter in projector.parameters()),
-        tokens=tokens,
-        entering=entering,
-        widths=backbone.channels,
-        backbone_flops=count_flops(lambda: backbone(image)),
-        projector_flops=count_flops(lambda: projector(*inputs)) // images,
-        saved=saved_bytes(config, shapes, contexts),
-    )
-
-
-def saved_bytes(config: PretrainConfig, shapes: Sequence[Sequence[int]], contexts: Sequence[Sequence[int]]) -> int:
-    """Bytes of all tensors that autograd keeps of the projector's forward pass on maps of these ``shapes``, with cross
-    attention to ``contexts``, the parameters left out.
-
-    On fake tensors of the CPU, whose attention keeps what a GPU's keeps; the meta device's keeps all weights.
-    """
-    half = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.optim.precision]
-    with FakeTensorMode(), torch.autocast("cpu", half, enabled=half != torch.float32):
-        projector = build_projector(config.projector, [shape[1] for shape in shapes])
-        kept: dict[int, Any] = {p.untyped_storage()._cdata: None for p in projector.parameters()}
-
-        def note(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()  # held, so that no other gets its address
-            kept.setdefault(storage._cdata, storage)
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            projector(*([torch.zeros(*shape) for shape in levels] for levels in (shapes, contexts)))
-        return sum(storage.nbytes() for storage in kept.values() if storage is not None)
-
-
-def anomalous_tokens(counts: Counts, share: float) -> list[float]:
-    """Those of an image and view that enter, per level, as `training.batches.thin` chooses: all, up to half of what
-    enters, more if normal ones are too few. An upper limit: as if every image had the same ``share`` of all tokens."""
-    sizes = zip(counts.tokens, counts.entering, strict=True)
-    return [min(share * n, max(entering // 2, entering - (1 - share) * n)) for n, entering in sizes]
-
-
-def gathered_rows(config: PretrainConfig, counts: Counts, share: float, gpus: int) -> list[int]:
-    """Anomalous tokens of both views, of all processes whose negatives are shared; per level."""
-    sharing = gpus if config.loss.cross_process else 1
-    return [round(2 * config.optim.batch_size * number) * sharing for number in anomalous_tokens(counts, share)]
-
-
-def gather_bytes(config: PretrainConfig, counts: Counts, share: float, gpus: int) -> int:
-    """What every process gets in a step's forward pass, its own part included: rows, and two numbers of each for its
-    log-sum-exp. Backwards come the rows' gradients and one number of each."""
-    rows = gathered_rows(config, counts, share, gpus)
-    alone = gpus == 1 or not (config.loss.cross_process and config.loss.lambda_)
-    return 0 if alone else sum(FLOAT * n * (width + 2) for n, width in zip(rows, counts.widths, strict=True))
-
-
-def loss_flops(config: PretrainConfig, counts: Counts, share: float, gpus: int) -> int:
-    """Of the angle loss in one process: normal x anomalous similarities, once forward and once again backward, and two
-    products for the gradients."""
-    if not config.loss.lambda_:
-        return 0
-    anomalous, own = (gathered_rows(config, counts, share, number) for number in (gpus, 1))
-    normal = [2 * config.optim.batch_size * tokens - rows for tokens, rows in zip(counts.entering, own, strict=True)]
-    return sum(4 * 2 * p * q * width for p, q, width in zip(normal, anomalous, counts.widths, strict=True))
 
 
 def photograph(side: int) -> bytes:
@@ -144,22 +40,37 @@ def photograph(side: int) -> bytes:
 
 @dataclass(frozen=True)
 class Assumed:
-    """What no machine here can say, the command's flags. Raises ValueError for a number that is not more than 0."""
+    """What is planned, and what no machine here can say. Raises ValueError for a number that is not more than 0.
 
-    gpus: int
-    gpus_per_node: int
-    peak_tflops: float
-    peak_float_tflops: float
-    mfu: float
-    node_gbit: float
-    images: int
-    image_kb: float
-    image_side: int
-    shares: Sequence[float]
+    Args:
+        config: a pretraining configuration, recipes/configs/*.yaml.
+        gpus: GPUs that are trained on.
+        gpus_per_node: GPUs of a machine.
+        images: images of the set (Real-IAD).
+        image_kb: assumed mean size of a file.
+        image_side: side of the photograph whose decoding is measured.
+        peak_tflops: of a GPU, half precision (H100 SXM, dense).
+        peak_float_tflops: of a GPU, float32 without TF32.
+        mfu: assumed share of the peak that is reached.
+        node_gbit: assumed network of a node, Gbit/s.
+        shares: assumed shares of anomalous tokens.
+    """
+
+    config: str
+    gpus: int = 64
+    gpus_per_node: int = 8
+    images: int = 151_050
+    image_kb: float = 300
+    image_side: int = 1024
+    peak_tflops: float = 989
+    peak_float_tflops: float = 67
+    mfu: float = 0.35
+    node_gbit: float = 400
+    shares: list[float] = field(default_factory=lambda: [0.01, 0.02, 0.05, 0.1])
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not np.min(value) > 0:
+            if name != "config" and not np.min(value) > 0:
                 raise ValueError(f"--{name.replace('_', '-')} {value} must be more than 0")
 
 
@@ -177,41 +88,6 @@ def step_seconds(config: PretrainConfig, counts: Counts, share: float, assumed: 
         "gradients": FLOAT * counts.projector_parameters * seconds_per_byte,
         "gather": 1.5 * gather_bytes(config, counts, share, assumed.gpus) * seconds_per_byte,
     }
-
-
-def memory(config: PretrainConfig, counts: Counts, share: float, gpus: int) -> dict[str, float]:
-    """Bytes on every GPU."""
-    images, parameters = config.optim.batch_size, counts.projector_parameters
-    features = FLOAT * sum(tokens * width for tokens, width in zip(counts.tokens, counts.widths, strict=True))
-    return {
-        "backbone's weights, frozen": counts.backbone_bytes,
-        "projector: weights, gradients (and their message), Adam": FLOAT * parameters * (3 + ADAM),
-        "reference features": images * mean(config.shots) * features,
-        "features and residuals of both views": 2 * 2 * images * features,
-        "kept for the projector's backward": counts.saved,
-        "gathered rows and their gradients": 2 * gather_bytes(config, counts, share, gpus),
-    }
-
-
-def checkpoint_bytes(counts: Counts) -> int:
-    """Weights and Adam's moments; the frozen backbone is not in it."""
-    return FLOAT * counts.projector_parameters * (1 + ADAM)
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    parser.add_argument("--config", required=True, help="a pretraining configuration, recipes/configs/*.yaml")
-    parser.add_argument("--gpus", type=int, default=64, help="that are trained on")
-    parser.add_argument("--gpus-per-node", type=int, default=8, help="of a machine")
-    parser.add_argument("--images", type=int, default=151_050, help="of the set (Real-IAD)")
-    parser.add_argument("--image-kb", type=float, default=300, help="assumed mean size of a file")
-    parser.add_argument("--image-side", type=int, default=1024, help="of the photograph whose decoding is measured")
-    parser.add_argument("--peak-tflops", type=float, default=989, help="of a GPU, half precision (H100 SXM, dense)")
-    parser.add_argument("--peak-float-tflops", type=float, default=67, help="of a GPU, float32 without TF32")
-    parser.add_argument("--mfu", type=float, default=0.35, help="assumed share of the peak that is reached")
-    parser.add_argument("--node-gbit", type=float, default=400, help="assumed network of a node, Gbit/s")
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.01, 0.02, 0.05, 0.1], help="anomalous tokens")
-    return parser.parse_args(argv)
 
 
 def steps_table(config: PretrainConfig, counts: Counts, assumed: Assumed) -> list[str]:
@@ -285,10 +161,9 @@ def report(config: PretrainConfig, assumed: Assumed) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = vars(parse(argv))
-    path = options.pop("config")
     try:
-        print(report(from_dict(PretrainConfig, read_yaml(path), path), Assumed(**options)))
+        assumed = parse_flags(Assumed, argv, __doc__)
+        print(report(from_dict(PretrainConfig, read_yaml(assumed.config), assumed.config), assumed))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

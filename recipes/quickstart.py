@@ -7,14 +7,14 @@ layout, Real-IAD or Magnetic Tile Defects) real photographs are scored too.
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-from flags import Help
+from adpretrain.parsing import parse_flags
 
 CAVEAT = (
     "Note: drawn products show the whole path, but teach a projector little that carries over to photographs (see\n"
@@ -28,7 +28,7 @@ TRAINING = {"products": 130, "samples": 9, "defects": 5, "seed": 0}
 UNSEEN = {"products": 16, "samples": 16, "defects": 12, "seed": 1000}
 
 
-def run(*command: str | Path, allowed: tuple[int, ...] = (0,)) -> None:
+def run(*command: object, allowed: tuple[int, ...] = (0,)) -> None:
     """Run a step, echoed; stop the demo if it fails."""
     print("$", " ".join(str(part) for part in command), flush=True)
     code = subprocess.run([str(part) for part in command], cwd=ROOT, check=False).returncode
@@ -36,14 +36,23 @@ def run(*command: str | Path, allowed: tuple[int, ...] = (0,)) -> None:
         raise SystemExit(f"the demo stops here: {command[0]} ended with exit code {code}")
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of everything the demo makes")
-    parser.add_argument("--data", type=Path, help="real photographs to score too, in any layout the toolkit reads")
-    parser.add_argument("--products", type=int, default=0, help="fewer synthetic products, for a quick look")
-    parser.add_argument("--seeds", type=int, default=3, help="pretraining runs, for the spread between seeds")
-    parser.add_argument("--steps", type=int, default=0, help="steps of each run (0 = as the configuration says)")
-    return parser.parse_args()
+@dataclass(frozen=True)
+class Options:
+    """What is drawn, trained and scored.
+
+    Args:
+        out: folder of everything the demo makes.
+        data: real photographs to score too, in any layout the toolkit reads.
+        products: fewer synthetic products, for a quick look (0 = as many as usual).
+        seeds: pretraining runs, for the spread between seeds.
+        steps: steps of each run (0 = as the configuration says).
+    """
+
+    out: Path = Path("runs/demo")
+    data: Path | None = None
+    products: int = 0
+    seeds: int = 3
+    steps: int = 0
 
 
 def synthesise(folder: Path, size: dict[str, int]) -> None:
@@ -56,10 +65,10 @@ def synthesise(folder: Path, size: dict[str, int]) -> None:
     )
 
 
-def pretraining(out: Path, seed: int, steps: int) -> list[str | Path]:
+def pretraining(out: Path, seed: int, steps: int) -> list[object]:
     """The command of one pretraining run."""
     defaults = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command = [PROGRAMS / "accelerate", "launch", *defaults, "recipes/pretrain.py", "--config", CONFIG]
+    command: list[object] = [PROGRAMS / "accelerate", "launch", *defaults, "recipes/pretrain.py", "--config", CONFIG]
     command += ["--run", out / f"pretrain-seed{seed}", "--seed", str(seed), "--data.root", out / "synthetic"]
     command += ["--cache.folder", out / "cache"]
     return [*command, "--optim.steps", str(steps)] if steps else command
@@ -97,7 +106,7 @@ def inspect(out: Path, extractor: Path) -> Path:
 
 
 def main() -> None:
-    options = parse()
+    options = parse_flags(Options, description=__doc__)
     out, began = options.out.resolve(), time.perf_counter()
     shrink = {"products": options.products} if options.products else {}
     synthesise(out / "synthetic", {**TRAINING, **shrink})

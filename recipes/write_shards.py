@@ -14,17 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from checked_samples import checked
-from launch import complain
-from progress import progress_bar
 from rich.console import Console
-from run_data import split_samples
 
 from adpretrain.config import DataConfig
 from adpretrain.data import index_with_bare
 from adpretrain.data.samples import to_learn_from
 from adpretrain.data.shard_writer import check_target, write_shards
 from adpretrain.parsing import parse_command_line
+from adpretrain.progress import progress_bar
+from adpretrain.training.launch import complain
+from adpretrain.training.sources import checked, split_samples
 
 
 @dataclass(frozen=True)

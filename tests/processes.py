@@ -25,7 +25,7 @@ WAIT = 300  # seconds
 def context() -> multiprocessing.context.BaseContext:
     # Another test's server has not imported the recipe, and each child would.
     forkserver._forkserver._stop()
-    paths = [str(ROOT), str(ROOT / "recipes"), os.environ.get("PYTHONPATH", "")]
+    paths = [str(ROOT), str(ROOT / "recipes"), str(ROOT / "recipes" / "studies"), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)  # read when the first process starts
     chosen = multiprocessing.get_context("forkserver")
     chosen.set_forkserver_preload(["pretrain", "matplotlib.figure"])
@@ -81,7 +81,7 @@ def _run(rank: int, count: int, port: int, log: Path, target: Callable[..., Any]
     os.dup2(file, 2)
     os.chdir(ROOT)
     multiprocessing.current_process().daemon = False  # so that it may start loader workers
-    sys.path.insert(0, str(ROOT / "recipes"))
+    sys.path[:0] = [str(ROOT / "recipes"), str(ROOT / "recipes" / "studies")]
     if count > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
         os.environ |= {"LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

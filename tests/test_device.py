@@ -31,7 +31,8 @@ from adpretrain.residual import (
     residual_features,
     search_index,
 )
-from adpretrain.training.batches import CachedBatches, LabelledBatch, OnlineBatches, ResidualBatch, label, thin
+from adpretrain.training.batches import LabelledBatch, OnlineBatches, ResidualBatch, label, thin
+from adpretrain.training.cache import CachedBatches
 from adpretrain.training.dataset import PretrainingSet, StepBatches
 from adpretrain.training.objective import Objective, measure_centers
 

@@ -1,35 +1,28 @@
-"""Pretraining batches of residual features: computed step by step, or once before training and kept.
+"""Pretraining batches of residual features, computed step by step, and their token labels.
 
 Shapes: B images, V views, L levels, C_l channels, H_l x W_l tokens, K references of an image, D reference draws.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain, groupby
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+import torch.nn.functional as F
 from torch import Tensor
 
 from adpretrain.backbones import FeatureMaps, References
 from adpretrain.config import ReferencesConfig
 from adpretrain.device import upload
 from adpretrain.extractor import ADExtractor
-from adpretrain.files import atomic_path
 from adpretrain.residual import as_map, residual_tokens, tokens
-from adpretrain.saved import save_tensors
-from adpretrain.training.dataset import PretrainingSet, StepBatches, token_labels
-from adpretrain.training.loader import ImageBatch, ImageSource, Request, Requests, load_ahead
-from adpretrain.training.shared import ALONE, LocalProcesses
+from adpretrain.training.dataset import PretrainingSet, Requests
+from adpretrain.training.loader import ImageBatch, Request, load_ahead
+from adpretrain.training.streamed import StreamedSet
 
 
 @dataclass(frozen=True)
@@ -134,7 +127,7 @@ class OnlineBatches:
     def __init__(
         self,
         extractor: ADExtractor,
-        data: ImageSource,
+        data: PretrainingSet | StreamedSet,
         workers: int,
         device: torch.device,
         watch: Callable[[str], object] = lambda phase: None,
@@ -155,7 +148,7 @@ class OnlineBatches:
         if kept:
             assert draws is not None
             requests = Requests(steps, draws, self._room(draws.config))
-        batches = load_ahead(self.data, requests, self.workers, self.device)
+        batches = load_ahead(self.data.load, requests, self.workers, self.device)
         while True:
             self.watch("data")
             batch = next(batches, None)
@@ -164,109 +157,26 @@ class OnlineBatches:
             yield encode_batch(self.extractor, batch, features if kept else {}, self.watch)
 
 
-class CachedBatches:
-    """Residuals of every image against D reference draws, computed once and kept in memory (half precision).
+LABELS = ("center", "nearest", "pixels")
 
-    Epoch e uses draw e mod D. The views of an image stay the same (augment "once" or "none"), so a step costs only
-    the projector: the way to pretrain a small projector on a CPU. ``folder`` keeps the cache on disk for the next run
-    with the same images and settings. ``threads`` images are prepared at a time. Of several processes on a machine
-    (``local``), each computes its share of the images, and all of them map the result.
+
+def token_labels(masks_BSS: Tensor, grid: tuple[int, int], rule: str = "center", pixels: int = 32) -> Tensor:
+    """Pixel masks -> bool token labels [B, H, W]. The paper only says that masks are downsampled; the ``rule``:
+
+    "center": the pixel at the centre of the token's patch is marked (torch's "nearest-exact"). "nearest": the pixel at
+    its top left corner is, which torch calls "nearest" (the released norm loss). "pixels": more than ``pixels`` marked
+    pixels lie in the patch, counted as at 224 px (the released angle loss).
+
+    Raises ValueError for an unknown rule.
     """
-
-    def __init__(
-        self,
-        extractor: ADExtractor,
-        data: PretrainingSet,
-        device: torch.device,
-        draws: int,
-        folder: str = "",
-        threads: int = 1,
-        track: Callable[[Iterable[Any], int], Iterable[Any]] = lambda items, total: items,
-        local: LocalProcesses = ALONE,
-    ) -> None:
-        self.data, self.device, self.draws = data, device, draws
-        self.views = 1 if data.augment == "none" else 2
-        path = Path(folder) / f"residuals-{self._fingerprint(extractor)}.safetensors" if folder else None
-        stored = _load(path) if path is not None else None
-        if not local.everywhere(stored is not None) or stored is None:
-            stored = self._compute(extractor, threads, track, local)
-            if path is not None and local.rank == 0:
-                with atomic_path(path) as temporary:
-                    save_tensors(stored, temporary)
-        self.levels = [stored[f"level_{level}"] for level in range(len(extractor.channels))]  # [n, D, V, C, H, W]
-        self.masks = stored["masks"]
-
-    def _fingerprint(self, extractor: ADExtractor) -> str:
-        """Identifies images (path, size, time), backbone, local scale, matching and draws."""
-        digest = hashlib.sha256()
-        files = [(str(s.image), s.image.stat().st_size, s.image.stat().st_mtime_ns) for s in self.data.samples]
-        data = [self.data.shots, self.data.seed, self.data.augment, self.draws, extractor.config.matching]
-        network = extractor.backbone
-        backbone: list[Any] = [network.name, extractor.preprocess.to_dict(), network.levels, network.revision]
-        backbone += [network.finest, network.patch]
-        digest.update(json.dumps([files, data, backbone]).encode())
-        if network.revision is None:  # local or random weights: told apart by every bit
-            for parameter in network.parameters():
-                plain = parameter.detach().cpu().contiguous(memory_format=torch.contiguous_format).flatten()
-                digest.update(plain.view(torch.uint8).numpy().tobytes())
-        if extractor.local_scale is not None:
-            digest.update(repr(extractor.local_scale.config).encode())
-            digest.update(extractor.local_scale.single.cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
-
-    def _compute(self, extractor: ADExtractor, threads: int, track: Any, local: LocalProcesses) -> dict[str, Tensor]:
-        def fill(compute: Callable[[int], list[Tensor]]) -> list[Tensor]:
-            """What is computed of every image, stacked; each process computes that of its share."""
-            own = local.share(len(self.data))
-            with ThreadPoolExecutor(threads) as pool:
-                rows = iter(track(pool.map(compute, own), len(own)))
-                first = next(rows, None)
-                like = compute(0) if first is None else first  # more processes than images
-                whole = [local.empty((len(self.data), *part.shape), part.dtype) for part in like]
-                for row, index in zip(chain([like], rows), own, strict=False):
-                    for stacked, part in zip(whole, row, strict=True):
-                        stacked[index] = part
-            local.everywhere(True)
-            return whole
-
-        plain = fill(lambda index: self._encode(extractor, index))
-        *levels, masks = fill(lambda index: [*self._match(extractor, plain, index), self.data.mask(index)])
-        return {**{f"level_{number}": level for number, level in enumerate(levels)}, "masks": masks}
-
-    @torch.no_grad()
-    def _encode(self, extractor: ADExtractor, index: int) -> list[Tensor]:
-        """L levels [C, H, W] of one image."""
-        return [level[0].cpu() for level in encode(extractor, self.data.pixels(index)[None].to(self.device))]
-
-    @torch.no_grad()
-    def _match(self, extractor: ADExtractor, plain: FeatureMaps, index: int) -> list[Tensor]:
-        """L levels [D, V, C, H, W] of one image."""
-        views = [level[index : index + 1] for level in plain]
-        if self.data.augment != "none":
-            views = encode(extractor, self.data.views(index, epoch=0).to(self.device))
-        views = [level.to(self.device) for level in views]
-        draws = []
-        for draw in range(self.draws):
-            references = self.data.draw_references(index, draw)
-            chosen = [level[list(references)] for level in plain]
-            banks = [tokens(level.to(self.device)).flatten(0, 1)[None] for level in chosen]
-            draws.append(extractor.residuals(views, banks, extractor.scales(views, banks)))
-        return [torch.stack(level).half().cpu() for level in zip(*draws, strict=True)]
-
-    def __call__(self, steps: StepBatches) -> Iterator[ResidualBatch]:
-        for keys in steps:
-            rows = torch.tensor([index for _, index in keys])
-            draw = torch.tensor([epoch % self.draws for epoch, _ in keys])
-            chosen = [level[rows, draw].to(self.device, torch.get_default_dtype()) for level in self.levels]
-            views = [[level[:, view] for level in chosen] for view in range(self.views)]
-            yield ResidualBatch(views, self.masks[rows], keys, [])
-
-
-def _load(path: Path) -> dict[str, Tensor] | None:
-    try:
-        return load_file(path)
-    except (FileNotFoundError, SafetensorError):
-        return None
+    masks = masks_BSS[:, None].float()
+    if rule == "pixels":
+        share = F.adaptive_avg_pool2d(masks, grid)[:, 0]
+        # The margin is for rounding: exactly ``pixels`` of a 14 x 14 patch come out a little above in float32.
+        return share * (224 * 224 / (grid[0] * grid[1])) > pixels + 1e-3
+    if rule not in LABELS:
+        raise ValueError(f"token label rule {rule!r} is unknown; choose one of {', '.join(LABELS)}")
+    return F.interpolate(masks, size=grid, mode="nearest-exact" if rule == "center" else "nearest")[:, 0] > 0
 
 
 @dataclass(frozen=True)

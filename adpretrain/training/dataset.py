@@ -1,28 +1,144 @@
 """What one pretraining image needs: its views, its mask, and K normal references of its category and camera view.
 
+Over epochs, the K references of an image are uniformly drawn among all K-subsets of the other normal photographs of its
+category and view; the options of `adpretrain.config.ReferencesConfig` only tie the draws of different images together.
+
 Unmarked views of defective parts (`Sample.of_defective_part`) are no pretraining images and nobody's references. The
 authors' released code draws its references from good parts alone too.
 
 Everything random derives from (seed, epoch, index), so any step of a run can be repeated alone.
 
-Shapes: V views (2, or 1 without augmentation), S side in pixels, H x W tokens.
+Shapes: V views (2, or 1 without augmentation), S side in pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 
-import torch.nn.functional as F
+import numpy as np
 from PIL import Image
 from torch import Tensor
 
 from adpretrain.config import ReferencesConfig
 from adpretrain.data.samples import Sample, load_mask, to_learn_from
 from adpretrain.preprocess import Preprocess, TwoViews, picture_size, read_image
-from adpretrain.training.draws import SHUFFLE, VIEWS, ReferenceDraws, generator
 from adpretrain.training.loader import ImageBatch, Item, Request, assemble
 
+# Streams of random numbers that pretraining draws from; the last part of a generator's key.
+SHUFFLE, REFERENCES, VIEWS, SHARDS, ROWS, HEAD, BLOCKS, POOL = range(8)
 AUGMENTATIONS = ("epoch", "once", "none")
+
+
+def generator(*key: int) -> np.random.Generator:
+    """The random numbers of a key such as (seed, epoch, index, stream)."""
+    return np.random.default_rng(np.random.SeedSequence(key))
+
+
+def refuse_short(short: Sequence[str], shots: Sequence[int], needed: int) -> None:
+    """Raise ValueError that names the groups with fewer normal images than the largest K needs, if there are any."""
+    if short:
+        raise ValueError(
+            f"K = {max(shots)} references need {needed} normal images in every category and view; too few in "
+            f"{', '.join(short[:5])}{' ...' if len(short) > 5 else ''}: lower shots {list(shots)} or add images"
+        )
+
+
+class ReferenceDraws:
+    """Draws of references among the normal images of a category and view (a *group*; groups are numbered).
+
+    Raises ValueError if a group has too few normal images for the largest K.
+    """
+
+    def __init__(
+        self, samples: Sequence[Sample], shots: Sequence[int], seed: int, config: ReferencesConfig | None = None
+    ) -> None:
+        self.shots, self.seed, self.config = list(shots), seed, config or ReferencesConfig()
+        members: dict[tuple[str, str], list[int]] = defaultdict(list)
+        for index, sample in enumerate(samples):
+            members[sample.category, sample.view or ""].append(index)
+        self.members = [members[name] for name in sorted(members)]  # of every group
+        self.normals = [[i for i in group if not samples[i].anomalous] for group in self.members]
+        self.group_of = {index: number for number, group in enumerate(self.members) for index in group}
+        self._check([" ".join(name).strip() for name in sorted(members)])
+        self._blocks: tuple[int, list[list[int]], dict[int, list[int]]] | None = None
+
+    def _check(self, names: Sequence[str]) -> None:
+        largest, together = max(self.shots), self.config.together
+        needed = largest + together  # the images of a block are no references of theirs
+        short = [name for name, normals in zip(names, self.normals, strict=True) if len(normals) < needed]
+        refuse_short(short, self.shots, needed)
+
+    def blocks(self, epoch: int) -> list[list[int]]:
+        """Every image once; those of a block share their references in this epoch and come one after the other."""
+        if self.config.together == 1:
+            return [[index] for index in range(len(self.group_of))]
+        return self._shared(epoch)[0]
+
+    def _shared(self, epoch: int) -> tuple[list[list[int]], dict[int, list[int]]]:
+        if self._blocks is None or self._blocks[0] != epoch:
+            blocks, size = [], self.config.together
+            for number, group in enumerate(self.members):
+                mixed = generator(self.seed, epoch, number, BLOCKS).permutation(group).tolist()
+                blocks += [mixed[start : start + size] for start in range(0, len(mixed), size)]
+            self._blocks = (epoch, blocks, {index: block for block in blocks for index in block})
+        return self._blocks[1:]
+
+    def pool(self, group: int, epoch: int) -> list[int]:
+        """The normal images of a group that may be references in this epoch."""
+        normals, size = self.normals[group], self.config.pool
+        if not 0 < size < len(normals):
+            return normals
+        rng = generator(self.seed, epoch // self.config.refresh, group, POOL)
+        return rng.choice(normals, size, replace=False).tolist()
+
+    def draw(self, index: int, epoch: int) -> list[int]:
+        """The K distinct references of one image in one epoch, never the image itself; K is drawn from ``shots``."""
+        block = [index] if self.config.together == 1 else self._shared(epoch)[1][index]
+        rng = generator(self.seed, epoch, block[0], REFERENCES)
+        pool = [other for other in self.pool(self.group_of[index], epoch) if other not in block]
+        return [pool[i] for i in rng.choice(len(pool), size=int(rng.choice(self.shots)), replace=False)]
+
+
+class Requests:
+    """The requests of some steps, where ``room`` pools of features are kept: the least recently used make room.
+
+    It is known beforehand which features a step will find, so that workers read only what has to be encoded. Raises
+    ValueError if a step needs more pools than there is room for.
+    """
+
+    def __init__(self, steps: Iterable[list[tuple[int, int]]], draws: ReferenceDraws, room: int) -> None:
+        self.steps, self.draws, self.room = steps, draws, room
+
+    def __iter__(self) -> Iterator[Request]:
+        held: dict[int, int] = {}  # group -> epoch in which its pool was encoded; the least recently used first
+        for keys in self.steps:
+            yield self._request(keys, held)
+
+    def _request(self, keys: list[tuple[int, int]], held: dict[int, int]) -> Request:
+        draws = self.draws
+        wanted = {draws.group_of[index]: epoch for epoch, index in keys}
+        if len(wanted) > self.room:
+            raise ValueError(
+                f"a batch with images of {len(wanted)} categories and views needs their pools at once, but "
+                f"references.cache_mb has room for {self.room}: raise it, or lower references.pool or the batch size"
+            )
+        refresh, pools, dropped = draws.config.refresh, [], []
+        for group, epoch in wanted.items():
+            encoded = held.pop(group, None)
+            if encoded is None or encoded // refresh != epoch // refresh:
+                pools.append(group)
+                if encoded is not None:
+                    dropped.append((group, encoded))
+                encoded = epoch
+            held[group] = encoded
+        while len(held) > self.room:
+            group = next(iter(held))
+            dropped.append((group, held.pop(group)))
+        return Request(keys, pools, tuple(chain.from_iterable(draws.pool(*key) for key in dropped)))
 
 
 def draw_views(image: Image.Image, two_views: TwoViews, augment: str, seed: int, epoch: int, index: int) -> Tensor:
@@ -64,6 +180,19 @@ class PretrainingSet:
             if sample.anomalous and sample.mask is None:
                 raise ValueError(f"{sample.image} is a defect without a mask: its defect would be learnt as normal")
         self.draws = ReferenceDraws(self.samples, shots, seed, references)
+
+    @property
+    def defects(self) -> int:
+        return sum(sample.anomalous for sample in self.samples)
+
+    @property
+    def categories(self) -> set[str]:
+        return {sample.category for sample in self.samples}
+
+    def digest(self) -> str:
+        """The same for the same images in the same order, wherever they lie: what a step's batch is drawn from."""
+        facts = [(s.category, s.defect, s.view, s.split, s.image.name) for s in self.samples]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def draw_references(self, index: int, epoch: int) -> list[int]:
         """Indices of the K references of one image in one epoch."""
@@ -147,25 +276,3 @@ class StepBatches:
         blocks = self.blocks(epoch) if self.blocks is not None else [[index] for index in range(self.images)]
         mixed = generator(self.seed, epoch, SHUFFLE).permutation(len(blocks))
         return [index for number in mixed for index in blocks[number]]
-
-
-LABELS = ("center", "nearest", "pixels")
-
-
-def token_labels(masks_BSS: Tensor, grid: tuple[int, int], rule: str = "center", pixels: int = 32) -> Tensor:
-    """Pixel masks -> bool token labels [B, H, W]. The paper only says that masks are downsampled; the ``rule``:
-
-    "center": the pixel at the centre of the token's patch is marked (torch's "nearest-exact"). "nearest": the pixel at
-    its top left corner is, which torch calls "nearest" (the released norm loss). "pixels": more than ``pixels`` marked
-    pixels lie in the patch, counted as at 224 px (the released angle loss).
-
-    Raises ValueError for an unknown rule.
-    """
-    masks = masks_BSS[:, None].float()
-    if rule == "pixels":
-        share = F.adaptive_avg_pool2d(masks, grid)[:, 0]
-        # The margin is for rounding: exactly ``pixels`` of a 14 x 14 patch come out a little above in float32.
-        return share * (224 * 224 / (grid[0] * grid[1])) > pixels + 1e-3
-    if rule not in LABELS:
-        raise ValueError(f"token label rule {rule!r} is unknown; choose one of {', '.join(LABELS)}")
-    return F.interpolate(masks, size=grid, mode="nearest-exact" if rule == "center" else "nearest")[:, 0] > 0

@@ -12,13 +12,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
-from typing import Any
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+T = TypeVar("T")
 Group = dist.ProcessGroup | None
+# How long the processes wait for one that is still there but silent, as while it checks images or scores held-out
+# products. That one has died is noticed otherwise (`adpretrain.training.launch.Lifeline`).
+PATIENCE = timedelta(hours=1)
 
 
 def processes(group: Group) -> int:
@@ -31,7 +36,7 @@ def _on_the_host(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """The same processes, whose messages pass through the host's memory: no device is waited for."""
     if dist.get_backend(group) == "gloo":
         return group
-    made = dist.new_group(dist.get_process_group_ranks(group), backend="gloo")
+    made = dist.new_group(dist.get_process_group_ranks(group), PATIENCE, backend="gloo")
     assert isinstance(made, dist.ProcessGroup)  # this process is one of them
     return made
 
@@ -43,6 +48,14 @@ def everyone(numbers: Sequence[int], group: Group) -> list[list[int]]:
     found = [torch.empty(len(numbers), dtype=torch.int64) for _ in range(processes(group))]
     dist.all_gather(found, torch.tensor(numbers, dtype=torch.int64), group=_on_the_host(group))
     return torch.stack(found).tolist()
+
+
+def from_first(value: T, group: Group) -> T:
+    """The first process's value, in all of them; it is pickled. Only hosts wait for each other."""
+    box = [value]
+    if group is not None:
+        dist.broadcast_object_list(box, 0, group=_on_the_host(group))
+    return box[0]
 
 
 @torch.no_grad()

@@ -14,13 +14,11 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, groupby
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-
-from adpretrain.training.draws import ReferenceDraws
 
 
 @dataclass(frozen=True)
@@ -72,16 +70,6 @@ class Request:
     forget: tuple[int, ...] = ()
 
 
-class ImageSource(Protocol):
-    """A data set that steps can be loaded from. ``draws``: None if features of references cannot be kept."""
-
-    draws: ReferenceDraws | None
-
-    def load(self, request: Request) -> ImageBatch:
-        """The images of a step."""
-        ...
-
-
 def assemble(
     items: Sequence[Item],
     read: Callable[[Any], Tensor],
@@ -110,58 +98,21 @@ def assemble(
     )
 
 
-class Requests:
-    """The requests of some steps, where ``room`` pools of features are kept: the least recently used make room.
-
-    It is known beforehand which features a step will find, so that workers read only what has to be encoded. Raises
-    ValueError if a step needs more pools than there is room for.
-    """
-
-    def __init__(self, steps: Iterable[list[tuple[int, int]]], draws: ReferenceDraws, room: int) -> None:
-        self.steps, self.draws, self.room = steps, draws, room
-
-    def __iter__(self) -> Iterator[Request]:
-        held: dict[int, int] = {}  # group -> epoch in which its pool was encoded; the least recently used first
-        for keys in self.steps:
-            yield self._request(keys, held)
-
-    def _request(self, keys: list[tuple[int, int]], held: dict[int, int]) -> Request:
-        draws = self.draws
-        wanted = {draws.group_of[index]: epoch for epoch, index in keys}
-        if len(wanted) > self.room:
-            raise ValueError(
-                f"a batch with images of {len(wanted)} categories and views needs their pools at once, but "
-                f"references.cache_mb has room for {self.room}: raise it, or lower references.pool or the batch size"
-            )
-        refresh, pools, dropped = draws.config.refresh, [], []
-        for group, epoch in wanted.items():
-            encoded = held.pop(group, None)
-            if encoded is None or encoded // refresh != epoch // refresh:
-                pools.append(group)
-                if encoded is not None:
-                    dropped.append((group, encoded))
-                encoded = epoch
-            held[group] = encoded
-        while len(held) > self.room:
-            group = next(iter(held))
-            dropped.append((group, held.pop(group)))
-        return Request(keys, pools, tuple(chain.from_iterable(draws.pool(*key) for key in dropped)))
-
-
 class _Loads(Dataset[ImageBatch]):
-    def __init__(self, data: ImageSource) -> None:
-        self.data = data
+    def __init__(self, load: Callable[[Request], ImageBatch]) -> None:
+        self.load = load
 
     def __getitem__(self, request: Request) -> ImageBatch:
-        return self.data.load(request)
+        return self.load(request)
 
 
 def load_ahead(
-    data: ImageSource, requests: Iterable[Request], workers: int, device: torch.device
+    load: Callable[[Request], ImageBatch], requests: Iterable[Request], workers: int, device: torch.device
 ) -> Iterator[ImageBatch]:
-    """The batches of ``requests`` on ``device``. Each of ``workers`` processes reads two batches ahead; 0 = none."""
+    """What ``load`` gives for each of ``requests``, on ``device``. Each of ``workers`` processes reads two batches
+    ahead; 0 = none."""
     loader = DataLoader(
-        _Loads(data),
+        _Loads(load),
         batch_size=None,
         sampler=requests,
         num_workers=workers,

@@ -13,7 +13,10 @@ again from the start without decoding anything: at most one share of bytes, coun
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import io
+import json
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,8 +31,7 @@ from torch import Tensor
 
 from adpretrain.data.shards import Photograph, Shards
 from adpretrain.preprocess import Preprocess, TwoViews, picture_size, read_image, read_mask
-from adpretrain.training.dataset import draw_views
-from adpretrain.training.draws import HEAD, REFERENCES, ROWS, SHARDS, generator, refuse_short
+from adpretrain.training.dataset import HEAD, REFERENCES, ROWS, SHARDS, draw_views, generator, refuse_short
 from adpretrain.training.loader import ImageBatch, Item, Request, assemble
 
 T = TypeVar("T")
@@ -89,6 +91,18 @@ class StreamedSet:
     def __len__(self) -> int:
         """Images in the training shards."""
         return sum(self.shards.index.files[name]["rows"] for name in self.shards.names("train"))
+
+    @property
+    def defects(self) -> int:
+        return len(self) - sum(self.shards.index.normals.values())
+
+    @property
+    def categories(self) -> set[str]:
+        return set(self.shards.index.categories)
+
+    def digest(self) -> str:
+        """The same for the same shards, wherever they lie."""
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self.shards.index)).encode()).hexdigest()
 
     def load(self, request: Request) -> ImageBatch:
         """The images of a step; ``request.keys`` are its draws."""

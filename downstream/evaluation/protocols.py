@@ -24,10 +24,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from adpretrain.data import Sample
+from adpretrain.data.products import by_product, normals, queries
 from adpretrain.references import random_references
 from downstream.evaluation.board import PROTOCOLS as PROTOCOLS
 from downstream.evaluation.board import ProtocolOptions
-from downstream.evaluation.few_shot import by_product, normals, queries
 from downstream.evaluation.perturbation import SAID
 
 PERTURBED = "perturbed images"

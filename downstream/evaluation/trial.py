@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adpretrain.data import ImageDataset, Sample, TooFewImages
+from adpretrain.data.products import about_bare, about_inverted
 from adpretrain.preprocess import Preprocess
 from downstream.detectors import build_detector
 from downstream.detectors.aligned import AlignedFeatureNormConfig
 from downstream.detectors.featurenorm import FeatureNorm
 from downstream.detectors.refined import Refined
 from downstream.evaluation.board import RAW
-from downstream.evaluation.few_shot import PIXEL_METRICS, about_bare, about_inverted
+from downstream.evaluation.few_shot import PIXEL_METRICS
 from downstream.evaluation.networks import ALIGNED, ROOM, Contender, Networks, Withheld
 from downstream.evaluation.perturbation import PerturbedImages
 from downstream.evaluation.pictures import Shown, choose_shown, median_images

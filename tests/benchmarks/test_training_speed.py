@@ -28,11 +28,13 @@ from adpretrain.config import LossConfig, OptimConfig, PretrainConfig, Projector
 from adpretrain.data import index_realiad
 from adpretrain.extractor import ADExtractor, build_projector
 from adpretrain.residual import tokens
-from adpretrain.training.batches import OnlineBatches, encode, encode_batch
-from adpretrain.training.dataset import PretrainingSet, StepBatches, token_labels
+from adpretrain.training.batches import OnlineBatches, encode, encode_batch, token_labels
+from adpretrain.training.dataset import PretrainingSet, StepBatches
 from adpretrain.training.loader import ImageBatch, Request, load_ahead
 from adpretrain.training.objective import Objective
+from adpretrain.training.run import advance
 from adpretrain.training.speed import Stopwatch, Throughput, peak_flops
+from adpretrain.training.state import Run
 
 pytestmark = pytest.mark.benchmark
 
@@ -45,8 +47,6 @@ class Bench:
     """A small pretraining set, a frozen backbone and the recipe's training step."""
 
     def __init__(self, root: Path, backbone: Backbone, projector: ProjectorConfig, batch: int, precision: str) -> None:
-        from run_setup import Run
-
         self.accelerator = Accelerator(mixed_precision=precision)
         self.device = self.accelerator.device
         torch.manual_seed(0)
@@ -59,7 +59,6 @@ class Bench:
         self.config = PretrainConfig(projector=projector, loss=loss, optim=OptimConfig(batch_size=batch))
         self.samples, self.batch = index_realiad(root), batch
         self.start = copy.deepcopy(model.state_dict())
-        self.make_run = Run
 
     def run(self, speed: Throughput | None = None) -> Any:
         """What the recipe's step needs, with the weights of the beginning."""
@@ -68,9 +67,9 @@ class Bench:
         adam = torch.optim.Adam(model.parameters(), 1e-4)
         schedule = torch.optim.lr_scheduler.MultiStepLR(adam, [10**6])
         objective, console = Objective(self.config.loss, self.extractor), Console(quiet=True)
-        return self.make_run(
+        return Run(
             self.config, self.accelerator, console, None, None, self.extractor, objective, model,
-            self.accelerator.prepare(adam), schedule, 0, [], speed or Throughput(Stopwatch(self.device)),
+            self.accelerator.prepare(adam), schedule, 0, None, speed or Throughput(Stopwatch(self.device)),
         )  # fmt: skip
 
     def data(self, references: ReferencesConfig) -> PretrainingSet:
@@ -87,8 +86,6 @@ class Bench:
         self, references: ReferencesConfig, workers: int, count: int | None = None, speed: Throughput | None = None
     ) -> Iterator[float]:
         """The losses of an epoch, or of ``count`` steps, as the recipe trains."""
-        import pretrain
-
         run, data, first = self.run(speed), self.data(references), True
         loaded = OnlineBatches(self.extractor, data, workers, self.device, run.speed.watch)
         source = iter(loaded(self.steps(data, count)))
@@ -98,7 +95,7 @@ class Bench:
                 batch = next(source, None)
             if batch is None:
                 return
-            yield pretrain.advance(run, batch, first)[1].values()[0]
+            yield advance(run, batch, first)[1].values()[0]
             first = False
 
     def parts(self, workers: int) -> Iterator[None]:
@@ -106,7 +103,7 @@ class Bench:
         and backward, of tensors that are there."""
         model = self.extractor.projector.train()
         data = self.data(OWN)
-        batches = list(load_ahead(data, map(Request, self.steps(data)), workers, self.device))
+        batches = list(load_ahead(data.load, map(Request, self.steps(data)), workers, self.device))
         with torch.no_grad(), self.accelerator.autocast():
             views = encode_batch(self.extractor, batches[0], {}).views
         both = [torch.cat(level) for level in zip(*views, strict=True)]  # the values do not matter for the time
@@ -126,7 +123,7 @@ class Bench:
         """The released loop, written out plainly: references of every image, keys and values per sample, dense masked
         losses."""
         run, data = self.run(), self.data(OWN)
-        for batch in load_ahead(data, map(Request, self.steps(data, count)), workers, self.device):
+        for batch in load_ahead(data.load, map(Request, self.steps(data, count)), workers, self.device):
             with torch.no_grad(), self.accelerator.autocast():
                 views = self.released_residuals(batch)
             with self.accelerator.autocast():

@@ -114,7 +114,7 @@ def test_a_resumed_run_reads_what_it_began_with(
     repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "recipes"))
-    from run_data import root_of_run
+    from adpretrain.training.sources import root_of_run
 
     first = repository.branches["main"]
     config = PretrainConfig(run=str(tmp_path / "run"), data=DataConfig("shards", ROOT))

@@ -30,9 +30,8 @@ def arguments(tiny_set: Path) -> Callable[..., list[str]]:
 
 
 @pytest.fixture
-def refusal(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
+def refusal(capfd: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
     """What the recipe, run in this process, says of a mistake in its flags, on one line."""
-    monkeypatch.syspath_prepend(ROOT / "recipes")
 
     def run(argv: list[str]) -> str:
         import pretrain as recipe

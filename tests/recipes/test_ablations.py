@@ -15,10 +15,16 @@ from running import train
 from safetensors.torch import load_file, save_file
 
 from adpretrain import ADExtractor, load_backbone
+from adpretrain.config import PretrainConfig
 from adpretrain.data import index_dataset
 from adpretrain.hub.contents import files_to_publish
+from adpretrain.parsing import parse_command_line
 from adpretrain.projector import FeatureProjector
 from adpretrain.training.dataset import PretrainingSet
+from adpretrain.training.launch import start
+from adpretrain.training.monitor import vitals
+from adpretrain.training.run import prepare
+from adpretrain.training.state import make_batches, set_up
 
 Arguments = Callable[..., list[str]]
 PLAIN = ["--local_scale", "null", "--augment", "epoch", "--cache.draws", "0", "--data.workers", "0"]
@@ -131,6 +137,17 @@ def test_a_decay_of_float32_weights_is_warned_of(plain: Arguments, tmp_path: Pat
     assert "erases" not in train(tmp_path / "log", plain(tmp_path / "other"))
 
 
+def test_residuals_far_longer_than_the_radius_are_warned_of_once(plain: Arguments, tmp_path: Path) -> None:
+    """Lite0's are, without a local scale: e to their length is the paper's norm loss, which overflows."""
+    flags = ["--loss.norm_form", "paper", "--loss.lambda_", "0"]
+    said = train(tmp_path / "log", plain(tmp_path / "run", *flags), expected=1)
+    assert said.count("where loss.radius is 0.4") == 1
+    assert "set local_scale (--local_scale.share 0.35)" in said
+    scaled = train(tmp_path / "log", plain(tmp_path / "scaled", *flags, "--local_scale.share", "0.35"))
+    assert "loss.radius" not in scaled
+    assert "loss.radius" not in train(tmp_path / "log", plain(tmp_path / "released"))
+
+
 def test_metrics_tell_whether_the_references_live(plain: Arguments, tmp_path: Path) -> None:
     """They start with deviation 1; the output of the attention starts at 0 and begins to vary over tokens."""
     train(tmp_path / "log", plain(tmp_path / "run"))
@@ -167,26 +184,25 @@ def test_vitals_against_their_definition_and_of_dead_references() -> None:
 
 def warned(rank: int, argv: list[str]) -> list[str]:
     """What a run says of references that a huge decay has erased."""
-    import pretrain
     from rich.console import Console
 
     console = Console(record=True, width=500)
-    config = pretrain.parse_command_line(pretrain.PretrainConfig, argv)
-    run = pretrain.set_up(config, console, pretrain.start(config))
-    batch = pretrain.prepare(run, next(iter(pretrain.make_batches(run)(run.schedule(0, 1)))))
+    config = parse_command_line(PretrainConfig, argv)
+    run = set_up(config, console, start(config))
+    batch = prepare(run, next(iter(make_batches(run)(run.schedule(0, 1)))))
     layers = run.extractor.projector.levels
-    pretrain.vitals(run, batch)  # outputs of zero, at the start: nothing has died
+    vitals(run, batch)  # outputs of zero, at the start: nothing has died
     for level in layers:
         torch.nn.init.normal_(level.attention[0].out.weight)
         level.references.data.mul_(100)  # keys far apart, whatever the residuals' scale
-    pretrain.vitals(run, batch)  # alive
+    vitals(run, batch)  # alive
     with torch.no_grad():
         layers[0].references.fill_(0.5)  # erased
         for level in layers[1:]:  # alive, but nothing is asked of them any more
             level.attention[0].query.weight.zero_()
     assert not console.export_text(clear=False).count("constant")
-    pretrain.vitals(run, batch)
-    pretrain.vitals(run, batch)
+    vitals(run, batch)
+    vitals(run, batch)
     return console.export_text().splitlines()
 
 

@@ -11,15 +11,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from rich.console import Console
-from running import ROOT
 
 from adpretrain.config import DataConfig
 from adpretrain.data import index_dataset
-
-
-@pytest.fixture(autouse=True)
-def recipes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
 
 
 @pytest.fixture
@@ -39,7 +33,7 @@ def damaged(tiny_set: Path, tmp_path: Path) -> tuple[Path, list[Path]]:
 
 def check(root: Path, run: Path, on_error: str) -> tuple[list[Path], str]:
     """The images that are left and what was said."""
-    from checked_samples import checked_samples
+    from adpretrain.training.sources import checked_samples
 
     said = io.StringIO()
     config = DataConfig("realiad", str(root), on_error=on_error)  # type: ignore[arg-type]

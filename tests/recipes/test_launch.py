@@ -10,12 +10,7 @@ import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from processes import output, start, wait
-from running import ROOT, pretrain
-
-
-@pytest.fixture(autouse=True)
-def recipes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+from running import pretrain
 
 
 def left_by_accelerate(monkeypatch: pytest.MonkeyPatch, *flags: str) -> dict[str, str]:
@@ -29,7 +24,7 @@ def left_by_accelerate(monkeypatch: pytest.MonkeyPatch, *flags: str) -> dict[str
 
 @pytest.mark.parametrize("flags", [["--cpu", "--num_processes", "2"], ["--num_processes", "3"]])
 def test_accelerate_that_started_one_of_several_is_noticed(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from launch import refuse_lost
+    from adpretrain.training.launch import refuse_lost
 
     with pytest.raises(ValueError, match=r"several processes were asked for.*--multi_gpu --num_processes N"):
         refuse_lost(1, left_by_accelerate(monkeypatch, *flags))
@@ -46,7 +41,7 @@ def test_accelerate_that_started_one_of_several_is_noticed(flags: list[str], mon
     ],
 )
 def test_lost_processes_are_named(environment: dict[str, str], words: str) -> None:
-    from launch import refuse_lost
+    from adpretrain.training.launch import refuse_lost
 
     with pytest.raises(ValueError, match=words):
         refuse_lost(1, environment)
@@ -62,13 +57,13 @@ def test_lost_processes_are_named(environment: dict[str, str], words: str) -> No
     ],
 )
 def test_complete_launches_are_not_refused(processes: int, environment: dict[str, str]) -> None:
-    from launch import refuse_lost
+    from adpretrain.training.launch import refuse_lost
 
     refuse_lost(processes, environment)
 
 
 def test_a_size_without_ranks_is_refused_before_everybody_waits_for_everybody() -> None:
-    from launch import refuse_rankless
+    from adpretrain.training.launch import refuse_rankless
 
     with pytest.raises(ValueError, match="WORLD_SIZE=2 but no RANK"):
         refuse_rankless({"WORLD_SIZE": "2"})
@@ -77,7 +72,7 @@ def test_a_size_without_ranks_is_refused_before_everybody_waits_for_everybody() 
 
 
 def test_the_launchers_precision_is_the_configurations_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from launch import refuse_other_precision
+    from adpretrain.training.launch import refuse_other_precision
 
     one = ("--cpu", "--num_processes", "1")
     silent = left_by_accelerate(monkeypatch, *one)

@@ -9,14 +9,9 @@ from pathlib import Path
 import pytest
 from processes import output
 from rich.console import Console
-from running import ROOT, train
+from running import train
 
 from adpretrain.config import PretrainConfig
-
-
-@pytest.fixture(autouse=True)
-def recipes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
 
 
 def written() -> Console:
@@ -43,7 +38,7 @@ def test_a_root_in_brackets_is_named_by_write_shards(capsys: pytest.CaptureFixtu
 
 
 def test_a_torn_checkpoint_in_brackets_is_named(tmp_path: Path) -> None:
-    from run_folder import RunFolder
+    from adpretrain.training.folder import RunFolder
 
     console, run = written(), tmp_path / "[red]" / "[" / "b]"
     torn = run / "checkpoints" / "step_0000002.pt"

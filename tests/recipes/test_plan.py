@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from adpretrain.config import BackboneConfig, LossConfig, OptimConfig, PretrainConfig, ProjectorConfig
 from adpretrain.extractor import build_projector
 from adpretrain.losses import angle_loss
+from adpretrain.training import costs
 from adpretrain.training.batches import LabelledBatch, thin
 
 SMALL = PretrainConfig(
@@ -27,16 +28,9 @@ SMALL = PretrainConfig(
 )
 
 
-@pytest.fixture(autouse=True)
-def recipes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-
-
 def test_counts_of_dinov2_base_are_those_of_its_geometry() -> None:
     """Twelve blocks of 768, 257 tokens, 14 px patches; projectors of 2048 references, by hand."""
-    import plan
-
-    counts = plan.count(PretrainConfig(backbone=BackboneConfig("dinov2-base"), optim=OptimConfig(precision="bf16")))
+    counts = costs.count(PretrainConfig(backbone=BackboneConfig("dinov2-base"), optim=OptimConfig(precision="bf16")))
     width, tokens, references = 768, 256, 2048
     level = references * width + 13 * width**2 + 10 * width  # R, its linear map, q, kv, out, fc1, fc2, their biases
     assert counts.projector_parameters == 4 * level
@@ -48,15 +42,13 @@ def test_counts_of_dinov2_base_are_those_of_its_geometry() -> None:
     per_image = 4 * 2 * tokens * (10 * width**2 + 2 * references * width)  # q, out and MLP; attention to R
     shared = 4 * 2 * references * 3 * width**2 / 64  # keys and values, once for the step's 64 views
     assert counts.projector_flops == pytest.approx(per_image + shared, rel=1e-3)
-    assert plan.checkpoint_bytes(counts) == 3 * 4 * 4 * level
+    assert costs.checkpoint_bytes(counts) == 3 * 4 * 4 * level
 
 
 def test_cross_attention_is_counted_with_its_context() -> None:
     """A projector that the references' residuals must be given; by hand, K being 4.33 on average."""
-    import plan
-
     config = dataclasses.replace(SMALL, projector=ProjectorConfig("cross_attention", heads=4))
-    counts = plan.count(config)
+    counts = costs.count(config)
     expected = 0
     for tokens, width in zip(counts.tokens, counts.widths, strict=True):
         inner = -(-width // 4) * 4
@@ -70,8 +62,6 @@ def test_cross_attention_is_counted_with_its_context() -> None:
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("architecture", ["learnable_kv", "self_cross_attention"])
 def test_bytes_kept_for_the_backward_are_those_of_real_tensors(precision: Any, architecture: Any) -> None:
-    import plan
-
     shape = dataclasses.replace(SMALL.projector, architecture=architecture)
     config = dataclasses.replace(SMALL, optim=OptimConfig(precision=precision), projector=shape)
     shapes, contexts = [(3, 32, 4, 4), (3, 48, 4, 4)], [(3, 32, 32), (3, 32, 48)]
@@ -89,25 +79,21 @@ def test_bytes_kept_for_the_backward_are_those_of_real_tensors(precision: Any, a
     ):
         projector(*([torch.randn(*shape) for shape in levels] for levels in (shapes, contexts)))
     expected = sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own)
-    assert plan.saved_bytes(config, shapes, contexts) == expected
+    assert costs.saved_bytes(config, shapes, contexts) == expected
 
 
 def test_a_checkpoint_has_the_bytes_that_were_planned(tmp_path: Path) -> None:
-    import plan
-
     projector = build_projector(SMALL.projector, [256, 256])
     adam = torch.optim.Adam(projector.parameters())
     sum(level.sum() for level in projector([torch.randn(1, 256, 2, 2)] * 2)).backward()
     adam.step()
     torch.save({"extractor": projector.state_dict(), "optimizer": adam.state_dict()}, tmp_path / "step.pt")
-    counts = plan.Counts(0, sum(parameter.numel() for parameter in projector.parameters()), [], [], [], 0, 0, 0)
-    assert (tmp_path / "step.pt").stat().st_size == pytest.approx(plan.checkpoint_bytes(counts), rel=0.01)
+    counts = costs.Counts(0, sum(parameter.numel() for parameter in projector.parameters()), [], [], [], 0, 0, 0)
+    assert (tmp_path / "step.pt").stat().st_size == pytest.approx(costs.checkpoint_bytes(counts), rel=0.01)
 
 
 def small_counts() -> Any:
-    import plan
-
-    return plan.Counts(0, 0, [64, 16], [64, 16], [24, 40], 0, 0, 0)
+    return costs.Counts(0, 0, [64, 16], [64, 16], [24, 40], 0, 0, 0)
 
 
 class Products(TorchDispatchMode):
@@ -124,32 +110,28 @@ class Products(TorchDispatchMode):
 
 
 def test_flops_of_the_angle_loss_are_counted() -> None:
-    import plan
-
     counts, share = small_counts(), 0.25
     with Products() as products:
         for tokens, width in zip(counts.tokens, counts.widths, strict=True):
             anomalous = torch.arange(3 * tokens) % 4 == 0
             views = [torch.randn(3 * tokens, width, requires_grad=True) for _ in range(2)]
             angle_loss(*views, anomalous, torch.zeros(width)).backward()
-    assert plan.loss_flops(SMALL, counts, share, gpus=1) == products.flops
+    assert costs.loss_flops(SMALL, counts, share, gpus=1) == products.flops
 
 
 @pytest.mark.parametrize("marked", [0, 13, 31, 32, 33, 128, 230, 256])
 @pytest.mark.parametrize("kept", [9, 64, 256])
 def test_anomalous_tokens_are_those_that_thinning_keeps(marked: int, kept: int) -> None:
     """Of 256 tokens ``marked`` are anomalous; a level of 16 stays whole where more than that are kept."""
-    import plan
-
     sizes = [256, 16]
     labels = [(torch.arange(size) < marked * size // 256).view(1, 1, size) for size in sizes]
     views = [[torch.zeros(1, 2, 1, size) for size in sizes]]
     found = thin(LabelledBatch(views, labels, labels, []), [(0, 0)], kept, seed=1).labels
     for size, level in zip(sizes, found, strict=True):
-        counts = plan.Counts(0, 0, [size], [min(size, kept)], [2], 0, 0, 0)
+        counts = costs.Counts(0, 0, [size], [min(size, kept)], [2], 0, 0, 0)
         share = marked * size // 256 / size
-        assert plan.anomalous_tokens(counts, share) == [pytest.approx(int(level.sum()), abs=1e-9)]
-        assert plan.gathered_rows(SMALL, counts, share, 4) == [2 * 3 * 4 * int(level.sum())]
+        assert costs.anomalous_tokens(counts, share) == [pytest.approx(int(level.sum()), abs=1e-9)]
+        assert costs.gathered_rows(SMALL, counts, share, 4) == [2 * 3 * 4 * int(level.sum())]
 
 
 def counted_messages(rank: int) -> list[tuple[str, int]]:
@@ -175,11 +157,9 @@ def counted_messages(rank: int) -> list[tuple[str, int]]:
 
 
 def test_gathered_bytes_are_those_of_two_processes(tmp_path: Path) -> None:
-    import plan
-
     counts = small_counts()
-    rows = plan.gathered_rows(SMALL, counts, 0.25, 2)
-    planned = plan.gather_bytes(SMALL, counts, 0.25, 2)
+    rows = costs.gathered_rows(SMALL, counts, 0.25, 2)
+    planned = costs.gather_bytes(SMALL, counts, 0.25, 2)
     for messages in together(2, tmp_path, counted_messages):
         gathered = sum(size for name, size in messages if name == "all_gather")
         summed = sum(size for name, size in messages if name == "all_reduce")
@@ -187,8 +167,8 @@ def test_gathered_bytes_are_those_of_two_processes(tmp_path: Path) -> None:
         assert planned + backward == gathered + summed
         assert gathered == sum(4 * row * width for row, width in zip(rows, counts.widths, strict=True))
     alone = dataclasses.replace(SMALL, loss=LossConfig(cross_process=False))
-    assert plan.gather_bytes(alone, counts, 0.25, 64) == 0
-    assert plan.loss_flops(alone, counts, 0.25, 64) == plan.loss_flops(SMALL, counts, 0.25, 1)
+    assert costs.gather_bytes(alone, counts, 0.25, 64) == 0
+    assert costs.loss_flops(alone, counts, 0.25, 64) == costs.loss_flops(SMALL, counts, 0.25, 1)
 
 
 def test_the_command_prints_a_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -203,6 +183,9 @@ def test_the_command_prints_a_plan(capsys: pytest.CaptureFixture[str], tmp_path:
     assert said.rstrip().endswith("all images have that share of anomalous tokens.")
     assert plan.main(["--config", str(tmp_path / "none.yaml")]) == 2
     assert "cannot read configuration" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        plan.main([*flags, "--node-gbit", "nan"])
+    assert "error: --node-gbit nan: expected a number" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -212,7 +195,6 @@ def test_the_command_prints_a_plan(capsys: pytest.CaptureFixture[str], tmp_path:
         (["--gpus", "-3"], "--gpus -3 must be more than 0"),
         (["--gpus-per-node", "0"], "--gpus-per-node 0 must be more than 0"),
         (["--image-side", "0"], "--image-side 0 must be more than 0"),
-        (["--node-gbit", "nan"], "--node-gbit nan must be more than 0"),
         (["--shares", "0.1", "0"], "--shares [0.1, 0.0] must be more than 0"),
     ],
 )

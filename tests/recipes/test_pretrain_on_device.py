@@ -45,10 +45,7 @@ def run(folder: Path, data: Path, *more: str) -> tuple[list[dict[str, float]], d
 
 
 @pytest.mark.slow
-def test_pretraining_ends_with_the_cpu_s_weights(
-    device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+def test_pretraining_ends_with_the_cpu_s_weights(device: Device, tmp_path: Path) -> None:
     data = make_synthetic(tmp_path / "set", 3, 4, 2, size=64, seed=3, workers=1, progress=False)
     with mock.patch.object(PartialState, "default_device", torch.device("cpu")):
         lines, weights = run(tmp_path / "cpu", data)
@@ -66,7 +63,6 @@ def test_pretraining_ends_with_the_cpu_s_weights(
 @pytest.mark.slow
 def test_deterministic_runs_agree_to_the_last_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU where there is one; of the pretended device torch's own deterministic forms know nothing."""
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     data = make_synthetic(tmp_path / "set", 3, 4, 2, size=64, seed=3, workers=1, progress=False)
     place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -84,15 +80,19 @@ def test_deterministic_runs_agree_to_the_last_bit(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("family", ["paper", "released"])
 def test_a_step_waits_for_nothing_and_launches_no_more_for_more_images(
-    device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+    device: Device, tmp_path: Path, family: str
 ) -> None:
     """From the loaded photographs to the updated weights, as both families of configurations train. Matching takes a
     few operations for each level and each of the three numbers of references, however many images there are."""
     if device.syncs is None or device.launches is None:
         pytest.skip("a GPU does not count")
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    import pretrain
     from rich.console import Console
+
+    from adpretrain.config import PretrainConfig
+    from adpretrain.parsing import parse_command_line
+    from adpretrain.training.launch import start
+    from adpretrain.training.run import advance
+    from adpretrain.training.state import make_batches, set_up
 
     data = make_synthetic(tmp_path / "set", 1, 30, 10, size=64, seed=3, workers=1, progress=False)
     launches = {}
@@ -131,16 +131,16 @@ def test_a_step_waits_for_nothing_and_launches_no_more_for_more_images(
                 "--shots",
                 "[1,4,8]",
             ]
-            config = pretrain.parse_command_line(pretrain.PretrainConfig, flags)
-            run = pretrain.set_up(config, Console(quiet=True), pretrain.start(config))
+            config = parse_command_line(PretrainConfig, flags)
+            run = set_up(config, Console(quiet=True), start(config))
             run.model.train()
             marks: list[tuple[str, int]] = []
             run.speed.watch = lambda phase, marks=marks: marks.append((phase, device.launches.total()))
-            source = iter(pretrain.make_batches(run)(run.schedule(0, 2)))
-            pretrain.advance(run, next(source), first=True)  # Adam's state is made
+            source = iter(make_batches(run)(run.schedule(0, 2)))
+            advance(run, next(source), first=True)  # Adam's state is made
             before = device.syncs.copy()
             marks.clear()
-            _, losses = pretrain.advance(run, next(source), first=False)
+            _, losses = advance(run, next(source), first=False)
             assert device.syncs == before
             assert losses.values()[0] > 0
             starts = dict(reversed(marks))

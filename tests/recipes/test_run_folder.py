@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from running import ROOT
 
 from adpretrain.config import PretrainConfig
 
@@ -21,9 +20,8 @@ STATE = {"extractor": {"weight": torch.arange(2000.0)}, "optimizer": {"state": {
 
 
 @pytest.fixture
-def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    from run_folder import RunFolder
+def folder(tmp_path: Path) -> Any:
+    from adpretrain.training.folder import RunFolder
 
     return RunFolder(PretrainConfig(run=str(tmp_path)), Console(width=1000), main=True)
 
@@ -108,9 +106,8 @@ def test_other_images_and_checkpoints_of_other_versions_are_not_mixed_in(
 
 @pytest.mark.slow
 def test_a_run_stopped_before_its_first_checkpoint_scores_the_untrained_projector_once(
-    arguments: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     from pretrain import main
 
     run = tmp_path / "run"

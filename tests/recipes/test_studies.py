@@ -7,20 +7,19 @@ import json
 import sys
 from pathlib import Path
 
+import carry_over
+import choose_embedded
 import numpy as np
 import pytest
 from products import make_synthetic
 
 from adpretrain import ADExtractor, load_backbone
 from adpretrain.config import LocalScaleConfig
+from adpretrain.data.products import draw_shots
 from adpretrain.local_scale import LocalScale
-from downstream.evaluation.few_shot import draw_shots, encode_samples, measure, score
+from downstream.evaluation.few_shot import encode_samples, measure, score
 
 ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "recipes"))
-
-import carry_over  # noqa: E402
-import choose_embedded  # noqa: E402
 
 
 @pytest.fixture(scope="module")

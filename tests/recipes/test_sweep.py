@@ -21,14 +21,11 @@ def sweep(rank: int, argv: list[str]) -> int:
     return recipe.main(argv)
 
 
-def test_every_variant_of_the_paper_s_tables_is_a_configuration(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_variant_of_the_paper_s_tables_is_a_configuration(tmp_path: Path) -> None:
     """As many rows as the paper's tables have, less the two untrained ones of Tab. 2a."""
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     from sweep import variants
 
-    rows = variants(ROOT / "recipes" / "ablations.yaml", [], tmp_path)
+    rows = variants(ROOT / "recipes" / "studies" / "ablations.yaml", [], tmp_path)
     counts = {table: sum(row.table == table for row in rows) for table in dict.fromkeys(row.table for row in rows)}
     assert counts == {"2a": 6, "2b": 6, "8": 6, "9": 6, "10": 6, "11": 3, "12": 7, "13": 5}
     configs = {row.run: parse_command_line(PretrainConfig, ["--config", str(CONFIG), *row.flags]) for row in rows}

@@ -5,14 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from running import ROOT
 
 
 def test_what_cannot_be_written_is_refused_before_any_image_is_read(
-    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The set holds an unreadable photograph, which is told only when nothing else is wrong."""
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     from write_shards import main
 
     (photographs / "nut" / "train" / "good" / "0.png").write_bytes(b"torn")

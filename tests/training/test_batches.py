@@ -14,9 +14,9 @@ from adpretrain.config import ReferencesConfig
 from adpretrain.data import Sample, index_realiad
 from adpretrain.extractor import ADExtractor
 from adpretrain.local_scale import LocalScale
-from adpretrain.training.batches import CachedBatches, OnlineBatches, ResidualBatch, encode_batch, label, thin
-from adpretrain.training.dataset import PretrainingSet, StepBatches, token_labels
-from adpretrain.training.loader import Requests
+from adpretrain.training.batches import OnlineBatches, ResidualBatch, encode_batch, label, thin, token_labels
+from adpretrain.training.cache import CachedBatches
+from adpretrain.training.dataset import PretrainingSet, Requests, StepBatches
 
 CPU = torch.device("cpu")
 

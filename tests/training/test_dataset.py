@@ -9,7 +9,8 @@ from PIL import Image
 
 from adpretrain.data import Sample
 from adpretrain.preprocess import Preprocess
-from adpretrain.training.dataset import PretrainingSet, StepBatches, token_labels
+from adpretrain.training.batches import token_labels
+from adpretrain.training.dataset import PretrainingSet, StepBatches
 from adpretrain.training.loader import Request
 
 PREPROCESS = Preprocess(image_size=32)

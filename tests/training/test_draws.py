@@ -11,8 +11,7 @@ from scipy.stats import chisquare
 
 from adpretrain.config import ReferencesConfig
 from adpretrain.data import Sample
-from adpretrain.training.dataset import StepBatches
-from adpretrain.training.draws import ReferenceDraws
+from adpretrain.training.dataset import ReferenceDraws, StepBatches
 
 WAYS = [
     ReferencesConfig(),

@@ -21,7 +21,7 @@ class Blank:
         return ImageBatch(torch.zeros(1, 1, 3, 8, 8), torch.zeros(1, 8, 8), request.keys, [], [], [])
 
 def train():
-    batches = load_ahead(Blank(), map(Request, [[]] * 100), 1, torch.device("cpu"))
+    batches = load_ahead(Blank().load, map(Request, [[]] * 100), 1, torch.device("cpu"))
     next(batches)
     for worker in multiprocessing.active_children():
         for name in ("TERM", "INT"):

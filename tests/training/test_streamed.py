@@ -139,7 +139,7 @@ def test_a_resumed_run_is_the_tail_of_an_uninterrupted_one(data: StreamedSet, st
 def test_workers_and_resuming_leave_the_pixels_bit_equal(data: StreamedSet) -> None:
     def loaded(start: int, workers: int) -> list[torch.Tensor]:
         steps = map(Request, StreamedBatches(data, 4, start, 11, 0, 2))
-        batches = list(load_ahead(data, steps, workers, torch.device("cpu")))[-2:]
+        batches = list(load_ahead(data.load, steps, workers, torch.device("cpu")))[-2:]
         return [part for batch in batches for part in (batch.views, batch.masks, *(unit for _, unit in batch.units))]
 
     expected = loaded(0, 0)

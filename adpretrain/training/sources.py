@@ -1,33 +1,118 @@
-"""What a run trains on: photographs on disk, or a stream of shards (``data.name: shards``)."""
+"""What a run trains on: photographs on disk, or a stream of shards (``data.name: shards``).
+
+All photographs are checked once before training: an unreadable one found later costs what was trained.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
-from checked_samples import checked_samples, read_stamp
+import torch.distributed as dist
 from rich.console import Console
+from rich.markup import escape
 
-from adpretrain.config import PretrainConfig
-from adpretrain.data import Sample
+from adpretrain.config import DataConfig, PretrainConfig
+from adpretrain.data import Sample, index_with_bare
+from adpretrain.data.checking import check_samples
 from adpretrain.data.layouts.detect import HUB
+from adpretrain.data.products import by_product, draw_shots
 from adpretrain.data.shards import Shards, pinned
 from adpretrain.files import atomic_path
 from adpretrain.preprocess import Preprocess
+from adpretrain.progress import progress_bar
 from adpretrain.training.dataset import PretrainingSet, StepBatches
+from adpretrain.training.distributed import from_first
 from adpretrain.training.streamed import StreamedBatches, StreamedSet
-from downstream.evaluation.few_shot import by_product, draw_shots
 
 SHARDS = "shards"  # the data.name that streams
+STAMP = "checked.json"  # in the run's folder: what was checked, and what was wrong
 COMMITS = "data_commits.json"  # in the run's folder: data.root -> the same at the commit of the run's start
 CENTER_SHOTS = 4  # references of an image whose residuals measure the centres, as in the released run
 SCALE_IMAGES = 2  # normal images of every product that the local scale is measured on
+
+
+def checked_samples(config: DataConfig, run: Path, console: Console, main: bool) -> list[Sample]:
+    """The samples of a data set, `checked`."""
+    return checked(config, *index_with_bare(config.name, config.root, config.columns), run, console, main)
+
+
+def checked(
+    config: DataConfig, samples: list[Sample], missing: Mapping[Path, str], run: Path, console: Console, main: bool
+) -> list[Sample]:
+    """Check images and masks as `adpretrain check-data` does; the first process does for all.
+
+    A check is remembered in the run's folder and not repeated while paths, sizes, times and labels stay the same.
+    Raises ValueError with the whole list of bad images, or leaves them out, as ``config.on_error`` says: they are
+    listed when they are found, and counted when the run is resumed.
+    """
+    found = _problems(samples, missing, config.root, run, console) if main else ([], False)
+    problems, remembered = from_first(found, dist.group.WORLD)
+    if not problems:
+        return samples
+    listing = "\n".join(reason for _, reason in problems)
+    bad = {image for image, _ in problems}
+    if config.on_error == "fail":
+        raise ValueError(
+            f"{len(bad)} of {len(samples)} images cannot be trained on:\n{listing}\n"
+            "mend or remove them, or leave them out with --data.on_error skip"
+        )
+    told = f"[yellow]{len(bad)} of {len(samples)} images are left out[/]"
+    told += f", as before; {escape(str(run / STAMP))} lists them" if remembered else f":\n{escape(listing)}"
+    console.print(told, highlight=False, soft_wrap=True)
+    return [sample for sample in samples if _relative(sample.image, config.root) not in bad]
+
+
+def _problems(
+    samples: Sequence[Sample], missing: Mapping[Path, str], root: str, run: Path, console: Console
+) -> tuple[list[list[str]], bool]:
+    """[image, reason] pairs, and whether they are those of the run's stamp: if not, the files were other ones, and the
+    pairs are those of a new check."""
+    stamp, digest = run / STAMP, _digest(samples, root)
+    known = read_stamp(stamp)
+    if known.get("files") == digest:
+        return known["problems"], True
+    if known:
+        console.print("[yellow]the images have changed since this run last checked them")
+    with progress_bar(console) as bar:
+        task = bar.add_task("checking images")
+        found = check_samples(
+            samples, os.cpu_count() or 1, lambda _, done, total: bar.update(task, completed=done, total=total), missing
+        )
+    problems = [[_relative(problem.image, root), problem.reason] for problem in found if not problem.doubtful]
+    if doubts := [problem.reason for problem in found if problem.doubtful]:
+        told = f"[yellow]{len(doubts)} masks are doubtful[/] (`adpretrain check-data` lists all): {escape(doubts[0])}"
+        console.print(told, highlight=False, soft_wrap=True)
+    with atomic_path(stamp) as temporary:
+        temporary.write_text(json.dumps({"files": digest, "problems": problems}), encoding="utf-8")
+    return problems, False
+
+
+def _digest(samples: Sequence[Sample], root: str) -> str:
+    digest = hashlib.sha256()
+    for sample in samples:
+        for file in (sample.image, *sample.mask_files):
+            state = file.stat() if file.exists() else None
+            facts = [_relative(file, root), sample.defect, sample.split]
+            digest.update(json.dumps([*facts, state and (state.st_size, state.st_mtime_ns)]).encode())
+    return digest.hexdigest()
+
+
+def _relative(file: Path, root: str) -> str:
+    return os.path.relpath(file, root)
+
+
+def read_stamp(stamp: Path) -> dict[str, Any]:
+    """What a run has written down for when it is resumed."""
+    try:
+        return json.loads(stamp.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none yet, or torn
+        return {}
 
 
 def held_out_names(names: Sequence[str], patterns: Sequence[str]) -> set[str]:
@@ -70,7 +155,7 @@ def root_of_run(config: PretrainConfig, main: bool) -> str:
     root, stamp = config.data.root, Path(config.run) / COMMITS
     if not root.startswith(HUB):
         return root
-    (found,) = broadcast_object_list([_commit(root, stamp) if main else None])
+    found = from_first(_commit(root, stamp) if main else "", dist.group.WORLD)
     if isinstance(found, ValueError):
         raise found
     return found
@@ -136,11 +221,9 @@ def training_set(
     data: PretrainingSet | StreamedSet
     if shards is not None:
         data = StreamedSet(shards, *common, config.data.reservoir_mb << 20, config.data.reduced)
-        defects = len(data) - sum(shards.index.normals.values())
     else:
         data = PretrainingSet(samples, *common, config.references, config.data.reduced)
-        defects = sum(sample.anomalous for sample in data.samples)
-    if not defects:
+    if not data.defects:
         raise ValueError(
             f"the {len(data)} training images of {config.data.root} show no defect: the losses need anomalies, and "
             "would only shrink the features of normal ones; give a set with marked defects (data.root), or hold fewer "
@@ -166,27 +249,12 @@ def normal_images(
     process's batches of them, and how many these are (at most, of a stream, which drops what is less than a batch)."""
     shots, size = [min(CENTER_SHOTS, max(data.shots))], config.optim.batch_size
     if isinstance(data, StreamedSet):
-        plain = StreamedSet(data.shards, data.preprocess, shots, data.seed, "none", config.data.reservoir_mb << 20)
-        epoch = StreamedBatches(plain, size, 0, 0, rank, processes).per_epoch
-        stream = StreamedBatches(plain, size, 0, epoch, rank, processes)
-        return plain, ([draw for draw in draws if draw.row.normal] for draws in stream), epoch
+        coming = StreamedSet(data.shards, data.preprocess, shots, data.seed, "none", config.data.reservoir_mb << 20)
+        epoch = StreamedBatches(coming, size, 0, 0, rank, processes).per_epoch
+        stream = StreamedBatches(coming, size, 0, epoch, rank, processes)
+        return coming, ([draw for draw in draws if draw.row.normal] for draws in stream), epoch
     normal = [sample for sample in data.samples if not sample.anomalous]
     plain = PretrainingSet(normal, data.preprocess, shots, data.seed, "none", config.references)
     keys = [(0, index) for block in plain.draws.blocks(0) for index in block]
     own = [keys[start : start + size] for start in range(0, len(keys), size)][rank::processes]
     return plain, own, len(own)
-
-
-def count_categories(data: PretrainingSet | StreamedSet) -> int:
-    """How many the steps come from."""
-    streamed = isinstance(data, StreamedSet)
-    return len(data.shards.index.categories if streamed else {sample.category for sample in data.samples})
-
-
-def digest_of(data: PretrainingSet | StreamedSet) -> str:
-    """The same for the same images in the same order, wherever they lie: what a step's batch is drawn from."""
-    if isinstance(data, StreamedSet):
-        facts: object = dataclasses.asdict(data.shards.index)
-    else:
-        facts = [(s.category, s.defect, s.view, s.split, s.image.name) for s in data.samples]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

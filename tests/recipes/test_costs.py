@@ -63,9 +63,7 @@ def test_what_cannot_fit_is_refused_with_a_remedy(arguments: Callable[..., list[
 def test_all_processes_of_a_machine_and_their_reservoirs_count(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    from memory_plan import check_memory, on_host
-    from plan import count
+    from adpretrain.training.costs import check_memory, count, on_host
 
     config = PretrainConfig(data=DataConfig("shards", reservoir_mb=3000), optim=OptimConfig(batch_size=1))
     assert on_host(config, count(config), 10)["reservoir"] == 3000 << 20
@@ -92,8 +90,7 @@ def test_all_processes_of_a_machine_and_their_reservoirs_count(
 
 def test_the_features_of_held_out_images_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first process keeps them, as many bytes as `encode_samples` gives, where it trains."""
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    from memory_plan import check_memory
+    from adpretrain.training.costs import check_memory
 
     config = PretrainConfig(backbone=BackboneConfig("lite0", image_size=64), optim=OptimConfig(batch_size=1))
     backbone = load_backbone("lite0", image_size=64)

@@ -1,11 +1,11 @@
 """Does pretraining on real defects carry over to another product? Leave one set out, train on the others, score it.
 
-  python recipes/carry_over.py --sets ../shared/data/mtd ../shared/data/board/* --seeds 3 --out runs/carry-over
+  python recipes/studies/carry_over.py --sets ../shared/data/mtd ../shared/data/board/* --seeds 3 --out runs/carry-over
 
 Every set whose defects have masks is left out once; those without are trained on never and scored for every fold. The
 features are the embedded extractor's (Lite0, local scale); their residuals against other normals of the same set are
-cached once, two views of every photograph. A variant of recipes/carry_over.yaml trains a projector on them with the
-losses of ADPretrain, by the library's own objective. Printed, and written to table.md, is the gain of a detector
+cached once, two views of every photograph. A variant of carry_over.yaml trains a projector on them with the losses of
+ADPretrain, by the library's own objective. Printed, and written to table.md, is the gain of a detector
 (--detector) on its features over the same detector on those of the extractor without a projector, with the same
 references and photographs: mean over sets, and the standard deviation of that mean over seeds. A finished run is never
 repeated.
@@ -13,8 +13,8 @@ repeated.
 
 from __future__ import annotations
 
-import argparse
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from flags import Help
 from rich.console import Console
 from rich.progress import track
 
@@ -30,19 +29,22 @@ from adpretrain import ADExtractor
 from adpretrain.backbones import FeatureMaps
 from adpretrain.config import LossConfig, ProjectorConfig
 from adpretrain.data import Sample, index_dataset, index_with_bare
+from adpretrain.data.products import draw_shots, normals
 from adpretrain.files import atomic_path
-from adpretrain.parsing import from_dict, read_yaml
+from adpretrain.parsing import from_dict, parse_flags, read_yaml
 from adpretrain.saved import build_projector
-from adpretrain.training.batches import CachedBatches, label, thin
+from adpretrain.training.batches import label, thin
+from adpretrain.training.cache import CachedBatches
 from adpretrain.training.dataset import PretrainingSet
 from adpretrain.training.objective import Objective, measure_centers
 from downstream.detectors import DETECTORS
 from downstream.evaluation.board import PRETRAINED, SCALED, ProtocolOptions
-from downstream.evaluation.few_shot import FeatureSet, draw_shots, encode_samples, measure, normals, score
+from downstream.evaluation.few_shot import FeatureSet, encode_samples, measure, score
 from downstream.evaluation.networks import Contender, Networks, Remembered
 from downstream.evaluation.protocols import trials
 from downstream.evaluation.trial import Settings, run_trial
 
+VARIANTS = Path(__file__).with_suffix(".yaml")
 METRICS = ("image_auroc", "pixel_auroc", "aupro")
 SHOTS, DRAWS, CACHED, BATCH, TOKENS = 4, 1, 1, 16, 24
 NORMALS, DEFECTS = 50, 50  # of a set, evenly over its names
@@ -200,17 +202,29 @@ def table(variants: dict[str, Variant], results: dict[str, dict[str, list[float]
     return "\n".join(lines) + "\n"
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    parser.add_argument("--sets", type=Path, nargs="+", required=True, help="folders of data sets, one product each")
-    parser.add_argument("--products", nargs="*", default=[], help="of a folder with several products, those to take")
-    parser.add_argument("--drawn", type=Path, help="a set of drawn products, for the variants that ask for some")
-    parser.add_argument("--variants", type=Path, default=Path(__file__).with_suffix(".yaml"), help="the rows")
-    parser.add_argument("--only", nargs="*", default=[], help="some of them by name (all by default)")
-    parser.add_argument("--detector", choices=DETECTORS, default="featurenorm", help="what is fitted on the features")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of every variant and fold")
-    parser.add_argument("--out", type=Path, default=Path("runs/carry-over"), help="results.json and table.md")
-    return parser.parse_args()
+@dataclass(frozen=True)
+class Options:
+    """Which sets and variants.
+
+    Args:
+        sets: folders of data sets, one product each.
+        products: of a folder with several products, those to take.
+        drawn: a set of drawn products, for the variants that ask for some.
+        variants: the file of the rows.
+        only: some of them by name (all by default).
+        detector: what is fitted on the features.
+        seeds: runs of every variant and fold.
+        out: folder of results.json and table.md.
+    """
+
+    sets: list[Path]
+    products: list[str] = field(default_factory=list)
+    drawn: Path | None = None
+    variants: Path = VARIANTS
+    only: list[str] = field(default_factory=list)
+    detector: str = "featurenorm"
+    seeds: int = 3
+    out: Path = Path("runs/carry-over")
 
 
 def products(folders: Sequence[Path], chosen: Sequence[str]) -> dict[str, list[Sample]]:
@@ -224,7 +238,9 @@ def products(folders: Sequence[Path], chosen: Sequence[str]) -> dict[str, list[S
 
 
 def main() -> None:
-    options, console = parse(), Console(stderr=True)
+    options, console = parse_flags(Options, description=__doc__), Console(stderr=True)
+    if options.detector not in DETECTORS:
+        sys.exit(f"error: --detector {options.detector} is unknown; choose one of {', '.join(DETECTORS)}")
     variants = {
         str(name): from_dict(Variant, keys, f"{options.variants}, {name}")
         for name, keys in read_yaml(str(options.variants)).items()

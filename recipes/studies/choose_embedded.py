@@ -1,6 +1,6 @@
 """The search that chose the embedded extractor: strength of the local scale, weights of the levels, scoring.
 
-  python recipes/choose_embedded.py --sets ../shared/data/mtd ../shared/data/board/* data/elpv --out search.csv
+  python recipes/studies/choose_embedded.py --sets ../shared/data/mtd ../shared/data/board/* data/elpv --out search.csv
 
 The sets are parted into two halves by where they come from. On each half the settings with the best mean of image
 AUROC, pixel AUROC and AUPRO are found (of the metrics that a set has), K = 4, three draws of references; what they
@@ -9,26 +9,27 @@ reach is reported on the other half, which had no part in the choice. Every row 
 
 from __future__ import annotations
 
-import argparse
 import csv
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from carry_over import MAP_SIDE, METRICS, coarse, products
-from flags import Help
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
 from adpretrain import load_backbone
 from adpretrain.config import LocalScaleConfig
+from adpretrain.data.products import draw_shots
 from adpretrain.files import atomic_path
 from adpretrain.local_scale import LocalScale
+from adpretrain.parsing import parse_flags
 from adpretrain.residual import leave_one_out_residuals, nearest_reference, tokens
 from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
-from downstream.evaluation.few_shot import FeatureSet, draw_shots, encode_samples, measure, reference_banks
+from downstream.evaluation.few_shot import FeatureSet, encode_samples, measure, reference_banks
 
 HALVES = (
     ("tile", "mono", "poly", "mpdd_metal_plate"),
@@ -41,6 +42,19 @@ WEIGHTS = ((0.0, 1.0, 1.0), (0.5, 1.0, 1.0), (0.5, 1.0, 2.0))
 TOPS = (0.0, 0.01, 0.03)
 NAMES = ("patch", "share", "weights", "top")
 SETTINGS = list(itertools.product(PATCHES, SHARES, WEIGHTS, TOPS))
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is searched on.
+
+    Args:
+        sets: folders of data sets.
+        out: CSV file of every setting and set.
+    """
+
+    sets: list[Path]
+    out: Path
 
 
 def norms(images: FeatureSet, references: list[int], queries: list[int]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -78,10 +92,7 @@ def describe(setting: tuple[object, ...]) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    parser.add_argument("--sets", type=Path, nargs="+", required=True, help="folders of data sets")
-    parser.add_argument("--out", type=Path, required=True, help="CSV file of every setting and set")
-    options, console = parser.parse_args(), Console(stderr=True)
+    options, console = parse_flags(Options, description=__doc__), Console(stderr=True)
     results: dict[str, np.ndarray] = {}
     for name, samples in track(products(options.sets, []).items(), "sets", console=console):
         parts = []

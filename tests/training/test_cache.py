@@ -14,9 +14,8 @@ from products import make_synthetic
 from adpretrain.backbones import load_backbone
 from adpretrain.data import index_realiad
 from adpretrain.extractor import ADExtractor
-from adpretrain.training.batches import CachedBatches
+from adpretrain.training.cache import ALONE, CachedBatches, LocalProcesses, local_processes
 from adpretrain.training.dataset import PretrainingSet
-from adpretrain.training.shared import ALONE, LocalProcesses, local_processes
 
 CPU = torch.device("cpu")
 

@@ -3,67 +3,59 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from memory_plan import check_memory
-from progress import progress_bar
 from rich.console import Console
-from run_data import (
+from torch import nn
+
+from adpretrain.backbones import load_backbone
+from adpretrain.config import OptimConfig, PretrainConfig
+from adpretrain.data import ImageDataset, Sample
+from adpretrain.data.products import by_product
+from adpretrain.data.samples import to_learn_from
+from adpretrain.extractor import ADExtractor, build_projector
+from adpretrain.local_scale import LocalScale
+from adpretrain.preprocess import Preprocess, crop_side
+from adpretrain.progress import progress_bar
+from adpretrain.training.batches import OnlineBatches, ResidualBatch
+from adpretrain.training.cache import CachedBatches, local_processes
+from adpretrain.training.costs import check_memory
+from adpretrain.training.dataset import PretrainingSet, StepBatches
+from adpretrain.training.folder import RunFolder
+from adpretrain.training.objective import Objective
+from adpretrain.training.sources import (
     SCALE_IMAGES,
-    digest_of,
     find_samples,
     held_out_products,
     normal_images,
     step_batches,
     training_set,
 )
-from run_folder import RunFolder
-from torch import nn
-
-from adpretrain.backbones import load_backbone
-from adpretrain.config import OptimConfig, PretrainConfig
-from adpretrain.data import ImageDataset, Sample
-from adpretrain.data.samples import to_learn_from
-from adpretrain.extractor import ADExtractor, build_projector
-from adpretrain.local_scale import LocalScale
-from adpretrain.preprocess import Preprocess, crop_side
-from adpretrain.training.batches import CachedBatches, OnlineBatches, ResidualBatch
-from adpretrain.training.dataset import PretrainingSet, StepBatches
-from adpretrain.training.objective import Objective
-from adpretrain.training.shared import local_processes
 from adpretrain.training.speed import Stopwatch, Throughput, peak_flops
 from adpretrain.training.streamed import StreamedBatches, StreamedSet
-from downstream.evaluation.few_shot import FeatureSet, by_product, encode_samples
 
 
-def build_extractor(config: PretrainConfig, samples: list[Sample], device: torch.device) -> ADExtractor:
-    """Backbone, fresh projector (unless the backbone itself learns) and, if asked for, the local scale, for which
-    training normals are measured."""
-    backbone = load_backbone(**dataclasses.asdict(config.backbone)).to(device)
-    scale = LocalScale(len(backbone.channels), config.local_scale) if config.local_scale is not None else None
-    projector = build_projector(config.projector, backbone.channels) if config.learns == "projector" else None
-    extractor = ADExtractor(
-        backbone,
-        projector,
-        config.projector if projector else None,
-        scale,
-        matching=config.matching,
-    ).to(device)
-    if scale is not None:
-        groups = by_product([sample for sample in to_learn_from(samples) if not sample.anomalous]).values()
-        chosen = [group[:SCALE_IMAGES] for group in groups if len(group) >= SCALE_IMAGES]
-        batches = []
-        for group in chosen:
-            data = ImageDataset(group, backbone.preprocess)
-            batches.append(backbone(torch.stack([data[i]["image"] for i in range(len(data))]).to(device)))
-        scale.fit(batches, config.matching)
-    return extractor
+class HeldOut(Protocol):
+    """Products kept out of training that are scored while it runs (`downstream.evaluation.held_out.HeldOut`)."""
+
+    def score(self, extractor: ADExtractor) -> dict[str, float]:
+        """``image_auroc`` and ``aupro``, means over the products; nan where not one of them defines it."""
+        ...
+
+    def draw(self, extractor: ADExtractor, folder: Path) -> None:
+        """Write heatmaps of a few of them."""
+        ...
+
+
+# (samples of every product, references per product, console) -> what scores them
+Evaluation = Callable[[Sequence[Sequence[Sample]], int, Console], HeldOut]
 
 
 @dataclass
@@ -81,7 +73,7 @@ class Run:
     optimizer: Any
     scheduler: torch.optim.lr_scheduler.LRScheduler
     steps: int
-    held_out: list[FeatureSet]
+    held_out: HeldOut | None  # in the first process, if there are products to score
     speed: Throughput
     baseline: dict[str, float] = field(default_factory=dict)  # the held-out metrics of untrained residuals
     best: dict[str, Any] = field(default_factory=dict)  # step, score and weights of the best projector so far
@@ -96,7 +88,7 @@ class Run:
     @cached_property
     def digest(self) -> str:
         """A digest of the images that the run trains on."""
-        return digest_of(self.data)
+        return self.data.digest()
 
     @property
     def global_batch(self) -> int:
@@ -155,7 +147,33 @@ class Run:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
 
-def set_up(config: PretrainConfig, console: Console, accelerator: Accelerator) -> Run:
+def build_extractor(config: PretrainConfig, samples: list[Sample], device: torch.device) -> ADExtractor:
+    """Backbone, fresh projector (unless the backbone itself learns) and, if asked for, the local scale, for which
+    training normals are measured."""
+    backbone = load_backbone(**dataclasses.asdict(config.backbone)).to(device)
+    scale = LocalScale(len(backbone.channels), config.local_scale) if config.local_scale is not None else None
+    projector = build_projector(config.projector, backbone.channels) if config.learns == "projector" else None
+    extractor = ADExtractor(
+        backbone,
+        projector,
+        config.projector if projector else None,
+        scale,
+        matching=config.matching,
+    ).to(device)
+    if scale is not None:
+        groups = by_product([sample for sample in to_learn_from(samples) if not sample.anomalous]).values()
+        chosen = [group[:SCALE_IMAGES] for group in groups if len(group) >= SCALE_IMAGES]
+        batches = []
+        for group in chosen:
+            data = ImageDataset(group, backbone.preprocess)
+            batches.append(backbone(torch.stack([data[i]["image"] for i in range(len(data))]).to(device)))
+        scale.fit(batches, config.matching)
+    return extractor
+
+
+def set_up(
+    config: PretrainConfig, console: Console, accelerator: Accelerator, evaluation: Evaluation | None = None
+) -> Run:
     """Index the data, build the networks, the optimiser and the run's folder."""
     given = config.backbone  # a mistake in it is found before images are read
     Preprocess(given.image_size, crop_side(given.image_size, given.resize, given.crop_from))
@@ -178,10 +196,9 @@ def set_up(config: PretrainConfig, console: Console, accelerator: Accelerator) -
     # its gradients are summed by `sum_gradients`.
     optimizer = accelerator.prepare(adam)
     objective = Objective(config.loss, extractor, dist.group.WORLD)
-    with progress_bar(console) as bar:
-        mine = list(products.values()) if accelerator.is_main_process else []
-        groups = bar.track(mine, description="held-out products")
-        sets = [encode_samples(group, extractor.backbone, accelerator.device) for group in groups]
+    held = None
+    if evaluation is not None and products and accelerator.is_main_process:
+        held = evaluation(list(products.values()), config.eval.shots, console)
     half = config.optim.precision != "no"
     speed = Throughput(Stopwatch(accelerator.device), peak_flops(accelerator.device, half))
     return Run(
@@ -196,7 +213,7 @@ def set_up(config: PretrainConfig, console: Console, accelerator: Accelerator) -
         optimizer,
         scheduler,
         steps,
-        sets,
+        held,
         speed,
     )
 
@@ -234,11 +251,12 @@ def normal_batches(run: Run) -> Iterator[ResidualBatch]:
         yield from bar.track(online(filter(None, steps)), total=count, description="measuring centres")
 
 
-def make_batches(run: Run) -> CachedBatches | OnlineBatches:
+def make_batches(run: Run) -> Callable[[Any], Iterator[ResidualBatch]]:
     """Residuals of the batches: computed once before training, or step by step."""
     config, device = run.config, run.accelerator.device
     if not config.cache.draws:
         return OnlineBatches(run.extractor, run.data, config.data.workers, device, run.speed.watch)
+    assert isinstance(run.data, PretrainingSet)  # no stream is cached
     with progress_bar(run.console) as bar:
         stages = iter(("encoding images", "matching references"))
         return CachedBatches(

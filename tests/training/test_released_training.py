@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
 from rich.console import Console
-from running import ROOT
 from torch import Tensor
 
 from adpretrain.backbones import Backbone
@@ -25,8 +24,11 @@ from adpretrain.preprocess import Preprocess
 from adpretrain.projector import FeatureProjector
 from adpretrain.training.batches import ResidualBatch
 from adpretrain.training.objective import Objective
+from adpretrain.training.run import prepare, training_step
 from adpretrain.training.speed import Stopwatch, Throughput
+from adpretrain.training.state import Run, learner, make_optimizer
 
+ROOT = Path(__file__).parents[2]
 GOLDEN = sorted((ROOT / "tests" / "golden").glob("official_training*.npz"))
 CPU = torch.device("cpu")
 
@@ -54,12 +56,9 @@ def released_config() -> PretrainConfig:
 
 @pytest.mark.parametrize("file", GOLDEN, ids=lambda file: file.stem)
 def test_ten_steps_are_those_of_the_authors_loop(file: Path, float64: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     monkeypatch.setattr(PartialState, "default_device", CPU)
     for state in (PartialState, AcceleratorState, GradientState):
         state._reset_state()
-    import pretrain
-    from run_setup import Run, learner, make_optimizer
 
     data = {name: torch.from_numpy(value) for name, value in np.load(file).items()}
 
@@ -77,16 +76,16 @@ def test_ten_steps_are_those_of_the_authors_loop(file: Path, float64: None, monk
     objective, speed = Objective(config.loss, extractor), Throughput(Stopwatch(CPU))
     run = Run(
         config, accelerator, Console(quiet=True), None, None, extractor, objective, model,
-        accelerator.prepare(adam), schedule, 10_000, [], speed,
+        accelerator.prepare(adam), schedule, 10_000, None, speed,
     )  # fmt: skip
 
     views = [[data[f"view{view}_{level}"] for level in range(len(widths))] for view in (1, 2)]
     residuals = ResidualBatch(views, data["masks"] > 0, [(0, index) for index in range(len(data["masks"]))], [])
-    batch = pretrain.prepare(run, residuals)
+    batch = prepare(run, residuals)
     for level in range(len(widths)):
         assert torch.equal(batch.angle_labels[level], data[f"angle_label_{level}"])
         assert torch.equal(batch.labels[level], data[f"norm_label_{level}"])
-    losses = [pretrain.training_step(run, batch).values()[0] for _ in data["losses"]]
+    losses = [training_step(run, batch).values()[0] for _ in data["losses"]]
     assert losses == pytest.approx(data["losses"].tolist(), rel=1e-12)
 
     expected = projector_from_official(part("after10/")).state_dict()

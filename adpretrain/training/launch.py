@@ -1,11 +1,23 @@
-"""How a run was started: in one process or in several, and whether those are the ones that were asked for."""
+"""How the processes of a run begin and end together.
+
+They are refused where fewer were started than were asked for, and they stop together: at one step when any of them is
+asked to, and soon after one of them has died, also where no launcher watches over them. For the latter each holds a
+connection to the first process. When one dies, the system closes its connection; when a machine is lost, unanswered
+probes tell within half a minute. A process that is busy for an hour, or stopped in a debugger, keeps its connection:
+nobody is dead because he is slow.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import os
+import secrets
 import signal
+import socket
+import sys
+import threading
 from collections.abc import Mapping
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,11 +28,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from adpretrain.config import PretrainConfig
-from adpretrain.training.distributed import everyone
+from adpretrain.training.distributed import PATIENCE, everyone, from_first
 
-# How long the processes wait for one that is still there but silent, as while it scores held-out products. That one has
-# died is noticed otherwise (`lifeline`).
-PATIENCE = timedelta(hours=1)
 COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_NTASKS")
 RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
 FIX = (
@@ -28,6 +37,11 @@ FIX = (
     "without GPUs too; --cpu gives one process) or `torchrun --nproc_per_node N`. If one process is what you want: "
     "--num_processes 1, or WORLD_SIZE=1 in the environment"
 )
+GRACE = 10.0  # seconds in which a survivor may end with an error of its own, which says more
+PROBES = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # a lost machine is noticed after 25 s
+JOINING = 60.0  # seconds to connect
+RELEASED = b"."
+SECRET = 16  # bytes that tell our processes from whoever else connects
 
 
 def start(config: PretrainConfig) -> Accelerator:
@@ -118,3 +132,89 @@ class Interruption:
     def agreed(self) -> bool:
         """Whether any process was asked to stop: all must leave at the same step."""
         return any(requested for (requested,) in everyone([int(self.requested)], dist.group.WORLD))
+
+
+class Lifeline:
+    """Ends this process, with exit code 1 and a message, soon after another one has died; until `release`.
+
+    Must be made by all ``processes``, in a process group of theirs; does nothing for one process. The first one sees
+    every death, the others see the first one end. Raises OSError if the first process cannot be reached.
+    """
+
+    def __init__(self, rank: int, processes: int, grace: float = GRACE) -> None:
+        self.rank, self.grace, self.released = rank, grace, threading.Event()
+        self.others: dict[int, socket.socket] = {}
+        if processes > 1:
+            self.others = _accept(processes) if rank == 0 else {0: _connect(rank)}
+        for other, connection in self.others.items():
+            os.register_at_fork(after_in_child=connection.close)  # loader processes may outlive this one
+            threading.Thread(target=self._watch, args=(other, connection), daemon=True).start()
+
+    def release(self) -> None:
+        """Tell the others that this process ends because its work is done."""
+        self.released.set()
+        for connection in self.others.values():
+            with contextlib.suppress(OSError):  # that one has ended already
+                connection.sendall(RELEASED)
+
+    def _watch(self, other: int, connection: socket.socket) -> None:
+        try:
+            done = connection.recv(1) == RELEASED
+        except OSError:  # no answer to the probes
+            done = False
+        if done or self.released.wait(self.grace):
+            return
+        print(
+            f"process {self.rank} ends, because process {other} was killed, has failed or is out of reach; the same "
+            "command goes on from what is saved",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # the main thread may be waiting for the dead one
+
+
+def _accept(processes: int) -> dict[int, socket.socket]:
+    """The first process's connections by rank."""
+    secret = secrets.token_bytes(SECRET)
+    others: dict[int, socket.socket] = {}
+    with _listen(os.environ["MASTER_ADDR"], processes) as server:
+        server.settimeout(JOINING)
+        from_first((server.getsockname()[1], secret), dist.group.WORLD)
+        while len(others) < processes - 1:
+            connection, _ = server.accept()
+            connection.settimeout(JOINING)
+            greeting = b""
+            with contextlib.suppress(OSError):  # of a stranger who says nothing
+                greeting = connection.recv(SECRET + 4, socket.MSG_WAITALL)
+            if greeting[:SECRET] == secret:
+                others[int.from_bytes(greeting[SECRET:], "big")] = _probed(connection)
+            else:
+                connection.close()
+    return others
+
+
+def _listen(address: str, processes: int) -> socket.socket:
+    """Where the processes meet: on this machine alone if all of them are here, else wherever others can reach it."""
+    known = socket.gethostbyname(address)
+    if ipaddress.ip_address(known).is_loopback:
+        return socket.create_server((known, 0), backlog=processes)
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    return socket.create_server(("", 0), family=family, backlog=processes, dualstack_ipv6=both)
+
+
+def _connect(rank: int) -> socket.socket:
+    """Another process's connection to the first."""
+    port, secret = from_first((0, b""), dist.group.WORLD)
+    connection = socket.create_connection((os.environ["MASTER_ADDR"], port), JOINING)
+    connection.sendall(secret + rank.to_bytes(4, "big"))
+    return _probed(connection)
+
+
+def _probed(connection: socket.socket) -> socket.socket:
+    connection.settimeout(None)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in PROBES.items():
+        if hasattr(socket, name):  # not everywhere
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    return connection

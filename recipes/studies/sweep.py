@@ -1,6 +1,6 @@
 """Pretrain and score every variant of an ablation study, and put the results into one table.
 
-  python recipes/sweep.py --config recipes/configs/imagebind.yaml --tables 2a 8 --out runs/ablations \\
+  python recipes/studies/sweep.py --config recipes/configs/imagebind.yaml --tables 2a 8 --out runs/ablations \\
       --evaluate "--dataset visa --root data/VisA" --launch "accelerate launch --num_processes 8" \\
       -- --data.root data/Real-IAD
 
@@ -11,30 +11,52 @@ prints the commands. Variants with the same keys, such as the default of each ta
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flags import Help
 from rich.console import Console
 from rich.markup import escape
 
 from adpretrain.config import PretrainConfig
 from adpretrain.files import atomic_path
-from adpretrain.parsing import parse_command_line, read_yaml
+from adpretrain.parsing import parse_command_line, parse_flags, read_yaml
 from downstream.evaluation.board import PRETRAINED, RAW, RESIDUAL
 
-RECIPES = Path(__file__).resolve().parent
+ABLATIONS = Path(__file__).with_name("ablations.yaml")
+RECIPES = Path(__file__).resolve().parents[1]
 # The paper's, unless --evaluate names others.
 DETECTORS = ["--detectors", "padim,patchcore,featurenorm", "--protocol", "full", "--settings", "adpretrain"]
 METRICS = {"image_auroc": "image AUROC", "aupro": "AUPRO"}  # the two that the paper's ablations give
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which variants of what.
+
+    Args:
+        config: the configuration that the variants change.
+        evaluate: what is scored, flags of recipes/evaluate.py in quotes.
+        study: its tables of variants.
+        tables: some of them (all by default).
+        out: a folder for each run, and table.md.
+        launch: what starts the recipes.
+        dry_run: print the commands, run none.
+    """
+
+    config: Path
+    evaluate: str
+    study: Path = ABLATIONS
+    tables: list[str] = field(default_factory=list)
+    out: Path = Path("runs/ablations")
+    launch: str = sys.executable
+    dry_run: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,10 +95,10 @@ def variants(file: Path, tables: Sequence[str], out: Path) -> list[Variant]:
     return found
 
 
-def commands(options: argparse.Namespace, variant: Variant) -> list[list[str]]:
-    """Pretraining, then the comparison with and without what it gave."""
+def commands(options: Options, given: Sequence[str], variant: Variant) -> list[list[str]]:
+    """Pretraining with the flags ``given`` too, then the comparison with and without what it gave."""
     pretrain = [*shlex.split(options.launch), str(RECIPES / "pretrain.py"), "--config", str(options.config)]
-    pretrain += [*variant.flags, *options.rest, "--run", str(variant.run)]
+    pretrain += [*variant.flags, *given, "--run", str(variant.run)]
     evaluate = [*shlex.split(options.launch), str(RECIPES / "evaluate.py"), *DETECTORS, *shlex.split(options.evaluate)]
     evaluate += ["--features", RAW, RESIDUAL, PRETRAINED, "--extractors", str(variant.run / "extractor")]
     evaluate += ["--out", str(variant.run / "evaluation")]
@@ -105,36 +127,19 @@ def _cell(mean: Mapping[str, float | None]) -> str:
     return " / ".join("-" if value is None else f"{value:.1f}" for value in values)
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    parser.add_argument("--config", type=Path, required=True, help="the configuration that the variants change")
-    parser.add_argument("--study", type=Path, default=RECIPES / "ablations.yaml", help="its tables of variants")
-    parser.add_argument("--tables", nargs="+", default=[], help="some of them (all by default)")
-    parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="a folder for each run, and table.md")
-    parser.add_argument(
-        "--evaluate", required=True, metavar="FLAGS", help="what is scored: flags of recipes/evaluate.py, in quotes"
-    )
-    parser.add_argument("--launch", default=sys.executable, help="what starts the recipes")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands, run none")
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    own, _, rest = " ".join(map(shlex.quote, arguments)).partition(" -- ")
-    options = parser.parse_args(shlex.split(own))
-    options.rest = shlex.split(rest)
-    return options
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """0 = done, 1 = a command failed (the others' results stay), 2 = a mistake in what was asked."""
-    options, console = parse(argv), Console(stderr=True)
+    own, _, rest = " ".join(map(shlex.quote, sys.argv[1:] if argv is None else argv)).partition(" -- ")
+    options, given, console = parse_flags(Options, shlex.split(own), __doc__), shlex.split(rest), Console(stderr=True)
     try:
         rows = variants(options.study, options.tables, options.out)
         for row in rows:  # a wrong key is found before anything is trained
-            parse_command_line(PretrainConfig, ["--config", str(options.config), *row.flags, *options.rest])
+            parse_command_line(PretrainConfig, ["--config", str(options.config), *row.flags, *given])
     except ValueError as error:
         console.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 2
     for row in {row.run: row for row in rows}.values():
-        for command in commands(options, row):
+        for command in commands(options, given, row):
             print("$", shlex.join(command), flush=True)
             if options.dry_run:
                 continue

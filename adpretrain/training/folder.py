@@ -11,7 +11,6 @@ import dataclasses
 import io
 import json
 import shutil
-import subprocess
 import time
 import zipfile
 from collections.abc import Iterator
@@ -19,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+import torch.distributed as dist
 from rich.console import Console
 
 from adpretrain.config import PretrainConfig
 from adpretrain.files import atomic_path, sweep
 from adpretrain.parsing import from_dict, read_yaml, to_yaml
+from adpretrain.training.distributed import from_first
 
 KEEP = 2  # checkpoints
 FREE_KEYS = (
@@ -68,7 +68,7 @@ class RunFolder:
         Raises OSError if this process cannot read the first one's choice.
         """
         state = self._newest_readable() if self.main else None
-        chosen = broadcast_object_list([None if state is None else state["step"]])[0]
+        chosen = from_first(None if state is None else state["step"], dist.group.WORLD)
         if chosen is None or self.main:
             return state
         path = self._checkpoint(chosen)
@@ -199,11 +199,3 @@ def _flat(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in mapping.items():
         flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
     return flat
-
-
-def git_commit() -> str | None:
-    """The commit this file stands at, None outside a checkout."""
-    result = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return result.stdout.strip() or None

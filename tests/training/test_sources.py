@@ -16,9 +16,8 @@ from adpretrain.preprocess import Preprocess
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_validation_split_is_neither_trained_on_nor_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    from run_data import split_samples
+def test_a_validation_split_is_neither_trained_on_nor_held_out(tmp_path: Path) -> None:
+    from adpretrain.training.sources import split_samples
 
     for category in ("box", "juice"):
         for folder in ("train/good", "validation/good", "test/good"):
@@ -29,9 +28,8 @@ def test_a_validation_split_is_neither_trained_on_nor_held_out(tmp_path: Path, m
     assert [(s.category, s.split) for s in held_out] == [("juice", "train"), ("juice", "test")]
 
 
-def test_columns_reach_a_hugging_face_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    from checked_samples import checked_samples
+def test_columns_reach_a_hugging_face_set(tmp_path: Path) -> None:
+    from adpretrain.training.sources import checked_samples
 
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "metadata.csv").write_text("shot,state\na.png,good\n")
@@ -40,9 +38,8 @@ def test_columns_reach_a_hugging_face_set(tmp_path: Path, monkeypatch: pytest.Mo
     assert [s.image for s in samples] == [tmp_path / "a.png"]
 
 
-def test_pretraining_without_a_single_defect_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    from run_data import training_set
+def test_pretraining_without_a_single_defect_is_refused(tmp_path: Path) -> None:
+    from adpretrain.training.sources import training_set
 
     for name in (
         "train/good/0.png",
@@ -71,10 +68,9 @@ def product(name: str, good: int, defects: int) -> list[Sample]:
     ]
 
 
-def test_held_out_products_without_metrics_are_named_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_held_out_products_without_metrics_are_named_or_refused() -> None:
     """A product needs both kinds of images; without any such product there is nothing to score."""
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    from run_data import held_out_products
+    from adpretrain.training.sources import held_out_products
 
     console = Console(file=io.StringIO(), width=200)
     bolt, nut, disc = product("bolt", 5, 1), product("nut", 5, 0), product("disc", 4, 2)

@@ -7,16 +7,17 @@ import signal
 import time
 from pathlib import Path
 
-import pytest
 from processes import output, start, wait
-from running import ROOT
+
+ROOT = Path(__file__).parents[2]
 
 
 def join(rank: int, count: int, grace: float) -> tuple[object, list[int]]:
     """A lifeline between processes of one group, and the process numbers of all of them."""
     from accelerate import PartialState
     from accelerate.utils import gather_object
-    from lifeline import Lifeline
+
+    from adpretrain.training.launch import Lifeline
 
     PartialState(cpu=True)
     return Lifeline(rank, count, grace), gather_object([os.getpid()])
@@ -58,9 +59,8 @@ def test_a_stopped_process_and_one_that_is_done_earlier_end_nobody(tmp_path: Pat
     assert "was killed" not in output(log, 0)
 
 
-def test_processes_of_one_machine_meet_on_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    from lifeline import _listen
+def test_processes_of_one_machine_meet_on_it_alone() -> None:
+    from adpretrain.training.launch import _listen
 
     with _listen("localhost", 2) as server:
         assert server.getsockname()[0] == "127.0.0.1"
