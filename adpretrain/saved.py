@@ -135,11 +135,6 @@ def place(network: nn.Module) -> torch.device:
     return next((tensor.device for tensor in (*network.parameters(), *network.buffers())), torch.device("cpu"))
 
 
-def build_projector(config: ProjectorConfig, channels: list[int]) -> FeatureProjector:
-    """A fresh `FeatureProjector` of the configured architecture and sizes."""
-    return FeatureProjector(channels, **dataclasses.asdict(config))
-
-
 def saved_projector(config: ProjectorConfig, channels: list[int], folder: Path) -> FeatureProjector:
     """The projector of a saved extractor, without memory until its weights are assigned.
 
@@ -148,7 +143,7 @@ def saved_projector(config: ProjectorConfig, channels: list[int], folder: Path) 
     """
     try:
         with torch.device("meta"):
-            return build_projector(config, channels)
+            return FeatureProjector(channels, config)
     except (ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{folder}: {(str(error).splitlines() or [''])[0]}") from error
 

@@ -31,6 +31,7 @@ from adpretrain.files import atomic_path
 from adpretrain.hub import Located, locate
 from adpretrain.parsing import from_dict
 from adpretrain.preprocess import LARGEST_SIDE, Preprocess
+from adpretrain.references import ReferenceBank
 from adpretrain.saved import (
     CONFIG_NAME,
     backbone_config,
@@ -139,10 +140,10 @@ def save_detector(
     if isinstance(extract, ADExtractor):
         kind, preprocess, network = "extractor", extract.preprocess, extract.backbone
         parts[EXTRACTOR] = extract.save_pretrained
-        for level, bank_RNC in enumerate(extract.references or []):
-            if bank_RNC.shape[0] != 1:
-                raise ValueError(f"a saved detector has one set of references for all images, not {len(bank_RNC)}")
-            tensors[f"{REFERENCES}{level}"] = bank_RNC
+        if extract.references is not None:
+            if (banks := extract.references.banks) != 1:
+                raise ValueError(f"a saved detector has one set of references for all images, not {banks}")
+            tensors.update({f"{REFERENCES}{level}": bank for level, bank in enumerate(extract.references.levels)})
     elif isinstance(given, Backbone):
         kind, preprocess, network, backbone = "backbone", given.preprocess, given, backbone_config(given)
     config = DetectorConfig(
@@ -225,7 +226,9 @@ def load_detector(
         references = [tensors.pop(key) for key in _reference_keys(tensors)]
     extract = extract if extract is not None else _load_extract(folder, config, device, weights)
     if isinstance(extract, ADExtractor) and extract.references is None and references:
-        extract.set_references(references)
+        with put_together(folder):
+            like = extract.encode(fixed_picture(extract.preprocess.image_size, device_of(extract)))
+            extract.set_references(ReferenceBank(references, [(m.shape[2], m.shape[3]) for m in like]))
     with put_together(folder):
         where = device_of(extract, tensors, device)
         found = probe(extract, config.image_size, where)

@@ -28,7 +28,7 @@ from adpretrain.files import atomic_path
 from adpretrain.local_scale import LocalScale
 from adpretrain.residual import leave_one_out_residuals, nearest_reference, tokens
 from downstream.detectors.featurenorm import FeatureNorm
-from downstream.evaluation.few_shot import FeatureSet, draw_shots, encode_samples, measure, reference_banks
+from downstream.evaluation.few_shot import FeatureSet, draw_shots, encode_samples, measure
 
 HALVES = (
     ("tile", "mono", "poly", "mpdd_metal_plate"),
@@ -45,7 +45,8 @@ SETTINGS = list(itertools.product(PATCHES, SHARES, WEIGHTS, TOPS))
 
 def norms(images: FeatureSet, references: list[int], queries: list[int]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Per level: residual norms [n, H, W], the matched rows [n, H, W], leave-one-out norms of the bank [N]."""
-    for level, bank in zip(images.features, reference_banks(images, references), strict=True):
+    for level in images.features:
+        bank = tokens(level[references]).flatten(0, 1)[None]
         query_BTC, grid = tokens(level[queries]), level.shape[2:]
         matched_BT = nearest_reference(query_BTC, bank)
         norm_BT = (query_BTC - bank[0][matched_BT]).norm(dim=2)

@@ -1,7 +1,6 @@
 """The nouns every backbone shares, and what every one of them does around its network.
 
-Shapes: B images, L levels, C_l channels, H_l x W_l tokens, S input side; R = 1 (references shared by the batch)
-or B (references per image), N_l reference tokens.
+Shapes: B images, L levels, C_l channels, H_l x W_l tokens, S input side.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 from adpretrain.preprocess import Preprocess
 
 FeatureMaps = list[Tensor]  # L levels, each [B, C_l, H_l, W_l]
-References = list[Tensor]  # L levels, each [R, N_l, C_l]
 Extract = Callable[[Tensor], FeatureMaps]  # images [B, 3, S, S], already normalised
 
 

@@ -21,7 +21,6 @@ from adpretrain.data.samples import TooFewImages
 from adpretrain.extractor import ADExtractor
 from adpretrain.memory import expected_images, hold, memory_limit
 from adpretrain.references import AlignedReferences
-from adpretrain.residual import tokens
 from downstream.bank import GrowingBank
 from downstream.detector import Prediction, check_images
 from downstream.detectors.featurenorm import FeatureNorm, FeatureNormOptions
@@ -131,8 +130,8 @@ class AlignedFeatureNorm(FeatureNorm):
         """One image at a time: a batch of banks would be K times its features."""
         parts = []
         for image, chosen in enumerate(distances_BP.topk(self.shots, dim=1, largest=False).indices):
-            banks = [tokens(level[chosen]).flatten(0, 1)[None] for level in self._pool]
-            parts.append(self.from_features(self.extract.from_encoded([f[image : image + 1] for f in features], banks)))
+            bank = self.extract.bank_of([level[chosen] for level in self._pool])
+            parts.append(self.from_features(self.extract.from_encoded([f[image : image + 1] for f in features], bank)))
         return Prediction(torch.cat([part.scores for part in parts]), torch.cat([part.maps for part in parts]))
 
     @property

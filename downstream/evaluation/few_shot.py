@@ -13,13 +13,12 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from adpretrain.backbones import Backbone, FeatureMaps, References
+from adpretrain.backbones import Backbone, FeatureMaps
 from adpretrain.backbones.fingerprint import same_weights
 from adpretrain.data import ImageDataset, Sample
 from adpretrain.data.checking import inverted
 from adpretrain.extractor import ADExtractor
 from adpretrain.references import random_references
-from adpretrain.residual import tokens
 from downstream.detector import Prediction
 from downstream.detectors.featurenorm import FeatureNorm
 from downstream.metrics import Metrics, evaluate_maps
@@ -136,12 +135,6 @@ def by_product(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
     return dict(sorted(groups.items()))
 
 
-def reference_banks(images: FeatureSet, references: Sequence[int]) -> References:
-    """Banks [1, K * T, C_l] of the chosen images."""
-    chosen = [level[list(references)] for level in images.features]
-    return [tokens(level).flatten(0, 1)[None] for level in chosen]
-
-
 @torch.no_grad()
 def score(
     extractors: Sequence[ADExtractor],
@@ -157,17 +150,15 @@ def score(
     The extractors must differ in their projectors only (`same_residuals`): the queries are matched once for all.
     """
     first = extractors[0]
-    banks = reference_banks(images, references)
-    scales = first.scales(images.features, banks)
+    bank = first.bank_of([level[list(references)] for level in images.features])
     detector = FeatureNorm(first, image_size=side or first.preprocess.image_size, sigma=sigma)
     parts: list[list[Prediction]] = [[] for _ in extractors]
     for start in range(0, len(queries), BATCH):
         rows = list(queries[start : start + BATCH])
         features = [level[rows] for level in images.features]
-        residuals = first.residuals(features, banks, scales)
+        residuals = bank.residuals(features)
         for collected, extractor in zip(parts, extractors, strict=True):
-            projected = extractor.project(residuals, banks, len(references), scales)
-            collected.append(detector.from_features(projected))
+            collected.append(detector.from_features(extractor.project(residuals, bank)))
     return [_joined(collected) for collected in parts]
 
 
