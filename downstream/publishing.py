@@ -9,7 +9,7 @@ from pathlib import Path
 
 from adpretrain.card import PLACEHOLDER, card
 from adpretrain.hub import Published, publish
-from adpretrain.hub.contents import files_to_publish
+from adpretrain.hub.upload import files_to_publish
 from adpretrain.parsing import read_json
 from adpretrain.saved import CARD_NAME, CONFIG_NAME, read_config
 from downstream.card import NOTICE, detector_card

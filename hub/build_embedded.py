@@ -27,7 +27,7 @@ from adpretrain.card import card
 from adpretrain.config import LocalScaleConfig
 from adpretrain.data import ImageDataset
 from adpretrain.data.layouts.realiad import index_realiad
-from adpretrain.hub.locating import EMBEDDED
+from adpretrain.hub import EMBEDDED
 from adpretrain.local_scale import LocalScale
 from adpretrain.saved import CARD_NAME, save_tensors
 from downstream.evaluation.few_shot import by_product

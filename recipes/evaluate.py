@@ -30,7 +30,7 @@ from launch import complain, refuse_other_precision
 from rich.console import Console
 
 from adpretrain.data import DATASETS, Sample, index_with_bare
-from adpretrain.hub.locating import EMBEDDED
+from adpretrain.hub import EMBEDDED
 from adpretrain.preprocess import RESIZES
 from downstream import cli
 from downstream.detectors import DETECTORS

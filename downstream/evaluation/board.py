@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from adpretrain.data.layouts.detect import HUB
-from adpretrain.hub.locating import EMBEDDED
+from adpretrain.hub import EMBEDDED
 from adpretrain.parsing import from_dict, read_yaml
 from downstream.evaluation.contenders import Kind
 

@@ -15,7 +15,7 @@ from running import until
 
 from adpretrain.backbones import load_backbone
 from adpretrain.extractor import ADExtractor
-from adpretrain.hub.locating import EMBEDDED_FOLDER
+from adpretrain.hub.download import EMBEDDED_FOLDER
 from adpretrain.saved import folder_digest
 
 ROOT = Path(__file__).resolve().parents[2]
