@@ -8,11 +8,11 @@ from adpretrain._version import __version__
 if TYPE_CHECKING:
     from adpretrain.backbones import load_backbone
     from adpretrain.extractor import ADExtractor
-    from adpretrain.preprocess import read_image
+    from adpretrain.photographs import read_image
 
 __all__ = ["ADExtractor", "__version__", "load_backbone", "read_image"]
 
-_PLACES = {"ADExtractor": "extractor", "load_backbone": "backbones", "read_image": "preprocess"}
+_PLACES = {"ADExtractor": "extractor", "load_backbone": "backbones", "read_image": "photographs"}
 
 
 def __getattr__(name: str) -> Any:

@@ -52,8 +52,7 @@ adpretrain score --extractor {repo_id} --normal good/ --images new/ --out out/  
 ```python
 from pathlib import Path
 import torch
-from adpretrain import ADExtractor
-from adpretrain.preprocess import read_image
+from adpretrain import ADExtractor, read_image
 from downstream.detectors.featurenorm import FeatureNorm
 
 extractor = ADExtractor.from_pretrained("{repo_id}")

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from adpretrain.backbones import Backbone, FeatureMaps
-from adpretrain.backbones.fingerprint import fingerprint
-from adpretrain.backbones.weights import as_float32
+from adpretrain.backbones.weights import as_float32, fingerprint
 from adpretrain.card import card
 from adpretrain.hub import Published, locate, publish
 from adpretrain.local_scale import LocalScale

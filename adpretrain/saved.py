@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from adpretrain._version import __version__
 from adpretrain.backbones import Backbone, load_backbone
-from adpretrain.backbones.fingerprint import fingerprint, same_weights
+from adpretrain.backbones.weights import fingerprint, same_weights
 from adpretrain.config import BackboneConfig, LocalScaleConfig, ProjectorConfig
 from adpretrain.files import atomic_folder
 from adpretrain.local_scale import LocalScale
@@ -41,7 +41,7 @@ class ExtractorConfig:
 
     Args:
         backbone: the frozen network.
-        fingerprint: of its weights (`adpretrain.backbones.fingerprint`), checked on loading; empty = unknown.
+        fingerprint: of its weights (`adpretrain.backbones.weights`), checked on loading; empty = unknown.
         channels: its feature widths, checked on loading.
         preprocess: how photographs become its input.
         projector: the projector's sizes; null = none (raw residual features).

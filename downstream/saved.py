@@ -74,7 +74,7 @@ class DetectorConfig:
         dtype: precision of the network.
         photographs: digests of the photographs that it was fitted on and of its references (`Photo.digest`), so that
             it is not calibrated on them; empty where a program fitted it on tensors, and before this was remembered.
-        full_scale: of those photographs, where they have more than 8 bits (`adpretrain.deep`).
+        full_scale: of those photographs, where they have more than 8 bits (`adpretrain.photographs`).
         format_version: version of this file's format.
         library_version: version of adpretrain that wrote it.
     """

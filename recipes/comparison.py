@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from adpretrain._version import __version__
 from adpretrain.backbones import load_backbone
-from adpretrain.backbones.fingerprint import fingerprint
+from adpretrain.backbones.weights import fingerprint
 from adpretrain.data import Sample
 from adpretrain.extractor import backbone_config
 from adpretrain.parsing import read_yaml

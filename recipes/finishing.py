@@ -16,7 +16,7 @@ from run_folder import git_commit
 from run_setup import Run
 
 from adpretrain._version import __version__
-from adpretrain.backbones.fingerprint import fingerprint
+from adpretrain.backbones.weights import fingerprint
 from adpretrain.extractor import ADExtractor
 from adpretrain.files import atomic_path
 from adpretrain.saved import save_tensors

@@ -13,7 +13,7 @@ import torch
 
 from adpretrain.data import Sample
 from adpretrain.extractor import ADExtractor
-from adpretrain.preprocess import read_image
+from adpretrain.photographs import read_image
 from downstream.detector import Prediction
 from downstream.detectors.featurenorm import FeatureNorm
 from downstream.evaluation.few_shot import FeatureSet

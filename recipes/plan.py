@@ -29,7 +29,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from adpretrain.backbones import load_backbone
 from adpretrain.config import PretrainConfig
 from adpretrain.parsing import from_dict, read_yaml
-from adpretrain.preprocess import Preprocess, TwoViews, crop_side, read_image
+from adpretrain.photographs import read_image
+from adpretrain.preprocess import Preprocess, TwoViews, crop_side
 from adpretrain.projector import FeatureProjector
 from adpretrain.training.speed import count_flops
 

@@ -14,21 +14,8 @@ from PIL import Image, TiffImagePlugin
 from torchvision import transforms
 from torchvision.transforms.v2 import functional as tv
 
-from adpretrain.deep import full_scale_of
-from adpretrain.preprocess import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    Preprocess,
-    TwoViews,
-    crop_side,
-    depth,
-    examine_mask,
-    gaussian_blur,
-    page_count,
-    picture_size,
-    read_image,
-    read_mask,
-)
+from adpretrain.photographs import depth, examine_mask, full_scale_of, page_count, picture_size, read_image, read_mask
+from adpretrain.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess, TwoViews, crop_side, gaussian_blur
 
 
 def gradient(height: int = 24, width: int = 32) -> np.ndarray:

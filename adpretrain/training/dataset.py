@@ -18,7 +18,8 @@ from torch import Tensor
 
 from adpretrain.config import ReferencesConfig
 from adpretrain.data.samples import Sample, load_mask, to_learn_from
-from adpretrain.preprocess import Preprocess, TwoViews, picture_size, read_image
+from adpretrain.photographs import picture_size, read_image
+from adpretrain.preprocess import Preprocess, TwoViews
 from adpretrain.training.draws import SHUFFLE, VIEWS, ReferenceDraws, generator
 from adpretrain.training.loader import ImageBatch, Item, Request, assemble
 

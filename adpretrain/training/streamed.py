@@ -27,7 +27,8 @@ from PIL import Image
 from torch import Tensor
 
 from adpretrain.data.shards import Photograph, Shards
-from adpretrain.preprocess import Preprocess, TwoViews, picture_size, read_image, read_mask
+from adpretrain.photographs import picture_size, read_image, read_mask
+from adpretrain.preprocess import Preprocess, TwoViews
 from adpretrain.training.dataset import draw_views
 from adpretrain.training.draws import HEAD, REFERENCES, ROWS, SHARDS, generator, refuse_short
 from adpretrain.training.loader import ImageBatch, Item, Request, assemble

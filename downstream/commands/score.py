@@ -102,7 +102,7 @@ def score(parser: ArgumentParser) -> Callable[[Namespace], int]:
 
 
 def _score(options: Namespace) -> int:
-    from adpretrain.preprocess import pixels_allowed
+    from adpretrain.photographs import pixels_allowed
     from downstream.inspection.basis import Options
     from downstream.inspection.run import score_folder
 

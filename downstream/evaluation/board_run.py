@@ -18,7 +18,7 @@ from typing import Any
 
 from adpretrain._version import __version__
 from adpretrain.backbones import Backbone, load_backbone
-from adpretrain.backbones.fingerprint import fingerprint
+from adpretrain.backbones.weights import fingerprint
 from adpretrain.data import Sample, index_with_bare
 from adpretrain.data.layouts.detect import HUB
 from adpretrain.extractor import ADExtractor

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from adpretrain.backbones import Backbone, FeatureMaps
-from adpretrain.backbones.fingerprint import same_weights
+from adpretrain.backbones.weights import same_weights
 from adpretrain.data import ImageDataset, Sample
 from adpretrain.data.checking import inverted
 from adpretrain.extractor import ADExtractor

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from adpretrain.data import Sample
 from adpretrain.data.samples import load_mask
-from adpretrain.preprocess import Preprocess, read_image
+from adpretrain.photographs import read_image
+from adpretrain.preprocess import Preprocess
 from downstream.visualise import ColourScale, marked, overlay, save_png, shown_region
 
 STEP, NORMALS = 4, 64  # normal maps the colour scale comes from: every 4th pixel of at most so many

@@ -15,7 +15,7 @@ from PIL import Image
 
 from adpretrain.data.layouts.detect import PATTERNS, layout_of
 from adpretrain.data.samples import IMAGE_SUFFIXES, is_image
-from adpretrain.preprocess import FORMATS, page_count
+from adpretrain.photographs import FORMATS, page_count
 
 HOLD_PAGES = (".gif", ".png", ".tif", ".tiff", ".webp")
 GOOD_FOLDERS = [pattern for layout in ("mvtec_3d", "btad", "mvtec", "mtd", "realiad") for pattern in PATTERNS[layout]]

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from adpretrain.deep import full_scale_of
-from adpretrain.preprocess import Preprocess, depth, read_image
+from adpretrain.photographs import depth, full_scale_of, read_image
+from adpretrain.preprocess import Preprocess
 from downstream.appearance import appearance
 from downstream.inspection.finding import file_and_page, printable
 from downstream.visualise import shown_region
@@ -55,7 +55,7 @@ class Unreadable:
 
 
 def full_scale(paths: Sequence[Path]) -> float | None:
-    """The value that becomes 255 in the photographs of one camera; see `adpretrain.deep.full_scale_of`.
+    """The value that becomes 255 in the photographs of one camera; see `adpretrain.photographs.full_scale_of`.
 
     Those that cannot be read are told when they are used. Raises ValueError as there.
     """

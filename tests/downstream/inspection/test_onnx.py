@@ -29,7 +29,8 @@ from adpretrain.data.layouts.mtd import index_mtd
 from adpretrain.data.samples import ImageDataset
 from adpretrain.extractor import ADExtractor
 from adpretrain.local_scale import LocalScale
-from adpretrain.preprocess import Preprocess, read_image
+from adpretrain.photographs import read_image
+from adpretrain.preprocess import Preprocess
 from adpretrain.projector import FeatureProjector
 from downstream.calibration import calibrate
 from downstream.cli import main
