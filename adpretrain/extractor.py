@@ -31,8 +31,7 @@ from adpretrain.saved import (
     place,
     read_config,
     read_weights,
-    saved_local_scale,
-    saved_projector,
+    saved_parts,
     saved_tensors,
     write_folder,
 )
@@ -246,14 +245,8 @@ class ADExtractor(nn.Module):
         folder = locate(source, revision, token=token).folder
         config = read_config(folder)
         backbone = extractor_backbone(config, folder, weights, backbone)
-        extractor = cls(
-            backbone,
-            projector=saved_projector(config.projector, config.channels, folder) if config.projector else None,
-            local_scale=saved_local_scale(config, folder),
-            matching=config.matching,
-            norm=config.norm,
-            provenance=config.provenance,
-        )
+        projector, local_scale = saved_parts(config, folder)
+        extractor = cls(backbone, projector, local_scale, matching=config.matching, norm=config.norm)
         extractor.config = config
         weights_read = as_float32(read_weights(folder, saved_tensors(config, folder)))
         extractor.load_state_dict(weights_read, strict=False, assign=True)  # lacks the backbone's keys only

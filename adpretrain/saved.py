@@ -135,39 +135,30 @@ def place(network: nn.Module) -> torch.device:
     return next((tensor.device for tensor in (*network.parameters(), *network.buffers())), torch.device("cpu"))
 
 
-def saved_projector(config: ProjectorConfig, channels: list[int], folder: Path) -> FeatureProjector:
-    """The projector of a saved extractor, without memory until its weights are assigned.
+def saved_parts(config: ExtractorConfig, folder: Path) -> tuple[FeatureProjector | None, LocalScale | None]:
+    """The projector and the local scale of a saved extractor, without memory until their weights are assigned.
 
     Whatever sizes a config asks for, nothing is taken before the file is seen to hold them. Raises ValueError that
-    names the folder for sizes that make no projector.
+    names the folder for sizes that make no projector, or level weights that do not fit.
     """
     try:
         with torch.device("meta"):
-            return FeatureProjector(channels, config)
+            projector = FeatureProjector(config.channels, config.projector) if config.projector else None
+            local_scale = LocalScale(len(config.channels), config.local_scale) if config.local_scale else None
     except (ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{folder}: {(str(error).splitlines() or [''])[0]}") from error
-
-
-def saved_local_scale(config: ExtractorConfig, folder: Path) -> LocalScale | None:
-    """The local scale of a saved extractor, its tensors still to be read. Raises ValueError for weights that do not
-    fit, naming the folder."""
-    try:
-        return None if config.local_scale is None else LocalScale(len(config.channels), config.local_scale)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
+    return projector, local_scale
 
 
 def saved_tensors(config: ExtractorConfig, folder: Path) -> dict[str, Tensor]:
     """Name, shape and type of every tensor in the model.safetensors of an extractor, without memory for the values:
-    projector, local scale and centres. Raises ValueError as `saved_projector` does."""
+    projector, local scale and centres. Raises ValueError as `saved_parts` does."""
+    projector, local_scale = saved_parts(config, folder)
     saved = nn.Module()
-    with torch.device("meta"):
-        if config.projector is not None:
-            saved.projector = saved_projector(config.projector, config.channels, folder)
-        if (scale := saved_local_scale(config, folder)) is not None:
-            saved.local_scale = scale
-        for level, width in enumerate(config.channels):
-            saved.register_buffer(f"center_{level}", torch.zeros(width))
+    saved.add_module("projector", projector)
+    saved.add_module("local_scale", local_scale)
+    for level, width in enumerate(config.channels):
+        saved.register_buffer(f"center_{level}", torch.zeros(width, device="meta"))
     return saved.state_dict()
 
 
