@@ -12,13 +12,14 @@ export MALLOC_MMAP_THRESHOLD_ ?= 4294967296
 # Without bytecode files every process would compile torch and the others anew, about 9 seconds each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-long test-newest test-oldest check format bench clean help
+.PHONY: demo test test-long test-newest test-oldest check format bench docs clean help
 help:
 	@echo "make demo    pretrain on synthetic products, score unseen ones, print one table (DATA=folder: real photographs too)"
 	@echo "make test    every test but the long ones        make test-long    those: crashes and soaks, minutes each"
 	@echo "make test-newest, make test-oldest   every quick test, with the newest and the oldest packages that are allowed"
 	@echo "make check   ruff and mypy          make format  ruff, in place"
 	@echo "make bench   speed and memory ratios against named baselines"
+	@echo "make docs    the pages of docs/ and the Python API as a site, in site/"
 	@echo "make clean   remove the environments, caches and runs/demo"
 
 # The environment is built once, of the versions in uv.lock, and reused while the lock is unchanged. uv comes from pip
@@ -67,6 +68,9 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/python -m pytest tests/benchmarks -m benchmark -s -q
 
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 clean:
-	rm -rf $(VENV) .venv-newest .venv-oldest .uv build *.egg-info .pytest_cache .mypy_cache .ruff_cache runs/demo
+	rm -rf site $(VENV) .venv-newest .venv-oldest .uv build *.egg-info .pytest_cache .mypy_cache .ruff_cache runs/demo
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

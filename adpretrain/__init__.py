@@ -7,12 +7,32 @@ from adpretrain._version import __version__
 
 if TYPE_CHECKING:
     from adpretrain.backbones import load_backbone
+    from adpretrain.config import LocalScaleConfig, ProjectorConfig
     from adpretrain.extractor import ADExtractor
+    from adpretrain.local_scale import LocalScale
     from adpretrain.photographs import read_image
+    from adpretrain.projector import FeatureProjector
 
-__all__ = ["ADExtractor", "__version__", "load_backbone", "read_image"]
+_PLACES = {
+    "ADExtractor": "extractor",
+    "FeatureProjector": "projector",
+    "LocalScale": "local_scale",
+    "LocalScaleConfig": "config",
+    "ProjectorConfig": "config",
+    "load_backbone": "backbones",
+    "read_image": "photographs",
+}
 
-_PLACES = {"ADExtractor": "extractor", "load_backbone": "backbones", "read_image": "photographs"}
+__all__ = [
+    "ADExtractor",
+    "FeatureProjector",
+    "LocalScale",
+    "LocalScaleConfig",
+    "ProjectorConfig",
+    "__version__",
+    "load_backbone",
+    "read_image",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,9 +7,9 @@ if TYPE_CHECKING:
     from downstream.calibration import calibrate
     from downstream.detector import Detector, Prediction
     from downstream.detectors import detector_from_pretrained
-    from downstream.detectors.aligned import AlignedFeatureNorm
+    from downstream.detectors.aligned import AlignedFeatureNorm, AlignedFeatureNormConfig
     from downstream.detectors.ensemble import Ensemble
-    from downstream.detectors.featurenorm import FeatureNorm
+    from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
     from downstream.detectors.padim import PaDiM, PaDiMConfig
     from downstream.detectors.patchcore import PatchCore, PatchCoreConfig
     from downstream.detectors.reconpatch import ReConPatch, ReConPatchConfig
@@ -19,33 +19,37 @@ if TYPE_CHECKING:
     from downstream.metrics import evaluate_maps
 
 _PLACES = {
-    "AlignedFeatureNorm": "aligned",
+    "AlignedFeatureNorm": "detectors.aligned",
+    "AlignedFeatureNormConfig": "detectors.aligned",
     "Detector": "detector",
     "EmbeddingConfig": "embedding",
-    "Ensemble": "ensemble",
-    "FeatureNorm": "featurenorm",
-    "PaDiM": "padim",
-    "PaDiMConfig": "padim",
-    "PatchCore": "patchcore",
-    "PatchCoreConfig": "patchcore",
+    "Ensemble": "detectors.ensemble",
+    "FeatureNorm": "detectors.featurenorm",
+    "FeatureNormConfig": "detectors.featurenorm",
+    "PaDiM": "detectors.padim",
+    "PaDiMConfig": "detectors.padim",
+    "PatchCore": "detectors.patchcore",
+    "PatchCoreConfig": "detectors.patchcore",
     "Prediction": "detector",
-    "ReConPatch": "reconpatch",
-    "ReConPatchConfig": "reconpatch",
-    "Refined": "refined",
-    "SPADE": "spade",
-    "SPADEConfig": "spade",
+    "ReConPatch": "detectors.reconpatch",
+    "ReConPatchConfig": "detectors.reconpatch",
+    "Refined": "detectors.refined",
+    "SPADE": "detectors.spade",
+    "SPADEConfig": "detectors.spade",
     "calibrate": "calibration",
-    "detector_from_pretrained": "table",
+    "detector_from_pretrained": "detectors",
     "evaluate_maps": "metrics",
 }
 
 __all__ = [
     "SPADE",
     "AlignedFeatureNorm",
+    "AlignedFeatureNormConfig",
     "Detector",
     "EmbeddingConfig",
     "Ensemble",
     "FeatureNorm",
+    "FeatureNormConfig",
     "PaDiM",
     "PaDiMConfig",
     "PatchCore",

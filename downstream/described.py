@@ -17,9 +17,7 @@ from adpretrain.card import FEATURENORM, METRICS, held_out_results, provenance_o
 from adpretrain.residual import tokens
 from adpretrain.saved import WEIGHTS_NAME, ExtractorConfig, read_config, saved_parts
 from adpretrain.training.speed import count_flops
-from downstream.fitting_together import part
-from downstream.publishing import is_detector
-from downstream.saved import locate_model, parts_of, read_detector_config
+from downstream.saved import is_detector, locate_model, part, parts_of, read_detector_config
 
 
 def describe_model(model: str | os.PathLike[str], revision: str | None = None) -> dict[str, Any]:

@@ -1,25 +1,28 @@
-"""What every detector gives: a score per image and a map per image; and what all of them check.
+"""What every detector is: images are checked and their features extracted here, once; a detector fits and scores them.
 
-Shapes: B images, S side of the network's input in pixels.
+Shapes: b images of a batch, B images, S side of the network's input in pixels, L levels.
 """
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import math
 import os
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
-from typing_extensions import Self
+from torch import Tensor
+from typing_extensions import Self, Unpack
 
 from adpretrain.backbones import Extract, FeatureMaps
-from adpretrain.extractor import ADExtractor
 from adpretrain.hub import Published
+from downstream.coreset import Progress
+from downstream.extracts import checked_features, fixed_picture, keeping_references
+from downstream.saved import HubOptions, Loaded, load_detector, publish_saved, put_together, save_detector
 
 BRIGHTEST = 16.0  # of normalised images without negative values; with usual means and deviations none reaches 5
 
@@ -35,27 +38,186 @@ class Prediction:
     maps: Tensor
 
 
-class Detector(Protocol):
+class Detector:
     """Fits on normal images only, then scores and localises; with any `Extract`, a raw backbone or an `ADExtractor`.
 
-    ``fit`` reads its batches [b, 3, S, S] once, one at a time; they are tensors, not a data loader's pairs or
-    dictionaries. A fitted detector keeps the references that an `ADExtractor` had then: a later `set_references`, or
-    another detector's fit, does not reach it. A module must be in evaluation mode.
+    A detector gives its ``name``, the dataclass of its ``options``, what it does with features (`fit_features`,
+    `from_features`), and what it has fitted (`state`, `restore`). One that is made of others has ``members``.
 
-    A saved detector needs no training data to be loaded and gives the same bits; see `downstream.saved` for what its
-    folder holds.
+    A fitted detector keeps the references that an `ADExtractor` had then: a later `set_references`, or another
+    detector's fit, does not reach it. A module must be in evaluation mode. ``side``: S of the images it was fitted on,
+    0 before. A saved detector needs no training data to be loaded and gives the same bits (`downstream.saved`).
     """
 
-    def fit(self, normal_batches: Iterable[Tensor]) -> Self: ...
+    name: ClassVar[str]
+    options: ClassVar[type | None]
+    # An extractor's references are given to it before `fit`, are what `fit` takes, or are chosen from what it takes.
+    references_are: ClassVar[Literal["given", "fitted", "chosen"]] = "given"
+    load_member: ClassVar[Callable[..., Any] | None] = None  # of one that is made of others: loads any detector
 
-    def predict(self, images: Tensor) -> Prediction: ...
+    extract: Extract
+    members: Sequence[Detector] = ()
+    side = 0
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path: ...
-
-    def push_to_hub(self, repo_id: str, *, private: bool = True) -> Published: ...
+    def __init__(self, extract: Extract, config: Any) -> None:
+        self.extract = self._given = extract
+        self.config = config
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str], extract: Extract | None = None) -> Self: ...
+    def of(cls, extract: Extract, config: Any) -> Self:
+        """An unfitted detector on ``extract``, from the dataclass that `downstream.detectors` names."""
+        return cls(extract, config)
+
+    @property
+    def fitted(self) -> bool:
+        """Whether there is anything to compare images with."""
+        return self.side > 0
+
+    def fit(self, normal_batches: Iterable[Tensor], progress: Progress | None = None) -> Self:
+        """Fit on batches [b, 3, S, S] of normal images: tensors, not a data loader's pairs or dictionaries.
+
+        They are read once, one batch at a time, unless the detector says otherwise. ``progress(what, done, total)`` is
+        told what takes long. Raises ValueError without images, for bad ones or different sizes, and before what is
+        fitted outgrows the memory.
+        """
+        self.extract = keeping_references(self._given)
+        normals = NormalFeatures(self._features, normal_batches)
+        self.fit_features(normals, progress)
+        self.side = normals.side
+        return self
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> Prediction:
+        """[B, 3, S, S] -> scores [B], maps [B, S, S]. Raises ValueError before `fit`, for bad images or another S."""
+        return self.from_features(self._checked(images))
+
+    def fit_features(self, normals: NormalFeatures, progress: Progress | None) -> None:
+        """Fit on the features of the normal images."""
+        raise NotImplementedError
+
+    def from_features(self, features: FeatureMaps) -> Prediction:
+        """L levels [B, C_l, H_l, W_l] -> scores [B], maps [B, S, S]."""
+        raise NotImplementedError
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What was fitted, to be saved: tensors, and facts that are JSON."""
+        raise NotImplementedError
+
+    def restore(self, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Take what `state` gave."""
+        raise NotImplementedError
+
+    def _checked(self, images: Tensor) -> FeatureMaps:
+        self.check_fitted()
+        check_images(images)
+        self._check_side(images)
+        return self._features(images)
+
+    def _features(self, images: Tensor) -> FeatureMaps:
+        return checked_features(self.extract, images)
+
+    def _check_side(self, images: Tensor) -> None:
+        if images.shape[2] != self.side:
+            raise ValueError(
+                f"images of {images.shape[2]} pixels, the detector was fitted on {self.side}: prepare them alike"
+            )
+
+    def check_fitted(self) -> None:
+        """Raises ValueError before `fit`."""
+        if not self.fitted:
+            raise ValueError(
+                f"this {type(self).__name__} is not fitted: call fit(normal_batches) or from_pretrained first"
+            )
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the fitted detector, which HOLDS FEATURES OF THE PRODUCT (`downstream.saved`). Returns its path.
+
+        Raises ValueError before `fit`, if ``folder`` holds other files, or if a member cannot be saved.
+        """
+        self.check_fitted()
+        tensors, facts = self.state()
+        options = {} if self.options is None else dataclasses.asdict(self.config)
+        made_of = [member.save_pretrained for member in self.members] or self.extract
+        return save_detector(folder, self.name, options, made_of, tensors, self.side, facts)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        extract: Extract | Sequence[Extract] | None = None,
+        device: str | torch.device | None = None,
+        weights: str | os.PathLike[str] | None = None,
+        **hub: Unpack[HubOptions],
+    ) -> Self:
+        """Load what `save_pretrained` wrote. Arguments and errors as in `downstream.saved.load_detector`."""
+        loaded = load_detector(folder, cls.name, cls.options, extract, device, weights, cls.load_member, **hub)
+        with put_together(loaded.folder):
+            detector = cls._unfitted(loaded)
+            detector.side = loaded.image_size
+            detector.restore(loaded.tensors, loaded.facts)
+            if not loaded.members:
+                detector.predict(fixed_picture(loaded.image_size, loaded.device))
+        return detector
+
+    @classmethod
+    def _unfitted(cls, loaded: Loaded) -> Self:
+        """The detector that was saved, before its `restore`."""
+        return cls(loaded.extract, loaded.options)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = True,
+        tag: str | None = None,
+        branch: str = "main",
+        message: str | None = None,
+        token: str | bool | None = None,
+        dry_run: bool = False,
+    ) -> Published:
+        """Publish what `save_pretrained` writes as one commit of a Hub repository; see `adpretrain.hub.publish`.
+
+        PRIVATE by default, and a warning says why. Raises ValueError, with the fix, as `publish` and
+        `save_pretrained` do.
+        """
+        message = message or f"Publish a fitted {type(self).__name__}"
+        options: dict[str, Any] = {"tag": tag, "branch": branch, "message": message, "token": token}
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = self.save_pretrained(Path(scratch) / "detector")
+            return publish_saved(folder, repo_id, private=private, dry_run=dry_run, **options)
+
+
+class NormalFeatures:
+    """The features of batches of normal images [b, 3, S, S], one batch in memory, read anew at every iteration.
+
+    ``side``: S, known once a batch was read. ``batches``: how many there are, if they say so. Raises ValueError
+    without images, for bad ones, or if their sizes differ.
+    """
+
+    def __init__(self, extract: Callable[[Tensor], FeatureMaps], batches: Iterable[Tensor]) -> None:
+        self._extract, self._images = extract, batches
+        self.batches = len(batches) if isinstance(batches, Sized) else None
+        self.side = 0
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether there can be a second iteration."""
+        return iter(self._images) is not self._images
+
+    def __iter__(self) -> Iterator[FeatureMaps]:
+        side = 0
+        for images in self._images:
+            check_images(images)
+            if side not in (0, images.shape[2]):
+                raise ValueError(f"normal images of {side} and of {images.shape[2]} pixels: prepare all alike")
+            self.side = side = int(images.shape[2])
+            yield self._extract(images)
+        if not side:
+            raise ValueError("no normal images to fit on: normal_batches is empty (an iterator can be read only once)")
+
+    def most_images(self, first: int) -> int | None:
+        """The number of images in batches of ``first``, the last one perhaps smaller; None if they do not say."""
+        return None if self.batches is None else self.batches * first
 
 
 def check_images(images: Tensor) -> None:
@@ -82,81 +244,3 @@ def check_images(images: Tensor) -> None:
             f"images hold values from {low:g} to {high:g}, as of pixels that are not normalised: give "
             "preprocess(photograph), or divide by 255, subtract the mean and divide by the standard deviation"
         )
-
-
-@torch.no_grad()
-def extracted(extract: Extract, images: Tensor) -> FeatureMaps:
-    """Checked images -> L levels [B, C_l, H_l, W_l], finite. Raises ValueError for bad images or features, and for a
-    module in training mode."""
-    check_images(images)
-    if isinstance(extract, nn.Module) and any(module.training for module in extract.modules()):
-        raise ValueError(
-            f"the {type(extract).__name__} is in training mode: features would depend on the rest of the batch and "
-            "change from call to call; call its .eval() first"
-        )
-    features = extract(images)
-    _check_features(features, len(images))
-    for number, level in enumerate(features):
-        if not bool(level.isfinite().all()):
-            raise ValueError(
-                f"level {number} of the features holds NaN or infinite values: try float32 for the network"
-            )
-    return features
-
-
-def _check_features(features: Any, batch: int) -> None:
-    """Raises ValueError unless these are levels [B, C, H, W] of floats, which a function of the user's may not give."""
-    if not isinstance(features, list | tuple) or not features:
-        raise ValueError(
-            f"the extract must give a list of at least one level [B, C, H, W], got {type(features).__name__}: put a "
-            "single map in a list, and of a dictionary list the values"
-        )
-    for number, level in enumerate(features):
-        if not isinstance(level, Tensor):
-            raise ValueError(f"level {number} of the features must be a tensor, got {type(level).__name__}")
-        if level.ndim != 4 or len(level) != batch or not level.is_floating_point():
-            raise ValueError(
-                f"level {number} of the features of {batch} images must be floats [{batch}, C, H, W], got "
-                f"{tuple(level.shape)} of {level.dtype}"
-            )
-        # Images are square, and so are their maps: two equal sides before an unequal one are height and width.
-        if level.shape[1] == level.shape[2] != level.shape[3]:
-            raise ValueError(
-                f"level {number} of the features is {tuple(level.shape)}, channels last: give [B, C, H, W], such as "
-                "level.permute(0, 3, 1, 2)"
-            )
-
-
-def keeping_references(extract: Extract) -> Extract:
-    """An `ADExtractor` with the same parts whose references stay when the given one gets others; any other extract as
-    it is. Otherwise two detectors of one extractor would change each other's scores."""
-    return copy.copy(extract) if isinstance(extract, ADExtractor) else extract
-
-
-def normal_features(extract: Extract, normal_batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, FeatureMaps]]:
-    """Batches of images [b, 3, S, S] with their features, one batch in memory; all of the first one's side.
-
-    Raises ValueError without images, or if their sizes differ.
-    """
-    side = None
-    for images in normal_batches:
-        features = extracted(extract, images)
-        if side is not None and images.shape[2] != side:
-            raise ValueError(f"normal images of {side} and of {images.shape[2]} pixels: prepare all alike")
-        side = images.shape[2]
-        yield images, features
-    if side is None:
-        raise ValueError("no normal images to fit on: normal_batches is empty (an iterator can be read only once)")
-
-
-def not_fitted(detector: object) -> ValueError:
-    """The error of a detector that was asked too early."""
-    return ValueError(
-        f"this {type(detector).__name__} is not fitted: call fit(normal_batches) or from_pretrained first"
-    )
-
-
-def check_side(images: Tensor, side: int) -> None:
-    """Raises ValueError if images are not of the size that the detector was fitted on."""
-    if images.ndim == 4 and images.shape[2] != side:
-        raise ValueError(f"images of {images.shape[2]} pixels, the detector was fitted on {side}: prepare them alike")

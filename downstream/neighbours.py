@@ -1,8 +1,9 @@
-"""Exact nearest neighbours in a bank of features, with torch or faiss: same distances and indices to the last bit.
+"""Nearest neighbours in a bank of features: exact ones, with torch or faiss, and approximate ones with faiss.
 
-Either backend proposes a few candidates from rounded distances, together with a lower bound of everything it did not
-propose. Their distances are then computed again (`downstream.distances`); where the k-th of them does not lie below
-that bound (nearly equal rows), the query is compared with every row that could be as near. Ties go to the lowest index.
+Exact distances and indices are the same to the last bit with torch and faiss. Either proposes a few candidates from
+rounded distances, together with a lower bound of everything it did not propose. Their distances are then computed again
+(`downstream.distances`); where the k-th of them does not lie below that bound (nearly equal rows), the query is
+compared with every row that could be as near. Ties go to the lowest index.
 
 Shapes: Q queries and N bank rows of D channels, c candidates, k neighbours, M pairs.
 """
@@ -10,6 +11,7 @@ Shapes: Q queries and N bank rows of D channels, c candidates, k neighbours, M p
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ QUERIES = {"torch": 512, "faiss": 4096}  # queries in a block; faiss is ten time
 UNPROVEN = 64  # the same, for queries compared with every row that could be as near
 BLOCK = 32
 SPARE = 7  # candidates beyond the k-th
+CODES = 256  # a part of an approximated row is stored as one byte
 
 
 def nearest(
@@ -218,6 +221,62 @@ def _smallest(lower_QN: Tensor, number: int) -> tuple[Tensor, Tensor]:
     inside = blocks.gather(1, block_Qb[..., None].expand(-1, -1, BLOCK)).flatten(1)
     values, position = inside.topk(number, largest=False)
     return values, block_Qb.gather(1, position // BLOCK) * BLOCK + position % BLOCK
+
+
+class ApproximateNeighbours:
+    """A bank quantised for approximate searches: faiss's inverted lists of product-quantised rows (IVFPQ).
+
+    For banks that are too large to be searched exactly (PatchCore-100%, PatchCore Sec. 4.3). ``bank_ND``: floats on
+    the CPU. Its rows are divided into about 4 sqrt(N) cells, at least 39 rows to one (faiss's advice), of which a
+    query looks into ``nprobe``, by default an eighth; a row is cut into parts of one byte, a divisor of D next to
+    D / 8. ``refine`` * k candidates have their distances computed from the bank itself, which is kept for it.
+
+    Raises ValueError without faiss, or where the bank is too small.
+    """
+
+    def __init__(self, bank_ND: Tensor, nprobe: int | None = None, refine: int = 4, seed: int = 0) -> None:
+        faiss = import_faiss()
+        check_rows(bank_ND, "bank")
+        rows, width = bank_ND.shape
+        if bank_ND.device.type != "cpu" or bank_ND.dtype == torch.float64:
+            raise ValueError(f"IVFPQ needs a float32 bank on the CPU, this one is {bank_ND.dtype} on {bank_ND.device}")
+        if rows < CODES:
+            raise ValueError(f"IVFPQ learns {CODES} codes and needs as many rows, the bank has {rows}; use Neighbours")
+        cells = max(1, min(round(4 * math.sqrt(rows)), rows // 39))
+        parts = min((p for p in range(1, width + 1) if width % p == 0), key=lambda p: abs(p - width / 8))
+        self.bank_ND = bank_ND.detach().float().contiguous()
+        self.centre_D = self.bank_ND.mean(0)
+        self.refine = refine
+        self.index = faiss.IndexIVFPQ(faiss.IndexFlatL2(width), width, cells, parts, 8)
+        self.index.cp.seed = self.index.pq.cp.seed = seed
+        # Few rows to a centre are the caller's choice, not worth a warning on the terminal.
+        self.index.cp.min_points_per_centroid = self.index.pq.cp.min_points_per_centroid = 1
+        shifted = (self.bank_ND - self.centre_D).numpy()
+        self.index.train(shifted)
+        self.index.add(shifted)
+        self.index.nprobe = max(1, cells // 8) if nprobe is None else nprobe
+
+    def search(self, query_QD: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
+        """Euclidean distances to k near rows, ascending, and their indices: [Q, k] float32, [Q, k] int64. The distances
+        are those of the rows; the rows may not be the nearest. Where the visited cells hold fewer than k rows, the
+        rest is infinity and -1. Raises ValueError if k or the queries do not fit the bank.
+        """
+        rows, width = self.bank_ND.shape
+        if not 1 <= k <= rows:
+            raise ValueError(f"{k} neighbours from a bank of {rows} rows; choose 1 to {rows}")
+        if query_QD.ndim != 2 or query_QD.shape[1] != width or query_QD.device.type != "cpu":
+            raise ValueError(
+                f"queries of shape {tuple(query_QD.shape)} on {query_QD.device}; expected [Q, {width}] on the CPU"
+            )
+        check_rows(query_QD, "queries")
+        query_QD = query_QD.detach().float().contiguous()
+        number = min(rows, k * self.refine)
+        index_Qc = torch.from_numpy(self.index.search((query_QD - self.centre_D).numpy(), number)[1])
+        distance_Qc = torch.full(index_Qc.shape, torch.inf)
+        row, column = (index_Qc >= 0).nonzero(as_tuple=True)
+        distance_Qc[row, column] = squared_distances(query_QD, row, self.bank_ND, index_Qc[row, column])
+        distance_Qk, nearest_first = distance_Qc.sort(dim=1, stable=True)
+        return distance_Qk[:, :k].sqrt(), index_Qc.gather(1, nearest_first[:, :k])
 
 
 def import_faiss() -> Any:

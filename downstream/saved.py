@@ -1,8 +1,9 @@
-"""The folder of a fitted detector: config.json, model.safetensors and, around an `ADExtractor`, extractor/.
+"""The folder of a fitted detector: config.json, model.safetensors, its card and, around an `ADExtractor`, extractor/;
+of a detector made of others, one folder per member.
 
 A fitted detector holds features of the customer's product: memory banks, means, and the reference banks of its
-extractor. Whoever has the folder has them. Share it only with those who may see the product: `downstream.publishing`
-makes a private repository unless told otherwise.
+extractor. Whoever has the folder has them. Share it only with those who may see the product: `push_folder` makes a
+private repository unless told otherwise.
 
 Never inside: the weights of a backbone, pickles, photographs. The backbone is named with the commit of its weights;
 its answer to a fixed picture finds a wrong one when the detector is loaded.
@@ -10,48 +11,62 @@ its answer to a fixed picture finds a wrong one when the detector is loaded.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Mapping
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Literal, TypedDict, TypeVar
+from typing import Any, Literal, TypedDict
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from huggingface_hub import ModelCardData
+from torch import Tensor
 from typing_extensions import Unpack
 
 from adpretrain._version import __version__
 from adpretrain.backbones import Backbone, Extract
+from adpretrain.card import PLACEHOLDER, TAGS, card, table
 from adpretrain.config import BackboneConfig
 from adpretrain.extractor import ADExtractor
 from adpretrain.files import atomic_path
-from adpretrain.hub import Located, locate
-from adpretrain.parsing import from_dict
-from adpretrain.preprocess import LARGEST_SIDE, Preprocess
+from adpretrain.hub import Located, Published, locate, publish
+from adpretrain.hub.upload import files_to_publish
+from adpretrain.parsing import from_dict, read_json
+from adpretrain.preprocess import Preprocess
 from adpretrain.references import ReferenceBank
 from adpretrain.saved import (
+    CARD_NAME,
     CONFIG_NAME,
     backbone_config,
+    read_config,
     read_folder_config,
     read_weights,
     saved_backbone,
     write_folder,
 )
-from downstream.card import detector_card
-from downstream.detectors.adapted import Adapted
-from downstream.fitting_together import part, put_together
+from downstream.extracts import Adapted, device_of, fixed_picture, probe, refuse_other_features
 
 FORMAT_VERSION = 1
 EXTRACTOR = "extractor"
 REFERENCES = "references."
 MOST_MEMBERS = 64
 DTYPES = ("float32", "float64", "float16", "bfloat16")
-PARTS, TOLERANCE = 8, 0.05  # numbers per level of the probe, and how much they may differ (devices, precisions)
+NOTICE = (
+    "A fitted detector holds features of the photographs it was fitted on: memory banks, means, references. Whoever "
+    "can read it may learn much about the product from them. Share it only with those who may see the product."
+)
+_USAGE = """```python
+from downstream import detector_from_pretrained
 
-C = TypeVar("C")
+detector = detector_from_pretrained("{repo_id}")
+prediction = detector.predict(images)  # [B, 3, {side}, {side}], through detector.extract's preprocess
+print(prediction.scores)  # one score per image; prediction.maps holds one map each
+```"""
 
 
 @dataclass(frozen=True)
@@ -62,15 +77,14 @@ class DetectorConfig:
         detector: name of the detector, a key of `downstream.detectors.DETECTORS`.
         options: its options.
         extract: what its features come from: a raw "backbone", an "extractor" (saved beside), or another function
-            ("given"), which whoever loads the detector must give again; "members" for a detector made of others
-            (`downstream.composite`).
+            ("given"), which whoever loads the detector must give again; "members" for a detector made of others.
         image_size: side of the images it was fitted on, in pixels.
         tensors: shapes of the tensors in model.safetensors, checked on loading.
         facts: what else the detector remembers, in numbers.
         probe: the features of a fixed picture, a few averages per level.
         backbone: the network, for "backbone".
         preprocess: how photographs become images, if known; for "backbone", its own.
-        images: how they do where a backbone is fed with another network's images (`downstream.detectors.adapted`).
+        images: how they do where a backbone is fed with another network's images (`Adapted`).
         dtype: precision of the network.
         photographs: digests of the photographs that it was fitted on and of its references (`Photo.digest`), so that
             it is not calibrated on them; empty where a program fitted it on tensors, and before this was remembered.
@@ -104,11 +118,14 @@ class HubOptions(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class Loaded(Generic[C]):
-    """A detector's folder, read: ``options`` as its own dataclass, tensors on the device, the extract ready."""
+class Loaded:
+    """A detector's folder, read: ``options`` as its own dataclass, tensors on the device, the extract or the members
+    ready."""
 
-    options: C
-    extract: Extract
+    folder: Path
+    options: Any
+    extract: Any
+    members: list[Any]
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
     image_size: int
@@ -118,48 +135,50 @@ class Loaded(Generic[C]):
 def save_detector(
     folder: str | os.PathLike[str],
     name: str,
-    options: Any,
-    extract: Extract,
+    options: dict[str, Any],
+    made_of: Extract | Sequence[Callable[[Path], object]],
     tensors: Mapping[str, Tensor],
     image_size: int,
-    facts: dict[str, Any] | None = None,
+    facts: dict[str, Any],
 ) -> Path:
     """Write a fitted detector; the folder appears, or is replaced, only when complete. Returns its path.
 
-    THE FOLDER HOLDS FEATURES OF THE PRODUCT, reference banks of an extractor included; see the top of this file.
+    ``made_of``: the extract, or the functions that save its members. THE FOLDER HOLDS FEATURES OF THE PRODUCT,
+    reference banks of an extractor included; see the top of this file.
 
     Raises ValueError if ``folder`` holds other files, or an extractor has a bank of references for every image.
     """
-    tensors, parts = dict(tensors), {}
-    kind: Literal["backbone", "extractor", "given"] = "given"
-    backbone = preprocess = images = None
-    network: Any = None
-    given = extract
-    if isinstance(extract, Adapted):
-        images, given = extract.preprocess, extract.backbone
-    if isinstance(extract, ADExtractor):
-        kind, preprocess, network = "extractor", extract.preprocess, extract.backbone
-        parts[EXTRACTOR] = extract.save_pretrained
-        if extract.references is not None:
-            if (banks := extract.references.banks) != 1:
-                raise ValueError(f"a saved detector has one set of references for all images, not {banks}")
-            tensors.update({f"{REFERENCES}{level}": bank for level, bank in enumerate(extract.references.levels)})
-    elif isinstance(given, Backbone):
-        kind, preprocess, network, backbone = "backbone", given.preprocess, given, backbone_config(given)
-    config = DetectorConfig(
-        detector=name,
-        options=dataclasses.asdict(options),
-        extract=kind,
-        image_size=image_size,
-        tensors={key: list(value.shape) for key, value in tensors.items()},
-        facts=facts or {},
-        probe=probe(extract, image_size, device_of(extract, tensors)),
-        backbone=backbone,
-        preprocess=preprocess,
-        images=images,
-        dtype=str(network.dtype).removeprefix("torch.") if network is not None else "float32",
-    )
+    parts: dict[str, Callable[[Path], object]] = {}
+    given: Any
+    of: dict[str, Any] = {"extract": "given"}
+    if isinstance(made_of, Sequence):
+        parts = {member(number): save for number, save in enumerate(made_of)}
+        of, facts = {"extract": "members"}, {"members": len(parts), **facts}
+    else:
+        tensors = {**tensors, **_references(made_of)}
+        images, given = (made_of.preprocess, made_of.backbone) if isinstance(made_of, Adapted) else (None, made_of)
+        if isinstance(given, ADExtractor):
+            parts[EXTRACTOR] = given.save_pretrained
+            of = {"extract": EXTRACTOR, "preprocess": given.preprocess, "dtype": _name(given.backbone.dtype)}
+        elif isinstance(given, Backbone):
+            of = {"extract": "backbone", "preprocess": given.preprocess, "dtype": _name(given.dtype)}
+            of |= {"backbone": backbone_config(given), "images": images}
+        of["probe"] = probe(made_of, image_size, device_of(made_of, tensors))
+    shapes = {key: list(value.shape) for key, value in tensors.items()}
+    config = DetectorConfig(name, options, image_size=image_size, tensors=shapes, facts=facts, **of)
     return write_folder(folder, config, tensors, "detector", detector_card(config), parts)
+
+
+def _references(extract: Extract) -> dict[str, Tensor]:
+    if not isinstance(extract, ADExtractor) or extract.references is None:
+        return {}
+    if (banks := extract.references.banks) != 1:
+        raise ValueError(f"a saved detector has one set of references for all images, not {banks}")
+    return {f"{REFERENCES}{level}": bank_1NC for level, bank_1NC in enumerate(extract.references.levels)}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def remember_photographs(folder: Path, digests: Iterable[str], full_scale: float | None) -> None:
@@ -196,21 +215,30 @@ def read_detector_config(folder: str | os.PathLike[str]) -> DetectorConfig:
     return read_folder_config(Path(folder), DetectorConfig, FORMAT_VERSION, "a detector's save_pretrained")
 
 
+def part(folder: Path, name: str) -> Path:
+    """A model inside a model. Raises ValueError for a link, which could lead back to the folder itself."""
+    if (folder / name).is_symlink():
+        raise ValueError(f"{folder / name} is a link: a saved model holds copies of its parts")
+    return folder / name
+
+
 def load_detector(
     folder: str | os.PathLike[str],
     name: str,
-    options: type[C],
-    extract: Extract | None = None,
+    options: type | None,
+    extract: Extract | Sequence[Extract] | None = None,
     device: str | torch.device | None = None,
     weights: str | os.PathLike[str] | None = None,
+    load_member: Callable[..., Any] | None = None,
     **hub: Unpack[HubOptions],
-) -> Loaded[C]:
+) -> Loaded:
     """Read what `save_detector` wrote, strictly.
 
     ``folder``: or "org/name" on the Hugging Face Hub, with ``revision`` and ``token`` as in `adpretrain.hub.locate`.
     ``extract``: use this instead of loading the saved one; an `ADExtractor` without references gets the saved ones.
-    ``device``: of everything that is loaded; None = where ``extract`` is, or the CPU. ``weights``: a local file or
-    folder of the backbone's weights, for machines without a network.
+    All members use it, or of a list one each. ``device``: of everything that is loaded; None = where ``extract`` is,
+    or the CPU. ``weights``: a local file or folder of the backbone's weights, for machines without a network.
+    ``load_member(folder, extract, device, weights)``: of a detector that is made of others.
 
     Raises ValueError if the folder is not this detector's, was written by a newer library, holds other tensors than
     its config says, or if the features are not those it was fitted on.
@@ -219,42 +247,52 @@ def load_detector(
     config = read_detector_config(folder)
     if config.detector != name:
         raise ValueError(f"{folder} holds a {config.detector!r} detector, not {name!r}: load it with its own class")
-    chosen = from_dict(options, config.options, f"options in {folder / 'config.json'}")
-    device = device if device is not None else device_of(extract)
-    tensors = {key: value.to(device) for key, value in read_tensors(folder, config).items()}
+    chosen = from_dict(options, config.options, f"options in {folder / CONFIG_NAME}") if options else None
+    if load_member is not None:
+        members = _load_members(folder, config, extract, device, weights, load_member)
+        where = torch.device(device or "cpu")
+        tensors = _read_tensors(folder, config, where)
+        return Loaded(folder, chosen, None, members, tensors, config.facts, config.image_size, where)
+    given: Any = extract
+    device = device if device is not None else device_of(given)
+    tensors = _read_tensors(folder, config, device)
     with put_together(folder):
-        references = [tensors.pop(key) for key in _reference_keys(tensors)]
-    extract = extract if extract is not None else _load_extract(folder, config, device, weights)
-    if isinstance(extract, ADExtractor) and extract.references is None and references:
+        numbered = {int(key.removeprefix(REFERENCES)): key for key in tensors if key.startswith(REFERENCES)}
+        references = [tensors.pop(numbered[level]) for level in sorted(numbered)]
+    given = given if given is not None else _load_extract(folder, config, device, weights)
+    if isinstance(given, ADExtractor) and given.references is None and references:
         with put_together(folder):
-            like = extract.encode(fixed_picture(extract.preprocess.image_size, device_of(extract)))
-            extract.set_references(ReferenceBank(references, [(m.shape[2], m.shape[3]) for m in like]))
+            like = given.encode(fixed_picture(given.preprocess.image_size, device_of(given)))
+            given.set_references(ReferenceBank(references, [(m.shape[2], m.shape[3]) for m in like]))
     with put_together(folder):
-        where = device_of(extract, tensors, device)
-        found = probe(extract, config.image_size, where)
-    _compare(found, config.probe, folder)
-    return Loaded(chosen, extract, tensors, config.facts, config.image_size, where)
+        where = device_of(given, tensors, device)
+        found = probe(given, config.image_size, where)
+    refuse_other_features(found, config.probe, folder)
+    return Loaded(folder, chosen, given, [], tensors, config.facts, config.image_size, where)
 
 
-def read_tensors(folder: Path, config: DetectorConfig) -> dict[str, Tensor]:
+def _read_tensors(folder: Path, config: DetectorConfig, device: str | torch.device) -> dict[str, Tensor]:
     """model.safetensors of a saved detector: the tensors that its config lists. ValueError if they are others."""
     with put_together(folder):
         expected = {key: torch.empty(shape, device="meta") for key, shape in config.tensors.items()}
-    return read_weights(folder, expected)
+    return {key: value.to(device) for key, value in read_weights(folder, expected).items()}
 
 
-def _reference_keys(tensors: Mapping[str, Tensor]) -> list[str]:
-    return sorted((key for key in tensors if key.startswith(REFERENCES)), key=lambda key: int(key.rpartition(".")[2]))
-
-
-def device_of(
-    extract: Extract | None, fitted: Mapping[str, Tensor] = {}, otherwise: str | torch.device = "cpu"
-) -> torch.device:
-    """Where an extract works: with its own tensors; a plain function, with those that were fitted on its features."""
-    own = (*extract.parameters(), *extract.buffers()) if isinstance(extract, nn.Module) else ()
-    for tensor in (*own, *fitted.values()):
-        return tensor.device
-    return torch.device(otherwise)
+def _load_members(
+    folder: Path,
+    config: DetectorConfig,
+    extract: Extract | Sequence[Extract] | None,
+    device: str | torch.device | None,
+    weights: str | os.PathLike[str] | None,
+    load: Callable[..., Any],
+) -> list[Any]:
+    names = parts_of(vars(config))
+    extracts = list(extract) if isinstance(extract, Sequence) else [extract] * len(names)
+    if len(extracts) != len(names):
+        raise ValueError(
+            f"{len(extracts)} extracts for the {len(names)} members of {folder}; give one for each, or one for all"
+        )
+    return [load(part(folder, name), one, device, weights) for name, one in zip(names, extracts, strict=True)]
 
 
 def _load_extract(
@@ -274,33 +312,92 @@ def _load_extract(
     return Adapted(backbone, config.images) if config.images is not None else backbone
 
 
-def fixed_picture(side: int, device: torch.device) -> Tensor:
-    """[1, 3, S, S] with values in 0..1. Raises ValueError for a side that no network takes."""
-    if not 0 < side <= LARGEST_SIDE:
-        raise ValueError(f"image_size {side}; expected 1 to {LARGEST_SIDE}")
-    ramp = torch.linspace(0, 6, side)
-    wave = torch.stack([(k * ramp[:, None]).sin() + ((4 - k) * ramp[None]).cos() for k in (1, 2, 3)])
-    return (0.5 + wave / 4)[None].to(device)
+@contextlib.contextmanager
+def put_together(folder: Path) -> Iterator[None]:
+    """Names the folder where options, tensors and features of a saved detector do not fit together: a ValueError.
+
+    Every file can be whole and yet contradict another. What then breaks, and how, is the detector's own matter: the
+    first use would fail with an error about shapes, far from the cause.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except ValueError as error:
+        if str(folder) in str(error):
+            raise
+        raise ValueError(f"{folder}: {error}") from error
+    except (LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, AssertionError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(
+            f"{folder}: the detector's options, tensors and features do not fit together ({type(error).__name__}: "
+            f"{reason}): fit it again"
+        ) from error
 
 
-@torch.no_grad()
-def probe(extract: Extract, image_size: int, device: torch.device) -> list[list[float]]:
-    """The features of the fixed picture, averaged over positions and groups of channels: up to `PARTS` per level."""
-    picture = fixed_picture(image_size, device)
-    encode = extract.encode if isinstance(extract, ADExtractor) and extract.references is None else extract
-    features = encode(picture)
-    means = [level[0].cpu().double().mean((1, 2))[None] for level in features]  # MPS has no float64
-    return [F.adaptive_avg_pool1d(mean, min(PARTS, mean.shape[1]))[0].tolist() for mean in means]
+def detector_card(config: DetectorConfig, repo_id: str = PLACEHOLDER) -> str:
+    """README.md of a fitted detector."""
+    data = ModelCardData(library_name="adpretrain", tags=[*TAGS, config.detector])
+    network = {"extractor": "an extractor, saved beside", "given": "a function of its maker's"}.get(config.extract)
+    if config.backbone is not None:
+        network = f"the backbone `{config.backbone.name}`"
+    prepared = config.images or config.preprocess
+    facts = table(
+        ("what", "value"),
+        [
+            ("detector", f"`{config.detector}`"),
+            ("features", network or "those of its members"),
+            ("input", f"{config.image_size} x {config.image_size} pixels" if prepared is None else prepared.in_words),
+            ("options", f"`{json.dumps(config.options)}`"),
+            ("tensors", ", ".join(f"`{name}` {shape}" for name, shape in config.tensors.items())),
+            ("adpretrain", f"`{config.library_version}`"),
+        ],
+    )
+    usage = _USAGE.format(repo_id=repo_id, side=config.image_size)
+    return (
+        f"---\n{data.to_yaml()}\n---\n\n# {repo_id}\n\n> **{NOTICE}**\n\n"
+        f"An anomaly detector, fitted on photographs of one product. Made with `adpretrain`.\n\n"
+        f"## Use\n\n{usage}\n\n## What it is\n\n{facts}\n"
+    )
 
 
-def _compare(found: list[list[float]], saved: list[list[float]], folder: Path) -> None:
-    if [len(level) for level in found] != [len(level) for level in saved]:
-        raise ValueError(f"{folder} was fitted on features of {len(saved)} levels, these are of {len(found)} or others")
-    for number, pair in enumerate(zip(found, saved, strict=True)):
-        ours, theirs = (torch.tensor(values, dtype=torch.float64) for values in pair)
-        difference = float((ours - theirs).norm() / theirs.norm().clamp_min(1e-9))
-        if not difference <= TOLERANCE:
-            raise ValueError(
-                f"{folder} was fitted on other features: level {number} of a fixed picture differs by "
-                f"{difference:.0%}. Were other weights loaded, or other references set?"
-            )
+def publish_saved(folder: Path, repo_id: str, *, private: bool, detector: bool = True, **options: Any) -> Published:
+    """Publish a folder of our own, whose card gets the repository's name. For a detector, a warning says loudly what
+    the folder holds."""
+    if detector:
+        public = "" if private else " THE REPOSITORY IS PUBLIC: everybody can read it."
+        warnings.warn(f"{NOTICE}{public}", stacklevel=3)
+    readme = folder / CARD_NAME
+    readme.write_text(readme.read_text(encoding="utf-8").replace(PLACEHOLDER, repo_id), encoding="utf-8")
+    return publish(folder, repo_id, private=private, **options)
+
+
+def push_folder(folder: Path, repo_id: str, *, private: bool | None = None, **options: Any) -> Published:
+    """Publish what a `save_pretrained` wrote, without loading it: an extractor or a fitted detector.
+
+    The folder is checked before anything is copied: it may hold links and pipes, or be far too large.
+
+    ``private``: None = a detector is, an extractor is not. ``options``: tag, message and dry_run, as in `publish`.
+    Raises ValueError, with the fix, if the folder is neither, and as `publish` does.
+    """
+    detector = is_detector(folder)
+    files_to_publish(folder)
+    text = detector_card(read_detector_config(folder)) if detector else card(read_config(folder))
+    with tempfile.TemporaryDirectory() as scratch:
+        staged = Path(shutil.copytree(folder, Path(scratch) / folder.resolve().name, symlinks=True))
+        if not (staged / CARD_NAME).is_file():
+            (staged / CARD_NAME).write_text(text, encoding="utf-8")
+        try:
+            private = detector if private is None else private
+            return publish_saved(staged, repo_id, private=private, detector=detector, **options)
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(staged), str(folder))) from error
+
+
+def is_detector(folder: Path) -> bool:
+    """Whether a saved model is a fitted detector; else it is taken for an extractor. Raises ValueError for neither."""
+    if not (folder / CONFIG_NAME).is_file():
+        what = f"has no {CONFIG_NAME}" if folder.is_dir() else "is not a folder"
+        raise ValueError(f"{folder} {what}: expected a folder written by save_pretrained")
+    content = read_json(folder / CONFIG_NAME)
+    return isinstance(content, dict) and "detector" in content

@@ -27,7 +27,7 @@ from adpretrain.config import LocalScaleConfig
 from adpretrain.files import atomic_path
 from adpretrain.local_scale import LocalScale
 from adpretrain.residual import leave_one_out_residuals, nearest_reference, tokens
-from downstream.detectors.featurenorm import FeatureNorm
+from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
 from downstream.evaluation.few_shot import FeatureSet, draw_shots, encode_samples, measure
 
 HALVES = (
@@ -65,7 +65,9 @@ def scored(images: FeatureSet, draw: int) -> np.ndarray:
         scaled[share] = [norm / size[matched] for (norm, matched, _), size in zip(found, sizes, strict=True)]
     rows = []
     for share, weights, top in itertools.product(SHARES, WEIGHTS, TOPS):
-        detector = FeatureNorm(lambda batch: [batch], image_size=MAP_SIDE, sigma=4 * MAP_SIDE / 224, top=top)
+        detector = FeatureNorm(
+            lambda batch: [batch], FeatureNormConfig(image_size=MAP_SIDE, sigma=4 * MAP_SIDE / 224, top=top)
+        )
         levels = [level[:, None] * weight for level, weight in zip(scaled[share], weights, strict=True)]
         metrics = measure(detector.from_features(levels), images, queries)
         rows.append([100 * getattr(metrics, metric) for metric in METRICS])

@@ -30,8 +30,7 @@ from adpretrain.data import Sample
 from adpretrain.extractor import backbone_config
 from adpretrain.parsing import read_yaml
 from adpretrain.saved import folder_digest
-from downstream.detectors import find_detector
-from downstream.detectors.building import build_detector
+from downstream.detectors import build_detector, find_detector
 from downstream.evaluation.contenders import PRETRAINED, RAW, Networks, contenders
 from downstream.evaluation.protocols import ProtocolOptions, trials
 from downstream.evaluation.tables import in_order

@@ -33,8 +33,7 @@ from adpretrain.data import DATASETS, Sample, index_with_bare
 from adpretrain.hub import EMBEDDED
 from adpretrain.preprocess import RESIZES
 from downstream import cli
-from downstream.detectors import DETECTORS
-from downstream.detectors.building import SETTINGS
+from downstream.detectors import DETECTORS, SETTINGS
 from downstream.evaluation.contenders import FEATURES, PRETRAINED, SCALED
 from downstream.evaluation.protocols import PROTOCOLS
 from downstream.terminal import one_line_warnings, tell_memory

@@ -45,7 +45,7 @@ def save_panels(
     ``kinds``: ``folder``/{defect}.png.
     """
     photos = [read_image(images.samples[index].image) for index in references]
-    normal = FeatureNorm(extractor, extractor.preprocess.image_size).leave_one_out(
+    normal = FeatureNorm(extractor).leave_one_out(
         torch.stack([extractor.preprocess(photo) for photo in photos]).to(prediction.maps.device)
     )
     scale = ColourScale.from_normal_maps(normal.maps.cpu().numpy())

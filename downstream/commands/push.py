@@ -37,7 +37,7 @@ def push(parser: ArgumentParser) -> Callable[[Namespace], int]:
 
 
 def _push(options: Namespace) -> int:
-    from downstream.publishing import push_folder
+    from downstream.saved import push_folder
 
     done = push_folder(
         Path(options.folder),

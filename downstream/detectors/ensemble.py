@@ -20,10 +20,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,12 +30,12 @@ from torch import Tensor
 from typing_extensions import Self
 
 from adpretrain.backbones import Backbone, Extract, load_backbone
-from downstream.composite import Composite, LoadedComposite, save_composite
-from downstream.detector import Detector, Prediction, not_fitted
-from downstream.detectors.adapted import Adapted
-from downstream.detectors.building import build_detector, merged
+from downstream.coreset import Progress
+from downstream.detector import Detector, Prediction
+from downstream.detectors import build_detector, detector_from_pretrained, merged
 from downstream.detectors.reconpatch import ENSEMBLE_320
-from downstream.saved import device_of
+from downstream.extracts import Adapted, device_of
+from downstream.saved import Loaded
 
 CONSISTENCY = 1.4826  # 1 / the 75 % quantile of the standard normal distribution
 PIXEL_STEP = 4  # every fourth pixel in both directions says enough: maps are smoothed over more than that
@@ -54,7 +52,7 @@ class MemberConfig:
         detector: its name.
         options: its options, in place of its own.
         backbone: a network of its own, which sees the ensemble's images resized and normalised for it
-            (`downstream.detectors.adapted`); null = the features that the ensemble is given.
+            (`downstream.extracts.Adapted`); null = the features that the ensemble is given.
         levels, image_size, weights: of this network, as in `load_backbone`; image_size null = that of the images.
     """
 
@@ -154,6 +152,17 @@ class Units:
     pixels: ScoreUnit
     side: int
 
+    @classmethod
+    def of_numbers(cls, numbers: Sequence[float], side: int) -> Units:
+        """From `numbers`, as they were saved."""
+        median, mad, pixel_median, pixel_mad = numbers
+        return cls(ScoreUnit(median, mad), ScoreUnit(pixel_median, pixel_mad), side)
+
+    @property
+    def numbers(self) -> tuple[float, float, float, float]:
+        """Median and MAD of scores and pixels."""
+        return self.scores.median, self.scores.mad, self.pixels.median, self.pixels.mad
+
 
 def training_units(detector: Detector, batches: Iterable[Tensor]) -> Units:
     """The units of a fitted detector's scores and maps on the images it was fitted on."""
@@ -168,14 +177,16 @@ def training_units(detector: Detector, batches: Iterable[Tensor]) -> Units:
     return Units(ScoreUnit.of(torch.cat(scores)), ScoreUnit.of(torch.cat(pixels)), side)
 
 
-class Ensemble(Composite):
+class Ensemble(Detector):
     """The mean of the members' standardised scores and maps.
 
     All members see the same images, so their networks must want them prepared alike. `fit` fits them one after the
     other; members that share an extract do not share its work.
     """
 
-    saved_as = "ensemble"
+    name = "ensemble"
+    options = None  # all there is to say of them are the members
+    load_member = staticmethod(detector_from_pretrained)
 
     def __init__(self, members: Sequence[Detector]) -> None:
         if not members:
@@ -184,11 +195,11 @@ class Ensemble(Composite):
         self._units: list[Units] = []
 
     @classmethod
-    def of(cls, extract: Extract, options: EnsembleConfig) -> Self:
-        """The members that ``options`` list, unfitted; those without a network of their own see ``extract``."""
-        return cls([build_member(extract, member, options.options) for member in options.members])
+    def of(cls, extract: Extract, config: EnsembleConfig) -> Self:
+        """The members that ``config`` lists, unfitted; those without a network of their own see ``extract``."""
+        return cls([build_member(extract, member, config.options) for member in config.members])
 
-    def fit(self, normal_batches: Iterable[Tensor]) -> Self:
+    def fit(self, normal_batches: Iterable[Tensor], progress: Progress | None = None) -> Self:
         """Fit every member, then score the same images for their units: 2 M passes over batches [b, 3, S, S].
 
         An iterator that can be read only once is kept in memory. Raises ValueError as the members do, and if half of a
@@ -197,19 +208,18 @@ class Ensemble(Composite):
         batches = list(normal_batches) if iter(normal_batches) is normal_batches else normal_batches
         units = []
         for number, member in enumerate(self.members):
-            member.fit(batches)
+            member.fit(batches, progress)
             try:
                 units.append(training_units(member, batches))
             except ValueError as error:
                 raise ValueError(f"member {number} of the ensemble: {error}") from error
-        self._units = units
+        self._units, self.side = units, units[0].side
         return self
 
     def predict(self, images: Tensor) -> Prediction:
         """[B, 3, S, S] -> scores [B], maps [B, S, S], in units of a normal score's spread. Raises ValueError before
         `fit`."""
-        if not self._units:
-            raise not_fitted(self)
+        self.check_fitted()
         scores, maps = [], []
         for member, units in zip(self.members, self._units, strict=True):
             prediction = member.predict(images)
@@ -217,23 +227,15 @@ class Ensemble(Composite):
             maps.append(units.pixels.standard(prediction.maps))
         return Prediction(torch.stack(scores).mean(0), torch.stack(maps).mean(0))
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
-        """Write all fitted members, FEATURES OF THE PRODUCT among them (`downstream.saved`), and their units.
-
-        Raises ValueError before `fit`, if ``folder`` holds other files, or if a member cannot be saved.
-        """
-        if not self._units:
-            raise not_fitted(self)
-        rows = [(u.scores.median, u.scores.mad, u.pixels.median, u.pixels.mad) for u in self._units]
-        tensors = {"units": torch.tensor(rows, dtype=torch.float64)}
-        return save_composite(folder, self.saved_as, None, self.members, tensors, self._units[0].side)
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The members' units."""
+        return {"units": torch.tensor([units.numbers for units in self._units], dtype=torch.float64)}, {}
 
     @classmethod
-    def _restored(cls, loaded: LoadedComposite) -> Self:
-        ensemble = cls(loaded.members)
-        for median, mad, pixel_median, pixel_mad in loaded.tensors["units"].tolist():
-            units = Units(ScoreUnit(median, mad), ScoreUnit(pixel_median, pixel_mad), loaded.config.image_size)
-            ensemble._units.append(units)
-        if len(ensemble._units) != len(loaded.members):
-            raise ValueError(f"{len(loaded.members)} members and units of {len(ensemble._units)}")
-        return ensemble
+    def _unfitted(cls, loaded: Loaded) -> Self:
+        return cls(loaded.members)
+
+    def restore(self, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
+        self._units = [Units.of_numbers(numbers, self.side) for numbers in tensors["units"].tolist()]
+        if len(self._units) != len(self.members):
+            raise ValueError(f"{len(self.members)} members and units of {len(self._units)}")

@@ -5,12 +5,9 @@ Shapes: B images, S side in pixels, L levels, K references.
 
 from __future__ import annotations
 
-import dataclasses
-import os
-from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -20,66 +17,76 @@ from adpretrain.backbones import Extract, FeatureMaps
 from adpretrain.extractor import ADExtractor
 from adpretrain.preprocess import Preprocess
 from adpretrain.saved import NORMS
-from downstream.detector import Prediction, check_images, extracted, keeping_references, not_fitted
-from downstream.maps import check_sigma, gaussian_blur, upsample
-from downstream.pretrained import Pretrained
-from downstream.saved import Loaded, save_detector
+from downstream.coreset import Progress
+from downstream.detector import Detector, Prediction, check_images
+from downstream.extracts import keeping_references
+from downstream.maps import SIGMA, check_sigma, gaussian_blur, upsample
 
-NAME = "featurenorm"
 SIDE = 224
 
 
 @dataclass(frozen=True)
-class FeatureNormOptions:
-    """The arguments of `FeatureNorm`, as they are saved."""
+class FeatureNormConfig:
+    """Options of `FeatureNorm`.
 
-    image_size: int = SIDE
-    sigma: float = 4.0
+    Args:
+        image_size: side of the maps in pixels; null = that of the extract's input, 224 for a function that has no
+            ``preprocess``.
+        sigma: of the smoothing, in pixels.
+        norm: "l2" = ||x||_2, or "released" = sqrt(||x|| + 1) - 1, the authors' code; null = the extractor's own ("l2"
+            for a raw backbone).
+        top: the image score is the mean of this share of the highest map values; 0 = the maximum, as in the paper. One
+            per cent is the default because a mean over a patch is steadier than one pixel.
+    """
+
+    image_size: int | None = None
+    sigma: float = SIGMA
     norm: str | None = None
     top: float = 0.01
 
+    def __post_init__(self) -> None:
+        check_sigma(self.sigma)
+        if self.norm is not None and self.norm not in NORMS:
+            raise ValueError(f"norm {self.norm!r} is unknown; choose one of {NORMS}")
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"image_size {self.image_size}, the side of the maps in pixels, must be at least 1")
+        if not 0 <= self.top <= 1:
+            raise ValueError(f"top {self.top} must be a share of the map's pixels, between 0 (the maximum) and 1")
 
-DEFAULT = FeatureNormOptions()
-ADPRETRAIN = FeatureNormOptions(top=0.0)  # ADPretrain's evaluation: the maximum of the map is the image's score
+
+DEFAULT = FeatureNormConfig()
+ADPRETRAIN = FeatureNormConfig(top=0.0)  # ADPretrain's evaluation: the maximum of the map is the image's score
 
 
-class FeatureNorm(Pretrained):
+class FeatureNorm(Detector):
     """Feature norm -> level maps -> bilinear upsampling -> mean over levels -> Gaussian (sigma in pixels) -> score.
 
-    ``extract`` is an `ADExtractor` (`fit` gives references to the detector's own copy of it, and leaves the given one
-    alone) or any raw backbone (nothing is fitted: the plain norm, the paper's weakest baseline). ``image_size``: side
-    of the maps in pixels; None = that of the extract's input, 224 for a function that has no ``preprocess``. ``norm``:
-    "l2" = ||x||_2, or "released" = sqrt(||x|| + 1) - 1, the authors' code; None = the extractor's own ("l2" for a raw
-    backbone). ``top``: the image score is the mean of this share of the highest map values; 0 = the maximum, as in the
-    paper. One per cent is the default because a mean over a patch is steadier than one pixel.
+    On an `ADExtractor`, what it fits are the references, of the detector's own copy of it; references that the
+    extractor has already will do. On a raw backbone nothing is fitted: the plain norm, the paper's weakest baseline.
     """
 
-    saved_as = (NAME, FeatureNormOptions)
+    name = "featurenorm"
+    options = FeatureNormConfig
+    references_are: ClassVar[Literal["fitted", "chosen"]] = "fitted"
 
-    def __init__(
-        self,
-        extract: Extract,
-        image_size: int | None = None,
-        sigma: float = 4.0,
-        norm: str | None = None,
-        top: float = 0.01,
-    ) -> None:
-        if image_size is None:
-            preprocess = getattr(extract, "preprocess", None)
-            image_size = preprocess.image_size if isinstance(preprocess, Preprocess) else SIDE
-        if norm is None:
-            norm = extract.config.norm if isinstance(extract, ADExtractor) else "l2"
-        if norm not in NORMS:
-            raise ValueError(f"norm {norm!r} is unknown; choose one of {NORMS}")
-        check_sigma(sigma)
-        if image_size < 1:
-            raise ValueError(f"image_size {image_size}, the side of the maps in pixels, must be at least 1")
-        if not 0 <= top <= 1:
-            raise ValueError(f"top {top} must be a share of the map's pixels, between 0 (the maximum) and 1")
-        self.extract = self._given = extract
-        self.image_size, self.sigma, self.norm, self.top = image_size, sigma, norm, top
+    def __init__(self, extract: Extract, config: FeatureNormConfig = DEFAULT) -> None:
+        preprocess = getattr(extract, "preprocess", None)
+        input_side = preprocess.image_size if isinstance(preprocess, Preprocess) else None
+        network = getattr(extract, "extractor", extract)  # the one below `evaluation.withheld.Withheld`
+        norm = network.config.norm if isinstance(network, ADExtractor) else "l2"
+        image_size = config.image_size or input_side or SIDE
+        super().__init__(extract, replace(config, image_size=image_size, norm=config.norm or norm))
+        self.side = input_side or image_size
 
-    def fit(self, normal_batches: Iterable[Tensor]) -> Self:
+    @property
+    def fitted(self) -> bool:
+        """Whether there are references, or none are needed."""
+        extract = self.extract
+        if not isinstance(extract, ADExtractor) or extract.config.matching == "none":
+            return True
+        return extract.references is not None
+
+    def fit(self, normal_batches: Iterable[Tensor], progress: Progress | None = None) -> Self:
         """Take these images as references: batches [b, 3, S, S], K in all; a raw backbone reads none.
 
         Raises ValueError without images, or for bad ones.
@@ -94,14 +101,6 @@ class FeatureNorm(Pretrained):
             self.extract = extract.set_references(torch.cat(batches))
         return self
 
-    def predict(self, images: Tensor) -> Prediction:
-        """[B, 3, S, S] -> scores [B], maps [B, image_size, image_size].
-
-        Raises ValueError for bad images, or for an extractor without references: neither set nor from `fit`.
-        """
-        with torch.no_grad():
-            return self.from_features(extracted(self.extract, images))
-
     def leave_one_out(self, images: Tensor) -> Prediction:
         """Score each of K normal photographs [K, 3, S, S] against the other K - 1. Raises ValueError if K < 2."""
         if not isinstance(self.extract, ADExtractor):
@@ -110,32 +109,23 @@ class FeatureNorm(Pretrained):
 
     def from_features(self, features: FeatureMaps) -> Prediction:
         """L levels [B, C_l, H_l, W_l] -> scores [B], maps [B, image_size, image_size]."""
-        total = torch.zeros(features[0].shape[0], self.image_size, self.image_size, device=features[0].device)
+        side = self.config.image_size
+        total = torch.zeros(features[0].shape[0], side, side, device=features[0].device)
         for feature in features:
             norm = feature.float().norm(dim=1)
-            if self.norm == "released":
+            if self.config.norm == "released":
                 norm = (norm + 1).sqrt() - 1
-            total += upsample(norm, self.image_size, align_corners=True)
-        maps = gaussian_blur(total / len(features), self.sigma)
-        count = max(1, round(self.top * maps[0].numel()))
+            total += upsample(norm, side, align_corners=True)
+        maps = gaussian_blur(total / len(features), self.config.sigma)
+        count = max(1, round(self.config.top * maps[0].numel()))
         return Prediction(maps.flatten(1).topk(count).values.mean(1), maps)
 
-    @property
-    def options(self) -> FeatureNormOptions:
-        """The arguments it was made with."""
-        return FeatureNormOptions(self.image_size, self.sigma, self.norm, self.top)
+    def _check_side(self, images: Tensor) -> None:
+        """Any side that the extract takes: nothing was fitted on the images' grid."""
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the fitted detector: its extractor and REFERENCE BANKS, features of the product (`downstream.saved`).
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Nothing but the references, which are saved with the extractor."""
+        return {}, {}
 
-        Raises ValueError before `fit`, or if ``folder`` holds other files.
-        """
-        if isinstance(self.extract, ADExtractor) and self.extract.references is None:
-            raise not_fitted(self)
-        preprocess = getattr(self.extract, "preprocess", None)
-        side = preprocess.image_size if preprocess else self.image_size
-        return save_detector(folder, NAME, self.options, self.extract, {}, side)
-
-    @classmethod
-    def _restored(cls, loaded: Loaded[Any]) -> Self:
-        return cls(loaded.extract, **dataclasses.asdict(loaded.options))
+    def restore(self, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
+        pass

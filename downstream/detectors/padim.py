@@ -8,34 +8,20 @@ Shapes: B images, S side in pixels, H x W positions (P in all), D channels, L le
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from adpretrain.backbones import Extract, FeatureMaps
-from adpretrain.memory import expected_images, hold, memory_limit
-from downstream.detector import (
-    Prediction,
-    check_images,
-    check_side,
-    extracted,
-    keeping_references,
-    normal_features,
-    not_fitted,
-)
+from adpretrain.memory import hold, memory_limit
+from downstream.coreset import Progress
+from downstream.detector import Detector, NormalFeatures, Prediction
 from downstream.embedding import Embedding, EmbeddingConfig, chosen_levels, settle_levels
 from downstream.gaussians import Gaussians, Moments, size_bytes
 from downstream.maps import SIGMA, check_sigma, gaussian_blur, upsample
-from downstream.pretrained import Pretrained
-from downstream.saved import Loaded, save_detector
-
-NAME = "padim"
 
 
 def _embedding() -> EmbeddingConfig:
@@ -78,54 +64,43 @@ STAGES = (1, 2, 3)  # of a ResNet, those that the paper takes
 ADPRETRAIN = PaDiMConfig(EmbeddingConfig(levels=None, patch=1), per_level=True, align_corners=True)
 
 
-class PaDiM(Pretrained):
+class PaDiM(Detector):
     """Mean and covariance of every position -> Mahalanobis distance -> upsampled, smoothed map -> its maximum."""
 
-    saved_as = (NAME, PaDiMConfig)
+    name = "padim"
+    options = PaDiMConfig
 
     def __init__(self, extract: Extract, config: PaDiMConfig = DEFAULT) -> None:
-        self.extract = self._given = extract
-        self.config = replace(config, embedding=settle_levels(config.embedding, extract, STAGES))
+        super().__init__(extract, replace(config, embedding=settle_levels(config.embedding, extract, STAGES)))
         self._embeddings: list[Embedding] = []
         self._gaussians: list[Gaussians] = []
         self._grids: list[tuple[int, int]] = []
-        self._side = 0
 
-    def fit(self, normal_batches: Iterable[Tensor]) -> Self:
-        """One pass over batches [b, 3, S, S], n images in all; memory as in `Moments`.
-
-        Raises ValueError for fewer than 2 images, bad images, or Gaussians that would be larger than ``max_bytes``,
-        before they are.
-        """
-        self.extract = keeping_references(self._given)
+    def fit_features(self, normals: NormalFeatures, progress: Progress | None) -> None:
+        """Add up the `Moments`. Raises ValueError for fewer than 2 images, or Gaussians that would be larger than
+        ``max_bytes``, before they are."""
         config = self.config
         moments: list[Moments] = []
-        for images, features in normal_features(self.extract, normal_batches):
+        for features in normals:
+            images = len(features[0])
             if not moments:
                 count = len(chosen_levels(features, config.embedding.levels)) if config.per_level else 1
-                expected = expected_images(normal_batches, len(images))
+                expected = normals.most_images(images)
                 self._embeddings, moments = self._new_embeddings(count), [Moments(expected) for _ in range(count)]
             rows = self._embed(features)
             grids = [(int(level.shape[1]), int(level.shape[2])) for level in rows]
-            self._hold(rows, max(moments[0].count + len(images), expected or 0), say=not moments[0].count)
+            self._hold(rows, max(moments[0].count + images, expected or 0), say=not moments[0].count)
             for level, moment in zip(rows, moments, strict=True):
                 moment.add(level.flatten(1, 2))
-            side = int(images.shape[2])
         self._gaussians = [moment.gaussians(config.eps) for moment in moments]
-        self._grids, self._side = grids, side
-        return self
+        self._grids = grids
 
-    def predict(self, images: Tensor) -> Prediction:
-        """[B, 3, S, S] -> scores [B], maps [B, S, S]. Raises ValueError before `fit`, or for images of another size."""
-        if not self._gaussians:
-            raise not_fitted(self)
-        check_images(images)
-        check_side(images, self._side)
-        total = images.new_zeros(len(images), self._side, self._side, dtype=torch.float32)
-        rows = self._embed(extracted(self.extract, images))
+    def from_features(self, features: FeatureMaps) -> Prediction:
+        total = features[0].new_zeros(len(features[0]), self.side, self.side, dtype=torch.float32)
+        rows = self._embed(features)
         for level, gaussians, grid in zip(rows, self._gaussians, self._grids, strict=True):
             distances = gaussians.distances(level.flatten(1, 2)).unflatten(1, grid)
-            total += upsample(distances, self._side, self.config.align_corners)
+            total += upsample(distances, self.side, self.config.align_corners)
         maps = gaussian_blur(total / len(rows), self.config.sigma)
         return Prediction(maps.flatten(1).amax(1), maps)
 
@@ -150,29 +125,21 @@ class PaDiM(Pretrained):
         what = f"the set of Gaussians of {images} images at {shapes} channels"
         hold(what, needed, memory_limit(rows[0].device, self.config.max_bytes), advice, say)
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the fitted detector: MEANS AND VARIATION OF THE PRODUCT'S FEATURES (`downstream.saved`).
-
-        Raises ValueError before `fit`, or if ``folder`` holds other files.
-        """
-        if not self._gaussians:
-            raise not_fitted(self)
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """MEANS AND VARIATION OF THE PRODUCT'S FEATURES."""
         tensors: dict[str, Tensor] = {}
         for number, (embedding, gaussians) in enumerate(zip(self._embeddings, self._gaussians, strict=True)):
             tensors |= {f"{number}.mean": gaussians.mean_PD, f"{number}.factor": gaussians.factor_PFD}
             tensors |= {f"{number}.{name}": value for name, value in embedding.state_dict().items()}
-        facts = {"low_rank": [g.low_rank for g in self._gaussians], "grids": [list(grid) for grid in self._grids]}
-        return save_detector(folder, NAME, self.config, self.extract, tensors, self._side, facts)
+        return tensors, {
+            "low_rank": [g.low_rank for g in self._gaussians],
+            "grids": [list(grid) for grid in self._grids],
+        }
 
-    @classmethod
-    def _restored(cls, loaded: Loaded[Any]) -> Self:
-        detector = cls(loaded.extract, loaded.options)
-        detector._side = loaded.image_size
-        detector._grids = [(height, width) for height, width in loaded.facts["grids"]]
-        detector._embeddings = detector._new_embeddings(len(detector._grids))
-        for number, embedding in enumerate(detector._embeddings):
-            mean, factor = loaded.tensors[f"{number}.mean"], loaded.tensors[f"{number}.factor"]
-            low_rank = loaded.facts["low_rank"][number]
-            detector._gaussians.append(Gaussians(mean, factor, loaded.options.eps, low_rank))
-            embedding.reducer = loaded.tensors.get(f"{number}.reducer")
-        return detector
+    def restore(self, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
+        self._grids = [(height, width) for height, width in facts["grids"]]
+        self._embeddings = self._new_embeddings(len(self._grids))
+        for number, embedding in enumerate(self._embeddings):
+            mean, factor, low_rank = tensors[f"{number}.mean"], tensors[f"{number}.factor"], facts["low_rank"][number]
+            self._gaussians.append(Gaussians(mean, factor, self.config.eps, low_rank))
+            embedding.reducer = tensors.get(f"{number}.reducer")

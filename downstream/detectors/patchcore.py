@@ -5,37 +5,22 @@ Shapes: B images, S side in pixels, H x W patches of an image, N rows of the ban
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
-from adpretrain.backbones import Extract
-from downstream.approximate import ApproximateNeighbours
-from downstream.bank import GrowingBank
+from adpretrain.backbones import Extract, FeatureMaps
+from adpretrain.memory import GrowingBank
 from downstream.coreset import METHODS, Progress, check_amount, subsample
-from downstream.detector import (
-    Prediction,
-    check_images,
-    check_side,
-    extracted,
-    keeping_references,
-    normal_features,
-    not_fitted,
-)
+from downstream.detector import Detector, NormalFeatures, Prediction
 from downstream.embedding import Embedding, EmbeddingConfig, settle_levels
 from downstream.maps import SIGMA, check_sigma, pixel_maps
-from downstream.neighbours import Neighbours, nearest
-from downstream.pretrained import Pretrained
-from downstream.saved import Loaded, save_detector
+from downstream.neighbours import ApproximateNeighbours, Neighbours, nearest
 
-NAME = "patchcore"
 SEARCHES = ("exact", "ivfpq")
 CHOOSING = 40  # bytes of bounds, norms and counts that the coreset keeps of a row
 WEIGHED = 4096  # patches weighed at a time
@@ -105,42 +90,27 @@ ADPRETRAIN = PatchCoreConfig(
 )
 
 
-class PatchCore(Pretrained):
+class PatchCore(Detector):
     """Patch embeddings of normal images -> subsampled bank -> nearest distances -> map; Eq. 6 and 7 -> score.
 
     While it is fitted the bank holds all patches, N = images x H x W x keep rows of 4 D bytes, and one batch besides;
     for the choice some 20 N bytes and the projected rows (4 N projection_dim). Afterwards, ``amount`` of it, twice.
     """
 
-    saved_as = (NAME, PatchCoreConfig)
+    name = "patchcore"
+    options = PatchCoreConfig
+
+    bank_ND: Tensor
+    _search: Neighbours | ApproximateNeighbours
 
     def __init__(self, extract: Extract, config: PatchCoreConfig = DEFAULT) -> None:
-        self.extract = self._given = extract
-        self.config = replace(config, embedding=settle_levels(config.embedding, extract, STAGES))
+        super().__init__(extract, replace(config, embedding=settle_levels(config.embedding, extract, STAGES)))
         self.embedding = Embedding(self.config.embedding)
-        self.bank_ND: Tensor | None = None
-        self._search: Neighbours | ApproximateNeighbours | None = None
-        self.side = 0
 
-    def fit(self, normal_batches: Iterable[Tensor], progress: Progress | None = None) -> Self:
-        """One pass over batches [b, 3, S, S]. ``progress(what, done, total)`` is told how the coreset grows.
-
-        Raises ValueError without images, for bad ones, or before the bank outgrows ``max_bank_bytes``; it says what
-        to change.
-        """
-        self.extract = keeping_references(self._given)
-        side = 0
-
-        def embeddings() -> Iterator[Tensor]:
-            nonlocal side
-            for images, features in normal_features(self.extract, normal_batches):
-                side = int(images.shape[2])
-                yield self.embedding(features)
-
-        batches = len(normal_batches) if isinstance(normal_batches, Sized) else None
-        bank_ND = self.choose(embeddings(), batches, progress)
-        self.remember(bank_ND, side)
-        return self
+    def fit_features(self, normals: NormalFeatures, progress: Progress | None) -> None:
+        """Fill the bank and subsample it; ``progress`` is told how the coreset grows. Raises ValueError before the bank
+        outgrows ``max_bank_bytes``; it says what to change."""
+        self.remember(self.choose(map(self.embedding, normals), normals.batches, progress))
 
     def choose(
         self, embeddings: Iterable[Tensor], batches: int | None = None, progress: Progress | None = None
@@ -191,24 +161,17 @@ class PatchCore(Pretrained):
             kept.append(rows_TD[torch.from_numpy(chosen).to(rows_TD.device)])
         return torch.cat(kept)
 
-    def remember(self, bank_ND: Tensor, side: int) -> None:
-        """Take a bank [N, D] of the embeddings of images of this side, from `choose` or a file."""
+    def remember(self, bank_ND: Tensor) -> None:
+        """Take a bank [N, D] of embeddings, from `choose` or a file."""
         approximate = self.config.search == "ivfpq"
         self._search = ApproximateNeighbours(bank_ND, seed=self.config.seed) if approximate else Neighbours(bank_ND)
-        self.bank_ND, self.side = bank_ND, side
+        self.bank_ND = bank_ND
 
-    @torch.no_grad()
-    def predict(self, images: Tensor) -> Prediction:
-        """[B, 3, S, S] -> scores [B], maps [B, S, S]. Raises ValueError before `fit`, or for images of another size."""
-        if self._search is None:
-            raise not_fitted(self)
-        check_images(images)
-        check_side(images, self.side)
-        return self.score(self.embedding(extracted(self.extract, images)))
+    def from_features(self, features: FeatureMaps) -> Prediction:
+        return self.score(self.embedding(features), self.side)
 
-    @torch.no_grad()
-    def score(self, rows_BHWD: Tensor) -> Prediction:
-        """Embeddings [B, H, W, D] of images of the fitted side -> prediction."""
+    def score(self, rows_BHWD: Tensor, side: int) -> Prediction:
+        """Embeddings [B, H, W, D] of images of this side -> prediction."""
         batch, height, width, _ = rows_BHWD.shape
         rows_ND = rows_BHWD.flatten(0, 2)
         distance_N, index_N = self._nearest(rows_ND)
@@ -222,12 +185,10 @@ class PatchCore(Pretrained):
         if self.config.reweight and not self.config.reweight_all:
             picked = torch.arange(batch, device=farthest_B.device), farthest_B
             scores = scores * self._weights(rows_BHWD.flatten(1, 2)[picked], index_N.view(batch, -1)[picked])
-        return Prediction(scores, pixel_maps(distance_BT.unflatten(1, (height, width)), self.side, self.config.sigma))
+        return Prediction(scores, pixel_maps(distance_BT.unflatten(1, (height, width)), side, self.config.sigma))
 
     def _nearest(self, rows_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Distance to the nearest row of the bank, and its index: [N], [N]."""
-        assert self._search is not None
-        assert self.bank_ND is not None
         distance, index = (found[:, 0] for found in self._search.search(rows_ND, 1))
         lost = index < 0  # the cells that an approximate search looked into are empty
         if bool(lost.any()):
@@ -241,8 +202,6 @@ class PatchCore(Pretrained):
         weight is the others' share of the sum, so that nothing overflows or cancels. In a bank of one row it is 1,
         where Eq. 7 gives 0: every score would be 0.
         """
-        assert self._search is not None
-        assert self.bank_ND is not None
         count = min(self.config.reweight, len(self.bank_ND))
         if count < 2:
             return torch.ones_like(patch_BD[:, 0])
@@ -252,19 +211,10 @@ class PatchCore(Pretrained):
         distance_Bb = distance_Bb.masked_fill(index_Bb < 0, -torch.inf)
         return distance_Bb.softmax(1)[:, 1:].sum(1)
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the fitted detector: its bank holds FEATURES OF THE PRODUCT (`downstream.saved`).
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The bank: FEATURES OF THE PRODUCT."""
+        return {"bank": self.bank_ND, **self.embedding.state_dict()}, {}
 
-        Raises ValueError before `fit`, or if ``folder`` holds other files.
-        """
-        if self.bank_ND is None:
-            raise not_fitted(self)
-        tensors = {"bank": self.bank_ND, **self.embedding.state_dict()}
-        return save_detector(folder, NAME, self.config, self.extract, tensors, self.side)
-
-    @classmethod
-    def _restored(cls, loaded: Loaded[Any]) -> Self:
-        detector = cls(loaded.extract, loaded.options)
-        detector.embedding.reducer = loaded.tensors.get("reducer")
-        detector.remember(loaded.tensors["bank"], loaded.image_size)
-        return detector
+    def restore(self, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
+        self.embedding.reducer = tensors.get("reducer")
+        self.remember(tensors["bank"])

@@ -25,7 +25,7 @@ from adpretrain.extractor import ADExtractor
 from adpretrain.files import atomic_path
 from adpretrain.hub import locate
 from adpretrain.saved import backbone_config, folder_digest
-from downstream.detectors.building import build_detector, chosen_options
+from downstream.detectors import build_detector, chosen_options
 from downstream.evaluation.board import Board, ExtractorRow, SetRow
 from downstream.evaluation.board_table import write_board
 from downstream.evaluation.contenders import ALIGNED, RAW, Contender, Networks
@@ -222,7 +222,7 @@ def _pairs(board: Board, rows: Sequence[Features]) -> Iterator[tuple[Features, C
             contender = Contender(detector, row.kind)
             extract = row.networks.extract(contender)
             build_detector(detector, extract, options, board.settings)
-            chosen = asdict(chosen_options(detector, extract, options, board.settings))
+            chosen = asdict(chosen_options(detector, options, board.settings))
             yield (
                 row,
                 contender,

@@ -15,13 +15,14 @@ from typing import Literal, get_args
 from adpretrain.backbones import Backbone
 from adpretrain.extractor import ADExtractor
 from downstream.detectors import DETECTORS
-from downstream.detectors.aligned import NAME as ALIGNED
+from downstream.detectors.aligned import AlignedFeatureNorm
 from downstream.evaluation.few_shot import same_residuals
 from downstream.evaluation.withheld import Withheld
 
 Kind = Literal["raw", "residual", "scaled", "pretrained"]
 FEATURES: tuple[str, ...] = get_args(Kind)
 RAW, RESIDUAL, SCALED, PRETRAINED = FEATURES
+ALIGNED = AlignedFeatureNorm.name
 
 
 @dataclass(frozen=True)
@@ -48,18 +49,19 @@ class Networks:
             if not same_residuals(self.extractors[0], extractor):
                 raise ValueError(f"extractor {number} and extractor 0 are not seeds of one training: score them apart")
 
-    def extract(self, contender: Contender) -> Backbone | Withheld:
-        """The features of a contender; all but raw ones wait for their references."""
+    def extract(self, contender: Contender) -> Backbone | ADExtractor | Withheld:
+        """The features of a contender; all but raw ones wait for their references, unless the detector chooses them."""
         if contender.features == RAW:
             return self.backbone
         if not self.extractors:
-            return Withheld(ADExtractor(self.backbone))
-        first = self.extractors[0]
-        if contender.features == RESIDUAL:
-            return Withheld(ADExtractor(self.backbone, matching=first.config.matching))
-        if contender.features == SCALED:
-            return Withheld(first.without_projector())
-        return Withheld(self.extractors[contender.extractor])
+            extractor = ADExtractor(self.backbone)
+        elif contender.features == RESIDUAL:
+            extractor = ADExtractor(self.backbone, matching=self.extractors[0].config.matching)
+        elif contender.features == SCALED:
+            extractor = self.extractors[0].without_projector()
+        else:
+            extractor = self.extractors[contender.extractor]
+        return extractor if contender.detector == ALIGNED else Withheld(extractor)
 
 
 def contenders(detectors: Sequence[str], features: Sequence[str], networks: Networks) -> list[Contender]:

@@ -20,7 +20,7 @@ from adpretrain.data.checking import inverted
 from adpretrain.extractor import ADExtractor
 from adpretrain.references import random_references
 from downstream.detector import Prediction
-from downstream.detectors.featurenorm import FeatureNorm
+from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
 from downstream.metrics import Metrics, evaluate_maps
 
 BATCH = 16
@@ -151,7 +151,7 @@ def score(
     """
     first = extractors[0]
     bank = first.bank_of([level[list(references)] for level in images.features])
-    detector = FeatureNorm(first, image_size=side or first.preprocess.image_size, sigma=sigma)
+    detector = FeatureNorm(first, FeatureNormConfig(side, sigma))
     parts: list[list[Prediction]] = [[] for _ in extractors]
     for start in range(0, len(queries), BATCH):
         rows = list(queries[start : start + BATCH])
@@ -181,7 +181,7 @@ def same_residuals(first: ADExtractor, second: ADExtractor) -> bool:
 @torch.no_grad()
 def backbone_norm(images: FeatureSet, queries: Sequence[int], image_size: int) -> Prediction:
     """The plain norm of the backbone's own features, without references: the weakest baseline."""
-    detector = FeatureNorm(lambda batch: [batch], image_size=image_size)
+    detector = FeatureNorm(lambda batch: [batch], FeatureNormConfig(image_size))
     parts = [
         detector.from_features([level[list(queries[start : start + BATCH])] for level in images.features])
         for start in range(0, len(queries), BATCH)

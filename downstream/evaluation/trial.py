@@ -18,9 +18,9 @@ from torch import Tensor
 
 from adpretrain.data import ImageDataset, Sample, TooFewImages
 from adpretrain.preprocess import Preprocess
-from downstream.detectors.aligned import AlignedOptions
-from downstream.detectors.building import build_detector
-from downstream.detectors.featurenorm import NAME as FEATURENORM
+from downstream.detectors import build_detector
+from downstream.detectors.aligned import AlignedFeatureNormConfig
+from downstream.detectors.featurenorm import FeatureNorm
 from downstream.detectors.refined import Refined
 from downstream.evaluation.contenders import ALIGNED, RAW, Contender, Networks
 from downstream.evaluation.few_shot import PIXEL_METRICS, about_bare, about_inverted
@@ -119,16 +119,14 @@ def run_trial(trial: Trial, contender: Contender, networks: Networks, settings: 
             "each: leave it out of multi-class, or take raw features"
         )
     began = time.perf_counter()
-    if contender.detector != FEATURENORM:
-        try:
-            detector.fit(Training(trial.parts, extract, preprocess, settings))
-        except TooFewImages as error:  # no reason to stop the other detectors
-            return [_unfitted(trial, part, contender, str(error)) for part in trial.parts]
+    try:
+        detector.fit(Training(trial.parts, extract, preprocess, settings))
+    except TooFewImages as error:  # no reason to stop the other detectors
+        return [_unfitted(trial, part, contender, str(error)) for part in trial.parts]
     fitted = time.perf_counter() - began
     records = []
     for part in trial.parts:
-        if len(trial.parts) > 1 or contender.detector == FEATURENORM:
-            give_references(extract, part, settings)
+        give_references(extract, part, settings)
         if isinstance(extract, Withheld):
             extract.compare_with_all()
         began = time.perf_counter()
@@ -151,7 +149,7 @@ def _options(trial: Trial, contender: Contender, settings: Settings) -> tuple[di
     are training images."""
     options = settings.options.get(contender.detector, {})
     pool = sum(len(part.train) for part in trial.parts)
-    if contender.detector != ALIGNED or options.get("shots", AlignedOptions.shots) <= pool:
+    if contender.detector != ALIGNED or options.get("shots", AlignedFeatureNormConfig.shots) <= pool:
         return options, []
     return {**options, "shots": pool}, [f"{pool} aligned references: there are no more training images"]
 
@@ -169,7 +167,7 @@ def _about_references(trial: Trial, part: Part, contender: Contender) -> list[st
     if contender.detector == ALIGNED:
         return [UNDRAWN] if trial.setting == "reference-sensitivity" else []
     own = [*part.reference_notes, *([OWN] if len(trial.parts) > 1 else [])]
-    return own + ([ALONE] if len(part.references) == 1 and contender.detector != FEATURENORM else [])
+    return own + ([ALONE] if len(part.references) == 1 and contender.detector != FeatureNorm.name else [])
 
 
 def _unfitted(trial: Trial, part: Part, contender: Contender, reason: str) -> dict[str, Any]:

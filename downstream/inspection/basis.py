@@ -23,7 +23,7 @@ from adpretrain.preprocess import Preprocess
 from downstream.appearance import Normals
 from downstream.calibration import Calibration, calibrate, percent
 from downstream.detector import Detector
-from downstream.detectors.aligned import AlignedFeatureNorm
+from downstream.detectors.aligned import AlignedFeatureNorm, AlignedFeatureNormConfig
 from downstream.detectors.featurenorm import FeatureNorm
 from downstream.inspection.choosing import ALIGNED, EVEN, METHODS, choose_references, read_all, readable
 from downstream.inspection.finding import find_images
@@ -185,7 +185,7 @@ def prepare_photos(
         full_scale=scale,
         known=known,
         description=_describe(extractor, detector, options),
-        score=f"the mean of the heatmap's highest {percent(detector.top)}",
+        score=f"the mean of the heatmap's highest {percent(detector.config.top)}",
         promise=promise(calibration, options),
         notes=(*warnings, *unseen(preprocess)),
     )
@@ -200,10 +200,9 @@ def unseen(preprocess: Preprocess) -> list[str]:
 
 def _detector(extractor: ADExtractor, options: Options, pool: int) -> FeatureNorm:
     """Leave-one-out must meet as many references as a new image does, or one fewer where there are no more."""
-    size = extractor.preprocess.image_size
     if options.references != ALIGNED or pool <= options.shots:
-        return FeatureNorm(extractor, image_size=size)
-    return AlignedFeatureNorm(extractor, options.shots, image_size=size)
+        return FeatureNorm(extractor)
+    return AlignedFeatureNorm(extractor, AlignedFeatureNormConfig(shots=options.shots))
 
 
 def _further_normals(
@@ -239,5 +238,6 @@ def promise(calibration: Calibration | None, options: Options) -> tuple[str, ...
 def _describe(extractor: ADExtractor, detector: FeatureNorm, options: Options) -> str:
     features = "projected residuals" if extractor.projector is not None else "raw residuals, no projector"
     if isinstance(detector, AlignedFeatureNorm):
-        return f"{extractor.backbone.name}, {features}, the {detector.shots} best aligned references for every image"
+        shots = detector.config.shots
+        return f"{extractor.backbone.name}, {features}, the {shots} best aligned references for every image"
     return f"{extractor.backbone.name}, {features}, references chosen: {options.references}"

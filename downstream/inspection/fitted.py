@@ -15,12 +15,11 @@ from downstream.appearance import Normals
 from downstream.calibration import calibrate
 from downstream.detector import Detector
 from downstream.detectors import detector_from_pretrained
-from downstream.fitting_together import part
 from downstream.inspection.basis import DEFAULTS, Basis, Options, promise, unseen
 from downstream.inspection.finding import find_images, printable
 from downstream.inspection.normals import SCALE_SAMPLE, Progress, score_normals, silent
 from downstream.inspection.photos import Photo, Unreadable, dark, full_scale, read_batches
-from downstream.saved import member, read_detector_config
+from downstream.saved import member, part, read_detector_config
 from downstream.visualise import ColourScale
 
 SEEN = (

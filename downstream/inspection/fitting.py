@@ -19,8 +19,7 @@ from adpretrain.extractor import ADExtractor
 from adpretrain.files import check_writable
 from adpretrain.preprocess import Preprocess
 from adpretrain.saved import refuse_others
-from downstream.composite import Composite
-from downstream.detectors.building import build_detector
+from downstream.detectors import build_detector
 from downstream.inspection.extraction import set_references
 from downstream.inspection.finding import find_images
 from downstream.inspection.normals import Progress, silent
@@ -115,26 +114,24 @@ def fit_folder(
     """
     device = device or torch.device("cpu")
     detector = build_detector(name, model, settings)
-    parts = [EXTRACTOR] if isinstance(model, ADExtractor) else []
-    if isinstance(detector, Composite):
-        parts = [member(number) for number in range(len(detector.members))]
-    refuse_others(out, "detector", parts)
+    own = [EXTRACTOR] if isinstance(model, ADExtractor) else []
+    refuse_others(out, "detector", [member(number) for number in range(len(detector.members))] or own)
     check_writable(out)  # before the fitting, which may take hours
     paths = find_images(normal, exclude=out)
     references: list[Photo] = []
     scale = full_scale(paths)
-    if isinstance(model, ADExtractor) and name != "aligned-featurenorm":
-        if name != "featurenorm" and len(paths) <= shots:
+    if isinstance(model, ADExtractor) and detector.references_are != "chosen":
+        if detector.references_are == "given" and len(paths) <= shots:
             raise ValueError(
                 f"{len(paths)} normal photographs, of which {shots} are references: none is left to fit {name} on; "
                 "give more, or lower --shots"
             )
         references = set_references(model, normal, shots, batch_size, out, scale)
     taken = {photo.path for photo in references}
-    rest = [path for path in paths if path not in taken]
+    rest = [path for path in paths if path not in taken and detector.references_are != "fitted"]
     normals = NormalBatches(rest, model.preprocess, batch_size, device, progress, scale)
-    if name != "featurenorm":
+    if rest:
         detector.fit(normals)
     folder = detector.save_pretrained(out)
     remember_photographs(folder, normals.digests.union(photo.digest for photo in references), scale)
-    return Fitted(folder, len(rest) if name != "featurenorm" else 0, len(references))
+    return Fitted(folder, len(rest), len(references))

@@ -137,7 +137,7 @@ def metadata(detector: FeatureNorm, calibration: Calibration | None, threshold: 
     entries = {
         "preprocess": json.dumps(config.pop("preprocess")),
         "extractor": json.dumps(config),
-        "detector": json.dumps({"norm": detector.norm, "sigma": detector.sigma, "top": detector.top}),
+        "detector": json.dumps({name: getattr(detector.config, name) for name in ("norm", "sigma", "top")}),
         "library_version": __version__,
         "notice": NOTICE,
     }

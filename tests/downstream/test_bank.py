@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from downstream import bank as bank_module
-from downstream.bank import GrowingBank
+from adpretrain import memory
+from adpretrain.memory import GrowingBank
 
 
 @pytest.mark.parametrize("expected", [None, 70, 100])
 def test_rows_come_back_in_order(expected: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where batches cross the borders of blocks (here of 16 rows)."""
-    monkeypatch.setattr(bank_module, "BLOCK_BYTES", 16 * 5 * 4)
+    monkeypatch.setattr(memory, "BLOCK_BYTES", 16 * 5 * 4)
     rows = torch.randn(70, 5)
     bank = GrowingBank(expected)
     for part in rows.split(9):
@@ -46,7 +46,7 @@ def test_too_large_a_bank_is_refused_before_it_is_made() -> None:
 
 PEAK = """
 import torch
-from downstream.bank import GrowingBank
+from adpretrain.memory import GrowingBank
 def status(field):
     return int(next(l for l in open("/proc/self/status") if l.startswith(field)).split()[1])
 rows, width, batches = 4000, 1024, 25

@@ -21,7 +21,7 @@ from PIL import Image
 from adpretrain.extractor import ADExtractor
 from adpretrain.photographs import read_image
 from downstream.cli import main
-from downstream.detectors.featurenorm import FeatureNorm
+from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
 
 Write = Callable[..., Path]
 
@@ -77,7 +77,7 @@ def test_scores_threshold_and_p_values_are_those_of_the_library(scene: tuple[Pat
         return torch.stack([extractor.preprocess(read_image(path)) for path in sorted(folder.rglob("*.png"))])
 
     references = read(normal)
-    detector = FeatureNorm(extractor, image_size=64).fit([references])
+    detector = FeatureNorm(extractor, FeatureNormConfig(image_size=64)).fit([references])
     expected = detector.predict(read(images)).scores.numpy()
     loo = detector.leave_one_out(references).scores.numpy()
     measured = [float(row["score"]) for row in rows(out)]

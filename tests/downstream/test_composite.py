@@ -22,8 +22,7 @@ from downstream.detectors.padim import PaDiM, PaDiMConfig
 from downstream.detectors.patchcore import PatchCore, PatchCoreConfig
 from downstream.detectors.reconpatch import ReConPatch, ReConPatchConfig
 from downstream.detectors.reconpatch.representation import RepresentationConfig
-from downstream.detectors.refined import Refined
-from downstream.detectors.refined.refinement import RefinementConfig
+from downstream.detectors.refined import Refined, RefinementConfig
 from downstream.embedding import EmbeddingConfig
 
 SIZE = 64

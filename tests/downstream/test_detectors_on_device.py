@@ -24,16 +24,15 @@ from adpretrain.memory import memory_limit
 from downstream.coreset import greedy_coreset, subsample
 from downstream.detector import Prediction
 from downstream.detectors import detector_from_pretrained
-from downstream.detectors.aligned import AlignedFeatureNorm
+from downstream.detectors.aligned import AlignedFeatureNorm, AlignedFeatureNormConfig
 from downstream.detectors.ensemble import Ensemble
-from downstream.detectors.featurenorm import FeatureNorm
+from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
 from downstream.detectors.padim import PaDiM, PaDiMConfig
 from downstream.detectors.patchcore import PatchCore, PatchCoreConfig
 from downstream.detectors.reconpatch import ReConPatch, ReConPatchConfig
 from downstream.detectors.reconpatch.representation import Representation, RepresentationConfig, training_loss
 from downstream.detectors.reconpatch.similarity import relaxed_contrastive_loss, similarity
-from downstream.detectors.refined import Refined
-from downstream.detectors.refined.refinement import RefinementConfig
+from downstream.detectors.refined import Refined, RefinementConfig
 from downstream.detectors.refined.simulation import SimulationConfig
 from downstream.detectors.spade import SPADE
 from downstream.distances import squared_distances
@@ -129,8 +128,8 @@ REFINING = RefinementConfig(
 ALL_WEIGHED = PatchCoreConfig(EmbeddingConfig(target_dim=20, reduction="project"), keep=0.5, reweight_all=True)
 
 MAKE: dict[str, Callable[[Callable[[Any], Any]], Any]] = {
-    "featurenorm": lambda move: FeatureNorm(move(extractor()), image_size=SIZE),
-    "aligned": lambda move: AlignedFeatureNorm(move(extractor()), 2, image_size=SIZE),
+    "featurenorm": lambda move: FeatureNorm(move(extractor()), FeatureNormConfig(image_size=SIZE)),
+    "aligned": lambda move: AlignedFeatureNorm(move(extractor()), AlignedFeatureNormConfig(image_size=SIZE, shots=2)),
     "patchcore": lambda move: PatchCore(move(backbone()), PATCHES),
     "patchcore, all weighed": lambda move: PatchCore(move(backbone()), ALL_WEIGHED),
     "padim": lambda move: PaDiM(move(backbone()), GAUSSIANS),

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from adpretrain.backbones import FeatureMaps, load_backbone
 from adpretrain.extractor import ADExtractor
-from downstream.detectors.adapted import Adapted
 from downstream.detectors.padim import PaDiM
 from downstream.detectors.patchcore import PatchCore, PatchCoreConfig
 from downstream.detectors.reconpatch import ReConPatch
 from downstream.detectors.spade import SPADE
 from downstream.embedding import Embedding, EmbeddingConfig, pool_channels, random_reducer
+from downstream.extracts import Adapted
 
 
 def two_levels(seed: int = 0) -> list[Tensor]:

@@ -13,13 +13,13 @@ from drawn import SIZE, photographs
 from adpretrain.backbones import Backbone
 from downstream.calibration import calibrate, conformal_p_values
 from downstream.detectors.ensemble import Ensemble, training_units
-from downstream.detectors.featurenorm import FeatureNorm
+from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
 from downstream.detectors.padim import PaDiM, PaDiMConfig
 from downstream.detectors.patchcore import PatchCore, PatchCoreConfig
 from downstream.detectors.reconpatch import ReConPatchConfig
 from downstream.detectors.reconpatch.representation import RepresentationConfig
 from downstream.detectors.reconpatch.similarity import relaxed_contrastive_loss
-from downstream.detectors.refined.refinement import RefinementConfig
+from downstream.detectors.refined import RefinementConfig
 from downstream.detectors.refined.simulation import simulate
 from downstream.detectors.spade import SPADE, SPADEConfig
 from downstream.embedding import Embedding, pool_channels, random_reducer
@@ -48,8 +48,14 @@ CALLS: list[tuple[Callable[[], object], str]] = [
     (lambda: PatchCoreConfig(sigma=-1.0), r"sigma -1\.0 must be a number of pixels"),
     (lambda: PaDiMConfig(sigma=float("nan")), "sigma nan must be a number of pixels"),
     (lambda: SPADEConfig(sigma=-1.0), r"sigma -1\.0 must be a number of pixels"),
-    (lambda: FeatureNorm(lambda images: [images], sigma=-1.0), r"sigma -1\.0 must be a number of pixels"),
-    (lambda: FeatureNorm(lambda images: [images], image_size=0), "image_size 0, the side of the maps"),
+    (
+        lambda: FeatureNorm(lambda images: [images], FeatureNormConfig(sigma=-1.0)),
+        r"sigma -1\.0 must be a number of pixels",
+    ),
+    (
+        lambda: FeatureNorm(lambda images: [images], FeatureNormConfig(image_size=0)),
+        "image_size 0, the side of the maps",
+    ),
     (lambda: PatchCoreConfig(amount=-1), "amount -1; expected a share"),
     (lambda: PatchCoreConfig(amount=0.0), r"amount 0\.0; expected a share"),
     (lambda: PatchCoreConfig(projection_dim=0), "projection_dim 0 must be at least 1"),

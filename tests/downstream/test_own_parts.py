@@ -15,7 +15,7 @@ from adpretrain.backbones import Backbone, Extract, load_backbone
 from adpretrain.extractor import ADExtractor
 from downstream.detector import Detector
 from downstream.detectors.aligned import AlignedFeatureNorm
-from downstream.detectors.featurenorm import FeatureNorm
+from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
 from downstream.detectors.padim import PaDiM
 from downstream.detectors.patchcore import PatchCore
 from downstream.detectors.reconpatch import ReConPatch, ReConPatchConfig
@@ -121,7 +121,7 @@ def test_maps_have_the_side_of_the_extract(backbone: Backbone) -> None:
     for extract in (backbone, ADExtractor(backbone)):
         assert FeatureNorm(extract).fit([photographs(2, 0)]).predict(photographs(2, 1)).maps.shape == (2, SIZE, SIZE)
     large = load_backbone("lite0", image_size=SIZE)
-    assert FeatureNorm(large, image_size=100).predict(photographs(2, 1)).maps.shape == (2, 100, 100)
+    assert FeatureNorm(large, FeatureNormConfig(image_size=100)).predict(photographs(2, 1)).maps.shape == (2, 100, 100)
 
 
 def test_aligned_references_need_an_extractor(backbone: Backbone) -> None:

@@ -24,8 +24,8 @@ from adpretrain.backbones import Backbone, FeatureMaps, load_backbone
 from adpretrain.extractor import ADExtractor
 from adpretrain.local_scale import LocalScale
 from downstream.detectors import DETECTORS, detector_from_pretrained, find_detector
-from downstream.detectors.aligned import AlignedFeatureNorm
-from downstream.detectors.featurenorm import FeatureNorm
+from downstream.detectors.aligned import AlignedFeatureNorm, AlignedFeatureNormConfig
+from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
 from downstream.detectors.padim import ADPRETRAIN, PaDiM, PaDiMConfig
 from downstream.detectors.patchcore import PatchCore, PatchCoreConfig
 from downstream.detectors.spade import SPADE
@@ -50,9 +50,13 @@ def extractor(references: bool = True) -> ADExtractor:
 
 
 MAKE: dict[str, Callable[[], Any]] = {
-    "featurenorm": lambda: FeatureNorm(extractor(), image_size=SIZE),
-    "featurenorm-raw": lambda: FeatureNorm(backbone(), image_size=SIZE, norm="released", top=0.1, sigma=2.0),
-    "aligned": lambda: AlignedFeatureNorm(extractor(references=False), 2, image_size=SIZE),
+    "featurenorm": lambda: FeatureNorm(extractor(), FeatureNormConfig(image_size=SIZE)),
+    "featurenorm-raw": lambda: FeatureNorm(
+        backbone(), FeatureNormConfig(image_size=SIZE, norm="released", top=0.1, sigma=2.0)
+    ),
+    "aligned": lambda: AlignedFeatureNorm(
+        extractor(references=False), AlignedFeatureNormConfig(image_size=SIZE, shots=2)
+    ),
     "patchcore": lambda: PatchCore(backbone()),
     "patchcore-extractor": lambda: PatchCore(extractor(), PatchCoreConfig(amount=30, reweight=0)),
     "patchcore-half": lambda: PatchCore(extractor().bfloat16()),

@@ -29,7 +29,7 @@ from downstream.cli import main
 from downstream.described import describe_model
 from downstream.detectors import detector_from_pretrained
 from downstream.detectors.ensemble import Ensemble
-from downstream.detectors.featurenorm import FeatureNorm
+from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
 from downstream.detectors.padim import PaDiM, PaDiMConfig
 from downstream.detectors.patchcore import PatchCore, PatchCoreConfig
 from downstream.detectors.reconpatch import ReConPatch, ReConPatchConfig
@@ -77,7 +77,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         member.fit([images])
     made: dict[str, Any] = {
         "extractor": extractor,
-        "featurenorm": FeatureNorm(extractor, image_size=SIDE).fit([images[:2]]),
+        "featurenorm": FeatureNorm(extractor, FeatureNormConfig(image_size=SIDE)).fit([images[:2]]),
         "patchcore": members[0],
         "padim": members[1],
         "spade": SPADE(backbone).fit([images]),

@@ -19,7 +19,7 @@ from transformers import Dinov2Model
 from adpretrain.backbones import load_backbone
 from adpretrain.backbones.dinov2 import SIZES
 from adpretrain.extractor import ADExtractor
-from downstream.detectors.featurenorm import FeatureNorm
+from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDTH, LEVELS = 384, 4  # dinov2-small
@@ -77,8 +77,8 @@ def test_loaded_extractor_scores_as_the_released_code(converted: tuple[Path, Pat
     backbone = load_backbone("dinov2-small", weights=tmp_path / "dinov2-small.pth")
     extractor = ADExtractor.from_pretrained(converted[1], weights=tmp_path / "dinov2-small.pth")
     references, images = torch.randn(2, 3, 224, 224), torch.randn(2, 3, 224, 224)
-    detector = FeatureNorm(extractor, sigma=0.0).fit([references])
-    assert detector.norm == "released"
+    detector = FeatureNorm(extractor, FeatureNormConfig(sigma=0.0)).fit([references])
+    assert detector.config.norm == "released"
     found = detector.predict(images).maps
     state = released_state(WIDTH, LEVELS)
     with torch.no_grad():

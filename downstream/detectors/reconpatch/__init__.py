@@ -11,28 +11,17 @@ Shapes: B images, S side in pixels, H x W patches of an image, D channels of an 
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
-from adpretrain.backbones import Extract
+from adpretrain.backbones import Extract, FeatureMaps
 from adpretrain.memory import hold, memory_limit
 from downstream.coreset import Progress
-from downstream.detector import (
-    Prediction,
-    check_images,
-    check_side,
-    extracted,
-    keeping_references,
-    normal_features,
-    not_fitted,
-)
+from downstream.detector import Detector, NormalFeatures, Prediction
 from downstream.detectors.patchcore import PatchCore, PatchCoreConfig
 from downstream.detectors.reconpatch.representation import (
     NormalPatches,
@@ -41,10 +30,8 @@ from downstream.detectors.reconpatch.representation import (
     train_representation,
 )
 from downstream.embedding import EmbeddingConfig
-from downstream.pretrained import Pretrained
-from downstream.saved import Loaded, save_detector
 
-NAME = "reconpatch"
+REPRESENTATION = "representation."  # before the names of its weights
 MATRICES = 12  # of similarities between a step's patches that live at once, backward pass included (measured: 11.3)
 
 
@@ -83,39 +70,34 @@ ENSEMBLE_480 = ReConPatchConfig(
 )
 
 
-class ReConPatch(Pretrained):
+class ReConPatch(Detector):
     """A representation of the product's patches, and a memory bank of its normal ones.
 
     ``losses`` [epochs] of the last `fit`. Memory while it is fitted: the embeddings, up to ``cache_bytes``; some 12
     matrices of patches_per_step x patches_per_step floats; then f's outputs of all patches, as `PatchCore`'s bank.
     """
 
-    saved_as = (NAME, ReConPatchConfig)
+    name = "reconpatch"
+    options = ReConPatchConfig
+
+    representation: Representation
 
     def __init__(self, extract: Extract, config: ReConPatchConfig = DEFAULT) -> None:
-        self.extract = self._given = extract
         self._core = PatchCore(extract, config.memory)
-        self.config = replace(config, memory=self._core.config)
-        self.representation: Representation | None = None
+        super().__init__(extract, replace(config, memory=self._core.config))
         self.losses: list[float] = []
 
-    def fit(self, normal_batches: Iterable[Tensor], progress: Progress | None = None) -> Self:
-        """Train on batches [b, 3, S, S] of normal images, and remember them. ``progress(what, done, total)`` is told.
+    def fit_features(self, normals: NormalFeatures, progress: Progress | None) -> None:
+        """Train on the embeddings, and remember what becomes of them.
 
         The batches are read once if their embeddings fit in ``cache_bytes``, else once per epoch and twice more, which
-        an iterator does not allow: ValueError. Also for bad images, too few patches or a loss that is not finite.
+        an iterator does not allow: ValueError. Also for too few patches or a loss that is not finite.
         """
-        self.extract = keeping_references(self._given)
-        side = 0
 
         def embeddings() -> Iterator[Tensor]:
-            nonlocal side
-            for images, features in normal_features(self.extract, normal_batches):
-                side = int(images.shape[2])
-                yield self._core.embedding(features).float()
+            return (self._embed(features) for features in normals)
 
-        repeatable = iter(normal_batches) is not normal_batches
-        patches = NormalPatches(embeddings, self.config.cache_bytes, repeatable, progress)
+        patches = NormalPatches(embeddings, self.config.cache_bytes, normals.repeatable, progress)
         similarities = MATRICES * 4 * self.config.training.patches_per_step**2
         held = sum(maps.nbytes for maps in patches.kept or ()) + similarities
         what = f"training on the patches of {patches.images} images"
@@ -124,44 +106,29 @@ class ReConPatch(Pretrained):
         self.losses = train_representation(representation, patches, self.config.training, progress)
         with torch.no_grad():
             represented = (representation(maps_BHWD) for maps_BHWD in patches.maps())
-            self._core.remember(self._core.choose(represented, None, progress), side)
+            self._core.remember(self._core.choose(represented, None, progress))
         self.representation = representation
-        return self
 
-    @torch.no_grad()
-    def predict(self, images: Tensor) -> Prediction:
-        """[B, 3, S, S] -> scores [B], maps [B, S, S]. Raises ValueError before `fit`, or for images of another size."""
-        if self.representation is None:
-            raise not_fitted(self)
-        check_images(images)
-        check_side(images, self._core.side)
-        embeddings_BHWD = self._core.embedding(extracted(self.extract, images)).float()
-        return self._core.score(self.representation(embeddings_BHWD))
+    def _embed(self, features: FeatureMaps) -> Tensor:
+        return self._core.embedding(features).float()
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the fitted detector: its bank holds FEATURES OF THE PRODUCT (`downstream.saved`).
+    def from_features(self, features: FeatureMaps) -> Prediction:
+        return self._core.score(self.representation(self._embed(features)), self.side)
 
-        Raises ValueError before `fit`, or if ``folder`` holds other files.
-        """
-        if self.representation is None or self._core.bank_ND is None:
-            raise not_fitted(self)
-        tensors = {"bank": self._core.bank_ND, **self._core.embedding.state_dict()}
-        tensors |= {f"representation.{name}": value for name, value in self.representation.state_dict().items()}
-        facts = {"losses": self.losses}
-        return save_detector(folder, NAME, self.config, self.extract, tensors, self._core.side, facts)
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The bank, FEATURES OF THE PRODUCT, and the representation."""
+        tensors, _ = self._core.state()
+        tensors |= {f"{REPRESENTATION}{name}": value for name, value in self.representation.state_dict().items()}
+        return tensors, {"losses": self.losses}
 
-    @classmethod
-    def _restored(cls, loaded: Loaded[Any]) -> Self:
-        detector = cls(loaded.extract, loaded.options)
-        prefix = "representation."
-        state = {name[len(prefix) :]: value for name, value in loaded.tensors.items() if name.startswith(prefix)}
-        training = loaded.options.training
+    def restore(self, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
+        named = {name.removeprefix(REPRESENTATION): name for name in tensors if name.startswith(REPRESENTATION)}
+        state = {short: tensors[name] for short, name in named.items()}
+        training = self.config.training
         found = [len(state.get(name, ())) for name in ("f.weight", "g.weight")]
         if found != [training.dim, training.projection_dim or 0]:  # said before memory is taken for them
             raise ValueError(f"options of {training.dim} and {training.projection_dim} channels, weights of {found}")
-        detector.representation = Representation(state["f.weight"].shape[1], training)
-        detector.representation.to(state["f.weight"].device).load_state_dict(state)
-        detector.losses = loaded.facts["losses"]
-        detector._core.embedding.reducer = loaded.tensors.get("reducer")
-        detector._core.remember(loaded.tensors["bank"], loaded.image_size)
-        return detector
+        self.representation = Representation(state["f.weight"].shape[1], training)
+        self.representation.to(state["f.weight"].device).load_state_dict(state)
+        self.losses = facts["losses"]
+        self._core.restore(tensors, {})

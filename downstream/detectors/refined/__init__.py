@@ -1,35 +1,87 @@
-"""Any detector with a refinement network on its maps: ReConPatch suppl. D.
+"""Any detector with a small network that sharpens its maps: ReConPatch suppl. D.
 
 The detector is fitted on the normal images; then defects are made in them (`simulation`), the detector scores these
-images, and the network (`refinement`) learns the masks from image and map. The map enters as modified z-scores
-(Eq. 11), so that its unit does not matter [ours].
+images, and the network learns the masks from image and map: it says of each pixel whether it belongs to a defect. The
+map enters as modified z-scores (Eq. 11), so that its unit does not matter [ours].
 
-Shapes: n normal images, B images of a step, S side in pixels.
+The supplement names two residual blocks, parallel atrous convolutions with different rates (ASPP), focal and L1 loss
+and the optimiser. It is silent about widths, rates, what the network sees, the resolution it works at, and how the
+losses are weighted [ours]. Groups are normalised instead of batches, so a map does not depend on its company.
+
+Shapes: n normal images, B images of a step, S side in pixels, C channels.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from typing_extensions import Self
 
 from adpretrain.backbones import Extract
-from adpretrain.parsing import from_dict
-from downstream.composite import Composite, LoadedComposite, save_composite
 from downstream.coreset import Progress
-from downstream.detector import Detector, Prediction, not_fitted
-from downstream.detectors.building import build_detector
-from downstream.detectors.ensemble import ScoreUnit, Units, training_units
-from downstream.detectors.refined.refinement import DEFAULT as NETWORK
-from downstream.detectors.refined.refinement import RefinementConfig, RefinementNetwork, build_network, refinement_loss
-from downstream.detectors.refined.simulation import simulate
+from downstream.detector import Detector, Prediction
+from downstream.detectors import build_detector, detector_from_pretrained
+from downstream.detectors.ensemble import Units, training_units
+from downstream.detectors.refined.simulation import SimulationConfig, simulate
+from downstream.saved import Loaded
+
+NETWORK = "network."  # before the names of its weights
+GROUPS = 8
+
+
+@dataclass(frozen=True)
+class RefinementConfig:
+    """The network and its training; the paper's values where it gives any, [ours] where it does not.
+
+    Args:
+        width: C of all layers [ours], a multiple of 8.
+        rates: dilations of the parallel convolutions; 1 = a 1 x 1 convolution [ours: DeepLab's].
+        stride: of the first block: 2 works at half resolution, a quarter of the time; the map is upsampled [ours].
+        focusing: gamma of the focal loss; 0 = plain cross-entropy [ours: Lin et al. 2017].
+        l1: weight of the L1 loss beside the focal loss [ours].
+        epochs: times that every normal image is seen, each time with other defects.
+        batch_size: images per step.
+        learning_rate, momentum, weight_decay: of SGD.
+        seed: of the first weights, the order of the images and the defects.
+        simulation: how defects are made.
+    """
+
+    width: int = 32
+    rates: tuple[int, ...] = (1, 6, 12, 18)
+    stride: int = 2
+    focusing: float = 2.0
+    l1: float = 1.0
+    epochs: int = 500
+    batch_size: int = 16
+    learning_rate: float = 1e-2
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    seed: int = 0
+    simulation: SimulationConfig = field(default_factory=SimulationConfig)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rates", tuple(self.rates))  # JSON and YAML give lists
+        if self.width < GROUPS or self.width % GROUPS:
+            raise ValueError(f"width {self.width} must be a positive multiple of {GROUPS}")
+        if not self.rates or min(self.rates) < 1:
+            raise ValueError(f"rates {self.rates} must be dilations of at least 1, such as (1, 6, 12, 18)")
+        for name in ("stride", "batch_size", "epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        for name in ("focusing", "l1", "weight_decay", "seed"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} {getattr(self, name)} must not be negative")
+        if not 0 < self.learning_rate < math.inf or not 0 <= self.momentum < 1:
+            raise ValueError(
+                f"learning_rate {self.learning_rate} must be positive, momentum {self.momentum} in 0..1 (1 excluded)"
+            )
 
 
 @dataclass(frozen=True)
@@ -47,29 +99,32 @@ class RefinedConfig:
     network: RefinementConfig = field(default_factory=RefinementConfig)
 
 
-DEFAULT = RefinedConfig()
+DEFAULT, TRAINING = RefinedConfig(), RefinementConfig()
 
 
-class Refined(Composite):
+class Refined(Detector):
     """A detector whose maps are the network's logits, and whose score is a map's maximum.
 
     Logits, not probabilities: of two certain defects one is still more certain, where probabilities are both 1.
     ``textures`` [T, 3, S, S], normalised like the images: what "textural" defects are made of; not saved.
     """
 
-    saved_as = "refined"
+    name = "refined"
+    options = RefinementConfig
+    load_member = staticmethod(detector_from_pretrained)
 
-    def __init__(self, detector: Detector, config: RefinementConfig = NETWORK, textures: Tensor | None = None) -> None:
+    _network: RefinementNetwork
+    _units: Units
+
+    def __init__(self, detector: Detector, config: RefinementConfig = TRAINING, textures: Tensor | None = None) -> None:
         self.detector, self.config, self.textures = detector, config, textures
         self.members = [detector]
         self.losses: list[float] = []
-        self._network: RefinementNetwork | None = None
-        self._units: Units | None = None
 
     @classmethod
-    def of(cls, extract: Extract, options: RefinedConfig) -> Self:
-        """The detector that ``options`` name on ``extract``, unfitted, and a network for its maps."""
-        return cls(build_detector(options.detector, extract, options.options), options.network)
+    def of(cls, extract: Extract, config: RefinedConfig) -> Self:
+        """The detector that ``config`` names on ``extract``, unfitted, and a network for its maps."""
+        return cls(build_detector(config.detector, extract, config.options), config.network)
 
     def fit(self, normal_batches: Iterable[Tensor], progress: Progress | None = None) -> Self:
         """Fit the detector, then the network, on batches [b, 3, S, S]; n images, all kept until both are fitted.
@@ -78,12 +133,12 @@ class Refined(Composite):
         step. ``losses`` are the means of the epochs.
         """
         batches = list(normal_batches)
-        self.detector.fit(batches)
+        self.detector.fit(batches, progress)
         self._units = training_units(self.detector, batches)
         device = self.detector.predict(batches[0][:1]).maps.device
         network = build_network(self.config).to(device)
         self.losses = self._train(network, [image for batch in batches for image in batch], progress)
-        self._network = network.eval()
+        self._network, self.side = network.eval(), self._units.side
         return self
 
     def _train(self, network: RefinementNetwork, images: list[Tensor], progress: Progress | None) -> list[float]:
@@ -116,49 +171,110 @@ class Refined(Composite):
 
     def _standard_maps(self, images: Tensor) -> Tensor:
         """[B, 3, S, S] -> the detector's maps as modified z-scores: [B, S, S]."""
-        assert self._units is not None
         with torch.no_grad():
             return self._units.pixels.standard(self.detector.predict(images).maps.float())
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Prediction:
         """[B, 3, S, S] -> scores [B], maps [B, S, S]. Raises ValueError before `fit`."""
-        if self._network is None:
-            raise not_fitted(self)
+        self.check_fitted()
         maps = self._standard_maps(images)
         refined = self._network.to(maps.device)(images.to(maps), maps)
         return Prediction(refined.flatten(1).amax(1), refined)
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the fitted detector, FEATURES OF THE PRODUCT among it (`downstream.saved`), and the network.
-
-        Raises ValueError before `fit`, if ``folder`` holds other files, or if the detector cannot be saved.
-        """
-        if self._network is None or self._units is None:
-            raise not_fitted(self)
-        units = self._units
-        rows = (units.scores.median, units.scores.mad, units.pixels.median, units.pixels.mad)
-        tensors = {"units": torch.tensor(rows, dtype=torch.float64)}
-        tensors |= {f"network.{name}": value for name, value in self._network.state_dict().items()}
-        facts = {"losses": self.losses}
-        return save_composite(folder, self.saved_as, self.config, self.members, tensors, units.side, facts)
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The detector's units and the network."""
+        weights = {f"{NETWORK}{name}": value for name, value in self._network.state_dict().items()}
+        return {"units": torch.tensor(self._units.numbers, dtype=torch.float64), **weights}, {"losses": self.losses}
 
     @classmethod
-    def _restored(cls, loaded: LoadedComposite) -> Self:
-        options = from_dict(RefinementConfig, loaded.config.options, f"options of {loaded.folder}")
-        refined = cls(loaded.members[0], options)
-        median, mad, pixel_median, pixel_mad = loaded.tensors.pop("units").tolist()
-        refined._units = Units(ScoreUnit(median, mad), ScoreUnit(pixel_median, pixel_mad), loaded.config.image_size)
-        refined.losses = loaded.config.facts["losses"]
+    def _unfitted(cls, loaded: Loaded) -> Self:
+        return cls(loaded.members[0], loaded.options)
+
+    def restore(self, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
+        self._units = Units.of_numbers(tensors.pop("units").tolist(), self.side)
+        self.losses = facts["losses"]
         with torch.device("meta"):  # sizes of any config cost nothing before the file is seen to hold them
-            network = build_network(options)
-        network.load_state_dict(
-            {name.removeprefix("network."): value for name, value in loaded.tensors.items()}, assign=True
-        )
-        refined._network = network.eval()
-        return refined
+            network = build_network(self.config)
+        weights = {name.removeprefix(NETWORK): value for name, value in tensors.items()}
+        network.load_state_dict(weights, assign=True)
+        self._network = network.eval()
 
 
 def _batches(count: int, config: RefinementConfig, epoch: int) -> Iterator[list[int]]:
     order = np.random.default_rng([config.seed, epoch]).permutation(count).tolist()
     return (order[start : start + config.batch_size] for start in range(0, count, config.batch_size))
+
+
+def _convolution(inner: int, outer: int, kernel: int, stride: int = 1, dilation: int = 1) -> nn.Sequential:
+    padding = dilation * (kernel // 2)
+    layer = nn.Conv2d(inner, outer, kernel, stride, padding, dilation, bias=False)
+    return nn.Sequential(layer, nn.GroupNorm(GROUPS, outer))
+
+
+class ResidualBlock(nn.Module):
+    """Two 3 x 3 convolutions beside a shortcut: [B, inner, h, w] -> [B, outer, ceil(h / stride), ceil(w / stride)]."""
+
+    def __init__(self, inner: int, outer: int, stride: int = 1) -> None:
+        super().__init__()
+        self.first = _convolution(inner, outer, 3, stride)
+        self.second = _convolution(outer, outer, 3)
+        plain = inner == outer and stride == 1
+        self.shortcut: nn.Module = nn.Identity() if plain else _convolution(inner, outer, 1, stride)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return F.relu(self.second(F.relu(self.first(maps))) + self.shortcut(maps))
+
+
+class AtrousPyramid(nn.Module):
+    """Parallel dilated convolutions, joined by a 1 x 1 convolution (ASPP): [B, C, h, w] -> [B, C, h, w]."""
+
+    def __init__(self, width: int, rates: tuple[int, ...]) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            _convolution(width, width, 1 if rate == 1 else 3, dilation=rate) for rate in rates
+        )
+        self.join = _convolution(len(rates) * width, width, 1)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return F.relu(self.join(F.relu(torch.cat([branch(maps) for branch in self.branches], 1))))
+
+
+class RefinementNetwork(nn.Module):
+    """Image and anomaly map -> logits of a defect, per pixel."""
+
+    def __init__(self, config: RefinementConfig = TRAINING) -> None:
+        super().__init__()
+        width = config.width
+        self.blocks = nn.Sequential(ResidualBlock(4, width, config.stride), ResidualBlock(width, width))
+        self.pyramid = AtrousPyramid(width, config.rates)
+        self.head = nn.Conv2d(width, 1, 1)
+
+    def forward(self, images: Tensor, maps_BSS: Tensor) -> Tensor:
+        """[B, 3, S, S], [B, S, S] -> logits [B, S, S]."""
+        seen = torch.cat([images, maps_BSS[:, None]], 1)
+        logits = self.head(self.pyramid(self.blocks(seen)))
+        return F.interpolate(logits, size=maps_BSS.shape[1:], mode="bilinear", align_corners=False)[:, 0]
+
+
+def build_network(config: RefinementConfig) -> RefinementNetwork:
+    """A fresh network from the config's seed; torch's global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
+        return RefinementNetwork(config)
+
+
+def focal_loss(logits: Tensor, masks: Tensor, focusing: float = 2.0) -> Tensor:
+    """Mean over pixels of -(1 - p)^gamma log p, p the probability given to the truth (Lin et al. 2017, Eq. 4).
+
+    Logits and bool masks of equal shape. Computed from logits, so certainty neither overflows nor loses its gradient.
+    """
+    towards_truth = torch.where(masks, logits, -logits)
+    log_p = F.logsigmoid(towards_truth)
+    return (-torch.sigmoid(-towards_truth).pow(focusing) * log_p).mean()
+
+
+def refinement_loss(logits: Tensor, masks: Tensor, config: RefinementConfig = TRAINING) -> Tensor:
+    """Focal loss + weight x mean absolute difference of probability and mask: a scalar."""
+    difference = (torch.sigmoid(logits) - masks.to(logits.dtype)).abs().mean()
+    return focal_loss(logits, masks, config.focusing) + config.l1 * difference

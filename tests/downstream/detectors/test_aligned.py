@@ -10,8 +10,8 @@ from adpretrain.backbones import load_backbone
 from adpretrain.extractor import ADExtractor
 from adpretrain.local_scale import LocalScale
 from adpretrain.references import AlignedReferences
-from downstream.detectors.aligned import AlignedFeatureNorm
-from downstream.detectors.featurenorm import FeatureNorm
+from downstream.detectors.aligned import AlignedFeatureNorm, AlignedFeatureNormConfig
+from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
 
 SIZE, SHOTS = 64, 2
 
@@ -37,13 +37,15 @@ def by_hand(extractor: ADExtractor, pool: Tensor, image: Tensor, left_out: int |
     aligned = AlignedReferences(extractor.encode(pool)[0])
     order = aligned.choose(extractor.encode(image[None])[0], len(pool))[0].tolist()
     chosen = [index for index in order if index != left_out][:SHOTS]
-    prediction = FeatureNorm(extractor, image_size=SIZE).fit([pool[chosen]]).predict(image[None])
+    prediction = FeatureNorm(extractor, FeatureNormConfig(SIZE)).fit([pool[chosen]]).predict(image[None])
     return float(prediction.scores[0]), prediction.maps[0]
 
 
 def test_prediction_equals_references_set_by_hand(extractor: ADExtractor) -> None:
     pool, images = photographs(6, seed=0), photographs(3, seed=1)
-    found = AlignedFeatureNorm(extractor, SHOTS, image_size=SIZE).fit(pool.split(4)).predict(images)
+    found = (
+        AlignedFeatureNorm(extractor, AlignedFeatureNormConfig(SIZE, shots=SHOTS)).fit(pool.split(4)).predict(images)
+    )
     for index, image in enumerate(images):
         score, map_SS = by_hand(extractor, pool, image)
         assert float(found.scores[index]) == pytest.approx(score, rel=1e-5)
@@ -52,7 +54,7 @@ def test_prediction_equals_references_set_by_hand(extractor: ADExtractor) -> Non
 
 def test_leave_one_out_never_uses_the_image_itself(extractor: ADExtractor) -> None:
     pool = photographs(5, seed=2)
-    found = AlignedFeatureNorm(extractor, SHOTS, image_size=SIZE).fit([pool]).leave_one_out(pool)
+    found = AlignedFeatureNorm(extractor, AlignedFeatureNormConfig(SIZE, shots=SHOTS)).fit([pool]).leave_one_out(pool)
     for index, image in enumerate(pool):
         score, _ = by_hand(extractor, pool, image, left_out=index)
         assert float(found.scores[index]) == pytest.approx(score, rel=1e-5)
@@ -61,8 +63,8 @@ def test_leave_one_out_never_uses_the_image_itself(extractor: ADExtractor) -> No
 def test_each_image_gets_the_references_that_look_like_it(extractor: ADExtractor) -> None:
     """Bright-left pictures must be compared with bright-left ones: lower scores than with the other kind."""
     pool, images = photographs(8, seed=3), photographs(4, seed=4)
-    aligned = AlignedFeatureNorm(extractor, 4, image_size=SIZE).fit([pool]).predict(images).scores
-    right_only = FeatureNorm(extractor, image_size=SIZE).fit([pool[1::2]]).predict(images).scores
+    aligned = AlignedFeatureNorm(extractor, AlignedFeatureNormConfig(SIZE, shots=4)).fit([pool]).predict(images).scores
+    right_only = FeatureNorm(extractor, FeatureNormConfig(SIZE)).fit([pool[1::2]]).predict(images).scores
     assert bool((aligned[0::2] < right_only[0::2]).all())  # images 0 and 2 are bright on the left
 
 
@@ -77,18 +79,18 @@ def test_a_pool_that_outgrows_the_memory_is_refused_before_it_does(extractor: AD
             yield batch
 
     one = sum(level[0].nbytes for level in extractor.encode(pool[:1]))
-    enough = AlignedFeatureNorm(extractor, SHOTS, image_size=SIZE, max_pool_bytes=8 * one)
-    free = AlignedFeatureNorm(extractor, SHOTS, image_size=SIZE).fit([pool]).predict(pool[:2])
+    enough = AlignedFeatureNorm(extractor, AlignedFeatureNormConfig(SIZE, shots=SHOTS, max_pool_bytes=8 * one))
+    free = AlignedFeatureNorm(extractor, AlignedFeatureNormConfig(SIZE, shots=SHOTS)).fit([pool]).predict(pool[:2])
     torch.testing.assert_close(enough.fit(pool.split(4)).predict(pool[:2]).maps, free.maps, rtol=1e-4, atol=1e-5)
-    small = AlignedFeatureNorm(extractor, SHOTS, image_size=SIZE, max_pool_bytes=5 * one)
+    small = AlignedFeatureNorm(extractor, AlignedFeatureNormConfig(SIZE, shots=SHOTS, max_pool_bytes=5 * one))
     with pytest.raises(ValueError, match=rf"a pool of {8 if known else 6} images needs .*raise max_pool_bytes"):
         small.fit(pool.split(2) if known else batches())
     assert known or read == [2, 2, 2]
 
 
 def test_mistakes_are_named(extractor: ADExtractor) -> None:
-    detector = AlignedFeatureNorm(extractor, 5, image_size=SIZE)
-    with pytest.raises(ValueError, match=r"call fit\(normal_batches\) first"):
+    detector = AlignedFeatureNorm(extractor, AlignedFeatureNormConfig(SIZE, shots=5))
+    with pytest.raises(ValueError, match=r"call fit\(normal_batches\) or from_pretrained first"):
         detector.predict(photographs(1, seed=0))
     with pytest.raises(ValueError, match="K = 5 aligned references cannot be chosen from a pool of 3"):
         detector.fit([photographs(3, seed=0)])

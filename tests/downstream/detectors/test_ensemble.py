@@ -14,7 +14,7 @@ from scipy.stats import median_abs_deviation
 from torch import Tensor
 
 from downstream.detectors.ensemble import CONSISTENCY, Ensemble, ScoreUnit, training_units
-from downstream.detectors.featurenorm import FeatureNorm
+from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
 from downstream.metrics import auroc
 
 SIZE = 16
@@ -51,11 +51,12 @@ class Channel(FeatureNorm):
     """A real, small detector: how far one colour is from its mean over the normal images, in a unit of its own."""
 
     def __init__(self, channel: int, unit: float) -> None:
-        super().__init__(lambda images: [unit * (images - self.mean)[:, channel : channel + 1]], SIZE, sigma=1.0, top=0)
+        config = FeatureNormConfig(SIZE, sigma=1.0, top=0)
+        super().__init__(lambda images: [unit * (images - self.mean)[:, channel : channel + 1]], config)
         self.mean = torch.zeros(3, SIZE, SIZE)
         self.images = 0
 
-    def fit(self, normal_batches: Iterable[Tensor]) -> Channel:
+    def fit(self, normal_batches: Iterable[Tensor], progress: object = None) -> Channel:
         images = torch.cat(list(normal_batches))
         self.mean, self.images = images.mean(0), len(images)
         return self

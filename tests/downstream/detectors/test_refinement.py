@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from downstream.detector import Prediction
-from downstream.detectors.featurenorm import FeatureNorm
-from downstream.detectors.refined import Refined
-from downstream.detectors.refined.refinement import (
+from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
+from downstream.detectors.refined import (
+    Refined,
     RefinementConfig,
     RefinementNetwork,
     ResidualBlock,
@@ -136,10 +136,10 @@ class Deviation(FeatureNorm):
     """A quick, plain detector: how far a pixel's colour is from its mean over the normal images, smoothed."""
 
     def __init__(self) -> None:
-        super().__init__(lambda images: [images - self.mean], image_size=SIZE)
+        super().__init__(lambda images: [images - self.mean], FeatureNormConfig(SIZE))
         self.mean = torch.zeros(3, SIZE, SIZE)
 
-    def fit(self, normal_batches: Iterable[Tensor]) -> Deviation:
+    def fit(self, normal_batches: Iterable[Tensor], progress: object = None) -> Deviation:
         self.mean = torch.cat(list(normal_batches)).mean(0)
         return self
 

@@ -16,8 +16,8 @@ from scipy.integrate import trapezoid
 
 from adpretrain.data import Sample, index_dataset
 from adpretrain.extractor import ADExtractor
-from downstream.detectors.building import build_detector
-from downstream.detectors.featurenorm import FeatureNorm
+from downstream.detectors import build_detector
+from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
 from downstream.evaluation import plots, trial
 from downstream.evaluation.comparison_page import write_comparison
 from downstream.evaluation.contenders import Contender, Networks, contenders
@@ -128,7 +128,7 @@ def test_an_anomaly_among_the_references_is_scored_as_the_extractor_in_use_would
     row = test.index(bad)
     assert extractor(images)[0][row].norm() < 1e-3 * extractor(images)[0].norm()  # nothing is left of it
     if detector == "featurenorm":
-        expected = FeatureNorm(extractor, extractor.preprocess.image_size, sigma=0.0).predict(images).scores
+        expected = FeatureNorm(extractor, FeatureNormConfig(sigma=0.0)).predict(images).scores
         assert record["scores"] == pytest.approx(expected.tolist(), rel=1e-5)
         assert record["scores"][row] == min(record["scores"])
     else:
@@ -217,7 +217,7 @@ def test_options_replace_single_ones_and_settings_are_adpretrains(networks: Netw
     assert padim.config.per_level
     assert padim.config.embedding.patch == 3
     norm: Any = build_detector("featurenorm", networks.backbone, {}, "adpretrain")
-    assert norm.top == 0.0
+    assert norm.config.top == 0.0
     with pytest.raises(ValueError, match="options of padim"):
         build_detector("padim", networks.backbone, {"epsilon": 1})
     with pytest.raises(ValueError, match="settings 'papers' are unknown; choose one of default, adpretrain"):

@@ -16,14 +16,13 @@ from torch import Tensor
 from adpretrain.backbones import load_backbone
 from adpretrain.extractor import ADExtractor
 from downstream.cli import main
-from downstream.detectors import DETECTORS, detector_from_pretrained
-from downstream.detectors.adapted import Adapted
-from downstream.detectors.building import build_detector
+from downstream.detectors import DETECTORS, build_detector, detector_from_pretrained
 from downstream.detectors.ensemble import EnsembleConfig, ScoreUnit
-from downstream.detectors.featurenorm import FeatureNorm
+from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
 from downstream.detectors.padim import PaDiM
 from downstream.detectors.patchcore import PatchCore, PatchCoreConfig
 from downstream.embedding import EmbeddingConfig
+from downstream.extracts import Adapted
 from downstream.inspection.finding import find_images
 from downstream.inspection.fitting import parse_settings
 from downstream.inspection.photos import Photo, read_batches
@@ -67,7 +66,9 @@ def test_an_extractor_takes_its_references_first(
     assert main(["fit", "--detector", "featurenorm", *arguments, "--out", str(tmp_path / "norm")]) == 0
     assert "featurenorm fitted on 3 references: " in capsys.readouterr().out
     norm = detector_from_pretrained(tmp_path / "norm").predict(pixels(good))
-    by_hand = FeatureNorm(ADExtractor.from_pretrained(extractor_dir), image_size=64).fit([photos[::2]])
+    by_hand = FeatureNorm(ADExtractor.from_pretrained(extractor_dir), FeatureNormConfig(image_size=64)).fit(
+        [photos[::2]]
+    )
     torch.testing.assert_close(norm.maps, by_hand.predict(pixels(good)).maps)
 
 

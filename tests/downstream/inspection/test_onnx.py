@@ -35,8 +35,8 @@ from adpretrain.projector import FeatureProjector
 from downstream.calibration import calibrate
 from downstream.cli import main
 from downstream.commands.export import snippet
-from downstream.detectors.aligned import AlignedFeatureNorm
-from downstream.detectors.featurenorm import FeatureNorm
+from downstream.detectors.aligned import AlignedFeatureNorm, AlignedFeatureNormConfig
+from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
 from downstream.inspection.graph import Inspector
 from downstream.inspection.onnx import ANY_BATCH, NOTICE, Agreement, _judge, export_onnx, verify
 
@@ -109,7 +109,7 @@ def test_onnx_runtime_gives_what_torch_gives(
     shots: int,
 ) -> None:
     extractor = extractor_of(photographs["other"] if scaled else None, architecture, matching, levels=(1,))
-    detector = FeatureNorm(extractor, image_size=SIDE).fit([photographs["normal"][:shots]])
+    detector = FeatureNorm(extractor, FeatureNormConfig(image_size=SIDE)).fit([photographs["normal"][:shots]])
     done = export_onnx(detector, tmp_path / "model.onnx", [photographs["normal"]])
     assert done.size == (tmp_path / "model.onnx").stat().st_size
     assert done.agreement.images == 17
@@ -143,7 +143,9 @@ def test_on_real_photographs(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_what_the_file_tells(photographs: dict[str, Tensor], tmp_path: Path) -> None:
-    detector = FeatureNorm(extractor_of(photographs["other"]), image_size=SIDE).fit([photographs["normal"][:4]])
+    detector = FeatureNorm(extractor_of(photographs["other"]), FeatureNormConfig(image_size=SIDE)).fit(
+        [photographs["normal"][:4]]
+    )
     calibration = calibrate(detector.leave_one_out(photographs["normal"]).scores.numpy(), rate=0.2)
     path = tmp_path / "model.onnx"
     export_onnx(detector, path, [photographs["defects"]], calibration, opset=18)
@@ -178,7 +180,9 @@ def test_what_the_file_tells(photographs: dict[str, Tensor], tmp_path: Path) -> 
 
     # A failed export leaves the earlier file as it is, and nothing else.
     before = path.read_bytes()
-    detector = FeatureNorm(extractor_of(None, None, levels=(1,)), image_size=SIDE).fit([photographs["normal"]])
+    detector = FeatureNorm(extractor_of(None, None, levels=(1,)), FeatureNormConfig(image_size=SIDE)).fit(
+        [photographs["normal"]]
+    )
     with pytest.raises(ValueError, match=r"more than the tolerance 1e-12; it was not kept"):
         export_onnx(detector, path, [photographs["defects"]], tolerance=1e-12)
     assert path.read_bytes() == before
@@ -205,7 +209,7 @@ def test_the_command_and_its_snippet(
     shutil.copy(bad / "tile_20.png", tmp_path / "photo.png")
     scope: dict[str, Any] = {}
     exec(code, scope)
-    detector = FeatureNorm(ADExtractor.from_pretrained(folder), image_size=SIDE)
+    detector = FeatureNorm(ADExtractor.from_pretrained(folder), FeatureNormConfig(image_size=SIDE))
     preprocess = detector.extract.preprocess
     paths = [*sorted(normal.iterdir()), tmp_path / "photo.png"]
     pixels = torch.stack([preprocess(read_image(path)) for path in paths])
@@ -237,7 +241,7 @@ def test_the_snippet_prepares_a_photograph_as_we_do(
 def test_a_tie_is_seen_where_rounding_decides_and_nowhere_else(photographs: dict[str, Tensor]) -> None:
     """Two references equal but for the last bits of one pixel: the tokens of that place are nearly equally near."""
     normal, defects = photographs["normal"], photographs["defects"]
-    detector = FeatureNorm(extractor_of(None, None, levels=(1,)), image_size=SIDE).fit([normal[:2]])
+    detector = FeatureNorm(extractor_of(None, None, levels=(1,)), FeatureNormConfig(image_size=SIDE)).fit([normal[:2]])
     alone = Inspector(detector).ties(defects)
     twin = normal[:1] * (1 + 1e-7)
     detector.fit([torch.cat([normal[:1], twin, normal[1:2]])])
@@ -267,7 +271,7 @@ def test_a_difference_is_excused_by_ties_in_few_images_only() -> None:
 )
 def test_torch_export(photographs: dict[str, Tensor], architecture: str | None, matching: str, scaled: bool) -> None:
     extractor = extractor_of(photographs["other"] if scaled else None, architecture, matching, levels=(1,))
-    detector = FeatureNorm(extractor, image_size=SIDE).fit([photographs["normal"][:4]])
+    detector = FeatureNorm(extractor, FeatureNormConfig(image_size=SIDE)).fit([photographs["normal"][:4]])
     with torch.no_grad():
         program = torch.export.export(
             Inspector(detector),
@@ -327,16 +331,18 @@ def test_errors_say_what_to_do(
 ) -> None:
     extractor = extractor_of(None, None)
     with pytest.raises(ValueError, match=r"can be exported, after fit\(normal_images\)"):
-        Inspector(FeatureNorm(extractor, image_size=SIDE))
+        Inspector(FeatureNorm(extractor, FeatureNormConfig(image_size=SIDE)))
     with pytest.raises(ValueError, match="only a FeatureNorm of an ADExtractor"):
-        Inspector(FeatureNorm(extractor.backbone, image_size=SIDE).fit([photographs["normal"]]))
-    aligned = AlignedFeatureNorm(extractor, 2, image_size=SIDE).fit([photographs["normal"]])
+        Inspector(FeatureNorm(extractor.backbone, FeatureNormConfig(SIDE)).fit([photographs["normal"]]))
+    aligned = AlignedFeatureNorm(extractor, AlignedFeatureNormConfig(image_size=SIDE, shots=2)).fit(
+        [photographs["normal"]]
+    )
     with pytest.raises(ValueError, match="aligned ones cannot be exported"):
         Inspector(aligned)
     extractor.set_references(extractor.encode_references(photographs["normal"].unflatten(0, (4, 2))))
     with pytest.raises(ValueError, match="one set of references for all images, not 4"):
-        Inspector(FeatureNorm(extractor, image_size=SIDE))
-    detector = FeatureNorm(extractor, image_size=SIDE).fit([photographs["normal"]])
+        Inspector(FeatureNorm(extractor, FeatureNormConfig(image_size=SIDE)))
+    detector = FeatureNorm(extractor, FeatureNormConfig(image_size=SIDE)).fit([photographs["normal"]])
     with pytest.raises(ValueError, match=r"opset 9 is not supported; choose one of 18\.\."):
         export_onnx(detector, tmp_path / "model.onnx", [], opset=9)
     monkeypatch.setitem(sys.modules, "onnxscript", None)

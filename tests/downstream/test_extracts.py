@@ -11,9 +11,9 @@ from PIL import Image
 from adpretrain.backbones import Backbone, load_backbone
 from adpretrain.preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from downstream.detectors import detector_from_pretrained
-from downstream.detectors.adapted import Adapted
 from downstream.detectors.ensemble import Ensemble
 from downstream.detectors.patchcore import PatchCore, PatchCoreConfig
+from downstream.extracts import Adapted
 
 CLIP = Preprocess(96, None, CLIP_MEAN, CLIP_STD, "bilinear")
 
