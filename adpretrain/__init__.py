@@ -10,26 +10,26 @@ if TYPE_CHECKING:
     from adpretrain.config import LocalScaleConfig, ProjectorConfig
     from adpretrain.extractor import ADExtractor
     from adpretrain.local_scale import LocalScale
-    from adpretrain.preprocess import read_image
-    from adpretrain.saved import build_projector
+    from adpretrain.photographs import read_image
+    from adpretrain.projector import FeatureProjector
 
 _PLACES = {
     "ADExtractor": "extractor",
+    "FeatureProjector": "projector",
     "LocalScale": "local_scale",
     "LocalScaleConfig": "config",
     "ProjectorConfig": "config",
-    "build_projector": "saved",
     "load_backbone": "backbones",
-    "read_image": "preprocess",
+    "read_image": "photographs",
 }
 
 __all__ = [
     "ADExtractor",
+    "FeatureProjector",
     "LocalScale",
     "LocalScaleConfig",
     "ProjectorConfig",
     "__version__",
-    "build_projector",
     "load_backbone",
     "read_image",
 ]

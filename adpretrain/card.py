@@ -1,7 +1,6 @@
 """The model card of an extractor: what a reader of its page on the Hub needs, written from its config.json.
 
-`sections` gives the parts, `card` all of them in order under their metadata; hub/cards arranges the same parts around
-a run's pictures. Results also become `model-index` metadata, which the Hub shows beside the text.
+Its text is card.md, a template. Results also become `model-index` metadata, which the Hub shows beside the text.
 """
 
 from __future__ import annotations
@@ -10,9 +9,11 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
+from jinja2 import StrictUndefined, Template
 
 from adpretrain.backbones import BACKBONES
 from adpretrain.backbones.table import find_entry
@@ -31,51 +32,7 @@ TAGS = ["anomaly-detection", "industrial-inspection", "few-shot", "adpretrain"]
 FEATURENORM = "FeatureNorm"
 PLACEHOLDER = "ORG/NAME"  # in the card of a folder that is not published (yet)
 
-_PROJECTED = """Features for industrial anomaly detection: a projector on top of the frozen backbone `{backbone}`,
-pretrained on defects of other products. It works on *residual features* (a feature minus its nearest normal reference)
-and needs a few photographs of good parts of *your* product."""
-
-_RESIDUAL = """Features for industrial anomaly detection: the *residual features* (a feature minus its nearest normal
-reference) of the frozen backbone `{backbone}`{scaled}.
-It has no projector: nothing in it was trained on defects. It needs a few photographs of good parts of *your*
-product."""
-
-_SUMMARY = """{what} The plain norm of its features is an anomaly score;
-PatchCore, PaDiM and other detectors run on them as on a backbone's. Made with `adpretrain`; the method is ADPretrain
-(Yao et al., 2025)."""
-
-_USAGE = """```sh
-pip install adpretrain
-adpretrain score --extractor {repo_id} --normal good/ --images new/ --out out/   # scores, heatmaps, a threshold
-```
-
-```python
-from pathlib import Path
-import torch
-from adpretrain import ADExtractor
-from adpretrain.preprocess import read_image
-from downstream.detectors.featurenorm import FeatureNorm
-
-extractor = ADExtractor.from_pretrained("{repo_id}")
-
-
-def photographs(folder):
-    return torch.stack([extractor.preprocess(read_image(path)) for path in sorted(Path(folder).iterdir())])
-
-
-detector = FeatureNorm(extractor).fit([photographs("good")])  # 2 to 8 photographs of good parts, or more
-prediction = detector.predict(photographs("new"))
-print(prediction.scores)  # one score per photograph; prediction.maps holds one map each
-```"""
-
-_LIMITATIONS = """- Scores are comparable within one product and one set of references only. A threshold must come from
-  normal photographs of the product itself (`adpretrain score` calibrates one and says what it can promise).
-- The references must show good parts under the same camera, light and pose as the photographs to be scored. A reference
-  with a defect hides that defect.
-- A photograph is {prepared}: a defect of a few pixels in a large photograph can vanish. Crop first.
-- Missing or swapped parts (logical anomalies) are found only where they change local appearance.
-- Products, cameras and defects unlike those it was measured on may behave differently; measure on your own.
-- It assists an inspection. It is not a safety device."""
+TEMPLATE = Path(__file__).with_suffix(".md")
 
 
 @dataclass(frozen=True)
@@ -98,21 +55,30 @@ class Result:
 
 
 def card(
-    config: ExtractorConfig, repo_id: str = PLACEHOLDER, results: Sequence[Result] = (), licence: str | None = None
+    config: ExtractorConfig,
+    repo_id: str = PLACEHOLDER,
+    results: Sequence[Result] = (),
+    licence: str | None = None,
+    pictures: int = 0,
+    curves: bool = False,
 ) -> str:
-    """The whole README.md. ``results``: besides the held-out ones of the pretraining, which the config holds."""
-    parts = sections(config, repo_id, results)
-    text = "\n\n".join(f"## {title}\n\n{parts[key]}" for key, title in TITLES.items() if key in parts)
-    return f"{metadata(config, repo_id, results, licence)}\n\n# {parts['title']}\n\n{parts['summary']}\n\n{text}\n"
-
-
-TITLES = {
-    "usage": "Use",
-    "backbone": "Backbone",
-    "training": "Training",
-    "results": "Results",
-    "limitations": "Limitations",
-}
+    """The whole README.md. ``results``: besides the held-out ones of the pretraining, which the config holds.
+    ``pictures``: how many files assets/heatmap-1.png, ... lie beside it; ``curves``: whether assets/curves.png does."""
+    held_out = held_out_results(config)
+    everything = [*held_out, *results]
+    template = Template(TEMPLATE.read_text(encoding="utf-8"), undefined=StrictUndefined, keep_trailing_newline=True)
+    return template.render(
+        config=config,
+        repo_id=repo_id,
+        metadata=metadata(config, repo_id, results, licence),
+        backbone=_backbone(config),
+        training=_training(config),
+        results=_results(everything) if everything else "",
+        commands=list(dict.fromkeys(result.command for result in everything)),
+        held_out=held_out,
+        pictures=pictures,
+        curves=curves,
+    )
 
 
 def metadata(config: ExtractorConfig, repo_id: str, results: Sequence[Result], licence: str | None = None) -> str:
@@ -142,27 +108,6 @@ def _eval_result(result: Result) -> EvalResult:
         metric_value=round(result.value, 2),
         metric_args={"command": result.command},
     )
-
-
-def sections(config: ExtractorConfig, repo_id: str, results: Sequence[Result] = ()) -> dict[str, str]:
-    """Markdown of every part of the card, by name; "results" only where there are any."""
-    parts = {
-        "title": repo_id,
-        "summary": _summary(config),
-        "usage": _USAGE.format(repo_id=repo_id),
-        "backbone": _backbone(config),
-        "training": _training(config),
-        "limitations": _LIMITATIONS.format(prepared=config.preprocess.in_words),
-    }
-    if everything := [*held_out_results(config), *results]:
-        parts["results"] = _results(everything, held_out_results(config))
-    return parts
-
-
-def _summary(config: ExtractorConfig) -> str:
-    scaled = ", divided by how much good parts vary where the reference was matched" if config.local_scale else ""
-    what = _RESIDUAL if config.projector is None else _PROJECTED
-    return _SUMMARY.format(what=what.format(backbone=config.backbone.name, scaled=scaled))
 
 
 def held_out_results(config: ExtractorConfig) -> list[Result]:
@@ -227,18 +172,15 @@ def _flat(mapping: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]
     return rows
 
 
-def _results(results: Sequence[Result], held_out: Sequence[Result]) -> str:
-    """A line for every method on every split, a column for every metric, and the commands."""
+def _results(results: Sequence[Result]) -> str:
+    """A line for every method on every split, a column for every metric."""
     metrics = [metric for metric in METRICS if any(result.metric == metric for result in results)]
     lines: dict[tuple[str, str, str], dict[str, str]] = {}
     for result in results:
         line = lines.setdefault((result.dataset, result.split, result.method), {})
         line[result.metric] = f"{result.value:.1f}"
     rows = [[*key, *(values.get(metric, "–") for metric in metrics)] for key, values in lines.items()]
-    text = table(("data set", "split", "method", *(METRICS[metric] for metric in metrics)), rows)
-    commands = "\n".join(dict.fromkeys(result.command for result in results))
-    note = "\n\nThe held-out categories may have chosen the kept step: they are no test set." if held_out else ""
-    return f"In %; AUPRO up to a false-positive rate of 0.3.\n\n{text}\n\n```sh\n{commands}\n```{note}"
+    return table(("data set", "split", "method", *(METRICS[metric] for metric in metrics)), rows)
 
 
 def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

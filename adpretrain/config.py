@@ -56,6 +56,10 @@ class BackboneConfig:
     patch: list[int] = field(default_factory=list)
 
 
+Architecture = Literal["learnable_kv", "linear", "mlp", "self_attention", "cross_attention", "self_cross_attention"]
+ProjectorForm = Literal["paper", "released"]
+
+
 @dataclass(frozen=True)
 class ProjectorConfig:
     """The feature projector (ADPretrain Sec. 3.3).
@@ -69,14 +73,12 @@ class ProjectorConfig:
         form: "paper", or "released" for the exact form of the authors' checkpoints.
     """
 
-    architecture: Literal[
-        "learnable_kv", "linear", "mlp", "self_attention", "cross_attention", "self_cross_attention"
-    ] = "learnable_kv"
+    architecture: Architecture = "learnable_kv"
     references: int = 2048
     heads: int = 16
     mlp_ratio: float = 4.0
     layers: int = 1
-    form: Literal["paper", "released"] = "paper"
+    form: ProjectorForm = "paper"
 
 
 @dataclass(frozen=True)

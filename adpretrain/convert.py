@@ -89,13 +89,13 @@ def projector_from_official(state_dict: Mapping[str, Tensor]) -> FeatureProjecto
     that such a checkpoint does not have.
     """
     levels = _split_levels(state_dict)
-    projector = FeatureProjector(
-        [level["x_ref"].shape[2] for level in levels],
+    config = ProjectorConfig(
         references=levels[0]["x_ref"].shape[1],
         heads=RELEASED_HEADS,
         mlp_ratio=levels[0]["layers.0.mlp.fc1.weight"].shape[0] / levels[0]["x_ref"].shape[2],
         form="released",
     )
+    projector = FeatureProjector([level["x_ref"].shape[2] for level in levels], config)
     renamed = {
         f"levels.{index}.{name}": value
         for index, level in enumerate(levels)
@@ -129,12 +129,6 @@ def extractor_from_official(checkpoint: Any, backbone: Backbone, source: Mapping
             f"l1_proj.x_ref, ..., found {found}"
         )
     projector = projector_from_official(projectors)
-    config = ProjectorConfig(
-        references=projectors["l1_proj.x_ref"].shape[1],
-        heads=RELEASED_HEADS,
-        mlp_ratio=projectors["l1_proj.layers.0.mlp.fc1.weight"].shape[0] / projectors["l1_proj.x_ref"].shape[2],
-        form="released",
-    )
     widths = [projectors[f"l{level + 1}_proj.x_ref"].shape[2] for level in range(len(projector.levels))]
     if widths != backbone.channels:
         raise ValueError(
@@ -148,7 +142,6 @@ def extractor_from_official(checkpoint: Any, backbone: Backbone, source: Mapping
     return ADExtractor(
         backbone,
         projector,
-        config,
         matching="cosine",
         norm="released",
         provenance={

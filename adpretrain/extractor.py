@@ -13,25 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adpretrain.backbones import Backbone, FeatureMaps, References
-from adpretrain.backbones.fingerprint import fingerprint
-from adpretrain.backbones.weights import as_float32
+from adpretrain.backbones import Backbone, FeatureMaps
+from adpretrain.backbones.weights import as_float32, fingerprint
 from adpretrain.card import card
-from adpretrain.config import ProjectorConfig
 from adpretrain.hub import Published, locate, publish
 from adpretrain.local_scale import LocalScale
 from adpretrain.preprocess import Preprocess
 from adpretrain.projector import FeatureProjector
-from adpretrain.residual import (
-    MATCHING,
-    SearchIndex,
-    checked_banks,
-    images_in_bank,
-    leave_one_out_residuals,
-    residual_features,
-    search_index,
-    tokens,
-)
+from adpretrain.references import ReferenceBank
+from adpretrain.residual import MATCHING
 from adpretrain.saved import (
     CARD_NAME,
     NORMS,
@@ -41,12 +31,10 @@ from adpretrain.saved import (
     place,
     read_config,
     read_weights,
-    saved_local_scale,
-    saved_projector,
+    saved_parts,
     saved_tensors,
     write_folder,
 )
-from adpretrain.saved import build_projector as build_projector
 
 
 class ADExtractor(nn.Module):
@@ -61,7 +49,6 @@ class ADExtractor(nn.Module):
         self,
         backbone: Backbone,
         projector: FeatureProjector | None = None,
-        projector_config: ProjectorConfig | None = None,
         local_scale: LocalScale | None = None,
         centers: list[Tensor] | None = None,
         matching: str = "l2",
@@ -75,14 +62,12 @@ class ADExtractor(nn.Module):
             raise ValueError("matching 'none' has no references, which a local scale and cross attention need")
         if norm not in NORMS:
             raise ValueError(f"norm {norm!r} is unknown; choose one of {NORMS}")
-        if (projector is None) != (projector_config is None):
-            raise ValueError("projector and projector_config are given together or not at all")
         self.backbone, self.projector, self.local_scale = backbone, projector, local_scale
         self.config = ExtractorConfig(
             backbone=backbone_config(backbone),
             channels=backbone.channels,
             preprocess=backbone.preprocess,
-            projector=projector_config,
+            projector=None if projector is None else projector.config,
             matching=matching,
             norm=norm,
             local_scale=None if local_scale is None else local_scale.config,
@@ -91,9 +76,7 @@ class ADExtractor(nn.Module):
         )
         for level, width in enumerate(backbone.channels):
             self.register_buffer(f"center_{level}", centers[level] if centers else torch.zeros(width))
-        self._references: References | None = None
-        self._scales: list[Tensor] | None = None
-        self._indices: list[SearchIndex] | None = None
+        self._references: ReferenceBank | None = None
         self.eval()
 
     @property
@@ -107,8 +90,8 @@ class ADExtractor(nn.Module):
         return self.backbone.channels
 
     @property
-    def references(self) -> References | None:
-        """The banks given to `set_references`, or None."""
+    def references(self) -> ReferenceBank | None:
+        """The bank of `set_references`, or None."""
         return self._references
 
     def without_projector(self) -> ADExtractor:
@@ -116,7 +99,7 @@ class ADExtractor(nn.Module):
         raw = ADExtractor(
             self.backbone, local_scale=self.local_scale, matching=self.config.matching, norm=self.config.norm
         )
-        raw._references, raw._scales, raw._indices = self._references, self._scales, self._indices
+        raw._references = self._references
         return raw
 
     def encode(self, images: Tensor) -> FeatureMaps:
@@ -124,111 +107,89 @@ class ADExtractor(nn.Module):
         return self.backbone(images)
 
     @torch.no_grad()
-    def encode_references(self, images: Tensor) -> References:
-        """K normal photographs [K, 3, S, S] -> one shared bank per level [1, K * T, C_l].
-
-        [B, K, 3, S, S] gives one bank per image of a batch: [B, K * T, C_l]. The tokens of a photograph stay
-        together, in order.
-        """
+    def encode_references(self, images: Tensor) -> ReferenceBank:
+        """K normal photographs [K, 3, S, S] -> one bank; [B, K, 3, S, S] gives a bank for each image of a batch."""
         if images.ndim == 4:
             images = images[None]
         if images.ndim != 5 or images.shape[1] == 0:
             raise ValueError(
                 f"references must be [K, 3, S, S] or [B, K, 3, S, S] with K > 0, got {tuple(images.shape)}"
             )
-        banks = images.shape[0]
-        return [tokens(level).reshape(banks, -1, level.shape[1]) for level in self.encode(images.flatten(0, 1))]
+        return self.bank_of(self.encode(images.flatten(0, 1)), images.shape[0])
 
-    def set_references(self, images: Tensor | References) -> ADExtractor:
-        """Keep the references of every later call: images [K, 3, S, S], or banks from `encode_references`; ValueError
-        for anything else. A reference's own residuals are zero: fit a detector on other photographs than these."""
-        given = self.encode_references(images) if isinstance(images, Tensor) else images
-        self._references = checked_banks(given, self.channels)
-        self._scales = self._indices = None
+    def bank_of(self, features: FeatureMaps, banks: int = 1) -> ReferenceBank:
+        """The bank of photographs that are encoded already: L levels [R * K, C_l, H_l, W_l], R = ``banks``."""
+        return ReferenceBank.of(features, self.config.matching, self.local_scale, banks)
+
+    def set_references(self, images: Tensor | ReferenceBank) -> ADExtractor:
+        """Keep the references of every later call: images [K, 3, S, S], or a bank; ValueError for anything else. A
+        reference's own residuals are zero: fit a detector on other photographs than these, or `leave_one_out`."""
+        self._references = self._own(self.encode_references(images) if isinstance(images, Tensor) else images)
         return self
+
+    def _own(self, bank: ReferenceBank) -> ReferenceBank:
+        """A bank, matched and scaled as this extractor does it, whoever made it."""
+        if not isinstance(bank, ReferenceBank):
+            raise ValueError(
+                "references must be one tensor of images [K, 3, S, S] or a ReferenceBank from encode_references, got "
+                f"a {type(bank).__name__}: prepare photographs with .preprocess and torch.stack them"
+            )
+        if bank.channels != self.channels:
+            raise ValueError(
+                f"the references have {len(bank.channels)} levels of {bank.channels} channels, this extractor's "
+                f"features {len(self.channels)} levels of {self.channels}: were they made with another backbone or "
+                "other levels?"
+            )
+        if bank.metric == self.config.matching and bank.local_scale is self.local_scale:
+            return bank
+        return ReferenceBank(bank.levels, bank.grids, self.config.matching, self.local_scale)
 
     def _apply(self, fn: Any, recurse: bool = True) -> ADExtractor:
         super()._apply(fn, recurse)
         if self._references is not None:
-            self._references = [fn(bank) for bank in self._references]
-        self._scales = self._indices = None
+            self._references = self._references.apply(fn)
         return self
 
-    def scales(self, features: FeatureMaps, references: References) -> list[Tensor] | None:
-        """The scale of every reference token, L levels of [R, N_l]; None without a local scale.
+    def project(self, residuals: FeatureMaps, references: ReferenceBank) -> FeatureMaps:
+        """Residuals -> the extractor's output; the references feed the cross-attention ablations only."""
+        if self.projector is not None:
+            crossed = self.projector.needs_reference_residuals
+            residuals = self.projector(residuals, references.context if crossed else None)
+        return residuals if self.local_scale is None else self.local_scale.weighted(residuals)
 
-        Only the sizes of ``features`` are used. Those of the kept references are computed once.
-        """
-        if self.local_scale is None:
-            return None
-        if references is self._references and self._scales is not None:
-            return self._scales
-        images_in_bank(features, references)
-        grids = [(int(level.shape[2]), int(level.shape[3])) for level in features]
-        scales = self.local_scale.scales(references, grids, self.config.matching)
-        if references is self._references:
-            self._scales = scales
-        return scales
-
-    def indices(self, references: References) -> list[SearchIndex] | None:
-        """The banks made ready for searching: once for the kept references; None for those of one call."""
-        if references is not self._references or references[0].shape[0] != 1:
-            return None
-        if self._indices is None:
-            self._indices = [search_index(bank[0], self.config.matching) for bank in references]
-        return self._indices
-
-    def residuals(
-        self, features: FeatureMaps, references: References, scales: list[Tensor] | None = None
-    ) -> FeatureMaps:
-        """Encoded features and banks -> residual features of the same shapes, divided by ``scales`` if given."""
-        indices = self.indices(references)
-        return residual_features(features, references, self.config.matching, scales=scales, indices=indices)
-
-    def reference_residuals(self, references: References, shots: int, scales: list[Tensor] | None) -> References:
-        """The references' residuals among themselves, context of the cross-attention ablations: L of [R, N_l, C_l]."""
-        metric, out = self.config.matching, []
-        for level, bank_RNC in enumerate(references):
-            context = torch.stack([leave_one_out_residuals(bank, shots, metric) for bank in bank_RNC])
-            out.append(context if scales is None else context / scales[level][..., None])
-        return out
-
-    def from_encoded(self, features: FeatureMaps, references: References) -> FeatureMaps:
-        """Encoded features and banks -> the extractor's output: everything after the backbone."""
-        shots = images_in_bank(features, references)
-        scales = self.scales(features, references)
-        return self.project(self.residuals(features, references, scales), references, shots, scales)
-
-    def project(
-        self, residuals: FeatureMaps, references: References, shots: int, scales: list[Tensor] | None
-    ) -> FeatureMaps:
-        """Residuals -> projected features; the references feed the cross-attention ablations only."""
-        if self.projector is None:
-            return self.weighted(residuals)
-        if not self.projector.needs_reference_residuals:
-            return self.weighted(self.projector(residuals))
-        return self.weighted(self.projector(residuals, self.reference_residuals(references, shots, scales)))
-
-    def weighted(self, features: FeatureMaps) -> FeatureMaps:
-        """Each level times the weight that the local scale gives it."""
-        return features if self.local_scale is None else self.local_scale.weighted(features)
+    def from_encoded(self, features: FeatureMaps, references: ReferenceBank) -> FeatureMaps:
+        """Encoded features and references -> the extractor's output: everything after the backbone."""
+        return self.project(references.residuals(features), references)
 
     @torch.no_grad()
-    def forward(self, images: Tensor, references: References | None = None) -> FeatureMaps:
+    def forward(self, images: Tensor, references: ReferenceBank | None = None) -> FeatureMaps:
         """Features for anomaly detection: [B, 3, S, S] -> L levels [B, C_l, H_l, W_l], without gradients.
 
-        ``references``: banks from `encode_references` for this call only (shared, or one per image); otherwise those
-        of `set_references`. Runs under ``torch.autocast`` if the caller asks for it, and under ``torch.compile``;
-        not in inference mode: a detector may train on the results. Raises ValueError without references, unless
-        ``matching`` is "none".
+        ``references``: for this call only; otherwise those of `set_references`. Runs under ``torch.autocast`` if the
+        caller asks for it, and under ``torch.compile``; not in inference mode: a detector may train on the results.
+        Raises ValueError without references, unless ``matching`` is "none".
         """
         if self.config.matching == "none":
             features = self.encode(images)
             return features if self.projector is None else self.projector(features)
-        references = references if references is not None else self._references
-        if references is None:
+        bank = self._references if references is None else self._own(references)
+        if bank is None:
             raise ValueError("no references: call set_references(normal_images) first, or pass references=")
-        return self.from_encoded(self.encode(images), references)
+        return self.from_encoded(self.encode(images), bank)
+
+    @torch.no_grad()
+    def leave_one_out(self, images: Tensor) -> FeatureMaps:
+        """The features of each of K normal photographs [K, 3, S, S] with the other K - 1 as references: L levels
+        [K, C_l, H_l, W_l]. The references that are set are neither used nor changed. Raises ValueError if K < 2."""
+        bank = self.encode_references(images)
+        if self.config.matching == "none":
+            return self(images)
+        residuals = bank.leave_one_out()
+        if self.projector is None or not self.projector.needs_reference_residuals:
+            return self.project(residuals, bank)
+        each = ([level[i : i + 1] for level in residuals] for i in range(bank.shots))
+        parts = [self.project(residual, bank.without([i])) for i, residual in enumerate(each)]
+        return [torch.cat(level) for level in zip(*parts, strict=True)]
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Write config.json, model.safetensors (projector, centres, local scale; never the backbone or references)
@@ -284,15 +245,8 @@ class ADExtractor(nn.Module):
         folder = locate(source, revision, token=token).folder
         config = read_config(folder)
         backbone = extractor_backbone(config, folder, weights, backbone)
-        extractor = cls(
-            backbone,
-            projector=saved_projector(config.projector, config.channels, folder) if config.projector else None,
-            projector_config=config.projector,
-            local_scale=saved_local_scale(config, folder),
-            matching=config.matching,
-            norm=config.norm,
-            provenance=config.provenance,
-        )
+        projector, local_scale = saved_parts(config, folder)
+        extractor = cls(backbone, projector, local_scale, matching=config.matching, norm=config.norm)
         extractor.config = config
         weights_read = as_float32(read_weights(folder, saved_tensors(config, folder)))
         extractor.load_state_dict(weights_read, strict=False, assign=True)  # lacks the backbone's keys only

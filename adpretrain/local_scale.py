@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adpretrain.backbones.base import FeatureMaps, References
+from adpretrain.backbones.base import FeatureMaps
 from adpretrain.config import LocalScaleConfig
 from adpretrain.residual import leave_one_out_residuals, residual_features, tokens
 
@@ -52,7 +52,9 @@ class LocalScale(nn.Module):
         mixed = torch.lerp(norms_RN.mean(1, keepdim=True), around, self.config.share)
         return mixed.clamp_min(EPS)
 
-    def scales(self, references: References, grids: Sequence[tuple[int, int]], metric: str = "l2") -> list[Tensor]:
+    def scales(
+        self, references: Sequence[Tensor], grids: Sequence[tuple[int, int]], metric: str = "l2"
+    ) -> list[Tensor]:
         """The divisor of every reference token, L levels [R, N_l], for feature maps of H_l x W_l = ``grids`` tokens.
 
         Raises ValueError if a bank is not a whole number of photographs.

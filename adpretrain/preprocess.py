@@ -1,199 +1,30 @@
-"""The only image-transform code: reading, resizing, cropping, normalising and the two-view augmentation.
+"""The only image-transform code: resizing, cropping, normalising and the two-view augmentation.
 
 Shapes: S = the network's input side in pixels.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-import stat
 import threading
-import warnings
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import IO, Any
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
-from adpretrain.deep import is_deep, to_8_bit, values_of
+from adpretrain.photographs import as_rgb
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-TIFF_KIND = 254  # tag NewSubfileType; its lowest bit marks a smaller copy of another page
-FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # none runs another program, as EPS
-LOSSY = ("JPEG", "JPEG2000", "WEBP")
 LARGEST_SIDE = 4096  # of a network's input: a config that asks for more would take all memory
 INTERPOLATIONS = ("bilinear", "bicubic")
 RESIZES = ("squeeze", "crop")
 RELEASED_CROPS = {224: 256, 320: 366, 480: 512}  # image_size -> crop_from, in the authors' released code
-MOST_PIXELS = 178_956_970  # of a picture: Pillow's own limit against decompression bombs
 THINNEST = 20  # longer side over shorter, of what is cropped: resizing it first would take all memory
-
-
-@contextlib.contextmanager
-def _opened(path: str | os.PathLike[str] | IO[bytes]) -> Iterator[Image.Image]:
-    try:
-        with contextlib.ExitStack() as stack:
-            file = path
-            if isinstance(path, str | os.PathLike):
-                if not stat.S_ISREG(os.stat(path).st_mode):
-                    raise ValueError("it is not a file")  # a pipe would wait for ever, a device would never end
-                # An open file is never mapped: Pillow mixes up the rows of a mapped gray TIFF that lies on its side.
-                file = stack.enter_context(open(path, "rb"))
-            yield stack.enter_context(Image.open(file, formats=FORMATS))
-    except FileNotFoundError:
-        raise ValueError(f"image not found: {path}") from None
-    except UnidentifiedImageError as error:
-        kinds = ", ".join(FORMATS)
-        raise ValueError(f"cannot read image {path}: its content is no picture of a known kind ({kinds})") from error
-    except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, struct.error, bomb errors ...
-        raise ValueError(f"cannot read image {path}: {error or type(error).__name__}") from error
-
-
-@contextlib.contextmanager
-def pixels_allowed(most: int) -> Iterator[None]:
-    """Within it, pictures of up to ``most`` pixels are read (outside of it, `MOST_PIXELS`), by all threads.
-
-    Raises ValueError for a limit below `MOST_PIXELS`, which our own pictures need too.
-    """
-    if most < MOST_PIXELS:
-        raise ValueError(f"max_pixels {most}; expected at least {MOST_PIXELS}, which is always allowed")
-    usual = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = (most + 1) // 2  # Pillow warns above this and refuses above twice as much
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = usual
-
-
-def _pages(image: Image.Image) -> list[int]:
-    """Which frames of an open picture are pictures of their own, from 0: not a TIFF's smaller copies, nor the previews
-    that a camera puts behind a JPEG."""
-    frames = getattr(image, "n_frames", 1)
-    if image.format == "MPO" or frames == 1:
-        return [0]
-    found = []
-    for frame in range(frames):
-        image.seek(frame)
-        if not (isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(TIFF_KIND, 0) & 1):
-            found.append(frame)
-    image.seek(0)
-    return found or [0]
-
-
-def page_count(path: str | os.PathLike[str] | IO[bytes]) -> int:
-    """How many pictures a file holds: pages of a TIFF, frames of a GIF, PNG or WebP. Errors as in `read_image`."""
-    with _opened(path) as image:
-        return len(_pages(image))
-
-
-def _open(path: str | os.PathLike[str] | IO[bytes], side: int | None = None, page: int | None = None) -> Image.Image:
-    with _opened(path) as image:
-        pages = _pages(image)
-        if page is None and len(pages) > 1:
-            raise ValueError(f"it holds {len(pages)} pages or frames: save each as a file of its own")
-        if page is not None and not 1 <= page <= len(pages):
-            raise ValueError(f"there is no page {page}; it holds {len(pages)}")
-        if (frame := pages[(page or 1) - 1]) != 0:
-            image.seek(frame)
-        if side is not None:
-            image.draft(None, (side, side))  # does nothing to what is not a JPEG
-        image.load()
-        upright = ImageOps.exif_transpose(image)
-        upright.format = image.format  # which copies lose
-        return upright
-
-
-def picture_size(path: str | os.PathLike[str] | IO[bytes]) -> tuple[int, int]:
-    """(width, height) of a photograph, upright, from its header alone. Errors as in `read_image`."""
-    with _opened(path) as image:
-        # Pillow turns a TIFF's own size already.
-        turned = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation) in range(5, 9)
-        return image.size[::-1] if turned else image.size
-
-
-def depth(path: str | os.PathLike[str] | IO[bytes], page: int | None = None) -> tuple[float, bool] | None:
-    """The highest value of a gray picture with more than 8 bits, and whether it holds floats; None for 8 bits, of which
-    only the header is read. Errors as in `read_image`."""
-    with _opened(path) as image:
-        if not is_deep(image):
-            return None
-    image = _open(path, page=page)
-    try:
-        return float(values_of(image).max(initial=0.0)), image.mode == "F"
-    except ValueError as error:
-        raise ValueError(f"cannot read image {path}: {error}") from error
-
-
-def read_image(
-    path: str | os.PathLike[str] | IO[bytes],
-    side: int | None = None,
-    page: int | None = None,
-    full_scale: float | None = None,
-) -> Image.Image:
-    """Read a photograph (a path or an open file) as 8-bit RGB, upright (EXIF). Transparency is composited on white.
-
-    ``side``: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if both sides stay at least that long, which is faster
-    and changes the pixels a little. ``page``: which page or frame, from 1. ``full_scale``: the value that becomes 255
-    in gray pictures of more than 8 bits (`adpretrain.deep`), by default their type's: 65535, and of floats 1 or 255.
-
-    Raises ValueError that names the file if it is missing, truncated, not an image, absurdly large (`pixels_allowed`),
-    or holds several pages and ``page`` names none of them.
-    """
-    image = _open(path, side, page)
-    try:
-        return as_rgb(image, full_scale)
-    except ValueError as error:  # of a colour space that Pillow cannot convert
-        raise ValueError(f"cannot read image {path}: {error}") from error
-
-
-def as_rgb(image: Image.Image, full_scale: float | None = None) -> Image.Image:
-    """A picture of any mode as 8-bit RGB. Transparency is composited on white. ``full_scale``: as in `read_image`."""
-    image = to_8_bit(image, full_scale)
-    if "A" in image.getbands() or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return image.convert("RGB")
-
-
-def read_mask(path: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
-    """Read a defect mask as 8-bit gray, 255 where a defect is marked. Rules and errors as in `examine_mask`."""
-    return examine_mask(path)[0]
-
-
-def examine_mask(path: str | os.PathLike[str] | IO[bytes]) -> tuple[Image.Image, str]:
-    """A defect mask as 8-bit gray, 255 where a defect is marked, and a remark on a file that is an unusual mask, or "".
-
-    Every colour but black marks a defect: some sets store the number of its kind. Lossy formats put a fringe of nearly
-    black around it, so there it takes more than half of white. Where the colours mark everything or nothing, the mask
-    was painted on a transparent layer: then whatever is not wholly transparent is marked. Errors as in `read_image`.
-    """
-    image = _open(path)
-    lossy = image.format in LOSSY
-    try:
-        layered = "A" in image.getbands() or ("transparency" in image.info and image.mode in ("P", "L", "RGB"))
-        opaque = np.asarray(image.convert("RGBA"))[..., 3] > 0 if layered else np.ones(image.size[::-1], bool)
-        if image.mode in ("P", "PA", "LA", "CMYK"):  # the colour counts, not the palette's index
-            image = image.convert("RGB")
-        values = np.asarray(to_8_bit(image) if lossy else image)
-    except ValueError as error:  # of a colour space that Pillow cannot convert
-        raise ValueError(f"cannot read image {path}: {error}") from error
-    if values.ndim == 3:  # a pixel is marked if any colour channel is
-        values = values[..., :3].max(axis=2)
-    marked = values > (127 if lossy else 0)
-    remark = f"mask {path} is in a lossy format: what is brighter than half of white counts as marked" if lossy else ""
-    if marked.all() == marked.any() and opaque.all() != opaque.any():
-        marked, remark = opaque, f"mask {path} is of one colour: what is not transparent counts as marked"
-    return Image.fromarray((marked * 255).astype(np.uint8)), remark
 
 
 def crop_side(image_size: int, resize: str = "squeeze", crop_from: int | None = None) -> int | None:
@@ -295,7 +126,7 @@ class Preprocess:
         if not isinstance(image, Image.Image):
             raise ValueError(
                 f"a photograph must be a PIL image, got {type(image).__name__}: read a file with "
-                "adpretrain.preprocess.read_image, turn an array [H, W, 3] of uint8 into one with PIL.Image.fromarray"
+                "adpretrain.photographs.read_image, turn an array [H, W, 3] of uint8 into one with PIL.Image.fromarray"
             )
         image = image if image.mode == "RGB" else as_rgb(image)
         return F.to_image(self.view_of(image)).as_subclass(Tensor)

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adpretrain.backbones.base import FeatureMaps, References
+from adpretrain.backbones.base import FeatureMaps
+from adpretrain.config import Architecture, ProjectorConfig, ProjectorForm
 from adpretrain.residual import as_map, tokens
 
-ARCHITECTURES = ("learnable_kv", "linear", "mlp", "self_attention", "cross_attention", "self_cross_attention")
-FORMS = ("paper", "released")
+ARCHITECTURES, FORMS = get_args(Architecture), get_args(ProjectorForm)
 MOST_LAYERS = 64
 
 
@@ -242,58 +242,46 @@ class Pointwise(nn.Sequential):
         return super().forward(x_BTC)
 
 
-def _level(
-    width: int, architecture: str, references: int, heads: int, mlp_ratio: float, layers: int, form: str
-) -> nn.Module:
-    match architecture:
+def _level(width: int, config: ProjectorConfig) -> nn.Module:
+    heads, ratio, layers = config.heads, config.mlp_ratio, config.layers
+    match config.architecture:
         case "learnable_kv":
-            return LearnableKeyValueProjector(width, references, heads, mlp_ratio, layers, form)
+            return LearnableKeyValueProjector(width, config.references, heads, ratio, layers, config.form)
         case "linear":
             return Pointwise(nn.Linear(width, width))
         case "mlp":
-            return Pointwise(MLP(width, mlp_ratio, residual=False))
+            return Pointwise(MLP(width, ratio, residual=False))
         case "self_attention":
-            return AblationTransformer(width, heads, mlp_ratio, layers, ["self"])
+            return AblationTransformer(width, heads, ratio, layers, ["self"])
         case "cross_attention":
-            return AblationTransformer(width, heads, mlp_ratio, layers, ["cross"])
+            return AblationTransformer(width, heads, ratio, layers, ["cross"])
         case _:
-            return AblationTransformer(width, heads, mlp_ratio, layers, ["self", "cross"])
+            return AblationTransformer(width, heads, ratio, layers, ["self", "cross"])
 
 
 class FeatureProjector(nn.Module):
     """One projector per level, residual features in, pretrained AD features of the same shapes out.
 
-    ``architecture``: "learnable_kv" (the paper's) or an ablation of its Tab. 2b. ``references``: N_r. ``form``:
-    "paper", or "released" for the exact form of the authors' checkpoints (squeeze-and-excitation in the MLP) and the
-    weights they start from.
-
-    Raises ValueError for an unknown architecture or form.
+    Form "released" is the exact form of the authors' checkpoints (squeeze-and-excitation in the MLP) and the weights
+    they start from. Raises ValueError for an unknown architecture or form, or impossible sizes.
     """
 
-    def __init__(
-        self,
-        channels: Sequence[int],
-        architecture: str = "learnable_kv",
-        references: int = 2048,
-        heads: int = 16,
-        mlp_ratio: float = 4.0,
-        layers: int = 1,
-        form: str = "paper",
-    ) -> None:
+    def __init__(self, channels: Sequence[int], config: ProjectorConfig | None = None) -> None:
         super().__init__()
-        if architecture not in ARCHITECTURES:
-            raise ValueError(f"projector architecture {architecture!r} is unknown; choose one of {ARCHITECTURES}")
-        if form not in FORMS:
-            raise ValueError(f"projector form {form!r} is unknown; choose one of {FORMS}")
+        self.config = config = config or ProjectorConfig()
+        if config.architecture not in ARCHITECTURES:
+            raise ValueError(
+                f"projector architecture {config.architecture!r} is unknown; choose one of {ARCHITECTURES}"
+            )
+        if config.form not in FORMS:
+            raise ValueError(f"projector form {config.form!r} is unknown; choose one of {FORMS}")
+        layers, references, heads, mlp_ratio = config.layers, config.references, config.heads, config.mlp_ratio
         if not 1 <= layers <= MOST_LAYERS or min(references, heads) < 1 or not 0 < mlp_ratio < math.inf:
             raise ValueError(
                 f"a projector of {layers} layers, {references} references, {heads} heads and mlp_ratio {mlp_ratio}: "
                 f"expected 1 to {MOST_LAYERS} layers, the others positive"
             )
-        self.architecture = architecture
-        self.levels = nn.ModuleList(
-            _level(width, architecture, references, heads, mlp_ratio, layers, form) for width in channels
-        )
+        self.levels = nn.ModuleList(_level(width, config) for width in channels)
 
     def vitals(self, residuals: FeatureMaps) -> Tensor:
         """What `LearnableKeyValueProjector.vitals` says of every level: [L, 3]; [0, 3] for the ablations, which have no
@@ -305,9 +293,9 @@ class FeatureProjector(nn.Module):
     @property
     def needs_reference_residuals(self) -> bool:
         """Whether `forward` must be given the residuals of the references among themselves."""
-        return "cross" in self.architecture
+        return "cross" in self.config.architecture
 
-    def forward(self, residuals: FeatureMaps, reference_residuals: References | None = None) -> FeatureMaps:
+    def forward(self, residuals: FeatureMaps, reference_residuals: Sequence[Tensor] | None = None) -> FeatureMaps:
         """L levels [B, C_l, H_l, W_l] -> the same shapes.
 
         ``reference_residuals``, L levels [R, M_l, C_l] with R = 1 or B, feeds the cross-attention ablations only.
@@ -318,7 +306,7 @@ class FeatureProjector(nn.Module):
         if residuals[0].shape[0] == 0:
             raise ValueError(f"residuals {tuple(residuals[0].shape)} are of no images; give at least one")
         if self.needs_reference_residuals and reference_residuals is None:
-            raise ValueError(f"projector architecture {self.architecture!r} needs reference_residuals")
+            raise ValueError(f"projector architecture {self.config.architecture!r} needs reference_residuals")
         contexts = reference_residuals if reference_residuals is not None else [None] * len(residuals)
         return [
             as_map(level(tokens(residual), context), residual)

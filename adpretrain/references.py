@@ -1,21 +1,168 @@
-"""Choosing the K normal references: at random, spread by k-means, or aligned with each query (ADPretrain App. C).
+"""K normal photographs to compare with: the bank of their features, and how they are chosen.
 
-Shapes: P pool images, C channels, H x W tokens, S x S grid cells of G = (H / S) * (W / S) tokens each, N_c centres per
-cell, M = S^2 N_c histogram bins, K references.
+Shapes: B images, R banks, K references, L levels, T = H x W tokens per image, N = K * T, C channels; P pool images,
+S x S grid cells of G = (H / S) * (W / S) tokens each, N_c centres per cell, M = S^2 N_c histogram bins.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adpretrain.backbones.base import FeatureMaps
 from adpretrain.data.samples import TooFewImages
+from adpretrain.local_scale import LocalScale
+from adpretrain.residual import (
+    LeaveOneOut,
+    SearchIndex,
+    as_map,
+    leave_one_out_residuals,
+    residual_tokens,
+    search_index,
+    tokens,
+)
 
 CELLS, CENTRES = 5, 5  # S and N_c of the paper
 EPS = 1e-8
 CHUNK_BYTES = 64 << 20
+
+
+class ReferenceBank:
+    """K normal photographs of one product, or K for each of R groups of images, ready to be compared with.
+
+    ``levels``: L tensors [R, K * T_l, C_l], the tokens of a photograph together and in order. Bank r belongs to B / R
+    consecutive images of a batch: R = 1 is shared by all, with R = B every image has its own. ``grids``: (H_l, W_l) of
+    each level. ``metric`` finds the nearest reference, and ``local_scale`` scales residuals. Scales, search indices and
+    attention context are computed when they are first needed, and kept.
+
+    Raises ValueError if a level is not a whole number of photographs.
+    """
+
+    def __init__(
+        self,
+        levels: Sequence[Tensor],
+        grids: Sequence[tuple[int, int]],
+        metric: str = "l2",
+        local_scale: LocalScale | None = None,
+    ) -> None:
+        self.levels, self.grids, self.metric, self.local_scale = list(levels), list(grids), metric, local_scale
+        if len(self.levels) != len(self.grids):
+            raise ValueError(f"{len(self.levels)} levels of references on maps of {len(self.grids)} levels")
+        for level, (height, width) in zip(self.levels, self.grids, strict=True):
+            if not level.shape[1] or level.shape[1] % (height * width):
+                raise ValueError(
+                    f"a bank of {level.shape[1]} tokens is not a whole number of {height * width}-token images: "
+                    "were the references encoded at another image size?"
+                )
+        self.shots = self.levels[0].shape[1] // (self.grids[0][0] * self.grids[0][1])
+
+    @classmethod
+    def of(
+        cls, features: FeatureMaps, metric: str = "l2", local_scale: LocalScale | None = None, banks: int = 1
+    ) -> ReferenceBank:
+        """The bank of encoded photographs: L levels [R * K, C_l, H_l, W_l], those of a bank together; R = ``banks``."""
+        levels = [tokens(level).reshape(banks, -1, level.shape[1]) for level in features]
+        grids = [(int(level.shape[2]), int(level.shape[3])) for level in features]
+        return cls(levels, grids, metric, local_scale)
+
+    @property
+    def banks(self) -> int:
+        """R."""
+        return self.levels[0].shape[0]
+
+    @property
+    def channels(self) -> list[int]:
+        """C_l of each level."""
+        return [level.shape[2] for level in self.levels]
+
+    @cached_property
+    def scales(self) -> list[Tensor] | None:
+        """The divisors of the residuals, L levels [R, N_l]; None without a local scale."""
+        return None if self.local_scale is None else self.local_scale.scales(self.levels, self.grids, self.metric)
+
+    @cached_property
+    def indices(self) -> list[SearchIndex] | None:
+        """Every level made ready for searching; None if there is more than one bank."""
+        return [search_index(level[0], self.metric) for level in self.levels] if self.banks == 1 else None
+
+    @cached_property
+    def context(self) -> list[Tensor]:
+        """The references' (scaled) residuals among themselves, for cross attention: L levels [R, N_l, C_l]."""
+        out = []
+        for level, bank_RNC in enumerate(self.levels):
+            context = torch.stack([leave_one_out_residuals(bank, self.shots, self.metric) for bank in bank_RNC])
+            out.append(context if self.scales is None else context / self.scales[level][..., None])
+        return out
+
+    def residuals(self, features: FeatureMaps) -> FeatureMaps:
+        """Features minus their nearest references, over the local scale: L levels [B, C_l, H_l, W_l], like theirs.
+
+        Raises ValueError if metric, levels, channels or batch sizes do not fit.
+        """
+        if len(features) != len(self.levels):
+            raise ValueError(f"features have {len(features)} levels but references have {len(self.levels)}")
+        images, out = features[0].shape[0], []
+        if images % self.banks:
+            raise ValueError(f"{self.banks} banks of references do not fit a batch of {images} images: expected 1 or B")
+        if self.metric == "none":
+            return features
+        for level, (feature, bank_RNC) in enumerate(zip(features, self.levels, strict=True)):
+            query_RQC = tokens(feature).reshape(self.banks, -1, feature.shape[1])
+            scale = None if self.scales is None else self.scales[level]
+            index = None if self.indices is None else self.indices[level]
+            residual = residual_tokens(query_RQC, bank_RNC, self.metric, scale_RN=scale, index=index)
+            out.append(as_map(residual.view(images, -1, feature.shape[1]), feature))
+        return out
+
+    def without(self, images: Sequence[int]) -> ReferenceBank:
+        """The bank of the other photographs. Raises ValueError if there are none."""
+        kept = [image for image in range(self.shots) if image not in images]
+        levels = [level.unflatten(1, (self.shots, -1))[:, kept].flatten(1, 2) for level in self.levels]
+        return ReferenceBank(levels, self.grids, self.metric, self.local_scale)
+
+    def leave_one_out(self) -> FeatureMaps:
+        """Residuals of each photograph of a shared bank as if it were new, the other K - 1 being its references: L
+        levels [K, C_l, H_l, W_l]. Raises ValueError if K < 2.
+
+        Matching every photograph with `without` itself would compare every pair of tokens K - 1 times, because the
+        scales change with the photograph that is left out; here they are compared once.
+        """
+        assert self.banks == 1
+        if self.shots < 2:
+            raise ValueError(f"leave-one-out needs at least 2 references, got {self.shots}")
+        maps = []
+        for level, (height, width) in zip(self.levels, self.grids, strict=True):
+            photographs_KTC = level[0].unflatten(0, (self.shots, -1))
+            maps.append(photographs_KTC.transpose(1, 2).unflatten(2, (height, width)))
+        if self.shots == 2:  # the one that is left has a scale of its own kind
+            alone = [self.without([i]).residuals([level[i : i + 1] for level in maps]) for i in range(2)]
+            return [torch.cat(level) for level in zip(*alone, strict=True)]
+        return [self._left_out(level) for level in maps]
+
+    def _left_out(self, feature_KCHW: Tensor) -> Tensor:
+        shots, _, height, width = feature_KCHW.shape
+        table = LeaveOneOut(tokens(feature_KCHW).flatten(0, 1), shots, self.metric)
+        image_N = torch.arange(shots, device=feature_KCHW.device).repeat_interleave(height * width)
+        parts = []
+        for image in range(shots):
+            residual, matched = table.residuals((image_N == image).nonzero()[:, 0])
+            if self.local_scale is not None:
+                rest = (image_N != image).nonzero()[:, 0]
+                norms, _ = table.residuals(rest, without=image)
+                scale = torch.empty_like(image_N, dtype=norms.dtype)
+                scale[rest] = self.local_scale.smoothed(norms.norm(dim=1)[None], height, width)[0]
+                residual = residual / scale[matched][:, None]
+            parts.append(residual)
+        return as_map(torch.stack(parts), feature_KCHW)
+
+    def apply(self, change: Callable[[Tensor], Tensor]) -> ReferenceBank:
+        """A bank of changed features, such as ones moved to a device."""
+        return ReferenceBank([change(level) for level in self.levels], self.grids, self.metric, self.local_scale)
 
 
 def _check_count(shots: int, pool: int) -> None:

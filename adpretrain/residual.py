@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adpretrain.backbones.base import FeatureMaps, References
+from adpretrain.backbones.base import FeatureMaps
 from adpretrain.device import full_precision
 
 METRICS = ("l2", "cosine")
@@ -125,31 +125,17 @@ def nearest_reference(
         return _search(query_BTC, search_index(bank_RNC, metric, query_BTC.dtype), chunk_bytes)
 
 
-def _search(
-    query: Tensor,
-    index: SearchIndex,
-    chunk_bytes: int | None,
-    own_Q: Tensor | None = None,
-    images: int = 1,
-) -> Tensor:
-    """Nearest row for every query: [Q, C] -> [Q] in one bank, or [R, Q, C] -> [R, Q] in as many banks. With ``own_Q``,
-    query i of one bank may not match image ``own_Q[i]`` of the ``images`` equal parts of the bank, whose rows are then
-    all those of the queries."""
+def _search(query: Tensor, index: SearchIndex, chunk_bytes: int | None) -> Tensor:
+    """Nearest row for every query: [Q, C] -> [Q] in one bank, or [R, Q, C] -> [R, Q] in as many banks."""
     if chunk_bytes is None:
         chunks: Sequence[Tensor] = [query]
     else:
         row_bytes = index.rows[..., 0].numel() * index.rows.element_size()
         chunks = query.split(max(1, chunk_bytes // row_bytes), dim=-2)
-    best, done = [], 0
+    best = []
     for chunk in chunks:
-        similarity = similarities(chunk, index)
-        if own_Q is not None:
-            each = torch.arange(similarity.shape[0], device=similarity.device)
-            own = own_Q[done : done + chunk.shape[0]]
-            similarity[:, : query.shape[0]].unflatten(1, (images, -1))[each, own] = -torch.inf
-            done += chunk.shape[0]
         # Two short stages instead of one long argmax, which torch does not vectorise (3x faster on a CPU).
-        blocks = similarity.unflatten(-1, (-1, BLOCK))
+        blocks = similarities(chunk, index).unflatten(-1, (-1, BLOCK))
         block = blocks.amax(-1).argmax(-1, keepdim=True)
         inside = blocks.gather(-2, block[..., None].expand(*block.shape, BLOCK))[..., 0, :]
         best.append(block[..., 0] * BLOCK + inside.argmax(-1))
@@ -176,95 +162,72 @@ def residual_tokens(
     return residual if scale_RN is None else residual / scale_RN.gather(1, index_BT)[..., None]
 
 
-def residual_features(
-    features: FeatureMaps,
-    references: References,
-    metric: str = "l2",
-    chunk_bytes: int | None = CHUNK_BYTES,
-    scales: Sequence[Tensor] | None = None,
-    indices: Sequence[SearchIndex] | None = None,
-) -> FeatureMaps:
+def residual_features(features: FeatureMaps, references: Sequence[Tensor], metric: str = "l2") -> FeatureMaps:
     """Residual features r = x - argmin_{x' in R_l} ||x - x'|| of every level (ADPretrain Sec. 3.1).
 
     ``features``: L levels [B, C_l, H_l, W_l]; ``references``: L levels [R, N_l, C_l], R = 1 (one bank for the
     batch) or B (one per image). ``metric``: "l2" (the paper) or "cosine" (the released code: nearest by angle,
-    then the un-normalised match is subtracted); "none" leaves the features as they are. ``scales``: L levels [R, N_l]
-    that divide the residual by a number of the matched reference. ``indices``: the `search_index` of every level's
-    shared bank, if made before. Returns maps of the features' shapes.
+    then the un-normalised match is subtracted); "none" leaves the features as they are. Returns maps of the features'
+    shapes. `adpretrain.references.ReferenceBank` does the same, and scales the residuals.
 
     Raises ValueError if metric, levels, channels or batch sizes do not fit.
     """
     if len(features) != len(references):
         raise ValueError(f"features have {len(features)} levels but references have {len(references)}")
-    divisors: Sequence[Tensor | None] = scales or [None] * len(features)
-    prepared: Sequence[SearchIndex | None] = indices or [None] * len(features)
-    levels = zip(features, references, divisors, prepared, strict=True)
-    return [
-        as_map(residual_tokens(tokens(feature), bank, metric, chunk_bytes, scale, index), feature)
-        for feature, bank, scale, index in levels
-    ]
+    levels = zip(features, references, strict=True)
+    return [as_map(residual_tokens(tokens(feature), bank, metric), feature) for feature, bank in levels]
 
 
-def leave_one_out_residuals(bank_NC: Tensor, images: int, metric: str = "l2") -> Tensor:
-    """Residuals of a bank's own tokens, those of each image against the other images': [N, C].
+class LeaveOneOut:
+    """Each token of K photographs, and the nearest one in every photograph: one pass over all pairs of tokens answers
+    every question of what a photograph looks like to the others.
 
-    ``bank_NC`` holds the tokens of ``images`` = K photographs, one after the other. With a single photograph there
-    is nothing to leave out, so its tokens are matched with the photograph's other tokens, never with themselves.
+    ``bank_NC`` holds the tokens of ``images`` = K photographs, one after the other. Attributes: ``similarity_NK``, -inf
+    for the token's own photograph, and ``index_NK`` into the N tokens. A single photograph has no others: its tokens
+    are matched with its other tokens, never with themselves.
 
     Raises ValueError if N is not a multiple of ``images``.
     """
-    size = bank_NC.shape[0]
-    if images < 1 or size % images:
-        raise ValueError(f"{size} reference tokens cannot come from {images} images of one size")
-    parts = images if images > 1 else size
-    with torch.no_grad(), torch.autocast(bank_NC.device.type, enabled=False):
-        own_N = torch.arange(size, device=bank_NC.device) // (size // parts)
-        index_N = _search(bank_NC, search_index(bank_NC, metric), CHUNK_BYTES, own_N, parts)
-    return bank_NC - bank_NC[index_N]
+
+    def __init__(self, bank_NC: Tensor, images: int, metric: str = "l2") -> None:
+        size = bank_NC.shape[0]
+        if images < 1 or size % images:
+            raise ValueError(f"{size} reference tokens cannot come from {images} images of one size")
+        each = size // images
+        block = max(number for number in range(1, BLOCK + 1) if each % number == 0)
+        self.bank_NC = bank_NC
+        nearest, indices, done = [], [], 0
+        with torch.no_grad(), torch.autocast(bank_NC.device.type, enabled=False):
+            index = search_index(bank_NC, metric)
+            first_K = torch.arange(0, size, each, device=bank_NC.device)
+            for chunk in bank_NC.split(max(1, CHUNK_BYTES // (size * index.rows.element_size()))):
+                similarity = similarities(chunk, index)[:, :size]
+                rows = torch.arange(len(chunk), device=bank_NC.device)
+                own = rows + done
+                if images == 1:
+                    similarity[rows, own] = -torch.inf
+                blocks = similarity.unflatten(1, (images, -1, block))  # two short stages, as in the search above
+                best = blocks.amax(3).argmax(2)
+                inside = blocks.gather(2, best[..., None, None].expand(-1, -1, 1, block))[:, :, 0]
+                column = inside.argmax(2)
+                nearest.append(inside.gather(2, column[..., None])[..., 0])
+                indices.append(first_K + best * block + column)
+                if images > 1:
+                    nearest[-1][rows, own // each] = -torch.inf
+                done += len(chunk)
+        self.similarity_NK, self.index_NK = torch.cat(nearest), torch.cat(indices)
+
+    def residuals(self, rows: Tensor | slice = slice(None), without: int | None = None) -> tuple[Tensor, Tensor]:
+        """Residuals [n, C] of some of the tokens against all photographs but their own and ``without``, and the
+        matched tokens [n]."""
+        similarity = self.similarity_NK[rows]
+        if without is not None:
+            similarity = similarity.clone()
+            similarity[:, without] = -torch.inf
+        matched = self.index_NK[rows].gather(1, similarity.argmax(1, keepdim=True))[:, 0]
+        return self.bank_NC[rows] - self.bank_NC[matched], matched
 
 
-def nearest_in_each_image(bank_KTC: Tensor, width: int, metric: str = "l2") -> tuple[Tensor, Tensor]:
-    """Each token's nearest token in every one of K photographs: similarities [N, K], indices [N, K] into the N = K T
-    tokens. ``width`` divides T: rows of the token grid, compared before their tokens are. The own photograph is
-    included.
-    """
-    images, per_image, _ = bank_KTC.shape
-    bank_NC = bank_KTC.flatten(0, 1)
-    with torch.no_grad(), torch.autocast(bank_NC.device.type, enabled=False):
-        index = search_index(bank_NC, metric)
-        nearest, indices = [], []
-        for chunk in bank_NC.split(max(1, CHUNK_BYTES // (len(bank_NC) * index.rows.element_size()))):
-            similarity = similarities(chunk, index)[:, : len(bank_NC)]
-            grid = similarity.unflatten(1, (images, per_image // width, width))
-            best_row = grid.amax(3).argmax(2)  # two short stages, as in the search above
-            inside = grid.gather(2, best_row[..., None, None].expand(-1, -1, 1, width))[:, :, 0]
-            column = inside.argmax(2)
-            nearest.append(inside.gather(2, column[..., None])[..., 0])
-            first = torch.arange(images, device=grid.device) * per_image
-            indices.append(first + best_row * width + column)
-    return torch.cat(nearest), torch.cat(indices)
-
-
-def images_in_bank(features: FeatureMaps, references: References) -> int:
-    """K, from the sizes of the feature maps and of the banks. Raises ValueError if they do not fit each other."""
-    if len(references) != len(features):
-        raise ValueError(f"references must be one bank per level: {len(features)} are needed, got {len(references)}")
-    per_image = features[0].shape[2] * features[0].shape[3]
-    if references[0].shape[1] % per_image:
-        raise ValueError(
-            f"a bank of {references[0].shape[1]} tokens is not a whole number of {per_image}-token images: "
-            "were the references encoded at another image size?"
-        )
-    return references[0].shape[1] // per_image
-
-
-def checked_banks(references: References, channels: Sequence[int]) -> References:
-    """The L banks [R, N_l, C_l] as a list. Raises ValueError if they are others, such as a list of photographs."""
-    widths = [tuple(getattr(bank, "shape", ()))[2:] for bank in references]
-    if widths != [(width,) for width in channels]:
-        raise ValueError(
-            f"references must be one tensor of images [K, 3, S, S], or {len(channels)} banks [R, N, C] with C = "
-            f"{list(channels)} from encode_references, got a {type(references).__name__} of {len(widths)} others: "
-            "prepare photographs with .preprocess and torch.stack them"
-        )
-    return list(references)
+def leave_one_out_residuals(bank_NC: Tensor, images: int, metric: str = "l2") -> Tensor:
+    """Residuals of a bank's own tokens, those of each image against the other images': [N, C]. See `LeaveOneOut`."""
+    return LeaveOneOut(bank_NC, images, metric).residuals()[0]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from adpretrain._version import __version__
 from adpretrain.backbones import Backbone, load_backbone
-from adpretrain.backbones.fingerprint import fingerprint, same_weights
+from adpretrain.backbones.weights import fingerprint, same_weights
 from adpretrain.config import BackboneConfig, LocalScaleConfig, ProjectorConfig
 from adpretrain.files import atomic_folder
 from adpretrain.local_scale import LocalScale
@@ -41,7 +41,7 @@ class ExtractorConfig:
 
     Args:
         backbone: the frozen network.
-        fingerprint: of its weights (`adpretrain.backbones.fingerprint`), checked on loading; empty = unknown.
+        fingerprint: of its weights (`adpretrain.backbones.weights`), checked on loading; empty = unknown.
         channels: its feature widths, checked on loading.
         preprocess: how photographs become its input.
         projector: the projector's sizes; null = none (raw residual features).
@@ -135,44 +135,30 @@ def place(network: nn.Module) -> torch.device:
     return next((tensor.device for tensor in (*network.parameters(), *network.buffers())), torch.device("cpu"))
 
 
-def build_projector(config: ProjectorConfig, channels: list[int]) -> FeatureProjector:
-    """A fresh `FeatureProjector` of the configured architecture and sizes."""
-    return FeatureProjector(channels, **dataclasses.asdict(config))
-
-
-def saved_projector(config: ProjectorConfig, channels: list[int], folder: Path) -> FeatureProjector:
-    """The projector of a saved extractor, without memory until its weights are assigned.
+def saved_parts(config: ExtractorConfig, folder: Path) -> tuple[FeatureProjector | None, LocalScale | None]:
+    """The projector and the local scale of a saved extractor, without memory until their weights are assigned.
 
     Whatever sizes a config asks for, nothing is taken before the file is seen to hold them. Raises ValueError that
-    names the folder for sizes that make no projector.
+    names the folder for sizes that make no projector, or level weights that do not fit.
     """
     try:
         with torch.device("meta"):
-            return build_projector(config, channels)
+            projector = FeatureProjector(config.channels, config.projector) if config.projector else None
+            local_scale = LocalScale(len(config.channels), config.local_scale) if config.local_scale else None
     except (ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{folder}: {(str(error).splitlines() or [''])[0]}") from error
-
-
-def saved_local_scale(config: ExtractorConfig, folder: Path) -> LocalScale | None:
-    """The local scale of a saved extractor, its tensors still to be read. Raises ValueError for weights that do not
-    fit, naming the folder."""
-    try:
-        return None if config.local_scale is None else LocalScale(len(config.channels), config.local_scale)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
+    return projector, local_scale
 
 
 def saved_tensors(config: ExtractorConfig, folder: Path) -> dict[str, Tensor]:
     """Name, shape and type of every tensor in the model.safetensors of an extractor, without memory for the values:
-    projector, local scale and centres. Raises ValueError as `saved_projector` does."""
+    projector, local scale and centres. Raises ValueError as `saved_parts` does."""
+    projector, local_scale = saved_parts(config, folder)
     saved = nn.Module()
-    with torch.device("meta"):
-        if config.projector is not None:
-            saved.projector = saved_projector(config.projector, config.channels, folder)
-        if (scale := saved_local_scale(config, folder)) is not None:
-            saved.local_scale = scale
-        for level, width in enumerate(config.channels):
-            saved.register_buffer(f"center_{level}", torch.zeros(width))
+    saved.add_module("projector", projector)
+    saved.add_module("local_scale", local_scale)
+    for level, width in enumerate(config.channels):
+        saved.register_buffer(f"center_{level}", torch.zeros(width, device="meta"))
     return saved.state_dict()
 
 

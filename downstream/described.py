@@ -15,7 +15,7 @@ from adpretrain.backbones import load_backbone
 from adpretrain.backbones.table import find_entry
 from adpretrain.card import FEATURENORM, METRICS, held_out_results, provenance_of
 from adpretrain.residual import tokens
-from adpretrain.saved import WEIGHTS_NAME, ExtractorConfig, read_config, saved_projector
+from adpretrain.saved import WEIGHTS_NAME, ExtractorConfig, read_config, saved_parts
 from adpretrain.training.speed import count_flops
 from downstream.saved import is_detector, locate_model, part, parts_of, read_detector_config
 
@@ -68,9 +68,10 @@ def projector_cost(config: ExtractorConfig, folder: Path) -> dict[str, int]:
     and values, which are computed once for given weights (of cross attention: once for the residuals of a reference).
     Backbone and projector are made without memory, to learn how many tokens there are.
     """
-    if config.projector is None:
+    projector, _ = saved_parts(config, folder)
+    if projector is None:
         return {}
-    projector, side = saved_projector(config.projector, config.channels, folder), config.preprocess.image_size
+    side = config.preprocess.image_size
     name, levels = config.backbone.name, config.backbone.levels or None
     try:
         with torch.device("meta"):

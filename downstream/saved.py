@@ -35,9 +35,10 @@ from adpretrain.config import BackboneConfig
 from adpretrain.extractor import ADExtractor
 from adpretrain.files import atomic_path
 from adpretrain.hub import Located, Published, locate, publish
-from adpretrain.hub.contents import files_to_publish
+from adpretrain.hub.upload import files_to_publish
 from adpretrain.parsing import from_dict, read_json
 from adpretrain.preprocess import Preprocess
+from adpretrain.references import ReferenceBank
 from adpretrain.saved import (
     CARD_NAME,
     CONFIG_NAME,
@@ -48,7 +49,7 @@ from adpretrain.saved import (
     saved_backbone,
     write_folder,
 )
-from downstream.extracts import Adapted, device_of, probe, refuse_other_features
+from downstream.extracts import Adapted, device_of, fixed_picture, probe, refuse_other_features
 
 FORMAT_VERSION = 1
 EXTRACTOR = "extractor"
@@ -87,7 +88,7 @@ class DetectorConfig:
         dtype: precision of the network.
         photographs: digests of the photographs that it was fitted on and of its references (`Photo.digest`), so that
             it is not calibrated on them; empty where a program fitted it on tensors, and before this was remembered.
-        full_scale: of those photographs, where they have more than 8 bits (`adpretrain.deep`).
+        full_scale: of those photographs, where they have more than 8 bits (`adpretrain.photographs`).
         format_version: version of this file's format.
         library_version: version of adpretrain that wrote it.
     """
@@ -169,11 +170,11 @@ def save_detector(
 
 
 def _references(extract: Extract) -> dict[str, Tensor]:
-    banks = (extract.references or []) if isinstance(extract, ADExtractor) else []
-    for bank_RNC in banks:
-        if bank_RNC.shape[0] != 1:
-            raise ValueError(f"a saved detector has one set of references for all images, not {len(bank_RNC)}")
-    return {f"{REFERENCES}{level}": bank_1NC for level, bank_1NC in enumerate(banks)}
+    if not isinstance(extract, ADExtractor) or extract.references is None:
+        return {}
+    if (banks := extract.references.banks) != 1:
+        raise ValueError(f"a saved detector has one set of references for all images, not {banks}")
+    return {f"{REFERENCES}{level}": bank_1NC for level, bank_1NC in enumerate(extract.references.levels)}
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -260,7 +261,9 @@ def load_detector(
         references = [tensors.pop(numbered[level]) for level in sorted(numbered)]
     given = given if given is not None else _load_extract(folder, config, device, weights)
     if isinstance(given, ADExtractor) and given.references is None and references:
-        given.set_references(references)
+        with put_together(folder):
+            like = given.encode(fixed_picture(given.preprocess.image_size, device_of(given)))
+            given.set_references(ReferenceBank(references, [(m.shape[2], m.shape[3]) for m in like]))
     with put_together(folder):
         where = device_of(given, tensors, device)
         found = probe(given, config.image_size, where)

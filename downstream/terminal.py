@@ -67,7 +67,6 @@ class ProgressBars:
     """Progress on stderr: a live bar on a terminal, nothing in a log file."""
 
     def __enter__(self) -> Progress:
-        from rich import progress as bars
         from rich.console import Console
 
         from adpretrain.progress import progress_bar

@@ -29,7 +29,7 @@ from adpretrain.config import LocalScaleConfig
 from adpretrain.data import ImageDataset
 from adpretrain.data.layouts.realiad import index_realiad
 from adpretrain.data.products import by_product
-from adpretrain.hub.locating import EMBEDDED
+from adpretrain.hub.download import EMBEDDED
 from adpretrain.local_scale import LocalScale
 from adpretrain.parsing import POSITIONAL, parse_flags
 from adpretrain.saved import CARD_NAME, save_tensors

@@ -18,13 +18,12 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from string import Template
 from typing import Any
 
-from adpretrain.card import METRICS, Result, metadata, sections
+from adpretrain.card import METRICS, Result, card
 from adpretrain.hub import Published, publish, publish_space
 from adpretrain.parsing import parse_flags, read_json
-from adpretrain.saved import CONFIG_NAME, WEIGHTS_NAME, ExtractorConfig, folder_digest, read_config
+from adpretrain.saved import CONFIG_NAME, WEIGHTS_NAME, folder_digest, read_config
 
 HUB = Path(__file__).resolve().parent
 EXAMPLES = 3  # heatmaps on the page, at most
@@ -82,22 +81,8 @@ def stage(run: Path, folder: Path, repo_id: str, results: Sequence[Path] = (), l
         assets.mkdir(exist_ok=True)
         shutil.copyfile(curves, assets / "curves.png")
     measured = [result for table in results for result in results_of(table, source, repo_id)]
-    text = render(config, repo_id, measured, licence, len(pictures), curves.is_file())
+    text = card(config, repo_id, measured, licence, len(pictures), curves.is_file())
     (folder / "README.md").write_text(text, encoding="utf-8")
-
-
-def render(
-    config: ExtractorConfig, repo_id: str, results: Sequence[Result], licence: str | None, pictures: int, curves: bool
-) -> str:
-    """hub/cards/extractor.md, filled."""
-    parts = {"results": "None were measured.", **sections(config, repo_id, results)}
-    parts["metadata"] = metadata(config, repo_id, results, licence)
-    shown = [f"![A held-out product: photograph, heatmap, defect](assets/heatmap-{n + 1}.png)" for n in range(pictures)]
-    typical = "\n\nHeld-out products; of each, the median-scored image of a kind of defect: typical, not the best."
-    parts["examples"] = "\n".join(shown) + typical if shown else ""
-    parts["curves"] = "![Losses and held-out metrics over the training](assets/curves.png)" if curves else ""
-    template = Template((HUB / "cards" / "extractor.md").read_text(encoding="utf-8"))
-    return template.substitute(parts)
 
 
 def results_of(folder: Path, extractor: Path, repo_id: str) -> list[Result]:

@@ -21,7 +21,8 @@ from PIL import Image
 
 from adpretrain.config import PretrainConfig
 from adpretrain.parsing import from_dict, parse_flags, read_yaml
-from adpretrain.preprocess import Preprocess, TwoViews, crop_side, read_image
+from adpretrain.photographs import read_image
+from adpretrain.preprocess import Preprocess, TwoViews, crop_side
 from adpretrain.training.costs import FLOAT, Counts, checkpoint_bytes, count, gather_bytes, loss_flops, memory
 
 REPEATS = 15  # of a measurement, whose median counts

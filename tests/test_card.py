@@ -15,7 +15,7 @@ from adpretrain import ADExtractor
 from adpretrain.backbones import load_backbone
 from adpretrain.card import METRICS, Result, card, held_out_results
 from adpretrain.config import BackboneConfig, LocalScaleConfig, ProjectorConfig
-from adpretrain.extractor import build_projector
+from adpretrain.projector import FeatureProjector
 from adpretrain.saved import ExtractorConfig
 
 MEASURED = {"step": 40, "image_auroc": 0.912, "aupro": 0.805, "raw_image_auroc": 0.9, "raw_aupro": 0.75}
@@ -27,7 +27,7 @@ RESULT = Result("MTD", "test, K=8", "padim on adpretrain features", "aupro", 66.
 def extractor() -> ADExtractor:
     backbone = load_backbone("lite0", image_size=64)
     config = ProjectorConfig(references=8, heads=1)
-    return ADExtractor(backbone, build_projector(config, backbone.channels), config, provenance=PROVENANCE)
+    return ADExtractor(backbone, FeatureProjector(backbone.channels, config), provenance=PROVENANCE)
 
 
 def test_the_hubs_client_reads_the_results_back(extractor: ADExtractor) -> None:

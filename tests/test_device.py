@@ -19,16 +19,17 @@ from adpretrain.backbones import load_backbone
 from adpretrain.backbones.dinov2 import DinoV2
 from adpretrain.config import LossConfig, ProjectorConfig
 from adpretrain.data import index_realiad
-from adpretrain.extractor import ADExtractor, build_projector
-from adpretrain.leave_one_out import leave_one_out
+from adpretrain.extractor import ADExtractor
 from adpretrain.local_scale import LocalScale
 from adpretrain.losses import angle_loss, norm_loss
+from adpretrain.projector import FeatureProjector
 from adpretrain.references import AlignedReferences, kmeans_references
 from adpretrain.residual import (
+    LeaveOneOut,
     leave_one_out_residuals,
-    nearest_in_each_image,
     nearest_reference,
     residual_features,
+    residual_tokens,
     search_index,
 )
 from adpretrain.training.batches import LabelledBatch, OnlineBatches, ResidualBatch, label, thin
@@ -56,10 +57,10 @@ def make(architecture: str | None = "learnable_kv", scaled: bool = True) -> ADEx
     if architecture is None:
         return ADExtractor(backbone, local_scale=scale)
     config = ProjectorConfig(architecture=architecture, references=16, heads=2)
-    projector = build_projector(config, backbone.channels)
+    projector = FeatureProjector(backbone.channels, config)
     for parameter in projector.parameters():
         nn.init.normal_(parameter, std=0.1)
-    return ADExtractor(backbone, projector, config, scale)
+    return ADExtractor(backbone, projector, scale)
 
 
 RESIDUALS: dict[str, Callable[[Tensor, Tensor], Any]] = {
@@ -70,10 +71,10 @@ RESIDUALS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "prepared": lambda x, bank: nearest_reference(x, bank[:1], index=search_index(bank[0])),
     "index": lambda x, bank: search_index(bank[0]),
     "residuals": lambda x, bank: residual_features([x.mT.unflatten(2, (5, 4))], [bank]),
-    "scaled": lambda x, bank: residual_features([x.mT.unflatten(2, (5, 4))], [bank], scales=[bank[..., 0].abs() + 1]),
+    "scaled": lambda x, bank: residual_tokens(x, bank, scale_RN=bank[..., 0].abs() + 1),
     "leave one out": lambda x, bank: leave_one_out_residuals(bank[0], 3),
     "within one": lambda x, bank: leave_one_out_residuals(bank[0], 1),
-    "in each image": lambda x, bank: nearest_in_each_image(bank[0].unflatten(0, (3, 30)), 6),
+    "in each image": lambda x, bank: LeaveOneOut(bank[0], 3).index_NK,
     "local scale": lambda x, bank: _local_scale(x.mT.unflatten(2, (5, 4))),
     "aligned": lambda x, bank: AlignedReferences(x.mT.unflatten(2, (4, 5)), 2, 2).distances(x.mT.unflatten(2, (4, 5))),
 }
@@ -98,7 +99,7 @@ def test_a_prepared_search_waits_for_nothing(device: Device, metric: str) -> Non
     index = search_index(bank[0], metric)
     if device.syncs is not None and device.uploads is not None:
         before = device.syncs.total() + device.uploads.total()
-        residual_features([query.mT.unflatten(2, (5, 10))], [bank], metric, chunk_bytes=10_000, indices=[index])
+        residual_tokens(query, bank, metric, 10_000, index=index)
         assert device.syncs.total() + device.uploads.total() == before
 
 
@@ -115,8 +116,8 @@ def test_extractor_and_its_projectors(device: Device, architecture: str) -> None
     device.equal(cached, expected, FUSED, FUSED)
     extractor.set_references(shots.to(device.place))
     device.equal(extractor(images.to(device.place)), expected, FUSED, FUSED)
-    alone = leave_one_out(make(architecture), shots)
-    device.equal(leave_one_out(extractor, shots.to(device.place)), alone, FUSED, FUSED)
+    alone = make(architecture).leave_one_out(shots)
+    device.equal(extractor.leave_one_out(shots.to(device.place)), alone, FUSED, FUSED)
 
 
 def test_a_prepared_extractor_hardly_waits(device: Device) -> None:

@@ -15,7 +15,7 @@ from adpretrain import ADExtractor
 from adpretrain.card import card
 from adpretrain.config import BackboneConfig, LocalScaleConfig
 from adpretrain.data import ImageDataset, index_dataset
-from adpretrain.hub.locating import EMBEDDED_FOLDER
+from adpretrain.hub.download import EMBEDDED_FOLDER
 from downstream.detectors.featurenorm import FeatureNorm
 
 

@@ -1,6 +1,5 @@
 """The extractor: saved and loaded in a new process, damaged folders, references, autocast, training on its output."""
 
-import dataclasses
 import json
 import os
 import resource
@@ -18,10 +17,10 @@ from torch import Tensor
 from adpretrain import ADExtractor
 from adpretrain.backbones import Backbone, FeatureMaps, load_backbone
 from adpretrain.config import ProjectorConfig
-from adpretrain.extractor import build_projector
 from adpretrain.local_scale import LocalScale
 from adpretrain.preprocess import Preprocess
-from adpretrain.projector import ARCHITECTURES
+from adpretrain.projector import ARCHITECTURES, FeatureProjector
+from adpretrain.references import ReferenceBank
 from adpretrain.residual import residual_features
 from adpretrain.saved import FORMAT_VERSION
 
@@ -44,13 +43,12 @@ def make(architecture: str | None = "learnable_kv", scaled: bool = True, **proje
     config = None
     if architecture:
         config = ProjectorConfig(architecture, **{"references": 64, "heads": 4, "mlp_ratio": 2.0, **projector})
-    trained = build_projector(config, backbone.channels) if config else None
+    trained = FeatureProjector(backbone.channels, config) if config else None
     for parameter in trained.parameters() if trained else ():
         torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)  # untrained, it would return its input
     return ADExtractor(
         backbone,
         projector=trained,
-        projector_config=config,
         local_scale=scale,
         centers=[torch.randn(width) for width in backbone.channels],
         provenance=PROVENANCE,
@@ -105,7 +103,7 @@ def test_the_folder_holds_no_references_and_no_backbone(saved: Path) -> None:
     assert {name.split(".")[0] for name in weights} == {"projector", "local_scale", *(f"center_{i}" for i in range(3))}
     banks = extractor.encode_references(images(2, 1))
     rows = torch.cat([row.flatten() for row in weights.values() if row.is_floating_point()]).sort().values
-    for bank in banks:  # not one of the references' numbers is in the file, beyond chance
+    for bank in banks.levels:  # not one of the references' numbers is in the file, beyond chance
         found = torch.isin(bank.flatten(), rows).float().mean()
         assert found < 0.01
     assert ADExtractor.from_pretrained(saved).references is None
@@ -307,7 +305,7 @@ def test_without_projector_and_local_scale_the_features_are_the_residuals(matchi
     backbone = load_backbone("lite0", image_size=SIDE)
     extractor = ADExtractor(backbone, matching=matching).set_references(images(3, 1))
     banks = [level.flatten(2).transpose(1, 2).reshape(1, -1, level.shape[1]) for level in backbone(images(3, 1))]
-    assert same(extractor.references, banks)
+    assert same(extractor.references.levels, banks)
     assert same(extractor(images(2)), residual_features(backbone(images(2)), banks, matching))
 
 
@@ -371,7 +369,7 @@ def test_a_layer_can_train_on_the_features() -> None:
 def test_moving_moves_the_references() -> None:
     extractor = make(None, scaled=False).set_references(images(2, 1))
     extractor.to(torch.float64)
-    assert {bank.dtype for bank in extractor.references} == {torch.float64}
+    assert {bank.dtype for bank in extractor.references.levels} == {torch.float64}
 
 
 def test_reference_errors_say_what_to_do() -> None:
@@ -386,15 +384,15 @@ def test_reference_errors_say_what_to_do() -> None:
     with pytest.raises(ValueError, match=r"of floats with B > 0, got \(0, 3, 64, 64\)"):
         extractor(images(0), extractor.encode_references(images(2, 1)))
     banks = extractor.encode_references(images(2, 1))
-    for wrong in (list(images(4)), ["good.png"], banks[:2]):
-        with pytest.raises(ValueError, match=rf"one tensor of images .* got a list of {len(wrong)} others: prepare"):
+    for wrong in (list(images(4)), ["good.png"], banks.levels):
+        with pytest.raises(ValueError, match=r"one tensor of images .* or a ReferenceBank .* got a list: prepare"):
             extractor.set_references(wrong)
-    with pytest.raises(ValueError, match="one bank per level: 3 are needed, got 2"):
-        extractor(images(1), banks[:2])
+    with pytest.raises(ValueError, match=r"the references have 2 levels of \[\d+, \d+\] channels, .* 3 levels of"):
+        extractor(images(1), ReferenceBank(banks.levels[:2], banks.grids[:2]))
     with pytest.raises(ValueError, match="127 tokens is not a whole number of 64-token images"):
-        extractor(images(1), [bank[:, 1:] for bank in banks])
+        banks.apply(lambda bank: bank[:, 1:])
     with pytest.raises(ValueError, match="do not fit a batch of 3 images"):
-        extractor(images(3), [bank.repeat(2, 1, 1) for bank in banks])
+        extractor(images(3), banks.apply(lambda bank: bank.repeat(2, 1, 1)))
 
 
 class OwnBackbone(Backbone):
@@ -412,7 +410,7 @@ class OwnBackbone(Backbone):
 
 def test_a_backbone_of_one_s_own_is_given_when_loading(tmp_path: Path) -> None:
     config, references = ProjectorConfig("linear"), images(2, 1)
-    saved = ADExtractor(OwnBackbone(), build_projector(config, [8]), config)
+    saved = ADExtractor(OwnBackbone(), FeatureProjector([8], config))
     folder = saved.save_pretrained(tmp_path / "mine")
     with pytest.raises(ValueError, match=r"backbone 'mine' is unknown.* given: as backbone= for an extractor"):
         ADExtractor.from_pretrained(folder)
@@ -429,7 +427,3 @@ def test_impossible_parts_are_refused() -> None:
     backbone = load_backbone("lite0", image_size=SIDE)
     with pytest.raises(ValueError, match="'l3' is unknown"):
         ADExtractor(backbone, matching="l3")
-    config = ProjectorConfig("linear")
-    with pytest.raises(ValueError, match="given together or not at all"):
-        ADExtractor(backbone, projector=build_projector(config, backbone.channels))
-    assert dataclasses.replace(config, heads=2).heads == 2

@@ -6,10 +6,10 @@ from torch import Tensor
 
 from adpretrain.backbones import load_backbone
 from adpretrain.config import ProjectorConfig
-from adpretrain.extractor import ADExtractor, build_projector
-from adpretrain.leave_one_out import leave_one_out
+from adpretrain.extractor import ADExtractor
 from adpretrain.local_scale import LocalScale
-from adpretrain.residual import nearest_in_each_image
+from adpretrain.projector import FeatureProjector
+from adpretrain.residual import LeaveOneOut
 
 ROUNDING = 5e-4  # of residuals of some 10, where an image's features depend on how many are with it
 
@@ -18,13 +18,13 @@ def extractor(metric: str, scaled: bool, architecture: str | None) -> ADExtracto
     torch.manual_seed(0)
     backbone = load_backbone("lite0", image_size=64)
     config = ProjectorConfig(architecture, references=8, heads=2, mlp_ratio=1.0) if architecture else None  # type: ignore[arg-type]
-    projector = build_projector(config, backbone.channels) if config else None
+    projector = FeatureProjector(backbone.channels, config) if config else None
     if projector is not None:
         with torch.no_grad():
             for parameter in projector.parameters():
                 parameter.normal_(std=0.2)
     scale = LocalScale(len(backbone.channels)) if scaled else None
-    return ADExtractor(backbone, projector, config, scale, matching=metric)
+    return ADExtractor(backbone, projector, scale, matching=metric)
 
 
 def by_hand(model: ADExtractor, images: Tensor) -> list[Tensor]:
@@ -41,7 +41,7 @@ def by_hand(model: ADExtractor, images: Tensor) -> list[Tensor]:
 def test_equals_leaving_out_each_in_turn(shots: int, metric: str, scaled: bool) -> None:
     model = extractor(metric, scaled, "learnable_kv")
     images = torch.rand(shots, 3, 64, 64, generator=torch.Generator().manual_seed(shots))
-    for found, expected in zip(leave_one_out(model, images), by_hand(model, images), strict=True):
+    for found, expected in zip(model.leave_one_out(images), by_hand(model, images), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=ROUNDING)
 
 
@@ -49,14 +49,14 @@ def test_equals_leaving_out_each_in_turn(shots: int, metric: str, scaled: bool) 
 def test_without_a_projector_and_with_cross_attention(architecture: str | None) -> None:
     model = extractor("l2", True, architecture)
     images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    for found, expected in zip(leave_one_out(model, images), by_hand(model, images), strict=True):
+    for found, expected in zip(model.leave_one_out(images), by_hand(model, images), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=ROUNDING)
 
 
-def test_nearest_in_each_image_equals_brute_force() -> None:
+def test_the_nearest_in_each_image_equals_brute_force() -> None:
     """Small integers, many equal distances: any of the nearest is right, one of another photograph is not."""
     bank = torch.randint(0, 3, (3, 12, 2), generator=torch.Generator().manual_seed(0)).float()
-    _, index = nearest_in_each_image(bank, width=4)
+    index = LeaveOneOut(bank.flatten(0, 1), 3).index_NK
     rows = bank.flatten(0, 1)
     for token in range(36):
         for image in range(3):
@@ -67,4 +67,4 @@ def test_nearest_in_each_image_equals_brute_force() -> None:
 
 def test_a_single_photograph_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 2 references, got 1"):
-        leave_one_out(extractor("l2", True, None), torch.rand(1, 3, 64, 64))
+        extractor("l2", True, None).leave_one_out(torch.rand(1, 3, 64, 64))

@@ -9,6 +9,7 @@ from adpretrain import ADExtractor
 from adpretrain.backbones import FeatureMaps, load_backbone
 from adpretrain.config import LocalScaleConfig
 from adpretrain.local_scale import LocalScale
+from adpretrain.references import ReferenceBank
 from adpretrain.residual import residual_features, tokens
 from downstream.detectors.featurenorm import FeatureNorm
 
@@ -128,8 +129,8 @@ def extractor(share: float = 0.5, weights: tuple[float, ...] = ()) -> ADExtracto
 def test_the_residual_is_divided_by_the_scale_of_its_match_and_times_the_weight_of_its_level() -> None:
     model, images = extractor(share=1.0, weights=(0.5, 3.0)).set_references(photographs(3, 1)), photographs(2, 2)
     features = model.encode(images)
-    scales = model.scales(features, model.references)
-    levels = zip(model(images), features, model.references, scales, (0.5, 3.0), strict=True)
+    bank = model.references
+    levels = zip(model(images), features, bank.levels, bank.scales, (0.5, 3.0), strict=True)
     for found, feature, bank, scale, weight in levels:
         query, rows = tokens(feature)[1].double(), bank[0].double()
         for number, row in enumerate(query):
@@ -142,9 +143,8 @@ def test_normal_photographs_of_calm_and_busy_products_have_norms_of_about_one() 
     for level in range(2):
         for spread in (0.01, 1.0):
             maps = product(40, 6, spread)[level]
-            banks = [tokens(maps[:5]).flatten(0, 1)[None]]
-            scales = LocalScale(1).scales(banks, [(5, 5)])
-            norms = residual_features([maps[5:]], banks, scales=scales)[0].norm(dim=1)
+            bank = ReferenceBank.of([maps[:5]], local_scale=LocalScale(1))
+            norms = bank.residuals([maps[5:]])[0].norm(dim=1)
             assert 0.7 < norms.mean() < 1.4
 
 

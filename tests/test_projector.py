@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adpretrain.config import ProjectorConfig
 from adpretrain.projector import (
     ARCHITECTURES,
     Attention,
@@ -232,7 +233,9 @@ def test_gradients_flow_through_keys_and_values_even_after_caching() -> None:
 def test_every_architecture_keeps_shapes_and_trains_every_weight(architecture: str, banks: int) -> None:
     torch.manual_seed(0)
     channels = [12, 29]
-    projector = randomised(FeatureProjector(channels, architecture, references=8, heads=4, mlp_ratio=2.0, layers=2))
+    projector = randomised(
+        FeatureProjector(channels, ProjectorConfig(architecture, 8, heads=4, mlp_ratio=2.0, layers=2))
+    )
     residuals = [normal(2, 12, 4, 3), normal(2, 29, 2, 5)]
     context = [normal(banks, 6, width, seed=3) for width in channels]
     assert projector.needs_reference_residuals == ("cross" in architecture)
@@ -244,7 +247,7 @@ def test_every_architecture_keeps_shapes_and_trains_every_weight(architecture: s
 
 def test_an_untrained_projector_returns_its_input_and_learns() -> None:
     torch.manual_seed(0)
-    projector, residual = FeatureProjector([12], references=8, heads=4, layers=2), normal(2, 12, 4, 3)
+    projector, residual = FeatureProjector([12], ProjectorConfig(references=8, heads=4, layers=2)), normal(2, 12, 4, 3)
     assert torch.equal(projector([residual])[0], residual)
     optimiser = torch.optim.Adam(projector.parameters(), lr=1e-2)
     losses = []
@@ -259,7 +262,7 @@ def test_an_untrained_projector_returns_its_input_and_learns() -> None:
 
 @pytest.mark.parametrize("architecture", ["linear", "mlp"])
 def test_pointwise_architectures_see_one_token_at_a_time(architecture: str) -> None:
-    projector = FeatureProjector([6], architecture, mlp_ratio=2.0).eval()
+    projector = FeatureProjector([6], ProjectorConfig(architecture, mlp_ratio=2.0)).eval()
     residual = normal(1, 6, 3, 3)
     changed = residual.clone()
     changed[0, :, 1, 2] += 1
@@ -270,7 +273,7 @@ def test_pointwise_architectures_see_one_token_at_a_time(architecture: str) -> N
 
 
 def test_the_linear_ablation_is_a_matrix() -> None:
-    projector = FeatureProjector([6], "linear")
+    projector = FeatureProjector([6], ProjectorConfig("linear"))
     layer, residual = projector.levels[0][0], normal(2, 6, 3, 4)
     expected = torch.einsum("oc,bchw->bohw", layer.weight, residual) + layer.bias[:, None, None]
     torch.testing.assert_close(projector([residual])[0], expected, rtol=1e-5, atol=1e-6)
@@ -279,7 +282,7 @@ def test_the_linear_ablation_is_a_matrix() -> None:
 def test_self_attention_adds_and_cross_attention_subtracts() -> None:
     x, context = normal(1, 6, 2, 2), normal(1, 5, 6, seed=1)
     for architecture, sign in (("self_attention", 1), ("cross_attention", -1)):
-        projector = FeatureProjector([6], architecture, heads=2).eval()
+        projector = FeatureProjector([6], ProjectorConfig(architecture, heads=2)).eval()
         level, flat = projector.levels[0], x.flatten(2).transpose(1, 2)
         source = flat if sign > 0 else context
         with torch.no_grad():
@@ -290,13 +293,13 @@ def test_self_attention_adds_and_cross_attention_subtracts() -> None:
 
 def test_errors_name_the_choices() -> None:
     with pytest.raises(ValueError, match=r"'transformer' is unknown.*learnable_kv"):
-        FeatureProjector([4], "transformer")
+        FeatureProjector([4], ProjectorConfig("transformer"))
     with pytest.raises(ValueError, match=r"'official' is unknown.*'released'"):
-        FeatureProjector([4], form="official")
-    projector = FeatureProjector([4, 4], "cross_attention", heads=2)
+        FeatureProjector([4], ProjectorConfig(form="official"))
+    projector = FeatureProjector([4, 4], ProjectorConfig("cross_attention", heads=2))
     with pytest.raises(ValueError, match="'cross_attention' needs reference_residuals"):
         projector([normal(1, 4, 2, 2)] * 2)
     with pytest.raises(ValueError, match="got 1 levels of residuals; this projector has 2"):
         projector([normal(1, 4, 2, 2)])
     with pytest.raises(ValueError, match=r"residuals \(0, 4, 2, 2\) are of no images"):
-        FeatureProjector([4], "linear")([normal(0, 4, 2, 2)])
+        FeatureProjector([4], ProjectorConfig("linear"))([normal(0, 4, 2, 2)])

@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 
-from adpretrain.backbones.base import Backbone, Extract, FeatureMaps, References
+from adpretrain.backbones.base import Backbone, Extract, FeatureMaps
 from adpretrain.backbones.table import BACKBONES, BackboneEntry, BackboneInfo, find_entry, list_backbones
 from adpretrain.backbones.weights import Weights
 from adpretrain.preprocess import crop_side
@@ -21,7 +21,6 @@ __all__ = [
     "BackboneInfo",
     "Extract",
     "FeatureMaps",
-    "References",
     "list_backbones",
     "load_backbone",
 ]

@@ -1,7 +1,6 @@
 """The nouns every backbone shares, and what every one of them does around its network.
 
-Shapes: B images, L levels, C_l channels, H_l x W_l tokens, S input side; R = 1 (references shared by the batch)
-or B (references per image), N_l reference tokens.
+Shapes: B images, L levels, C_l channels, H_l x W_l tokens, S input side.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 from adpretrain.preprocess import Preprocess
 
 FeatureMaps = list[Tensor]  # L levels, each [B, C_l, H_l, W_l]
-References = list[Tensor]  # L levels, each [R, N_l, C_l]
 Extract = Callable[[Tensor], FeatureMaps]  # images [B, 3, S, S], already normalised
 
 
@@ -133,3 +131,29 @@ def check_image_size(name: str, image_size: int, step: int, what: str) -> None:
             f"{name} needs an image_size that is a multiple of {what} ({step} pixels), got {image_size}: "
             f"choose {nearest}"
         )
+
+
+def resize_positions(positions_PC: Tensor, grid: int, offset: float = 0.0, antialias: bool = False) -> Tensor:
+    """[1 + M * M, C] (class token first) -> [1 + grid * grid, C] by bicubic interpolation in float32.
+
+    Unchanged if M == grid. Families differ in how they were, or are usually, resized, and block features move by
+    per cents with it: DINOv2 scales by (grid + 0.1) / M (``offset`` 0.1), which samples slightly other places than
+    the plain grid / M of ImageBind; open_clip antialiases.
+
+    Raises ValueError if the tokens do not make a square.
+    """
+    side = round(max(positions_PC.shape[0] - 1, 0) ** 0.5)
+    if positions_PC.ndim != 2 or positions_PC.shape[0] != 1 + side * side:
+        raise ValueError(
+            f"position embeddings of shape {list(positions_PC.shape)} are not one class token and a square grid"
+        )
+    if side == grid:
+        return positions_PC
+    old = positions_PC[1:].float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    if offset:
+        scale = (grid + offset) / side
+        new = F.interpolate(old, scale_factor=(scale, scale), mode="bicubic", align_corners=False)
+    else:
+        new = F.interpolate(old, size=(grid, grid), mode="bicubic", align_corners=False, antialias=antialias)
+    assert new.shape[2:] == (grid, grid)
+    return torch.cat([positions_PC[:1], new[0].flatten(1).T.to(positions_PC.dtype)])

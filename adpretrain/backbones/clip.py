@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adpretrain.backbones.base import Backbone, FeatureMaps, check_image_size, check_levels, token_map
-from adpretrain.backbones.position import resize_positions
+from adpretrain.backbones.base import Backbone, FeatureMaps, check_image_size, check_levels, resize_positions, token_map
 from adpretrain.backbones.weights import StateDict, Weights, load_strictly
 from adpretrain.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
 

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from adpretrain.backbones.base import Backbone, FeatureMaps, check_image_size, check_levels, token_map
-from adpretrain.backbones.position import resize_positions
+from adpretrain.backbones.base import Backbone, FeatureMaps, check_image_size, check_levels, resize_positions, token_map
 from adpretrain.backbones.weights import StateDict, Weights, as_float32, refuse_misfit
 from adpretrain.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 

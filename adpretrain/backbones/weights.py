@@ -1,4 +1,5 @@
-"""Where a backbone's weights come from, and how a file of them is read: never by running code that is in it."""
+"""Where a backbone's weights come from, how a file of them is read (never by running code that is in it), and what
+tells one set of them from another."""
 
 from __future__ import annotations
 
@@ -14,6 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+PROJECTED = 8  # tensors, evenly spaced over the network
+ROUNDING = 0.02  # rounding to bfloat16 moves a projection by about .002, other weights move it by about 1
+GOLDEN = 0.6180339887498949
 PICKLED = (".pth", ".pt", ".bin")
 StateDict = dict[str, Tensor]
 
@@ -229,3 +233,32 @@ def refuse_misfit(
 
 def some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def fingerprint(network: nn.Module | None) -> list[float]:
+    """A few numbers that tell one set of network weights from another, whatever their dtype and device: projections
+    of some weight matrices on fixed signs, over their norms: about normal with deviation 1.
+
+    Empty for a network without weights, or without values (on the meta device).
+    """
+    if network is None:
+        return []
+    matrices = [parameter for parameter in network.parameters() if parameter.ndim >= 2]
+    if not matrices or any(matrix.is_meta for matrix in matrices):
+        return []
+    count = min(PROJECTED, len(matrices))
+    return [_projection(matrices[index * len(matrices) // count]) for index in range(count)]
+
+
+def _projection(weight: Tensor) -> float:
+    values = weight.detach().cpu().double().flatten()  # MPS has no float64
+    places = torch.arange(len(values), dtype=torch.float64) * GOLDEN % 1
+    return round(float(values[places < 0.5].sum() - values[places >= 0.5].sum()) / max(float(values.norm()), 1e-12), 5)
+
+
+def same_weights(first: list[float], second: list[float]) -> bool:
+    """Whether two fingerprints are of the same weights; an empty one, of unknown weights, agrees with any."""
+    if not first or not second:
+        return True
+    pairs = zip(first, second, strict=False)
+    return len(first) == len(second) and all(abs(a - b) <= ROUNDING for a, b in pairs)

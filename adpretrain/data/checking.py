@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adpretrain.data.samples import Sample, check_size, without_masks
-from adpretrain.preprocess import examine_mask, read_image
+from adpretrain.photographs import examine_mask, read_image
 
 NO_MASKS = "no defect has a mask: there are image metrics, but no pixel metrics, and nothing to train on"
 

@@ -17,9 +17,8 @@ from typing import Any
 
 from PIL import Image
 
-from adpretrain.data.columns import FIX, choose_columns, defect_of, split_of
 from adpretrain.data.layouts.detect import HUB
-from adpretrain.data.layouts.metadata import index_metadata, metadata_files
+from adpretrain.data.layouts.metadata import FIX, choose_columns, defect_of, index_metadata, metadata_files, split_of
 from adpretrain.data.layouts.tree import existing_folder
 from adpretrain.data.samples import GOOD, Sample, refuse_missing
 from adpretrain.files import atomic_path
@@ -33,9 +32,9 @@ def index_hf(
     """Samples of a local folder or of "hf://org/name" (or "hf://org/name@revision").
 
     ``columns`` maps image, mask, label, category and split to the set's own names ("" = not used); what it leaves out
-    is guessed by usual names (`adpretrain.data.columns.GUESSES`). Without a label column an image is anomalous if its
-    mask has a marked pixel. Without a category column the category is the subset's name, or the set's if it has only
-    one. A set without splits is of split "train". ``cache`` is where images are written that are not files.
+    is guessed by usual names (`adpretrain.data.layouts.metadata.GUESSES`). Without a label column an image is anomalous
+    if its mask has a marked pixel. Without a category column the category is the subset's name, or the set's if it has
+    only one. A set without splits is of split "train". ``cache`` is where images are written that are not files.
 
     Raises ValueError if the set cannot be loaded, a column is missing or of another type, a label is not understood,
     no image is normal, or a row's file lies outside the set; `MissingMasks` if a defect has no mask though others

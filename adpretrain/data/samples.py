@@ -12,7 +12,8 @@ from PIL import Image, ImageChops
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from adpretrain.preprocess import Preprocess, read_image, read_mask
+from adpretrain.photographs import read_image, read_mask
+from adpretrain.preprocess import Preprocess
 
 GOOD = "good"
 SHOWN = 5  # files that an error message names

@@ -19,7 +19,7 @@ from PIL import ImageChops
 from adpretrain.data.samples import Sample, to_learn_from
 from adpretrain.data.shards import COLUMNS, FORMAT, INDEX, Photograph, ShardIndex, group_name, schema
 from adpretrain.files import atomic_folder
-from adpretrain.preprocess import read_mask
+from adpretrain.photographs import read_mask
 
 ROW_GROUP_BYTES = 16 << 20  # what a reader holds of a shard at a time, and what is written at once
 

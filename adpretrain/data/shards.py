@@ -201,7 +201,7 @@ def pinned(root: str | Path) -> str:
     """
     from huggingface_hub import HfApi, constants
 
-    from adpretrain.hub.trouble import explain, persistently, troubles
+    from adpretrain.hub.download import explain, persistently, troubles
 
     name, revision = address(root)
     if constants.HF_HUB_OFFLINE:
@@ -220,7 +220,7 @@ def _on_hub(root: str | Path) -> bool:
 
 def _reason(url: str, error: Exception) -> str:
     """What an error says, in one line. Raises ValueError if not the file but the Hub is to blame."""
-    from adpretrain.hub.trouble import explain, on_the_way
+    from adpretrain.hub.download import explain, on_the_way
 
     if on_the_way(error):
         repository, _, file = url.removeprefix(f"{HUB}/").partition("@")

@@ -4,7 +4,7 @@
 commit and has the content its digest says, what is tried again, and errors that name the fix.
 """
 
-from adpretrain.hub.locating import Located, locate
-from adpretrain.hub.publishing import Published, publish, publish_space
+from adpretrain.hub.download import EMBEDDED, Located, locate
+from adpretrain.hub.upload import Published, publish, publish_space
 
-__all__ = ["Located", "Published", "locate", "publish", "publish_space"]
+__all__ = ["EMBEDDED", "Located", "Published", "locate", "publish", "publish_space"]

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adpretrain.backbones import FeatureMaps, References
+from adpretrain.backbones import FeatureMaps
 from adpretrain.config import ReferencesConfig
 from adpretrain.device import upload
 from adpretrain.extractor import ADExtractor
-from adpretrain.residual import as_map, residual_tokens, tokens
+from adpretrain.residual import as_map, tokens
 from adpretrain.training.dataset import PretrainingSet, Requests
 from adpretrain.training.loader import ImageBatch, Request, load_ahead
 from adpretrain.training.streamed import StreamedSet
@@ -38,7 +38,7 @@ class ResidualBatch:
     views: list[FeatureMaps]
     masks: Tensor
     keys: list[tuple[int, int]]
-    contexts: list[tuple[int, References]]
+    contexts: list[tuple[int, list[Tensor]]]
     encoded: int = 0
 
 
@@ -81,40 +81,25 @@ def encode_batch(
 
 def _match(
     extractor: ADExtractor, batch: ImageBatch, encoded: FeatureMaps, features: Mapping[Any, list[Tensor]]
-) -> tuple[FeatureMaps, list[tuple[int, References]]]:
+) -> tuple[FeatureMaps, list[tuple[int, list[Tensor]]]]:
     """Residuals of all views, in order, and the contexts of `ResidualBatch`. Images with equally many references are
     matched together, one batched product a level, however many they are."""
     if extractor.config.matching == "none":
         return encoded, []
     crossed = extractor.projector is not None and extractor.projector.needs_reference_residuals
     parts, contexts, start, views = [], [], 0, batch.views.shape[1]
-    for (images, shots), group in groupby(batch.sets, key=lambda each: (each[0], len(each[1]))):
+    for (images, _), group in groupby(batch.sets, key=lambda each: (each[0], len(each[1]))):
         chosen = [names for _, names in group]
         stop = start + len(chosen) * images * views
         queries = [level[start:stop] for level in encoded]
         rows = [torch.stack([features[name][level] for name in chain(*chosen)]) for level in range(len(queries))]
-        banks = [row.unflatten(0, (len(chosen), shots)).flatten(1, 2) for row in rows]
-        scales = extractor.scales(queries, banks)
-        parts.append(_matched(extractor, queries, banks, scales))
+        maps = [as_map(row, query) for row, query in zip(rows, queries, strict=True)]
+        bank = extractor.bank_of(maps, len(chosen))
+        parts.append(bank.residuals(queries))
         if crossed:
-            context = extractor.reference_residuals(banks, shots, scales)
-            contexts.append((len(chosen) * images, [level.repeat_interleave(images, 0) for level in context]))
+            contexts.append((len(chosen) * images, [level.repeat_interleave(images, 0) for level in bank.context]))
         start = stop
     return [torch.cat(level) for level in zip(*parts, strict=True)], contexts
-
-
-def _matched(
-    extractor: ADExtractor, queries: FeatureMaps, banks: References, scales: list[Tensor] | None
-) -> FeatureMaps:
-    """Residuals [n, C_l, H_l, W_l] of n images against R banks, each the bank of n / R images that follow each other:
-    one batched product a level, however many images there are."""
-    out = []
-    for level, (query_nCHW, bank_RNC) in enumerate(zip(queries, banks, strict=True)):
-        query_RQC = tokens(query_nCHW).reshape(bank_RNC.shape[0], -1, query_nCHW.shape[1])
-        scale = None if scales is None else scales[level]
-        residual = residual_tokens(query_RQC, bank_RNC, extractor.config.matching, scale_RN=scale)
-        out.append(as_map(residual.view(query_nCHW.shape[0], -1, query_nCHW.shape[1]), query_nCHW))
-    return out
 
 
 class OnlineBatches:
@@ -187,7 +172,7 @@ class LabelledBatch:
     views: list[FeatureMaps]
     labels: list[Tensor]
     angle_labels: list[Tensor]
-    contexts: list[tuple[int, References]]
+    contexts: list[tuple[int, list[Tensor]]]
 
 
 def label(

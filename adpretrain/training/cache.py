@@ -30,7 +30,6 @@ from torch import Tensor
 from adpretrain.backbones import FeatureMaps
 from adpretrain.extractor import ADExtractor
 from adpretrain.files import atomic_path
-from adpretrain.residual import tokens
 from adpretrain.saved import save_tensors
 from adpretrain.training.batches import ResidualBatch, encode
 from adpretrain.training.dataset import PretrainingSet
@@ -192,9 +191,8 @@ class CachedBatches:
         draws = []
         for draw in range(self.draws):
             references = self.data.draw_references(index, draw)
-            chosen = [level[list(references)] for level in plain]
-            banks = [tokens(level.to(self.device)).flatten(0, 1)[None] for level in chosen]
-            draws.append(extractor.residuals(views, banks, extractor.scales(views, banks)))
+            bank = extractor.bank_of([level[list(references)].to(self.device) for level in plain])
+            draws.append(bank.residuals(views))
         return [torch.stack(level).half().cpu() for level in zip(*draws, strict=True)]
 
     def __call__(self, steps: Iterable[list[tuple[int, int]]]) -> Iterator[ResidualBatch]:

@@ -18,8 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adpretrain.backbones import load_backbone
 from adpretrain.config import PretrainConfig
-from adpretrain.extractor import build_projector
 from adpretrain.memory import hold, readable, total_memory
+from adpretrain.projector import FeatureProjector
 from adpretrain.training.sources import SHARDS
 from adpretrain.training.speed import count_flops
 
@@ -65,7 +65,7 @@ def count(config: PretrainConfig) -> Counts:
         image = torch.zeros(1, 3, config.backbone.image_size, config.backbone.image_size)
         maps = backbone(image)
         images = 2 * config.optim.batch_size
-        projector = build_projector(config.projector, backbone.channels)
+        projector = FeatureProjector(backbone.channels, config.projector)
     tokens = [level.shape[2] * level.shape[3] for level in maps]
     entering = [min(number, config.tokens or number) for number in tokens]
     shapes = [(images, level.shape[1], 1, number) for level, number in zip(maps, entering, strict=True)]
@@ -92,7 +92,7 @@ def saved_bytes(config: PretrainConfig, shapes: Sequence[Sequence[int]], context
     """
     half = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.optim.precision]
     with FakeTensorMode(), torch.autocast("cpu", half, enabled=half != torch.float32):
-        projector = build_projector(config.projector, [shape[1] for shape in shapes])
+        projector = FeatureProjector([shape[1] for shape in shapes], config.projector)
         kept: dict[int, Any] = {p.untyped_storage()._cdata: None for p in projector.parameters()}
 
         def note(tensor: Tensor) -> Tensor:

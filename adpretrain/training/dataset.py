@@ -25,7 +25,8 @@ from torch import Tensor
 
 from adpretrain.config import ReferencesConfig
 from adpretrain.data.samples import Sample, load_mask, to_learn_from
-from adpretrain.preprocess import Preprocess, TwoViews, picture_size, read_image
+from adpretrain.photographs import picture_size, read_image
+from adpretrain.preprocess import Preprocess, TwoViews
 from adpretrain.training.loader import ImageBatch, Item, Request, assemble
 
 # Streams of random numbers that pretraining draws from; the last part of a generator's key.

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from adpretrain._version import __version__
 from adpretrain.backbones import FeatureMaps
-from adpretrain.backbones.fingerprint import fingerprint
+from adpretrain.backbones.weights import fingerprint
 from adpretrain.config import PretrainConfig
 from adpretrain.extractor import ADExtractor
 from adpretrain.files import atomic_path

@@ -20,10 +20,11 @@ from adpretrain.config import OptimConfig, PretrainConfig
 from adpretrain.data import ImageDataset, Sample
 from adpretrain.data.products import by_product
 from adpretrain.data.samples import to_learn_from
-from adpretrain.extractor import ADExtractor, build_projector
+from adpretrain.extractor import ADExtractor
 from adpretrain.local_scale import LocalScale
 from adpretrain.preprocess import Preprocess, crop_side
 from adpretrain.progress import progress_bar
+from adpretrain.projector import FeatureProjector
 from adpretrain.training.batches import OnlineBatches, ResidualBatch
 from adpretrain.training.cache import CachedBatches, local_processes
 from adpretrain.training.costs import check_memory
@@ -152,14 +153,8 @@ def build_extractor(config: PretrainConfig, samples: list[Sample], device: torch
     training normals are measured."""
     backbone = load_backbone(**dataclasses.asdict(config.backbone)).to(device)
     scale = LocalScale(len(backbone.channels), config.local_scale) if config.local_scale is not None else None
-    projector = build_projector(config.projector, backbone.channels) if config.learns == "projector" else None
-    extractor = ADExtractor(
-        backbone,
-        projector,
-        config.projector if projector else None,
-        scale,
-        matching=config.matching,
-    ).to(device)
+    projector = FeatureProjector(backbone.channels, config.projector) if config.learns == "projector" else None
+    extractor = ADExtractor(backbone, projector, scale, matching=config.matching).to(device)
     if scale is not None:
         groups = by_product([sample for sample in to_learn_from(samples) if not sample.anomalous]).values()
         chosen = [group[:SCALE_IMAGES] for group in groups if len(group) >= SCALE_IMAGES]

@@ -30,7 +30,8 @@ from PIL import Image
 from torch import Tensor
 
 from adpretrain.data.shards import Photograph, Shards
-from adpretrain.preprocess import Preprocess, TwoViews, picture_size, read_image, read_mask
+from adpretrain.photographs import picture_size, read_image, read_mask
+from adpretrain.preprocess import Preprocess, TwoViews
 from adpretrain.training.dataset import HEAD, REFERENCES, ROWS, SHARDS, draw_views, generator, refuse_short
 from adpretrain.training.loader import ImageBatch, Item, Request, assemble
 

@@ -76,7 +76,7 @@ class Score(Command):
             raise ValueError(f"{' and '.join(given)} cannot be given with --detector: it was fitted with its own")
 
     def run(self) -> int:
-        from adpretrain.preprocess import pixels_allowed
+        from adpretrain.photographs import pixels_allowed
         from downstream.inspection.run import score_folder
 
         with ProgressBars() as progress, _resume_hint(self.out), pixels_allowed(self.max_pixels):

@@ -18,7 +18,6 @@ from adpretrain.data.samples import TooFewImages
 from adpretrain.extractor import ADExtractor
 from adpretrain.memory import GrowingBank, hold, memory_limit
 from adpretrain.references import AlignedReferences
-from adpretrain.residual import tokens
 from downstream.coreset import Progress
 from downstream.detector import Detector, NormalFeatures, Prediction
 from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
@@ -140,8 +139,8 @@ class AlignedFeatureNorm(FeatureNorm):
         """One image at a time: a batch of banks would be K times its features."""
         parts = []
         for image, chosen in enumerate(distances_BP.topk(self.config.shots, dim=1, largest=False).indices):
-            banks = [tokens(level[chosen]).flatten(0, 1)[None] for level in self._pool]
-            parts.append(self.from_features(self.extract.from_encoded([f[image : image + 1] for f in features], banks)))
+            bank = self.extract.bank_of([level[chosen] for level in self._pool])
+            parts.append(self.from_features(self.extract.from_encoded([f[image : image + 1] for f in features], bank)))
         return Prediction(torch.cat([part.scores for part in parts]), torch.cat([part.maps for part in parts]))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

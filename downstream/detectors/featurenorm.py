@@ -15,7 +15,6 @@ from typing_extensions import Self
 
 from adpretrain.backbones import Extract, FeatureMaps
 from adpretrain.extractor import ADExtractor
-from adpretrain.leave_one_out import leave_one_out
 from adpretrain.preprocess import Preprocess
 from adpretrain.saved import NORMS
 from downstream.coreset import Progress
@@ -106,7 +105,7 @@ class FeatureNorm(Detector):
         """Score each of K normal photographs [K, 3, S, S] against the other K - 1. Raises ValueError if K < 2."""
         if not isinstance(self.extract, ADExtractor):
             raise ValueError("leave-one-out needs an ADExtractor: a raw backbone has no references to leave out")
-        return self.from_features(leave_one_out(self.extract, images))
+        return self.from_features(self.extract.leave_one_out(images))
 
     def from_features(self, features: FeatureMaps) -> Prediction:
         """L levels [B, C_l, H_l, W_l] -> scores [B], maps [B, image_size, image_size]."""

@@ -12,12 +12,11 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from adpretrain.backbones import Backbone, FeatureMaps, References
-from adpretrain.backbones.fingerprint import same_weights
+from adpretrain.backbones import Backbone, FeatureMaps
+from adpretrain.backbones.weights import same_weights
 from adpretrain.data import ImageDataset, Sample
 from adpretrain.data.products import about_bare, draw_shots, normals, queries
 from adpretrain.extractor import ADExtractor
-from adpretrain.residual import tokens
 from downstream.detector import Prediction
 from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
 from downstream.metrics import Metrics, evaluate_maps
@@ -60,12 +59,6 @@ def encode_samples(samples: Sequence[Sample], backbone: Backbone, device: torch.
     return FeatureSet(list(samples), [torch.cat(level) for level in features], torch.stack(masks))
 
 
-def reference_banks(images: FeatureSet, references: Sequence[int]) -> References:
-    """Banks [1, K * T, C_l] of the chosen images."""
-    chosen = [level[list(references)] for level in images.features]
-    return [tokens(level).flatten(0, 1)[None] for level in chosen]
-
-
 @torch.no_grad()
 def score(
     extractors: Sequence[ADExtractor],
@@ -81,17 +74,15 @@ def score(
     The extractors must differ in their projectors only (`same_residuals`): the queries are matched once for all.
     """
     first = extractors[0]
-    banks = reference_banks(images, references)
-    scales = first.scales(images.features, banks)
+    bank = first.bank_of([level[list(references)] for level in images.features])
     detector = FeatureNorm(first, FeatureNormConfig(side, sigma))
     parts: list[list[Prediction]] = [[] for _ in extractors]
     for start in range(0, len(queries), BATCH):
         rows = list(queries[start : start + BATCH])
         features = [level[rows] for level in images.features]
-        residuals = first.residuals(features, banks, scales)
+        residuals = bank.residuals(features)
         for collected, extractor in zip(parts, extractors, strict=True):
-            projected = extractor.project(residuals, banks, len(references), scales)
-            collected.append(detector.from_features(projected))
+            collected.append(detector.from_features(extractor.project(residuals, bank)))
     return [_joined(collected) for collected in parts]
 
 

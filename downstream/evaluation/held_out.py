@@ -11,7 +11,7 @@ from rich.console import Console
 from adpretrain.data import Sample
 from adpretrain.data.products import draw_shots
 from adpretrain.extractor import ADExtractor
-from adpretrain.preprocess import read_image
+from adpretrain.photographs import read_image
 from adpretrain.progress import progress_bar
 from adpretrain.saved import place
 from downstream.detectors.featurenorm import FeatureNorm

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from adpretrain.backbones import Backbone, FeatureMaps, load_backbone
-from adpretrain.backbones.fingerprint import fingerprint
+from adpretrain.backbones.weights import fingerprint
 from adpretrain.extractor import ADExtractor
 from adpretrain.hub import locate
 from adpretrain.preprocess import Preprocess
@@ -111,16 +111,15 @@ class Withheld:
     def __call__(self, images: Tensor) -> FeatureMaps:
         """Features of the images; equality to the last bit tells which of them are references."""
         features = self.extractor(images)
-        banks = self.extractor.references
-        assert banks is not None
+        bank = self.extractor.references
+        assert bank is not None
         if len(self._own) < 2:
             return features
         for row, image in enumerate(images):
             same = [number for number, own in enumerate(self._own) if torch.equal(own, image)]
             if same and len(same) < len(self._own):
-                keep = [number for number in range(len(self._own)) if number not in same]
-                others = [bank.unflatten(1, (len(self._own), -1))[:, keep].flatten(1, 2) for bank in banks]
-                for level, alone in zip(features, self.extractor(images[row : row + 1], others), strict=True):
+                others = self.extractor(images[row : row + 1], bank.without(same))
+                for level, alone in zip(features, others, strict=True):
                     level[row] = alone[0]
         return features
 

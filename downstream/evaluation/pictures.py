@@ -20,7 +20,8 @@ from torch import Tensor
 from adpretrain.backbones import Extract
 from adpretrain.data import Sample
 from adpretrain.data.samples import load_mask
-from adpretrain.preprocess import Preprocess, read_image
+from adpretrain.photographs import read_image
+from adpretrain.preprocess import Preprocess
 from downstream.visualise import ColourScale, marked, overlay, panel, save_png, shown_region
 
 STEP, NORMALS = 4, 64  # normal maps the colour scale comes from: every 4th pixel of at most so many

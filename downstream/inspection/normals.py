@@ -115,8 +115,8 @@ def set_references(
     photos = read_all(chosen, extractor.preprocess, batch_size, scale)
     pixels = torch.stack([photo.pixels for photo in photos])
     device = next(extractor.buffers()).device
-    parts = [extractor.encode_references(part.to(device)) for part in pixels.split(batch_size)]
-    extractor.set_references([torch.cat(level, 1) for level in zip(*parts, strict=True)])
+    parts = [extractor.encode(part.to(device)) for part in pixels.split(batch_size)]
+    extractor.set_references(extractor.bank_of([torch.cat(level) for level in zip(*parts, strict=True)]))
     return photos
 
 

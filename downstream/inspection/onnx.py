@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from adpretrain import __version__
-from adpretrain.backbones import References
-from adpretrain.extractor import ADExtractor, images_in_bank
+from adpretrain.extractor import ADExtractor
 from adpretrain.files import atomic_path, check_writable
 from adpretrain.projector import FixedKeyValueProjector, LearnableKeyValueProjector
-from adpretrain.residual import SearchIndex, as_map, residual_tokens, search_index, similarities, tokens
+from adpretrain.references import ReferenceBank
+from adpretrain.residual import SearchIndex, as_map, residual_tokens, similarities, tokens
 from downstream.calibration import Calibration
 from downstream.detectors.aligned import AlignedFeatureNorm
 from downstream.detectors.featurenorm import FeatureNorm
@@ -260,31 +260,26 @@ class DetectorGraph(nn.Module):
             )
         if not isinstance(extractor, ADExtractor) or extractor.references is None:
             raise ValueError("only a FeatureNorm of an ADExtractor can be exported, after fit(normal_images)")
-        if (banks := extractor.references[0].shape[0]) != 1:
+        if (banks := extractor.references.banks) != 1:
             raise ValueError(f"the exported detector has one set of references for all images, not {banks}")
-        self.from_features, self.weighted = detector.from_features, extractor.weighted
+        self.from_features, self.local_scale = detector.from_features, extractor.local_scale
         self.metric = extractor.config.matching
         self.backbone = extractor.backbone
         self.projectors = nn.ModuleList(map(_fixed, extractor.projector.levels)) if extractor.projector else None
         with torch.no_grad():
-            self._register(extractor, extractor.references)
+            crossed = extractor.projector is not None and extractor.projector.needs_reference_residuals
+            self._register(extractor.references, crossed)
         self.eval()
 
-    def _register(self, extractor: ADExtractor, references: References) -> None:
-        side = extractor.preprocess.image_size
-        features = extractor.encode(torch.zeros(1, 3, side, side, device=references[0].device))  # for their sizes
-        scales = extractor.scales(features, references)
-        contexts: Sequence[Tensor | None] = [None] * len(references)
-        if extractor.projector is not None and extractor.projector.needs_reference_residuals:
-            contexts = extractor.reference_residuals(references, images_in_bank(features, references), scales)
-        for level, (bank_1NC, context) in enumerate(zip(references, contexts, strict=True)):
-            rows_NC, shift_1C = search_index(bank_1NC[0], self.metric)
+    def _register(self, bank: ReferenceBank, crossed: bool) -> None:
+        assert bank.indices is not None
+        for level, (bank_1NC, index) in enumerate(zip(bank.levels, bank.indices, strict=True)):
             # Clones: what the extractor made in inference mode cannot be part of a graph.
             self.register_buffer(f"bank_{level}", bank_1NC.clone())
-            self.register_buffer(f"scale_{level}", scales[level].clone() if scales else None)
-            self.register_buffer(f"rows_{level}", rows_NC)
-            self.register_buffer(f"shift_{level}", shift_1C)
-            self.register_buffer(f"context_{level}", context)
+            self.register_buffer(f"scale_{level}", bank.scales[level].clone() if bank.scales else None)
+            self.register_buffer(f"rows_{level}", index.rows.clone())
+            self.register_buffer(f"shift_{level}", None if index.shift is None else index.shift.clone())
+            self.register_buffer(f"context_{level}", bank.context[level].clone() if crossed else None)
 
     def _index(self, level: int) -> SearchIndex:
         return SearchIndex(getattr(self, f"rows_{level}"), getattr(self, f"shift_{level}"))
@@ -298,7 +293,9 @@ class DetectorGraph(nn.Module):
             if self.projectors is not None:
                 x_BTC = self.projectors[level](x_BTC, getattr(self, f"context_{level}"))
             projected.append(as_map(x_BTC, feature))
-        prediction = self.from_features(self.weighted(projected))
+        if self.local_scale is not None:
+            projected = self.local_scale.weighted(projected)
+        prediction = self.from_features(projected)
         return prediction.scores, prediction.maps
 
     @torch.no_grad()

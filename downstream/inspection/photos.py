@@ -22,8 +22,8 @@ from torch import Tensor
 
 from adpretrain.data.layouts.detect import PATTERNS, layout_of
 from adpretrain.data.samples import IMAGE_SUFFIXES, is_image
-from adpretrain.deep import full_scale_of
-from adpretrain.preprocess import FORMATS, Preprocess, depth, page_count, read_image
+from adpretrain.photographs import FORMATS, depth, full_scale_of, page_count, read_image
+from adpretrain.preprocess import Preprocess
 from downstream.appearance import appearance
 from downstream.visualise import shown_region
 
@@ -177,7 +177,7 @@ class Unreadable:
 
 
 def full_scale(paths: Sequence[Path]) -> float | None:
-    """The value that becomes 255 in the photographs of one camera; see `adpretrain.deep.full_scale_of`.
+    """The value that becomes 255 in the photographs of one camera; see `adpretrain.photographs.full_scale_of`.
 
     Photographs that cannot be read are left out here: they are reported when they are used.
     """

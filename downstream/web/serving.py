@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 from adpretrain.extractor import ADExtractor
-from adpretrain.hub.locating import EMBEDDED
+from adpretrain.hub import EMBEDDED
 from downstream.inspection.run import pick_device
 from downstream.terminal import plain
 from downstream.web.gate import LOCAL_NAMES, Gate

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from adpretrain.preprocess import Preprocess, as_rgb, page_count
+from adpretrain.photographs import as_rgb, page_count
+from adpretrain.preprocess import Preprocess
 from downstream.inspection.photos import Photo, Unreadable, prepare_photo
 
 MEGA = 10**6

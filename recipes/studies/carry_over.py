@@ -32,7 +32,7 @@ from adpretrain.data import Sample, index_dataset, index_with_bare
 from adpretrain.data.products import draw_shots, normals
 from adpretrain.files import atomic_path
 from adpretrain.parsing import from_dict, parse_flags, read_yaml
-from adpretrain.saved import build_projector
+from adpretrain.projector import FeatureProjector
 from adpretrain.training.batches import label, thin
 from adpretrain.training.cache import CachedBatches
 from adpretrain.training.dataset import PretrainingSet
@@ -96,8 +96,8 @@ def train(
 ) -> ADExtractor:
     """A projector trained on the rows of the cache: batch -> residuals -> projector -> losses -> step."""
     torch.manual_seed(seed)
-    projector = build_projector(variant.projector, extractor.channels)
-    trained = ADExtractor(extractor.backbone, projector, variant.projector, extractor.local_scale)
+    projector = FeatureProjector(extractor.channels, variant.projector)
+    trained = ADExtractor(extractor.backbone, projector, extractor.local_scale)
     good = [(0, index) for part in rows.values() for index, bad in part if not bad]
     measure_centers(trained, cache([good[start : start + BATCH] for start in range(0, len(good), BATCH)]))
     objective = Objective(variant.loss, trained)

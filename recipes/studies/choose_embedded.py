@@ -29,7 +29,7 @@ from adpretrain.local_scale import LocalScale
 from adpretrain.parsing import parse_flags
 from adpretrain.residual import leave_one_out_residuals, nearest_reference, tokens
 from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
-from downstream.evaluation.few_shot import FeatureSet, encode_samples, measure, reference_banks
+from downstream.evaluation.few_shot import FeatureSet, encode_samples, measure
 
 HALVES = (
     ("tile", "mono", "poly", "mpdd_metal_plate"),
@@ -59,7 +59,8 @@ class Options:
 
 def norms(images: FeatureSet, references: list[int], queries: list[int]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Per level: residual norms [n, H, W], the matched rows [n, H, W], leave-one-out norms of the bank [N]."""
-    for level, bank in zip(images.features, reference_banks(images, references), strict=True):
+    for level in images.features:
+        bank = tokens(level[references]).flatten(0, 1)[None]
         query_BTC, grid = tokens(level[queries]), level.shape[2:]
         matched_BT = nearest_reference(query_BTC, bank)
         norm_BT = (query_BTC - bank[0][matched_BT]).norm(dim=2)

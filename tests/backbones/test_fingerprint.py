@@ -8,7 +8,7 @@ import torchvision
 from torch import nn
 
 from adpretrain.backbones import load_backbone
-from adpretrain.backbones.fingerprint import fingerprint, same_weights
+from adpretrain.backbones.weights import fingerprint, same_weights
 from adpretrain.extractor import ADExtractor
 
 

@@ -87,7 +87,7 @@ def test_an_extractor_moves_to_another_dtype(dtype: torch.dtype, rounding: float
     features = extractor(query)
     assert {level.dtype for level in features} == {dtype}
     assert extractor.references is not None
-    banks = [bank.float() for bank in extractor.references]
+    banks = [bank.float() for bank in extractor.references.levels]
     expected = residual_features([level.float() for level in extractor.encode(query)], banks)
     assert plain.error(features, expected) < rounding
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from adpretrain.config import ProjectorConfig
 from adpretrain.losses import norm_loss
 from adpretrain.projector import FeatureProjector
 
@@ -23,7 +24,7 @@ WAYS = {
 def run(dtype: torch.dtype, decay: float, steps: int = STEPS, every: int = EVERY) -> list[tuple[float, float]]:
     """(deviation of the references, variation of the attention's output over its size), every so many steps."""
     torch.manual_seed(0)
-    model = FeatureProjector([32], references=64, heads=4, form="released").train().to(dtype)
+    model = FeatureProjector([32], ProjectorConfig(references=64, heads=4, form="released")).train().to(dtype)
     adam = torch.optim.Adam(model.parameters(), 1e-4, weight_decay=decay)
     schedule = torch.optim.lr_scheduler.MultiStepLR(adam, [round(0.7 * steps), round(0.9 * steps)])
     draw = torch.Generator().manual_seed(1)

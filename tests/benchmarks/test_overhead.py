@@ -11,7 +11,8 @@ from clock import interleaved_cpu_seconds
 
 from adpretrain.backbones import load_backbone
 from adpretrain.config import ProjectorConfig
-from adpretrain.extractor import ADExtractor, build_projector
+from adpretrain.extractor import ADExtractor
+from adpretrain.projector import FeatureProjector
 
 pytestmark = pytest.mark.benchmark
 
@@ -24,10 +25,10 @@ def test_extractor_over_bare_backbone(one_thread: None) -> None:
     torch.manual_seed(0)
     backbone = load_backbone("dinov2-base", pretrained=False)
     config = ProjectorConfig(references=2048, heads=16, mlp_ratio=4.0)
-    projector = build_projector(config, backbone.channels)
+    projector = FeatureProjector(backbone.channels, config)
     for parameter in projector.parameters():  # untrained, it would return its input whatever the attention does
         parameter.normal_(std=parameter.shape[-1] ** -0.5)
-    extractor = ADExtractor(backbone, projector, config)
+    extractor = ADExtractor(backbone, projector)
     images = torch.randn(BATCH, 3, 224, 224)
     banks = extractor.encode_references(torch.randn(SHOTS, 3, 224, 224))
     extractor.set_references(banks)
@@ -35,16 +36,14 @@ def test_extractor_over_bare_backbone(one_thread: None) -> None:
 
     features = backbone(images)
     assert [tuple(level.shape) for level in features] == [(BATCH, 768, 16, 16)] * 4
-    assert [bank.shape[1] for bank in banks] == [SHOTS * 256] * 4
-    residuals = extractor.residuals(features, banks)
+    assert [bank.shape[1] for bank in banks.levels] == [SHOTS * 256] * 4
+    residuals = banks.residuals(features)
     assert not any(torch.equal(a, b) for a, b in zip(projected, residuals, strict=True))
-    # The references are the extractor's own list: a new one would be prepared for searching anew.
-    kept = extractor.references
     seconds = interleaved_cpu_seconds(
         {
             "backbone": lambda: backbone(images),
             "extractor": lambda: extractor(images),
-            "matching": lambda: extractor.residuals(features, kept),
+            "matching": lambda: banks.residuals(features),
             "projector": lambda: projector(residuals),
         },
         repeats=5,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from adpretrain.config import ProjectorConfig
 from adpretrain.losses import angle_loss
 from adpretrain.projector import FeatureProjector
 from adpretrain.residual import nearest_reference
@@ -132,7 +133,7 @@ class PerSampleProjection(nn.Module):
 def test_projector_inference() -> None:
     heads, batch, tokens = 16, 8, 256
     torch.manual_seed(0)
-    ours = FeatureProjector([WIDTH], references=2048, heads=heads).eval().levels[0]
+    ours = FeatureProjector([WIDTH], ProjectorConfig(references=2048, heads=heads)).eval().levels[0]
     for parameter in ours.parameters():  # untrained, it would return its input whatever the attention does
         parameter.normal_(std=parameter.shape[-1] ** -0.5)
     theirs = PerSampleProjection(ours, heads).eval().requires_grad_(False)

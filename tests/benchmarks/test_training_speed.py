@@ -26,7 +26,8 @@ from adpretrain.backbones import Backbone, load_backbone
 from adpretrain.backbones.dinov2 import DinoV2
 from adpretrain.config import LossConfig, OptimConfig, PretrainConfig, ProjectorConfig, ReferencesConfig
 from adpretrain.data import index_realiad
-from adpretrain.extractor import ADExtractor, build_projector
+from adpretrain.extractor import ADExtractor
+from adpretrain.projector import FeatureProjector
 from adpretrain.residual import tokens
 from adpretrain.training.batches import OnlineBatches, encode, encode_batch, token_labels
 from adpretrain.training.dataset import PretrainingSet, StepBatches
@@ -50,7 +51,7 @@ class Bench:
         self.accelerator = Accelerator(mixed_precision=precision)
         self.device = self.accelerator.device
         torch.manual_seed(0)
-        model = build_projector(projector, backbone.channels)
+        model = FeatureProjector(backbone.channels, projector)
         for parameter in model.parameters():  # untrained, it would return its input whatever the attention does
             if parameter.ndim > 1:
                 nn.init.normal_(parameter, std=0.5 * parameter.shape[-1] ** -0.5)

@@ -17,7 +17,8 @@ from PIL import Image
 
 from adpretrain.data import ImageDataset, MissingMasks, Sample, detect_layout, index_dataset
 from adpretrain.data.huggingface import index_hf
-from adpretrain.preprocess import Preprocess, read_image
+from adpretrain.photographs import read_image
+from adpretrain.preprocess import Preprocess
 
 LABELS = ClassLabel(names=["broken", "good"])  # alphabetical, as image folders make them: 0 is the defect
 

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from adpretrain.extractor import ADExtractor
-from adpretrain.preprocess import read_image
+from adpretrain.photographs import read_image
 from downstream.cli import main
 from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
 

@@ -12,7 +12,8 @@ from adpretrain.backbones import load_backbone
 from adpretrain.config import BackboneConfig
 from adpretrain.extractor import ADExtractor
 from adpretrain.preprocess import Preprocess
-from adpretrain.saved import ExtractorConfig, ProjectorConfig, build_projector
+from adpretrain.projector import FeatureProjector
+from adpretrain.saved import ExtractorConfig, ProjectorConfig
 from downstream.cli import main
 from downstream.described import projector_cost
 
@@ -40,7 +41,7 @@ def test_flops_of_the_papers_projectors() -> None:
         # The references' projection, their keys and their values: 2048 rows of width x width, three times.
         assert found["projector FLOPs once"] == sum(2 * 3 * 2048 * width * width for width in widths)
         with torch.device("meta"):
-            parameters = build_projector(ProjectorConfig(), widths).parameters()
+            parameters = FeatureProjector(widths, ProjectorConfig()).parameters()
         assert found["projector parameters"] == sum(parameter.numel() for parameter in parameters)
 
 
@@ -63,7 +64,7 @@ def test_every_architecture_has_a_cost(architecture: str) -> None:
 def test_info_prints_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     backbone = load_backbone("lite0", image_size=64)
     config = ProjectorConfig(references=16, heads=3)
-    ADExtractor(backbone, build_projector(config, backbone.channels), config).save_pretrained(tmp_path / "ours")
+    ADExtractor(backbone, FeatureProjector(backbone.channels, config)).save_pretrained(tmp_path / "ours")
     assert main(["info", str(tmp_path / "ours"), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     widths = [-(-width // 3) * 3 for width in backbone.channels]  # three heads of equal width

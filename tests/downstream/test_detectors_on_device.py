@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from adpretrain.backbones import Backbone, FeatureMaps, load_backbone
-from adpretrain.backbones.fingerprint import fingerprint
+from adpretrain.backbones.weights import fingerprint
 from adpretrain.extractor import ADExtractor
 from adpretrain.local_scale import LocalScale
 from adpretrain.memory import memory_limit

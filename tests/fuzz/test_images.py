@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from adpretrain.data.samples import ImageDataset, Sample
-from adpretrain.preprocess import FORMATS, LARGEST_SIDE, Preprocess, picture_size, read_image, read_mask
+from adpretrain.photographs import FORMATS, picture_size, read_image, read_mask
+from adpretrain.preprocess import LARGEST_SIDE, Preprocess
 from downstream.cli import main
 from downstream.inspection.photos import Photo, Unreadable, find_images, read_batches
 from downstream.web.uploads import LIMITS, Upload, read_upload
@@ -212,7 +213,7 @@ def test_numbers_that_are_no_picture(tmp_path: Path) -> None:
 
 
 def test_sixteen_bits_become_eight_exactly() -> None:
-    from adpretrain.preprocess import as_rgb
+    from adpretrain.photographs import as_rgb
 
     values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     expected = np.rint(values.astype(np.float64) * 255 / 65535).astype(np.uint8)

@@ -22,7 +22,8 @@ from test_images import HOW, mutated
 
 from adpretrain.backbones import load_backbone
 from adpretrain.config import ProjectorConfig
-from adpretrain.extractor import ADExtractor, build_projector
+from adpretrain.extractor import ADExtractor
+from adpretrain.projector import FeatureProjector
 from adpretrain.saved import folder_digest
 from downstream.cli import main
 from downstream.described import describe_model
@@ -64,7 +65,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
     backbone = load_backbone("lite0", image_size=SIDE)
     config = ProjectorConfig(references=8, heads=2, mlp_ratio=1.0)
-    extractor = ADExtractor(backbone, build_projector(config, backbone.channels), config, provenance={"seed": 1})
+    extractor = ADExtractor(backbone, FeatureProjector(backbone.channels, config), provenance={"seed": 1})
     images = torch.rand(6, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     core = PatchCoreConfig(EmbeddingConfig(target_dim=8), amount=0.2)
     training = RepresentationConfig(dim=8, projection_dim=8, epochs=1)

@@ -9,7 +9,8 @@ import torch
 
 from adpretrain.backbones import load_backbone
 from adpretrain.config import ProjectorConfig
-from adpretrain.extractor import ADExtractor, build_projector
+from adpretrain.extractor import ADExtractor
+from adpretrain.projector import FeatureProjector
 
 SIDE = 64
 
@@ -19,7 +20,7 @@ def make_extractor(seed: int = 0) -> ADExtractor:
     torch.manual_seed(seed)
     backbone = load_backbone("lite0", image_size=SIDE)
     config = ProjectorConfig(references=16, heads=1)
-    return ADExtractor(backbone, build_projector(config, backbone.channels), config, provenance={"seed": seed})
+    return ADExtractor(backbone, FeatureProjector(backbone.channels, config), provenance={"seed": seed})
 
 
 def pictures(count: int, seed: int) -> torch.Tensor:

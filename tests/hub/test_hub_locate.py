@@ -18,7 +18,7 @@ from huggingface_hub import constants
 from small_models import Saved, make_extractor, pictures
 
 from adpretrain.extractor import ADExtractor
-from adpretrain.hub import locate, locating, publish
+from adpretrain.hub import download, locate, publish
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = "/lfs/ada/one/"  # where the large file is fetched
@@ -284,10 +284,10 @@ def test_folders_and_what_only_looks_like_one(
 
 def test_the_embedded_extractor(saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(locating, "EMBEDDED_FOLDER", tmp_path / "nowhere")
+    monkeypatch.setattr(download, "EMBEDDED_FOLDER", tmp_path / "nowhere")
     with pytest.raises(ValueError, match="this installation of adpretrain has no embedded extractor"):
         locate("embedded")
-    monkeypatch.setattr(locating, "EMBEDDED_FOLDER", saved.folder)
+    monkeypatch.setattr(download, "EMBEDDED_FOLDER", saved.folder)
     assert locate("embedded").folder == saved.folder
     with pytest.raises(ValueError, match="leave it out"):
         locate("embedded", "v1")

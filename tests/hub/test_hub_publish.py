@@ -18,8 +18,8 @@ from small_models import Saved
 from torch import Tensor
 
 from adpretrain.extractor import ADExtractor
-from adpretrain.hub import publish, publish_space, trouble
-from adpretrain.hub.contents import digest
+from adpretrain.hub import download, publish, publish_space
+from adpretrain.hub.download import digest
 from downstream.cli import main as run
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(20)
@@ -183,7 +183,7 @@ def test_what_fails_in_passing_is_sent_again_and_nothing_twice(
 def test_the_waits_grow_and_are_not_the_same_for_all(hub: Hub, saved: Saved) -> None:
     hub.break_next(COMMIT, "status", times=4, status=500)
     publish(saved.folder, "ada/one", private=False)
-    bounds = list(zip(hub.sleeps, trouble.WAITS, strict=False))
+    bounds = list(zip(hub.sleeps, download.WAITS, strict=False))
     assert len(hub.sleeps) == 4
     assert all(wait <= slept <= 1.5 * wait for slept, wait in bounds)
     assert len({round(slept / wait, 6) for slept, wait in bounds}) == 4

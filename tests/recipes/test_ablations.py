@@ -15,9 +15,9 @@ from running import train
 from safetensors.torch import load_file, save_file
 
 from adpretrain import ADExtractor, load_backbone
-from adpretrain.config import PretrainConfig
+from adpretrain.config import PretrainConfig, ProjectorConfig
 from adpretrain.data import index_dataset
-from adpretrain.hub.contents import files_to_publish
+from adpretrain.hub.upload import files_to_publish
 from adpretrain.parsing import parse_command_line
 from adpretrain.projector import FeatureProjector
 from adpretrain.training.dataset import PretrainingSet
@@ -159,7 +159,7 @@ def test_metrics_tell_whether_the_references_live(plain: Arguments, tmp_path: Pa
 
 def test_vitals_against_their_definition_and_of_dead_references() -> None:
     torch.manual_seed(0)
-    projector, residuals = FeatureProjector([8, 12], references=16, heads=2, form="released"), []
+    projector, residuals = FeatureProjector([8, 12], ProjectorConfig(references=16, heads=2, form="released")), []
     for level, width in zip(projector.levels, (8, 12), strict=True):
         residuals.append(torch.randn(2, width, 5, 5))
         with torch.no_grad():

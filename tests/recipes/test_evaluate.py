@@ -16,7 +16,7 @@ from running import until
 
 from adpretrain.backbones import load_backbone
 from adpretrain.extractor import ADExtractor
-from adpretrain.hub.locating import EMBEDDED_FOLDER
+from adpretrain.hub.download import EMBEDDED_FOLDER
 from adpretrain.local_scale import LocalScale
 from adpretrain.saved import folder_digest
 

@@ -16,8 +16,8 @@ from running import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adpretrain.config import BackboneConfig, LossConfig, OptimConfig, PretrainConfig, ProjectorConfig
-from adpretrain.extractor import build_projector
 from adpretrain.losses import angle_loss
+from adpretrain.projector import FeatureProjector
 from adpretrain.training import costs
 from adpretrain.training.batches import LabelledBatch, thin
 
@@ -65,7 +65,7 @@ def test_bytes_kept_for_the_backward_are_those_of_real_tensors(precision: Any, a
     shape = dataclasses.replace(SMALL.projector, architecture=architecture)
     config = dataclasses.replace(SMALL, optim=OptimConfig(precision=precision), projector=shape)
     shapes, contexts = [(3, 32, 4, 4), (3, 48, 4, 4)], [(3, 32, 32), (3, 32, 48)]
-    projector = build_projector(config.projector, [32, 48])
+    projector = FeatureProjector([32, 48], config.projector)
     own = {parameter.untyped_storage().data_ptr() for parameter in projector.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -83,7 +83,7 @@ def test_bytes_kept_for_the_backward_are_those_of_real_tensors(precision: Any, a
 
 
 def test_a_checkpoint_has_the_bytes_that_were_planned(tmp_path: Path) -> None:
-    projector = build_projector(SMALL.projector, [256, 256])
+    projector = FeatureProjector([256, 256], SMALL.projector)
     adam = torch.optim.Adam(projector.parameters())
     sum(level.sum() for level in projector([torch.randn(1, 256, 2, 2)] * 2)).backward()
     adam.step()

@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import Tensor
 
 from adpretrain.backbones import Backbone
-from adpretrain.config import PretrainConfig
+from adpretrain.config import PretrainConfig, ProjectorConfig
 from adpretrain.convert import projector_from_official
 from adpretrain.extractor import ADExtractor
 from adpretrain.parsing import from_dict, read_yaml
@@ -103,7 +103,7 @@ def test_a_fresh_projector_starts_as_the_authors_do(float64: None) -> None:
         {name.removeprefix("initial/"): torch.from_numpy(data[name]) for name in data.files if "initial/" in name}
     ).state_dict()
     torch.manual_seed(0)
-    ours = FeatureProjector([32] * 4, references=48, form="released").state_dict()
+    ours = FeatureProjector([32] * 4, ProjectorConfig(references=48, form="released")).state_dict()
     assert {name: value.shape for name, value in ours.items()} == {n: v.shape for n, v in theirs.items()}
     for kind in {name.partition(".")[2].partition(".")[2] for name in ours}:
         found, wanted = (

@@ -148,11 +148,11 @@ def test_training_meets_every_product_with_its_own_references(samples: list[Samp
     for batch in training:
         bank = extract.extractor.references
         assert bank is not None
-        seen.append((len(batch), bank[0].clone()))
+        seen.append((len(batch), bank.levels[0].clone()))
     assert [size for size, _ in seen] == [4, 2, 4, 2]
     for part, rows in zip(found.parts, (seen[:2], seen[2:]), strict=True):
         images = torch.cat(list(Images(part.references, networks.backbone.preprocess, settings)))
-        expected = networks.extractors[0].encode_references(images)[0]
+        expected = networks.extractors[0].encode_references(images).levels[0]
         assert all(torch.equal(bank, expected) for _, bank in rows)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from adpretrain.backbones import BACKBONES, load_backbone
 from adpretrain.extractor import ADExtractor
-from adpretrain.preprocess import read_image
+from adpretrain.photographs import read_image
 from downstream.cli import main
 from downstream.inspection.extraction import join
 

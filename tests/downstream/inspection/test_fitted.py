@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from adpretrain.backbones import load_backbone
-from adpretrain.preprocess import read_image
+from adpretrain.photographs import read_image
 from downstream.calibration import calibrate
 from downstream.cli import main
 from downstream.detectors import detector_from_pretrained

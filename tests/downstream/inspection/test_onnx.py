@@ -27,9 +27,11 @@ from adpretrain.backbones import load_backbone
 from adpretrain.config import ProjectorConfig
 from adpretrain.data.layouts.mtd import index_mtd
 from adpretrain.data.samples import ImageDataset
-from adpretrain.extractor import ADExtractor, build_projector
+from adpretrain.extractor import ADExtractor
 from adpretrain.local_scale import LocalScale
-from adpretrain.preprocess import Preprocess, read_image
+from adpretrain.photographs import read_image
+from adpretrain.preprocess import Preprocess
+from adpretrain.projector import FeatureProjector
 from downstream.calibration import calibrate
 from downstream.cli import main
 from downstream.commands.export import snippet
@@ -70,10 +72,10 @@ def extractor_of(
     if architecture is None:
         return ADExtractor(backbone, local_scale=scale, matching=matching)
     config = ProjectorConfig(architecture, references=64, heads=4, mlp_ratio=2.0)
-    projector = build_projector(config, backbone.channels)
+    projector = FeatureProjector(backbone.channels, config)
     for parameter in projector.parameters():  # untrained, it would return its input
         torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-    return ADExtractor(backbone, projector, config, scale, matching=matching, provenance={"data": "noise"})
+    return ADExtractor(backbone, projector, scale, matching=matching, provenance={"data": "noise"})
 
 
 def differences(path: Path, detector: FeatureNorm, images: Tensor) -> list[float]:

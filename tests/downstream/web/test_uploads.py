@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from adpretrain.preprocess import Preprocess, read_image
+from adpretrain.photographs import read_image
+from adpretrain.preprocess import Preprocess
 from downstream.inspection.photos import Photo, Unreadable
 from downstream.web.uploads import Limits, Upload, check_counts, clean_name, read_upload, uploads
 

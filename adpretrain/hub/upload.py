@@ -1,0 +1,438 @@
+"""A folder becomes one commit of a Hub repository: all of it or nothing, checked before, and never twice."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import huggingface_hub
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from adpretrain.hub.download import (
+    GIT_SHA1,
+    PART,
+    REPO_ID,
+    explain,
+    has_digest,
+    persistently,
+    root,
+    status,
+    troubles,
+)
+from adpretrain.parsing import read_json
+from adpretrain.saved import (
+    CARD_NAME,
+    CONFIG_NAME,
+    PICTURE_SUFFIX,
+    WEIGHTS_NAME,
+    read_config,
+    read_weights,
+    saved_tensors,
+)
+
+LONGEST = 96  # characters of a repository's id on the Hub
+PICTURE = r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.png"
+OURS = re.compile(rf"(?:{PART.pattern}/)*(?:config\.json|model\.safetensors|README\.md)|(?:assets/)?{PICTURE}")
+HOUSEKEEPING = re.compile(r"\.gitattributes|\.gitignore|LICENSE(?:\.[a-z]+)?|[A-Za-z0-9_-]+\.md")
+SPACE = re.compile(r"(?:[A-Za-z0-9_-]+/)*[A-Za-z0-9_-]+\.(?:py|md|txt|png|css)")
+BLANK = {"model": {".gitattributes"}, "space": {".gitattributes", "README.md"}}  # what the Hub puts into a new one
+STALE = (409, 412)  # what the Hub answers if the branch is no longer at the parent commit
+
+
+@dataclass(frozen=True)
+class Published:
+    """What was published or, in a dry run, would be.
+
+    Args:
+        url: the repository's page.
+        commit: the commit that holds the files; None if a dry run would make one.
+        tag: the tag on it.
+        files: all files of the model, path -> size in bytes.
+        changed, deleted: the paths in which the commit differs from the one before; both empty = no new commit.
+        steps: what was done, or would be, in words and in order.
+    """
+
+    url: str
+    commit: str | None
+    tag: str | None
+    files: dict[str, int]
+    changed: list[str]
+    deleted: list[str]
+    steps: list[str]
+
+
+def publish(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool,
+    tag: str | None = None,
+    branch: str = "main",
+    message: str | None = None,
+    token: str | bool | None = None,
+    dry_run: bool = False,
+) -> Published:
+    """Make a branch of the model repository ``repo_id`` hold the files of a saved model, in one commit.
+
+    The repository is made if there is none: private, and public (unless ``private``) only when all is there. Files
+    of ours that ``folder`` no longer has are deleted in the same commit; an unchanged folder makes no commit. The
+    commit has the parent that was looked at, so that nobody's work is overwritten. A request that fails is sent again
+    after a while; before a commit is, the branch is asked whether the commit is there and only its answer was lost.
+    ``tag`` is put on the commit. ``token``: None = that of `hf auth login` or HF_TOKEN. ``dry_run``: ask and check
+    everything, change nothing; no token is needed.
+
+    Raises ValueError, with the fix, if the folder is no saved model (`files_to_publish`), a name is not valid, the
+    token is missing, wrong or of too few rights, the repository is not as ``private`` says or holds something else,
+    the tag is on another commit, the branch moves meanwhile, or there is no connection.
+    """
+    files = files_to_publish(folder)
+    _check_names(repo_id, branch, tag, message)
+    message = message or f"Publish {Path(folder).resolve().name}"
+    return _Repository(repo_id, branch, token, files, private, tag, message).publish(dry_run)
+
+
+def publish_space(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool,
+    message: str | None = None,
+    token: str | bool | None = None,
+    dry_run: bool = False,
+) -> Published:
+    """Make the Gradio Space ``repo_id`` hold the files of ``folder`` (`files_of_space`), as `publish` does.
+
+    Files that only the Space has are not deleted. Raises ValueError as `publish` does.
+    """
+    files = files_of_space(folder)
+    _check_names(repo_id, "main", None, message)
+    message = message or "Publish the Space"
+    return _Repository(repo_id, "main", token, files, private, None, message, "space").publish(dry_run)
+
+
+def _check_names(repo_id: str, branch: str, tag: str | None, message: str | None) -> None:
+    known = REPO_ID.fullmatch(repo_id) and len(repo_id) <= LONGEST
+    if not known or "--" in repo_id or ".." in repo_id or repo_id.endswith((".git", "-", ".")):
+        raise ValueError(
+            f"repository id {repo_id!r} is not valid: it is org/name, your user name or organisation and a name of "
+            'letters, digits, "-", "_" and ".", which starts and ends with a letter or digit; '
+            f"{LONGEST} characters at most"
+        )
+    for what, name in (("branch", branch), ("tag", tag)):
+        if name is not None and (
+            not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, re.ASCII) or ".." in name or GIT_SHA1.fullmatch(name)
+        ):
+            raise ValueError(f'{what} {name!r} is not valid: use letters, digits, "-", "_" and ".", for example v1.0')
+    if message is not None and not message.strip():
+        raise ValueError("message is empty: say what the commit holds, or leave message out")
+
+
+# What is published
+
+
+def files_to_publish(folder: str | os.PathLike[str]) -> dict[str, Path]:
+    """The files of a saved model by their path in the repository, checked.
+
+    Raises ValueError if the folder is no saved model, or holds links, files that we do not write, or files that are
+    not what their names say, or weights that are not finite or not those that their config describes: whatever is
+    published stays in the repository's history.
+    """
+    top = Path(folder)
+    if not top.is_dir():
+        raise ValueError(f"{folder} is not a folder: publish a folder written by save_pretrained")
+    files = _files(top)
+    if strange := [name for name in files if not OURS.fullmatch(name)]:
+        raise ValueError(
+            f"{folder} holds files that are not part of a saved model: {_some(strange)}. Published are {CONFIG_NAME}, "
+            f"{WEIGHTS_NAME}, {CARD_NAME} and {PICTURE_SUFFIX} pictures; move the rest out of the folder"
+        )
+    parts = {name.rpartition("/")[0] for name in files if name.endswith((CONFIG_NAME, WEIGHTS_NAME))} | {""}
+    for part in sorted(parts):
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            if (f"{part}/{name}" if part else name) not in files:
+                raise ValueError(f"{top / part} has no {name}: publish a folder written by save_pretrained")
+    for path in files.values():
+        _check_content(path)
+    for part in sorted(parts):
+        read_weights(top / part, _expected(top / part))
+    return files
+
+
+def files_of_space(folder: str | os.PathLike[str]) -> dict[str, Path]:
+    """The files of a Space by their path in the repository. Raises ValueError if there are others than it needs."""
+    top = Path(folder)
+    if not (top / "app.py").is_file() or not (top / CARD_NAME).is_file():
+        raise ValueError(f"{folder} has no app.py and {CARD_NAME}: publish the folder of a Space")
+    files = {name: path for name, path in _files(top).items() if "__pycache__/" not in name}
+    if strange := [name for name in files if not SPACE.fullmatch(name)]:
+        raise ValueError(f"{folder} holds files that no Space needs: {_some(strange)}; move them out of the folder")
+    return files
+
+
+def _files(top: Path) -> dict[str, Path]:
+    paths = sorted(top.rglob("*"))
+    for path in paths:
+        if path.is_symlink() or not (path.is_dir() or path.is_file()):
+            raise ValueError(f"{path} is a link or no regular file; only copies of files are published")
+    return {path.relative_to(top).as_posix(): path for path in paths if path.is_file()}
+
+
+def _check_content(path: Path) -> None:
+    wrong: str | Exception = ""
+    try:
+        if path.name == CONFIG_NAME and not isinstance(read_json(path), dict):
+            wrong = "not a JSON object"
+        if path.name == WEIGHTS_NAME:
+            with safe_open(path, framework="pt"):
+                pass
+        if path.name == CARD_NAME:
+            path.read_text(encoding="utf-8")
+        if path.suffix == PICTURE_SUFFIX and path.read_bytes()[:8] != b"\x89PNG\r\n\x1a\n":
+            wrong = "not a PNG picture"
+    except (OSError, ValueError, SafetensorError) as error:
+        wrong = error
+    if wrong:
+        raise ValueError(f"{path} is not what its name says ({wrong}): save the model again") from None
+
+
+def _expected(folder: Path) -> dict[str, Tensor]:
+    """The weights that a config.json describes: a detector's lists their shapes, an extractor's its networks' sizes."""
+    content = read_json(folder / CONFIG_NAME)
+    if "tensors" not in content:
+        config = read_config(folder)
+        training = config.provenance.get("training")
+        if isinstance(training, dict) and training.get("learns") == "backbone":
+            raise ValueError(
+                f"{folder} is on a backbone that was trained with it (learns: backbone), whose weights are not in the "
+                "folder: nobody could load what would be published"
+            )
+        return saved_tensors(config, folder)
+    try:
+        return {name: torch.empty(shape, device="meta") for name, shape in content["tensors"].items()}
+    except (TypeError, AttributeError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{folder / CONFIG_NAME}: tensors are no shapes by name ({error}): save it again") from error
+
+
+def _some(names: Iterable[str]) -> str:
+    shown = list(names)
+    return ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")
+
+
+# How it is published
+
+
+@dataclass(frozen=True)
+class _State:
+    """A repository as it is: None for ``private`` and ``head`` if it does not exist, ``files`` at the head."""
+
+    private: bool | None = None
+    head: str | None = None
+    branches: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    files: dict[str, Any] = field(default_factory=dict)
+    is_new: bool = True  # not there, or left empty by a publication that broke off
+
+
+@dataclass(frozen=True)
+class _Repository:
+    """A repository of the Hub, and what a branch of it is to hold."""
+
+    repo_id: str
+    branch: str
+    token: str | bool | None
+    local: dict[str, Path]
+    private: bool
+    tag: str | None
+    message: str
+    kind: Literal["model", "space"] = "model"
+
+    @property
+    def _api(self) -> huggingface_hub.HfApi:
+        return huggingface_hub.HfApi(token=self.token, library_name="adpretrain")
+
+    def publish(self, dry_run: bool) -> Published:
+        try:
+            anonymous = self._is_anonymous(dry_run)
+            state = self._state()
+            changed, deleted = self._differences(state.files)
+            self._refuse(state, bool(changed or deleted))
+            steps = self._steps(state, changed, deleted)
+            if anonymous:
+                steps.insert(0, f"need a token (none is set; a private {self.repo_id} cannot be seen without one)")
+            commit = None if changed or deleted else state.head
+            if not dry_run:
+                commit = self._carry_out(state)
+        except troubles() as error:
+            raise explain(error, self.repo_id, "publish to") from error
+        url = f"{self._api.endpoint}/{'spaces/' if self.kind == 'space' else ''}{self.repo_id}"
+        sizes = {name: path.stat().st_size for name, path in self.local.items()}
+        return Published(url, commit, self.tag, sizes, changed, deleted, steps)
+
+    def _is_anonymous(self, dry_run: bool) -> bool:
+        """Whether no token is set, which only a dry run may do without; raises what the client does for a wrong one."""
+        from huggingface_hub.errors import LocalTokenNotFoundError
+
+        try:
+            persistently(self._api.whoami)
+        except LocalTokenNotFoundError:
+            if not dry_run:
+                raise
+            return True
+        return False
+
+    def _info(self, revision: str | None = None) -> Any:
+        return persistently(lambda: self._api.repo_info(self.repo_id, revision=revision, repo_type=self.kind))
+
+    def _refs(self) -> tuple[dict[str, str], dict[str, str]]:
+        """The commits of the branches and of the tags by name."""
+        refs = persistently(lambda: self._api.list_repo_refs(self.repo_id, repo_type=self.kind))
+        branches, tags = ({ref.name: ref.target_commit for ref in kind} for kind in (refs.branches, refs.tags))
+        return branches, tags
+
+    def _state(self) -> _State:
+        """What is there now, at the head of the branch or, if it has no such branch, of main."""
+        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+        try:
+            info = self._info()
+        except GatedRepoError:
+            raise
+        except RepositoryNotFoundError:
+            return _State()
+        branches, tags = self._refs()
+        head = branches.get(self.branch, branches.get("main", str(info.sha)))
+        files = self._remote(head)
+        return _State(bool(info.private), head, branches, tags, files, files.keys() <= BLANK[self.kind])
+
+    def _remote(self, commit: str) -> dict[str, Any]:
+        """The client's `RepoFile`s of a commit by path."""
+        where: dict[str, Any] = {"revision": commit, "repo_type": self.kind}
+        found = persistently(lambda: list(self._api.list_repo_tree(self.repo_id, recursive=True, **where)))
+        return {entry.path: entry for entry in found if isinstance(entry, huggingface_hub.hf_api.RepoFile)}
+
+    def _is_ours(self, name: str) -> bool:
+        return name in self.local if self.kind == "space" else OURS.fullmatch(name) is not None
+
+    def _differences(self, remote: dict[str, Any]) -> tuple[list[str], list[str]]:
+        """Paths to be sent, and paths to be deleted, for ``remote`` to hold exactly the local files of ours."""
+        known = {name: file.lfs.sha256 if file.lfs is not None else file.blob_id for name, file in remote.items()}
+        changed = [n for n, path in self.local.items() if n not in known or not has_digest(path, known[n])]
+        return changed, sorted(name for name in remote.keys() - self.local.keys() if self._is_ours(name))
+
+    def _refuse(self, state: _State, changes: bool) -> None:
+        """Raise ValueError, before anything is sent, if the repository does not take what is to be published."""
+        repo_id, tag = self.repo_id, self.tag
+        if foreign := [name for name in state.files if not self._is_ours(name) and not HOUSEKEEPING.fullmatch(name)]:
+            raise ValueError(
+                f"the name {repo_id} is taken: it holds files that are not a {self.kind} of adpretrain "
+                f"({_some(foreign)}). Choose another name, or delete them there"
+            )
+        if state.private is False and self.private:
+            raise ValueError(f"{repo_id} is public: make it private in its settings first, or choose another name")
+        if state.private is True and not self.private and not state.is_new:
+            raise ValueError(
+                f"{repo_id} is private: pass private=True to publish to it as it is, or make it public in its settings"
+            )
+        if tag in state.tags and (changes or state.tags[tag] != state.head):
+            raise ValueError(
+                f"the tag {tag!r} of {repo_id} is on commit {state.tags[tag]}, and what you publish is another: choose "
+                "another tag (others rely on this one). Nothing was uploaded"
+            )
+
+    def _steps(self, state: _State, changed: list[str], deleted: list[str]) -> list[str]:
+        steps, size = [], sum(self.local[name].stat().st_size for name in changed)
+        if state.head is None:
+            steps.append(f"create the private repository {self.repo_id}")
+        elif self.branch not in state.branches:
+            steps.append(f"create the branch {self.branch}")
+        if changed or deleted:
+            steps.append(f"commit {len(changed)} new or changed files ({size / 1e6:.2f} MB) to {self.branch}")
+            steps += [f"delete {name} in the same commit" for name in deleted]
+        else:
+            steps.append(f"make no commit: {self.branch} holds these files already, at {state.head}")
+        if self.tag is not None and self.tag not in state.tags:
+            steps.append(f"tag it {self.tag}")
+        if state.is_new and not self.private:
+            steps.append("make the repository public")
+        return steps
+
+    def _carry_out(self, state: _State) -> str:
+        """Everything that changes the repository. Returns the commit."""
+        options: dict[str, Any] = {"exist_ok": True, "repo_type": self.kind}
+        if state.head is None:
+            self._create()
+            state = self._state()
+            if not state.is_new or state.private is not True or state.head is None:
+                raise ValueError(f"{self.repo_id} was made by somebody else just now: look at it, then publish again")
+        elif self.branch not in state.branches:
+            persistently(lambda: self._api.create_branch(self.repo_id, branch=self.branch, **options))
+        assert state.head is not None
+        commit = self._commit(state) if any(self._differences(state.files)) else state.head
+        to_open = state.is_new and not self.private
+        try:
+            if (tag := self.tag) is not None and tag not in state.tags:
+                persistently(lambda: self._api.create_tag(self.repo_id, tag=tag, revision=commit, **options))
+                if (found := self._refs()[1].get(tag)) != commit:
+                    raise ValueError(
+                        f"the files are in {self.repo_id} at commit {commit}, but the tag {tag!r} was put on {found} "
+                        "by somebody else meanwhile: publish again with another tag"
+                    )
+            if to_open:
+                visible: dict[str, Any] = {"private": False, "repo_type": self.kind}
+                persistently(lambda: self._api.update_repo_settings(self.repo_id, **visible))
+        except troubles() as error:
+            rest = "it is still private: make it public in its settings, then" if to_open else ""
+            reason = explain(error, self.repo_id, "finish publishing to")
+            raise ValueError(f"{reason}. The files are there, at commit {commit}; {rest} publish again") from error
+        return commit
+
+    def _create(self) -> None:
+        """Make the repository, private. Raises ValueError if somebody else has one of the name."""
+        try:
+            sdk: dict[str, Any] = {"space_sdk": "gradio"} if self.kind == "space" else {}
+            persistently(lambda: self._api.create_repo(self.repo_id, private=True, repo_type=self.kind, **sdk))
+        except troubles() as error:
+            if status(root(error)) != 409:
+                raise
+            if self._state().head is None:  # there, and not for us to see; if it is, the first answer was lost
+                raise ValueError(f"the name {self.repo_id} is taken: choose another") from error
+
+    def _commit(self, state: _State) -> str:
+        """One commit on top of ``state``, after which the branch holds exactly the files of ours. Returns it."""
+        changed, deleted = self._differences(state.files)
+
+        def send() -> str:
+            operations: list[Any] = [huggingface_hub.CommitOperationAdd(name, self.local[name]) for name in changed]
+            operations += [huggingface_hub.CommitOperationDelete(name) for name in deleted]
+            where: dict[str, Any] = {"revision": self.branch, "parent_commit": state.head, "repo_type": self.kind}
+            return str(self._api.create_commit(self.repo_id, operations, commit_message=self.message, **where).oid)
+
+        def landed() -> str | None:
+            head = str(self._info(self.branch).sha)
+            if head == state.head:
+                return None
+            if not any(self._differences(self._remote(head))):
+                return head
+            raise ValueError(
+                f"{self.repo_id} was changed by somebody else meanwhile: {self.branch} is at {head}, no longer at "
+                f"{state.head}. Nothing of yours was committed; look at the new commit, then publish again"
+            )
+
+        try:
+            commit = persistently(send, landed)
+        except troubles() as error:  # the parent is stale: perhaps because the commit is there after all
+            if status(root(error)) not in STALE or (found := landed()) is None:
+                raise
+            commit = found
+        if any(self._differences(self._remote(commit))):
+            raise ValueError(
+                f"commit {commit} of {self.repo_id} does not hold what was sent: a .gitignore there may leave files "
+                "out. Publish again"
+            )
+        return commit
