@@ -29,8 +29,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from downstream import thresholds
-from downstream.ground_truth import binary_masks, image_labels, paired, real_numbers, region_weights, unmarked
-from downstream.thresholds import count
+from downstream.thresholds import binary_masks, count, image_labels, paired, real_numbers, region_weights, unmarked
 
 FORMS = ("exact", "official")
 LIMIT = 0.3  # false positive rate up to which PRO counts

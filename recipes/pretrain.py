@@ -18,7 +18,7 @@ from adpretrain.config import PretrainConfig
 from adpretrain.parsing import parse_command_line
 from adpretrain.training.launch import complain
 from adpretrain.training.run import pretrain
-from downstream.evaluation.held_out import HeldOut
+from downstream.evaluation.few_shot import HeldOut
 
 
 def main(argv: Sequence[str] | None = None) -> int:

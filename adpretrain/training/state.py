@@ -29,8 +29,8 @@ from adpretrain.training.batches import OnlineBatches, ResidualBatch
 from adpretrain.training.cache import CachedBatches, local_processes
 from adpretrain.training.costs import check_memory
 from adpretrain.training.dataset import PretrainingSet, StepBatches
-from adpretrain.training.folder import RunFolder
 from adpretrain.training.objective import Objective
+from adpretrain.training.run_folder import RunFolder
 from adpretrain.training.sources import (
     SCALE_IMAGES,
     find_samples,
@@ -44,7 +44,7 @@ from adpretrain.training.streamed import StreamedBatches, StreamedSet
 
 
 class HeldOut(Protocol):
-    """Products kept out of training that are scored while it runs (`downstream.evaluation.held_out.HeldOut`)."""
+    """Products kept out of training that are scored while it runs (`downstream.evaluation.few_shot.HeldOut`)."""
 
     def score(self, extractor: ADExtractor) -> dict[str, float]:
         """``image_auroc`` and ``aupro``, means over the products; nan where not one of them defines it."""

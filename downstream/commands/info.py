@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
+
+from adpretrain.backbones import load_backbone
+from adpretrain.backbones.table import find_entry
+from adpretrain.card import FEATURENORM, METRICS, held_out_results, provenance_of
+from adpretrain.residual import tokens
+from adpretrain.saved import WEIGHTS_NAME, ExtractorConfig, read_config, saved_parts
+from adpretrain.training.speed import count_flops
 from downstream.commands.options import POSITIONAL, Command
+from downstream.saved import is_detector, locate_model, part, parts_of, read_detector_config
 from downstream.terminal import plain
 
 
@@ -24,7 +39,7 @@ class Info(Command):
     json: bool = False
 
     def run(self) -> int:
-        from downstream.described import describe_model
+        from downstream.commands.info import describe_model
 
         facts = describe_model(self.model, self.revision)
         if self.json:
@@ -38,3 +53,109 @@ class Info(Command):
                 shown = ", ".join(map(str, value)) if isinstance(value, list) else value
                 print(f"{name:<{width}}  {plain(shown)}")
         return 0
+
+
+def describe_model(model: str | os.PathLike[str], revision: str | None = None) -> dict[str, Any]:
+    """Facts by name, in reading order, all of them JSON. ``model`` and ``revision``: as in `adpretrain.hub.locate`.
+
+    Raises ValueError if it is neither an extractor nor a fitted detector, or cannot be had.
+    """
+    located = locate_model(model, revision=revision)
+    folder = located.folder
+    facts: dict[str, Any] = {"model": str(model), "commit": located.commit}
+    facts |= _detector(folder) if is_detector(folder) else _extractor(folder)
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    return {**facts, "bytes on disk": sum(sizes), "folder": str(folder)}
+
+
+def _extractor(folder: Path) -> dict[str, Any]:
+    config = read_config(folder)
+    provenance = config.provenance
+    data = provenance_of(config, "data")
+    metrics = {METRICS[r.metric]: round(r.value, 1) for r in held_out_results(config) if r.method == FEATURENORM}
+    return {
+        "kind": "extractor",
+        **_backbone(config.backbone.name, config.backbone.revision),
+        "levels": config.backbone.levels or list(find_entry(config.backbone.name).levels),
+        "channels": config.channels,
+        "input pixels": config.preprocess.image_size,
+        "photographs": config.preprocess.in_words,
+        "projector": config.projector.architecture if config.projector else "none",
+        "parameters": _parameters(folder),
+        **projector_cost(config, folder),
+        "matching": config.matching,
+        "local scale": "no" if config.local_scale is None else f"share {config.local_scale.share}",
+        "training data": data.get("set") or data.get("name"),
+        "training images": data.get("images"),
+        "training categories": data.get("categories"),
+        "steps": provenance.get("steps"),
+        "seed": provenance.get("seed"),
+        "held-out metrics, %": metrics,
+        "git commit": provenance.get("git_commit"),
+        "library version": config.library_version,
+    }
+
+
+def projector_cost(config: ExtractorConfig, folder: Path) -> dict[str, int]:
+    """Parameters and FLOPs of the projector (ADPretrain Tab. 7); nothing without one.
+
+    FLOPs of its matrix products at the extractor's input size, a multiply-add being two: of one image, and of the keys
+    and values, which are computed once for given weights (of cross attention: once for the residuals of a reference).
+    Backbone and projector are made without memory, to learn how many tokens there are.
+    """
+    projector, _ = saved_parts(config, folder)
+    if projector is None:
+        return {}
+    side = config.preprocess.image_size
+    name, levels = config.backbone.name, config.backbone.levels or None
+    try:
+        with torch.device("meta"):
+            finest, patch = config.backbone.finest, config.backbone.patch
+            backbone = load_backbone(name, pretrained=False, image_size=side, levels=levels, finest=finest, patch=patch)
+            shapes = [level.shape[1:] for level in backbone(torch.empty(1, 3, side, side))]
+            inputs = [[torch.empty(count, *shape) for shape in shapes] for count in (1, 2)]
+            references = [tokens(level) for level in inputs[0]]
+        one, two = (count_flops(functools.partial(projector, images, references)) for images in inputs)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{folder}: its projector and backbone do not fit together: {error}") from error
+    return {
+        "projector parameters": sum(parameter.numel() for parameter in projector.parameters()),
+        "projector FLOPs per image": two - one,
+        "projector FLOPs once": 2 * one - two,
+    }
+
+
+def _detector(folder: Path) -> dict[str, Any]:
+    config = read_detector_config(folder)
+    inside = {name: describe_model(part(folder, name))["kind"] for name in parts_of(vars(config))}
+    return {
+        "kind": f"fitted {config.detector} (holds features of its product)",
+        **(_backbone(config.backbone.name, config.backbone.revision) if config.backbone else {}),
+        "made of": inside,
+        "input pixels": config.image_size,
+        "options": config.options,
+        "numbers kept": _parameters(folder),
+        "library version": config.library_version,
+    }
+
+
+def _backbone(name: str, revision: str | None) -> dict[str, Any]:
+    entry = find_entry(name)
+    return {
+        "backbone": name,
+        "backbone weights": str(entry.source),
+        "backbone revision": revision,
+        "backbone licence": entry.licence,
+    }
+
+
+def _parameters(folder: Path) -> int:
+    """How many numbers model.safetensors holds, from its header."""
+    path = folder / WEIGHTS_NAME
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {WEIGHTS_NAME}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot read weights {path}: {error}") from error

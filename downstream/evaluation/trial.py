@@ -27,13 +27,11 @@ from downstream.detectors.refined import Refined
 from downstream.evaluation.board import RAW
 from downstream.evaluation.few_shot import PIXEL_METRICS
 from downstream.evaluation.networks import ALIGNED, ROOM, Contender, Networks, Withheld
-from downstream.evaluation.perturbation import PerturbedImages
 from downstream.evaluation.pictures import Shown, choose_shown, median_images
-from downstream.evaluation.protocols import Part, Trial
-from downstream.ground_truth import region_weights, unmarked
+from downstream.evaluation.protocols import Part, PerturbedImages, Trial
 from downstream.metrics import Metrics, aupro, checked, d_prime, errors_at_best_f1, evaluate_maps, from_counts
 from downstream.streamed_metrics import StreamingMetrics
-from downstream.thresholds import count, pro_curve
+from downstream.thresholds import count, pro_curve, region_weights, unmarked
 
 ERRORS = ("false_positives_at_best_f1", "false_negatives_at_best_f1")
 METRICS = (*(field.name for field in fields(Metrics) if field.name != "notes"), "aupro_official", "d_prime", *ERRORS)

@@ -20,8 +20,21 @@ from adpretrain.extractor import ADExtractor
 from downstream.inspection.report import TEMPLATES
 from downstream.inspection.results import counted, write_scores
 from downstream.visualise import colour_bar
-from downstream.web.session import RATE, Scored, Verdicts, heatmap, jpeg, score_uploads, verdicts
-from downstream.web.uploads import LIMITS, MEGA, SUFFIXES, Limits, Upload, uploads
+from downstream.web.session import (
+    LIMITS,
+    MEGA,
+    RATE,
+    SUFFIXES,
+    Limits,
+    Scored,
+    Upload,
+    Verdicts,
+    heatmap,
+    jpeg,
+    score_uploads,
+    uploads,
+    verdicts,
+)
 
 EXAMPLES = Path(__file__).parent / "examples"  # drawn by recipes/products
 KEPT_S = 30 * 60  # how long a visitor's scores are kept after the last press of the button

@@ -15,7 +15,7 @@ from adpretrain.preprocess import Preprocess
 from adpretrain.projector import FeatureProjector
 from adpretrain.saved import ExtractorConfig, ProjectorConfig
 from downstream.cli import main
-from downstream.described import projector_cost
+from downstream.commands.info import projector_cost
 
 
 def per_image(width: int, patches: int, references: int) -> int:

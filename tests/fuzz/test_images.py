@@ -23,7 +23,7 @@ from adpretrain.photographs import FORMATS, picture_size, read_image, read_mask
 from adpretrain.preprocess import LARGEST_SIDE, Preprocess
 from downstream.cli import main
 from downstream.inspection.photos import Photo, Unreadable, find_images, read_batches
-from downstream.web.uploads import LIMITS, Upload, read_upload
+from downstream.web.session import LIMITS, Upload, read_upload
 
 MODES = (
     "1",

@@ -26,7 +26,7 @@ from adpretrain.data.layouts.realiad import index_realiad
 from adpretrain.data.layouts.visa import COLUMNS, index_visa
 from downstream.cli import main
 from downstream.inspection.photos import Unreadable
-from downstream.web.uploads import Upload, read_upload
+from downstream.web.session import Upload, read_upload
 
 NAMES: list[Any] = ["../../../etc/passwd", "/etc/passwd", "a\0b.png", "loop/loop.png", "x" * 5000, "up/secret.png", ""]
 NAMES += [".", "..", "~/x.png", "C:\\x.png", "a.png/b.png", "\udcff.png", "\u202egnp.exe", None, 5, [], {}, True]

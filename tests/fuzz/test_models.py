@@ -26,7 +26,7 @@ from adpretrain.extractor import ADExtractor
 from adpretrain.projector import FeatureProjector
 from adpretrain.saved import folder_digest
 from downstream.cli import main
-from downstream.described import describe_model
+from downstream.commands.info import describe_model
 from downstream.detectors import detector_from_pretrained
 from downstream.detectors.ensemble import Ensemble
 from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig

@@ -38,7 +38,7 @@ def test_a_root_in_brackets_is_named_by_write_shards(capsys: pytest.CaptureFixtu
 
 
 def test_a_torn_checkpoint_in_brackets_is_named(tmp_path: Path) -> None:
-    from adpretrain.training.folder import RunFolder
+    from adpretrain.training.run_folder import RunFolder
 
     console, run = written(), tmp_path / "[red]" / "[" / "b]"
     torn = run / "checkpoints" / "step_0000002.pt"

@@ -21,7 +21,7 @@ STATE = {"extractor": {"weight": torch.arange(2000.0)}, "optimizer": {"state": {
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Any:
-    from adpretrain.training.folder import RunFolder
+    from adpretrain.training.run_folder import RunFolder
 
     return RunFolder(PretrainConfig(run=str(tmp_path)), Console(width=1000), main=True)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from downstream.web.gate import JSON_BYTES, LOCAL_NAMES, Gate
+from downstream.web.serving import JSON_BYTES, LOCAL_NAMES, Gate
 
 
 async def answers_everything(scope: Any, receive: Any, send: Any) -> None:

@@ -17,8 +17,7 @@ from demo_process import Server
 from test_uploads import png_bomb
 
 from adpretrain.extractor import ADExtractor
-from downstream.web.session import Verdicts, score_uploads, verdicts
-from downstream.web.uploads import uploads
+from downstream.web.session import Verdicts, score_uploads, uploads, verdicts
 
 pytestmark = [
     pytest.mark.slow,

@@ -19,8 +19,7 @@ from downstream.inspection.resume import Record
 from downstream.inspection.run import score_images
 from downstream.web import page as showing
 from downstream.web.page import EXAMPLES
-from downstream.web.session import SINGLE, Scored, heatmap, score_uploads, verdicts
-from downstream.web.uploads import Upload, uploads
+from downstream.web.session import SINGLE, Scored, Upload, heatmap, score_uploads, uploads, verdicts
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,7 @@ from PIL import Image
 from adpretrain.photographs import read_image
 from adpretrain.preprocess import Preprocess
 from downstream.inspection.photos import Photo, Unreadable
-from downstream.web.uploads import Limits, Upload, check_counts, clean_name, read_upload, uploads
+from downstream.web.session import Limits, Upload, check_counts, clean_name, read_upload, uploads
 
 SMALL = Limits(good=2, new=3, file_bytes=100_000, pixels=10_000)
 SIZE = Preprocess(image_size=32)
