@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from adpretrain.backbones.base import Backbone, FeatureMaps, check_image_size, check_levels, resize_positions, token_map
 from adpretrain.backbones.weights import StateDict, Weights, load_strictly
+from adpretrain.extras import need
 from adpretrain.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
 
 POSITIONS = "positional_embedding"
@@ -35,6 +36,7 @@ class Tower:
 
     def network(self, image_size: int) -> Any:
         """open_clip's VisionTransformer without what comes after its last block."""
+        need("clip", "open_clip")
         from open_clip.transformer import LayerNorm, QuickGELU, VisionTransformer  # type: ignore[import-untyped]
 
         network = VisionTransformer(

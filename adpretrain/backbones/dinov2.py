@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from adpretrain.backbones.base import Backbone, FeatureMaps, check_image_size, check_levels, resize_positions, token_map
 from adpretrain.backbones.weights import StateDict, Weights, as_float32, refuse_misfit
+from adpretrain.extras import need
 from adpretrain.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ def build(
     name: str, weights: Weights, image_size: int, levels: Sequence[int], config: Dinov2Config | None = None
 ) -> DinoV2:
     """A `DinoV2` of the named published size, or of ``config``. Raises ValueError for what does not fit."""
+    need("dinov2", "transformers")
     geometry: Any = config or SIZES[name].config()
     check_image_size(name, image_size, geometry.patch_size, "its patch")
     check_levels(name, levels, geometry.num_hidden_layers, "blocks")

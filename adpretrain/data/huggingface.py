@@ -21,6 +21,7 @@ from adpretrain.data.layouts.detect import HUB
 from adpretrain.data.layouts.metadata import FIX, choose_columns, defect_of, index_metadata, metadata_files, split_of
 from adpretrain.data.layouts.tree import existing_folder
 from adpretrain.data.samples import GOOD, Sample, refuse_missing
+from adpretrain.extras import need
 from adpretrain.files import atomic_path
 
 _REPOSITORY = re.compile(rf"{HUB}/?(?:datasets/)?(\w[\w.-]*(?:/\w[\w.-]*)?)(?:@([\w./-]+))?")
@@ -95,6 +96,7 @@ class _Table:
 
 def _tables(root: str | Path) -> Iterator[_Table]:
     """Every subset and split; nothing is read into memory."""
+    need("datasets", "datasets")
     import datasets
 
     path, revision = address(root)
@@ -195,6 +197,7 @@ class _Files:
 
 def stored_files(root: str | Path, cache: str | Path | None = None) -> _Files:
     """Where the images of a set lie or are written."""
+    need("datasets", "datasets")
     import datasets
     from huggingface_hub.constants import HF_HUB_CACHE
 

@@ -18,6 +18,7 @@ from PIL import ImageChops
 
 from adpretrain.data.samples import Sample, to_learn_from
 from adpretrain.data.shards import COLUMNS, FORMAT, INDEX, Photograph, ShardIndex, group_name, schema
+from adpretrain.extras import need
 from adpretrain.files import atomic_folder
 from adpretrain.photographs import read_mask
 
@@ -147,6 +148,7 @@ def _mask_bytes(sample: Sample) -> bytes | None:
 
 def _write(path: Path, rows: Iterable[Photograph]) -> None:
     """One file, row group by row group; images are neither compressed again nor put into a dictionary."""
+    need("datasets", "pyarrow")
     import pyarrow as pa
     import pyarrow.parquet as pq
 

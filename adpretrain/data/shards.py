@@ -24,6 +24,7 @@ from typing import Any
 from adpretrain.data.huggingface import address, stored_files
 from adpretrain.data.layouts.detect import HUB
 from adpretrain.data.samples import GOOD, Sample
+from adpretrain.extras import need
 from adpretrain.parsing import LARGEST, from_dict
 
 INDEX = "index.json"
@@ -109,6 +110,7 @@ class Shards:
     """
 
     def __init__(self, root: str | Path) -> None:
+        need("datasets", "datasets", "pyarrow")
         import fsspec
 
         self.root = str(root)

@@ -22,13 +22,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 from rich.console import Console
 from rich.markup import escape
 
 from adpretrain.config import PretrainConfig
 from adpretrain.training.distributed import PATIENCE, everyone, from_first
+
+try:
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+except ImportError as error:
+    raise ImportError(f"training needs accelerate ({error}): pip install 'adpretrain[train]'") from None
 
 COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_NTASKS")
 RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")

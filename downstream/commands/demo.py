@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 
+from adpretrain.extras import need
 from downstream.commands.options import EMBEDDED, REPEATED, Command
 
 
@@ -25,8 +25,7 @@ class Demo(Command):
     device: str = "auto"
 
     def run(self) -> int:
-        if find_spec("gradio") is None:  # before torch is imported, which takes a while
-            raise ValueError("the demo needs gradio: pip install 'adpretrain[demo]'")
+        need("demo", "gradio")
         from downstream.web.serving import serve
 
         serve(self.extractor or [EMBEDDED], self.host, self.port, self.device)

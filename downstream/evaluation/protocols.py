@@ -17,9 +17,9 @@ the draw; nothing is ever chosen by looking at a score.
 
 Perturbed images are as another camera would have taken them (ReConPatch Tab. 4, suppl. C.1): turned by up to 5 degrees,
 shifted by up to 1 % of the side, brightness and contrast changed by up to 30 %, blurred with sigma .1 to 1. Where the
-paper is silent [ours]: every image gets all of them, evenly drawn; they act on the network's input, in this order; what
-comes in at the border is the picture mirrored, as black corners would be a defect of their own; and only the images that
-are scored are changed, so the detector meets what it has never seen.
+paper is silent [ours]: every image gets all of them, evenly drawn; they act on the network's input, in this order;
+what comes in at the border is the picture mirrored, as black corners would be a defect of their own; and only the
+images that are scored are changed, so the detector meets what it has never seen.
 """
 
 from __future__ import annotations

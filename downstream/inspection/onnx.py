@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from adpretrain import __version__
 from adpretrain.extractor import ADExtractor
+from adpretrain.extras import need
 from adpretrain.files import atomic_path, check_writable
 from adpretrain.projector import FixedKeyValueProjector, LearnableKeyValueProjector
 from adpretrain.references import ReferenceBank
@@ -108,15 +109,7 @@ def check_possible(opset: int = OPSET) -> None:
     """Raises ValueError if a package is missing or ``opset`` is not one of `OPSETS`."""
     if opset not in OPSETS:
         raise ValueError(f"opset {opset} is not supported; choose one of {OPSETS.start}..{OPSETS.stop - 1}")
-    for package in PACKAGES:
-        _import(package)
-
-
-def _import(package: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ValueError(f"ONNX export needs {package} ({error}): pip install 'adpretrain[export]'") from None
+    need("export", *PACKAGES)
 
 
 def _trace(graph: DetectorGraph, opset: int) -> Any:
@@ -165,7 +158,8 @@ def verify(
 
     Raises ValueError that names the difference otherwise, and without images.
     """
-    session = _import("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    need("export", "onnxruntime")
+    session = importlib.import_module("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
     graph = DetectorGraph(detector)
     errors, tied, largest = [], [], torch.zeros(2)
     for batch in batches:
