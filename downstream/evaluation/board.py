@@ -1,4 +1,4 @@
-"""A board: data sets x extractors x detectors by one protocol, as flags or as a YAML file (docs/board.md).
+"""A board: data sets x extractors x detectors by one protocol, as flags or as a YAML file (docs/evaluate.md).
 
   protocol: few-shot
   sets:

@@ -166,7 +166,7 @@ def split(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
 
 def _part(product: str, group: Sequence[Sample], options: ProtocolOptions, seed: int, shots: int | None = None) -> Part:
     try:
-        if shots:  # the rules of the few-shot table: everything but the K may be scored
+        if shots:  # everything but the K may be scored
             pool = normals(group)
             chosen = [pool[index] for index in random_references(len(pool), shots, seed)]
             train = [group[index] for index in chosen]
