@@ -112,12 +112,13 @@ def main() -> None:
     synthesise(out / "synthetic", {**TRAINING, **shrink})
     synthesise(out / "unseen", {**UNSEEN, **({"products": 2} if shrink else {})})
     extractors = pretrain(out, options.seeds, options.steps)
-    compare = [sys.executable, "recipes/evaluate.py", "--extractors", *extractors, "--root"]
+    compare = [PROGRAMS / "adpretrain", "evaluate", "--features", "raw,residual,scaled,pretrained"]
+    compare += ["--extractors", *extractors, "--root"]
     report = inspect(out, extractors[0])
-    run(*compare, out / "unseen", "--shots", "2", "4", "8", "--json", out / "table.json")
+    run(*compare, out / "unseen", "--shots", "2", "4", "8", "--draws", "1", "--out", out / "unseen-products")
     if options.data:
-        run(*compare, options.data.resolve(), "--shots", "4", "8", "--draws", "3", "--per-defect",
-            "--json", out / "table-real.json", "--panels", out / "panels")  # fmt: skip
+        run(*compare, options.data.resolve(), "--shots", "4", "8", "--per-defect", "--panels",
+            "--out", out / "photographs")  # fmt: skip
     print(f"\n{CAVEAT}")
     print(f"\nextractor  {extractors[0]}\ncurves     {extractors[0].parent / 'curves.png'}")
     print(f"heatmaps   {report / 'heatmaps'}\nreport     {report / 'report.html'}")

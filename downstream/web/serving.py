@@ -203,7 +203,7 @@ class Gate:
         await self.app(scope, receive, with_headers)
 
     async def _checked(self, scope: Scope, receive: Receive) -> Receive:
-        headers = Headers(scope=scope)
+        headers = Headers(raw=[(name.lower(), value) for name, value in scope["headers"]])
         host = re.sub(r":\d+$", "", headers.get("host", ""))
         if self.hosts is not None and host not in self.hosts:
             raise Refused(421, f"this page is not served under the name {host!r}")

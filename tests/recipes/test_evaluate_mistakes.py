@@ -126,7 +126,7 @@ def test_help_shows_what_is_done_by_default(
 
     for main, shown in (
         (recipe.main, ["of the first draw; every further one has the next number (default: 0)", "(default: few-shot)"]),
-        (plan.main, ["trained on (default: 64)", "of the set (Real-IAD) (default: 151050)"]),
+        (plan.main, ["(type: int, default: 64)", "(type: int, default: 151050)"]),
     ):
         with contextlib.suppress(SystemExit):
             main(["--help"])

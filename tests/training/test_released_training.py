@@ -68,7 +68,7 @@ def test_ten_steps_are_those_of_the_authors_loop(file: Path, float64: None, monk
     config = released_config()
     projector = projector_from_official(part("initial/"))
     widths = [level.references.shape[1] for level in projector.levels]
-    extractor = ADExtractor(Unused(widths), projector, config.projector, centers=list(data["centers"]))
+    extractor = ADExtractor(Unused(widths), projector, centers=list(data["centers"]))
     start = copy.deepcopy(projector.train().state_dict())
     model = learner(config, extractor, Console(quiet=True))
     adam, schedule = make_optimizer(config.optim, model, steps=10_000)
