@@ -177,7 +177,7 @@ def _base64(content: bytes) -> str:
 def draw_features(
     folder: Path, trials: Sequence[Trial], rows: Sequence[Features], settings: Settings, number: int
 ) -> list[Path]:
-    """Draw raw and pretrained patch features of the first ``number`` products in two dimensions; existing files stay."""
+    """Draw raw and pretrained patch features of the first ``number`` products in two dimensions, each only once."""
     parts = {part.product: part for trial in trials for part in trial.parts if trial.draw == 0}
     alike = [row for row in rows if row.networks.backbone is rows[0].networks.backbone]
     paths = []

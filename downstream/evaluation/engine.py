@@ -221,8 +221,7 @@ def cells_of(board: Board, planned: Sequence[tuple[SetRow, Sequence[Trial]]], ro
 def _pairs(
     board: Board, rows: Sequence[Features]
 ) -> Iterator[tuple[Features, Contender, tuple[int, int], dict[str, Any]]]:
-    """Yield every detector on every row, its place, and what its numbers depend on. Raises ValueError for wrong options.
-    """
+    """Yield every detector on every row, its place, and what its numbers depend on. ValueError for wrong options."""
     for row_number, row in enumerate(rows):
         for detector_number, (detector, options) in enumerate(detector_rows(board).items()):
             if (detector, row.kind) == (ALIGNED, RAW):

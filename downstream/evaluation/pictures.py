@@ -33,8 +33,7 @@ Scored = tuple[Sample, float, NDArray[np.float32], NDArray[np.bool_]]  # an imag
 
 
 def choose_shown(samples: Sequence[Sample], number: int) -> list[int]:
-    """Return positions of the images to show: of each of the first ``number`` kinds of defect, the middle by file name.
-    """
+    """Return positions of the images to show: the middle one, by file name, of the first ``number`` kinds of defect."""
     kinds = sorted({sample.defect for sample in samples if sample.anomalous})[:number]
     chosen = []
     for kind in kinds:

@@ -285,7 +285,7 @@ def _board(found: Sequence[tuple[str, Row]], records: Sequence[Record], planned:
 
 
 def _board_csv(found: Sequence[tuple[str, Row]]) -> str:
-    """Format the means as CSV, in per cent with all digits or empty if undefined; ``_sets`` counts the sets with one."""
+    """Format the means as CSV, in per cent with all digits, or empty if undefined. ``_sets``: how many are defined."""
     columns = [f"{name}{part}" for name in MAIN for part in ("", "_spread", "_sets")]
     lines: list[Sequence[Any]] = [["set", "images", "detector", "features", "draws", *columns]]
     for name, row in found:

@@ -137,7 +137,7 @@ def give_references(extract: Any, part: Part, settings: Settings) -> None:
 
 
 def run_trial(trial: Trial, contender: Contender, networks: Networks, settings: Settings) -> list[dict[str, Any]]:
-    """Fit a detector once, score every part, and return one record for each, ready for JSON. Undefined metrics are null:
+    """Fit a detector once, score every part, and return a record for each, ready for JSON. Undefined metrics are null:
     all of them if there are too few training images for the detector, pixel metrics if a defect has no mask.
 
     Raises ValueError for wrong options, a detector that does not fit the trial, or an unreadable photograph.
@@ -147,8 +147,8 @@ def run_trial(trial: Trial, contender: Contender, networks: Networks, settings: 
     detector = build_detector(contender.detector, extract, options, settings.settings)
     if len(trial.parts) > 1 and isinstance(extract, Withheld) and isinstance(detector, Refined):
         raise ValueError(
-            f"{contender} trains its network on images of all products, but would compare all of them with the references "
-            "of one: leave it out of multi-class, or use raw features"
+            f"{contender} trains its network on images of all products, but would compare all of them with the "
+            "references of one: leave it out of multi-class, or use raw features"
         )
     began = time.perf_counter()
     try:
