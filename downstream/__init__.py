@@ -1,4 +1,4 @@
-"""Anomaly detectors on any extractor or raw backbone, metrics and thresholds: what most programs need of them."""
+"""Anomaly detectors on any extractor or raw backbone, metrics and thresholds: the names that most programs need."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -66,7 +66,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # As in `adpretrain`: a command's help need not wait for torch.
+    # Imported lazily, as in `adpretrain`, so that the help of a command does not wait for torch.
     if name in _PLACES:
         return getattr(importlib.import_module(f"downstream.{_PLACES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

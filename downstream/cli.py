@@ -1,8 +1,8 @@
-"""The console command `adpretrain`: its parser, and what an error becomes.
+"""The console command `adpretrain`: its parser, and how it reports errors.
 
-Results go to stdout, everything else (progress, warnings, errors) to stderr. A user's mistake is one line on
-stderr and exit code 2; a mistake of ours keeps its traceback and exits with 70, never with a code that means
-something.
+Results go to stdout, everything else (progress, warnings, errors) to stderr. A user's mistake prints one line to
+stderr and exits with code 2; our own bugs print a traceback and exit with 70, a code that no command gives another
+meaning.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ EXIT_USAGE, EXIT_BUG, EXIT_INTERRUPTED, EXIT_PIPE = 2, 70, 130, 141
 
 
 class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """jsonargparse's, with the table of exit codes kept as it is written."""
+    """The formatter of jsonargparse, except that the table of exit codes keeps its line breaks."""
 
 
 class _Parser(ArgumentParser):
-    """jsonargparse's, whose errors are one line, too."""
+    """The parser of jsonargparse, with one-line errors."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         asked = getattr(ex, "subcommand_parser", None) or self
-        for action in self._actions:  # what a command needs is missed by the main parser: "... required: score.normal"
+        for action in self._actions:  # the main parser reports a command's missing option: "... required: score.normal"
             if isinstance(action.choices, dict):
                 asked = action.choices.get(message.rpartition(": ")[2].partition(".")[0], asked)
         options = [name for action in asked._actions for name in action.option_strings if name.startswith("--")]
@@ -44,9 +44,9 @@ class _Parser(ArgumentParser):
 
 
 def main(argv: list[str] | None = None, **process: Any) -> int:
-    """Run one command; returns its exit code (2 for a user's mistake). ``process``: what a launcher tells a command
-    that several processes share (`commands.evaluate`)."""
-    # Subparsers take over the formatter and the mode of their parent.
+    """Run one command and return its exit code (2 for a user's mistake). ``process`` holds the arguments of `run` that
+    a launcher of several processes sets (`commands.evaluate`)."""
+    # Subparsers inherit the formatter and the mode of this parser.
     parser = _Parser(
         prog="adpretrain",
         description="Pretrained features for industrial anomaly detection.",
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None, **process: Any) -> int:
     parser.add_argument("--version", action="version", version=f"adpretrain {version('adpretrain')}")
     subcommands = parser.add_subcommands(metavar="command", required=True)
     arguments = sys.argv[1:] if argv is None else argv
-    asked = [name for name in arguments[:1] if name in COMMANDS] or COMMANDS  # the help lists all of them
+    asked = [name for name in arguments[:1] if name in COMMANDS] or COMMANDS  # without a command, the help lists all
     commands = {name: command_class(name) for name in asked}
     for name, command in commands.items():
         summary, epilog, _ = help_of(command)
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None, **process: Any) -> int:
             code = run(**process)
             sys.stdout.flush()
             return code
-    except BrokenPipeError:  # who reads stdout, such as head, has seen enough
+    except BrokenPipeError:  # the reader of stdout, such as head, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_PIPE
     except (ValueError, OSError) as error:
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None, **process: Any) -> int:
         print("adpretrain: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception:
-        # Python would exit with 1, which here means "an anomaly was found".
+        # Python itself would exit with 1, which here means "an anomaly was found".
         traceback.print_exc()
         return EXIT_BUG
 

@@ -1,4 +1,4 @@
-"""What every detector is: images are checked and their features extracted here, once; a detector fits and scores them.
+"""The base class of detectors: it checks images and extracts their features; a subclass fits and scores these.
 
 Shapes: b images of a batch, B images, S side of the network's input in pixels, L levels.
 """
@@ -24,14 +24,14 @@ from downstream.coreset import Progress
 from downstream.extracts import checked_features, fixed_picture, keeping_references
 from downstream.saved import HubOptions, Loaded, load_detector, publish_saved, put_together, save_detector
 
-BRIGHTEST = 16.0  # of normalised images without negative values; with usual means and deviations none reaches 5
+BRIGHTEST = 16.0  # limit for images without negative values; normalised as usual, no value reaches 5
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """``scores`` [B] and ``maps`` [B, S, S]; higher is more anomalous, in the detector's own unit.
+    """``scores`` [B] and ``maps`` [B, S, S]; higher is more anomalous, in a unit that depends on the detector.
 
-    S is the side of the images, but for FeatureNorm's maps, which have its ``image_size``.
+    S is the side of the images, except for maps of FeatureNorm, whose side is its option ``image_size``.
     """
 
     scores: Tensor
@@ -41,19 +41,19 @@ class Prediction:
 class Detector:
     """Fits on normal images only, then scores and localises; with any `Extract`, a raw backbone or an `ADExtractor`.
 
-    A detector gives its ``name``, the dataclass of its ``options``, what it does with features (`fit_features`,
-    `from_features`), and what it has fitted (`state`, `restore`). One that is made of others has ``members``.
+    A subclass defines ``name``, the dataclass of its ``options``, how it uses features (`fit_features`,
+    `from_features`), and how its fitted state is saved (`state`, `restore`). One made of others has ``members``.
 
-    A fitted detector keeps the references that an `ADExtractor` had then: a later `set_references`, or another
-    detector's fit, does not reach it. A module must be in evaluation mode. ``side``: S of the images it was fitted on,
-    0 before. A saved detector needs no training data to be loaded and gives the same bits (`downstream.saved`).
+    A fitted detector keeps the references that an `ADExtractor` had at that time: a later `set_references`, or fitting
+    another detector, does not change it. Modules must be in evaluation mode. ``side`` is S of the images it was fitted
+    on, 0 before. A saved detector is loaded without training data and gives the same bits (`downstream.saved`).
     """
 
     name: ClassVar[str]
     options: ClassVar[type | None]
-    # An extractor's references are given to it before `fit`, are what `fit` takes, or are chosen from what it takes.
+    # References are given to the extractor before `fit`, are the images that `fit` takes, or are chosen among these.
     references_are: ClassVar[Literal["given", "fitted", "chosen"]] = "given"
-    load_member: ClassVar[Callable[..., Any] | None] = None  # of one that is made of others: loads any detector
+    load_member: ClassVar[Callable[..., Any] | None] = None  # loads any detector, if this one is made of others
 
     extract: Extract
     members: Sequence[Detector] = ()
@@ -65,20 +65,20 @@ class Detector:
 
     @classmethod
     def of(cls, extract: Extract, config: Any) -> Self:
-        """An unfitted detector on ``extract``, from the dataclass that `downstream.detectors` names."""
+        """Make an unfitted detector on ``extract`` from the dataclass of options that `downstream.detectors` names."""
         return cls(extract, config)
 
     @property
     def fitted(self) -> bool:
-        """Whether there is anything to compare images with."""
+        """Whether the detector can score images."""
         return self.side > 0
 
     def fit(self, normal_batches: Iterable[Tensor], progress: Progress | None = None) -> Self:
         """Fit on batches [b, 3, S, S] of normal images: tensors, not a data loader's pairs or dictionaries.
 
         They are read once, one batch at a time, unless the detector says otherwise. ``progress(what, done, total)`` is
-        told what takes long. Raises ValueError without images, for bad ones or different sizes, and before what is
-        fitted outgrows the memory.
+        called during long steps. Raises ValueError if there are no images, if they are malformed or differ in size, or
+        before the memory would be exceeded.
         """
         self.extract = keeping_references(self._given)
         normals = NormalFeatures(self._features, normal_batches)
@@ -88,7 +88,7 @@ class Detector:
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Prediction:
-        """[B, 3, S, S] -> scores [B], maps [B, S, S]. Raises ValueError before `fit`, for bad images or another S."""
+        """[B, 3, S, S] -> scores [B], maps [B, S, S]. ValueError before `fit`, for malformed images or another S."""
         return self.from_features(self._checked(images))
 
     def fit_features(self, normals: NormalFeatures, progress: Progress | None) -> None:
@@ -100,11 +100,11 @@ class Detector:
         raise NotImplementedError
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What was fitted, to be saved: tensors, and facts that are JSON."""
+        """Return the fitted state to save: tensors, and facts that are JSON."""
         raise NotImplementedError
 
     def restore(self, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Take what `state` gave."""
+        """Restore the fitted state from tensors and facts of `state`."""
         raise NotImplementedError
 
     def _checked(self, images: Tensor) -> FeatureMaps:
@@ -119,18 +119,18 @@ class Detector:
     def _check_side(self, images: Tensor) -> None:
         if images.shape[2] != self.side:
             raise ValueError(
-                f"images of {images.shape[2]} pixels, the detector was fitted on {self.side}: prepare them alike"
+                f"images have {images.shape[2]} pixels, but the detector was fitted on {self.side}: prepare them alike"
             )
 
     def check_fitted(self) -> None:
-        """Raises ValueError before `fit`."""
+        """Raise ValueError if the detector is not fitted."""
         if not self.fitted:
             raise ValueError(
                 f"this {type(self).__name__} is not fitted: call fit(normal_batches) or from_pretrained first"
             )
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the fitted detector, which HOLDS FEATURES OF THE PRODUCT (`downstream.saved`). Returns its path.
+        """Save the fitted detector, which HOLDS FEATURES OF THE PRODUCT (`downstream.saved`), and return the path.
 
         Raises ValueError before `fit`, if ``folder`` holds other files, or if a member cannot be saved.
         """
@@ -149,7 +149,7 @@ class Detector:
         weights: str | os.PathLike[str] | None = None,
         **hub: Unpack[HubOptions],
     ) -> Self:
-        """Load what `save_pretrained` wrote. Arguments and errors as in `downstream.saved.load_detector`."""
+        """Load a folder written by `save_pretrained`. Arguments and errors are those of `saved.load_detector`."""
         loaded = load_detector(folder, cls.name, cls.options, extract, device, weights, cls.load_member, **hub)
         with put_together(loaded.folder):
             detector = cls._unfitted(loaded)
@@ -161,7 +161,7 @@ class Detector:
 
     @classmethod
     def _unfitted(cls, loaded: Loaded) -> Self:
-        """The detector that was saved, before its `restore`."""
+        """Make the saved detector, still without its fitted state."""
         return cls(loaded.extract, loaded.options)
 
     def push_to_hub(
@@ -175,10 +175,10 @@ class Detector:
         token: str | bool | None = None,
         dry_run: bool = False,
     ) -> Published:
-        """Publish what `save_pretrained` writes as one commit of a Hub repository; see `adpretrain.hub.publish`.
+        """Publish the saved detector as one commit of a Hub repository; see `adpretrain.hub.publish`.
 
-        PRIVATE by default, and a warning says why. Raises ValueError, with the fix, as `publish` and
-        `save_pretrained` do.
+        The repository is PRIVATE by default, and a warning says why. Raises the errors of `publish` and
+        `save_pretrained`.
         """
         message = message or f"Publish a fitted {type(self).__name__}"
         options: dict[str, Any] = {"tag": tag, "branch": branch, "message": message, "token": token}
@@ -188,10 +188,10 @@ class Detector:
 
 
 class NormalFeatures:
-    """The features of batches of normal images [b, 3, S, S], one batch in memory, read anew at every iteration.
+    """Features of batches of normal images [b, 3, S, S], computed anew in every iteration, one batch in memory.
 
-    ``side``: S, known once a batch was read. ``batches``: how many there are, if they say so. Raises ValueError
-    without images, for bad ones, or if their sizes differ.
+    ``side`` is S, known once a batch was read; ``batches`` is their number if they have a length, else None. Raises
+    ValueError if there are no images, or if they are malformed or differ in size.
     """
 
     def __init__(self, extract: Callable[[Tensor], FeatureMaps], batches: Iterable[Tensor]) -> None:
@@ -201,7 +201,7 @@ class NormalFeatures:
 
     @property
     def repeatable(self) -> bool:
-        """Whether there can be a second iteration."""
+        """Whether the batches can be iterated again."""
         return iter(self._images) is not self._images
 
     def __iter__(self) -> Iterator[FeatureMaps]:
@@ -216,16 +216,16 @@ class NormalFeatures:
             raise ValueError("no normal images to fit on: normal_batches is empty (an iterator can be read only once)")
 
     def most_images(self, first: int) -> int | None:
-        """The number of images in batches of ``first``, the last one perhaps smaller; None if they do not say."""
+        """Upper bound of the number of images, if batches have at most ``first``; None if their number is unknown."""
         return None if self.batches is None else self.batches * first
 
 
 def check_images(images: Tensor) -> None:
-    """Raises ValueError unless ``images`` are a tensor [B, 3, S, S], B > 0, floating-point, finite and normalised."""
+    """Raise ValueError unless ``images`` are a tensor [B, 3, S, S], B > 0, floating-point, finite and normalised."""
     if not isinstance(images, Tensor):
         raise ValueError(
             f"images must be a tensor [B, 3, S, S], got a {type(images).__name__}: stack photographs that went through "
-            "preprocess, and of a data loader's pairs or dictionaries give the images alone"
+            "preprocess, and take only the images out of a data loader's pairs or dictionaries"
         )
     if images.ndim == 3:
         raise ValueError(
@@ -236,11 +236,11 @@ def check_images(images: Tensor) -> None:
         raise ValueError(f"images must be [B, 3, S, S] with B > 0, got {tuple(images.shape)}")
     if not images.is_floating_point():
         raise ValueError(f"images must be floating-point and normalised, got {images.dtype}: prepare them first")
-    low, high = torch.stack(images.detach().aminmax()).tolist()  # NaN wins, and a device is waited for once
+    low, high = torch.stack(images.detach().aminmax()).tolist()  # NaN propagates; one synchronisation with the device
     if not math.isfinite(low) or not math.isfinite(high):
         raise ValueError("images hold NaN or infinite values: were they divided by a zero deviation?")
     if low >= 0 and high > BRIGHTEST:
         raise ValueError(
-            f"images hold values from {low:g} to {high:g}, as of pixels that are not normalised: give "
+            f"images hold values from {low:g} to {high:g}, like pixels that are not normalised: give "
             "preprocess(photograph), or divide by 255, subtract the mean and divide by the standard deviation"
         )

@@ -1,12 +1,12 @@
-"""The folder of a fitted detector: config.json, model.safetensors, its card and, around an `ADExtractor`, extractor/;
-of a detector made of others, one folder per member.
+"""The folder of a fitted detector: config.json, model.safetensors, a model card and, if it uses an `ADExtractor`,
+extractor/. A detector made of others has one folder per member.
 
-A fitted detector holds features of the customer's product: memory banks, means, and the reference banks of its
-extractor. Whoever has the folder has them. Share it only with those who may see the product: `push_folder` makes a
-private repository unless told otherwise.
+A fitted detector contains features of the customer's product: memory banks, means, and the references of its
+extractor. Share the folder only with people who may see the product; `push_folder` makes a private repository by
+default.
 
-Never inside: the weights of a backbone, pickles, photographs. The backbone is named with the commit of its weights;
-its answer to a fixed picture finds a wrong one when the detector is loaded.
+The folder never contains weights of a backbone, pickles or photographs. It names the backbone and the commit of its
+weights; its features of a fixed picture are saved too, so that a wrong backbone is found when the detector is loaded.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ REFERENCES = "references."
 MOST_MEMBERS = 64
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 NOTICE = (
-    "A fitted detector holds features of the photographs it was fitted on: memory banks, means, references. Whoever "
-    "can read it may learn much about the product from them. Share it only with those who may see the product."
+    "A fitted detector holds features of the photographs it was fitted on: memory banks, means, references. Anyone "
+    "who can read it may learn much about the product. Share it only with people who may see the product."
 )
 _USAGE = """```python
 from downstream import detector_from_pretrained
@@ -71,13 +71,13 @@ print(prediction.scores)  # one score per image; prediction.maps holds one map e
 
 @dataclass(frozen=True)
 class DetectorConfig:
-    """What a detector's config.json holds.
+    """The content of a detector's config.json.
 
     Args:
         detector: name of the detector, a key of `downstream.detectors.DETECTORS`.
-        options: its options.
-        extract: what its features come from: a raw "backbone", an "extractor" (saved beside), or another function
-            ("given"), which whoever loads the detector must give again; "members" for a detector made of others.
+        options: options of the detector.
+        extract: source of its features: a raw "backbone", an "extractor" (saved in the folder), or another function
+            ("given"), which must be passed again on loading; "members" for a detector made of others.
         image_size: side of the images it was fitted on, in pixels.
         tensors: shapes of the tensors in model.safetensors, checked on loading.
         facts: what else the detector remembers, in numbers.
@@ -190,33 +190,33 @@ def remember_photographs(folder: Path, digests: Iterable[str], full_scale: float
 
 
 def member(number: int) -> str:
-    """Name of the folder of one member of a detector made of detectors."""
+    """Return the name of the folder of one member of a detector made of others."""
     return f"member-{number}"
 
 
 def parts_of(config: Mapping[str, Any]) -> list[str]:
-    """The folders beside a config.json that belong to the model, each with a config.json of its own."""
+    """List the subfolders that belong to a model, each with its own config.json."""
     if config.get("extract") == EXTRACTOR:
         return [EXTRACTOR]
     facts = config.get("facts")
     count = facts.get("members", 0) if isinstance(facts, Mapping) else 0
     if not isinstance(count, int) or not 0 <= count <= MOST_MEMBERS:
-        raise ValueError(f"a detector of {count!r} members; expected 0 to {MOST_MEMBERS}")
+        raise ValueError(f"a detector with {count!r} members; expected 0 to {MOST_MEMBERS}")
     return [member(number) for number in range(count)]
 
 
 def locate_model(folder: str | os.PathLike[str], **hub: Unpack[HubOptions]) -> Located:
-    """Where a fitted detector (or an extractor) lies, with all that belongs to it; see `adpretrain.hub.locate`."""
+    """Find the folder of a fitted detector or an extractor, including its parts; see `adpretrain.hub.locate`."""
     return locate(folder, parts=parts_of, **hub)
 
 
 def read_detector_config(folder: str | os.PathLike[str]) -> DetectorConfig:
-    """config.json of a saved detector. Raises ValueError if it is none, or of a newer library."""
+    """Read config.json of a saved detector. Raises ValueError if it is not one, or if a newer library wrote it."""
     return read_folder_config(Path(folder), DetectorConfig, FORMAT_VERSION, "a detector's save_pretrained")
 
 
 def part(folder: Path, name: str) -> Path:
-    """A model inside a model. Raises ValueError for a link, which could lead back to the folder itself."""
+    """Return the folder of a part of a model. Raises ValueError for a link, which could lead back to the folder."""
     if (folder / name).is_symlink():
         raise ValueError(f"{folder / name} is a link: a saved model holds copies of its parts")
     return folder / name
@@ -232,16 +232,15 @@ def load_detector(
     load_member: Callable[..., Any] | None = None,
     **hub: Unpack[HubOptions],
 ) -> Loaded:
-    """Read what `save_detector` wrote, strictly.
+    """Read a folder written by `save_detector`, strictly.
 
-    ``folder``: or "org/name" on the Hugging Face Hub, with ``revision`` and ``token`` as in `adpretrain.hub.locate`.
-    ``extract``: use this instead of loading the saved one; an `ADExtractor` without references gets the saved ones.
-    All members use it, or of a list one each. ``device``: of everything that is loaded; None = where ``extract`` is,
-    or the CPU. ``weights``: a local file or folder of the backbone's weights, for machines without a network.
-    ``load_member(folder, extract, device, weights)``: of a detector that is made of others.
-
-    Raises ValueError if the folder is not this detector's, was written by a newer library, holds other tensors than
-    its config says, or if the features are not those it was fitted on.
+    ``folder`` can also be "org/name" on the Hugging Face Hub, with ``revision`` and ``token`` as in
+    `adpretrain.hub.locate`. ``extract`` is used instead of the saved one; an `ADExtractor` without references gets the
+    saved ones. All members use it; a list gives one to each. ``device`` is that of everything loaded; None = that of
+    ``extract``, or the CPU. ``weights`` is a local file or folder of the backbone's weights, for machines without a
+    network. ``load_member(folder, extract, device, weights)`` loads the members of a detector made of others.
+    Raises ValueError if the folder holds another detector, was written by a newer library, has other tensors than its
+    config says, or if the features are not those it was fitted on.
     """
     folder = locate_model(folder, **hub).folder
     config = read_detector_config(folder)
@@ -272,7 +271,7 @@ def load_detector(
 
 
 def _read_tensors(folder: Path, config: DetectorConfig, device: str | torch.device) -> dict[str, Tensor]:
-    """model.safetensors of a saved detector: the tensors that its config lists. ValueError if they are others."""
+    """Read the tensors that the config lists from model.safetensors. Raises ValueError if the file differs."""
     with put_together(folder):
         expected = {key: torch.empty(shape, device="meta") for key, shape in config.tensors.items()}
     return {key: value.to(device) for key, value in read_weights(folder, expected).items()}
@@ -304,7 +303,7 @@ def _load_extract(
     if config.extract == "extractor":
         return ADExtractor.from_pretrained(part(folder, EXTRACTOR), device, weights).to(dtype)
     if config.extract == "given" or config.backbone is None:
-        raise ValueError(f"{folder} was fitted on a function of its maker's: pass the same as extract=")
+        raise ValueError(f"{folder} was fitted with a user's own function as extract: pass the same one as extract=")
     backbone = saved_backbone(config.backbone, weights)
     if config.preprocess is not None:
         backbone.preprocess = config.preprocess
@@ -314,10 +313,10 @@ def _load_extract(
 
 @contextlib.contextmanager
 def put_together(folder: Path) -> Iterator[None]:
-    """Names the folder where options, tensors and features of a saved detector do not fit together: a ValueError.
+    """Raise a ValueError that names the folder if options, tensors and features of a saved detector do not match.
 
-    Every file can be whole and yet contradict another. What then breaks, and how, is the detector's own matter: the
-    first use would fail with an error about shapes, far from the cause.
+    Each file can be valid and still contradict another. The first use of such a detector would fail with an error about
+    shapes, far from the cause.
     """
     try:
         yield
@@ -336,9 +335,9 @@ def put_together(folder: Path) -> Iterator[None]:
 
 
 def detector_card(config: DetectorConfig, repo_id: str = PLACEHOLDER) -> str:
-    """README.md of a fitted detector."""
+    """Return the text of README.md of a fitted detector."""
     data = ModelCardData(library_name="adpretrain", tags=[*TAGS, config.detector])
-    network = {"extractor": "an extractor, saved beside", "given": "a function of its maker's"}.get(config.extract)
+    network = {"extractor": "an extractor (`extractor/`)", "given": "a user's own function"}.get(config.extract)
     if config.backbone is not None:
         network = f"the backbone `{config.backbone.name}`"
     prepared = config.images or config.preprocess
@@ -362,8 +361,8 @@ def detector_card(config: DetectorConfig, repo_id: str = PLACEHOLDER) -> str:
 
 
 def publish_saved(folder: Path, repo_id: str, *, private: bool, detector: bool = True, **options: Any) -> Published:
-    """Publish a folder of our own, whose card gets the repository's name. For a detector, a warning says loudly what
-    the folder holds."""
+    """Publish a folder that we may change: its card gets the repository's name. For a detector, a warning says what the
+    folder holds."""
     if detector:
         public = "" if private else " THE REPOSITORY IS PUBLIC: everybody can read it."
         warnings.warn(f"{NOTICE}{public}", stacklevel=3)
@@ -373,12 +372,12 @@ def publish_saved(folder: Path, repo_id: str, *, private: bool, detector: bool =
 
 
 def push_folder(folder: Path, repo_id: str, *, private: bool | None = None, **options: Any) -> Published:
-    """Publish what a `save_pretrained` wrote, without loading it: an extractor or a fitted detector.
+    """Publish a saved extractor or fitted detector without loading it.
 
-    The folder is checked before anything is copied: it may hold links and pipes, or be far too large.
+    The folder is checked before anything is copied, because it may hold links and pipes, or be far too large.
 
-    ``private``: None = a detector is, an extractor is not. ``options``: tag, message and dry_run, as in `publish`.
-    Raises ValueError, with the fix, if the folder is neither, and as `publish` does.
+    ``private``: by default a detector is private and an extractor public. ``options`` are tag, message and dry_run of
+    `publish`. Raises ValueError, with the fix, if the folder is neither, and the errors of `publish`.
     """
     detector = is_detector(folder)
     files_to_publish(folder)

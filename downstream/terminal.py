@@ -1,4 +1,4 @@
-"""What the terminal shows: progress bars on stderr, and text that any encoding takes."""
+"""Terminal output: progress bars on stderr, and text made safe for any terminal encoding."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def plain(text: object) -> str:
-    """One line that the terminal takes, whatever the file names and its encoding, and shows but does not obey."""
+    """Make one printable line: control characters are escaped, and what the encoding lacks is replaced."""
     encoding = sys.stdout.encoding or "utf-8"
     readable = os.fsencode(str(text)).decode("utf-8", errors="replace")
     readable = _CONTROL.sub(lambda found: repr(found[0])[1:-1], readable)
@@ -23,13 +23,13 @@ def plain(text: object) -> str:
 
 
 def lines(message: object) -> str:
-    """`plain`, line by line: a few messages list what was found."""
+    """Apply `plain` to each line of a message that has several."""
     return "\n".join(map(plain, str(message).split("\n")))
 
 
 @contextlib.contextmanager
 def one_line_warnings(prefix: str = "") -> Iterator[None]:
-    """Warnings without the place in our source that gave them."""
+    """Print warnings without the source line that raised them."""
     usual = warnings.formatwarning
     warnings.formatwarning = lambda message, *_, **__: f"{prefix}warning: {lines(message)}\n"
     try:
@@ -39,7 +39,7 @@ def one_line_warnings(prefix: str = "") -> Iterator[None]:
 
 
 def tell_memory() -> None:
-    """Show on stderr what the fitting of a detector will hold, from now on."""
+    """From now on, print to stderr how much memory the fitting of a detector needs."""
     logger = logging.getLogger("adpretrain.memory")
     logger.handlers = [_Shown()]
     logger.setLevel(logging.INFO)
@@ -47,7 +47,7 @@ def tell_memory() -> None:
 
 
 class _Shown(logging.Handler):
-    """Each message once: an evaluation fits many detectors of one size."""
+    """Prints each message once, because an evaluation fits many detectors of the same size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,11 +60,11 @@ class _Shown(logging.Handler):
 
 
 def no_progress(what: str, done: int, total: int) -> None:
-    """Shows nothing."""
+    """A `Progress` that shows nothing."""
 
 
 class ProgressBars:
-    """Progress on stderr: a live bar on a terminal, nothing in a log file."""
+    """Shows progress on stderr: a live bar on a terminal, nothing in a log file."""
 
     def __enter__(self) -> Progress:
         from rich.console import Console
@@ -85,5 +85,5 @@ class ProgressBars:
         self._bars.update(self._tasks[what], completed=done)  # type: ignore[arg-type]
 
     def __exit__(self, *_: object) -> None:
-        if self._bars.live.is_started:  # stopped, bars that were never shown print an empty line
+        if self._bars.live.is_started:  # stopping bars that were never started prints an empty line
             self._bars.stop()

@@ -1,12 +1,11 @@
-"""Heatmaps over photographs, all on one colour scale, so that two pictures of a folder can be compared by
-eye.
+"""Heatmaps over photographs, all on one colour scale, so that pictures can be compared by eye.
 
-Shape legend: N maps, S x S map pixels (what the network sees); photographs are PIL RGB, any size.
+Shape legend: N maps, S x S map pixels (the region that the network sees); photographs are PIL RGB, any size.
 
-The scale comes from normal photographs: its low end is their median map value, its middle the limit: the
-calibrated threshold (for detectors whose score is in the map's unit, as FeatureNorm's is), else the highest
-value seen in any of them. Colours beyond the middle therefore mean "beyond normal", in every run with the
-same references and threshold. The contour follows the limit.
+The scale is fixed by normal photographs. Its low end is their median map value; its middle is the limit, which is the
+calibrated threshold if scores and maps have the same unit, as with FeatureNorm, and else their highest map value.
+Colours beyond the middle therefore mean "beyond normal" in every run with the same references and threshold. The
+contour follows the limit.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _GAP, _HEADER, _FOOTER = 8, 22, 40
 
 @dataclass(frozen=True)
 class ColourScale:
-    """Map values [low, high] -> colours; `limit`, in the middle, is the contour's level."""
+    """Maps values in [low, high] to colours; `limit`, in the middle, is the level of the contour."""
 
     low: float
     limit: float
@@ -40,63 +39,61 @@ class ColourScale:
 
     @classmethod
     def from_normal_maps(cls, maps_NSS: ArrayLike, limit: float | None = None) -> ColourScale:
-        """maps_NSS: [N, S, S] of normal photographs, scored as the new ones are; `limit` defaults to their
-        maximum.
+        """Fix the scale by maps [N, S, S] of normal photographs; `limit` defaults to their maximum.
 
-        A limit not above the typical normal value cannot be a scale's middle: the maximum is used then.
-        ValueError if the maps are empty or not finite.
+        The maximum is also used if the limit is not above the median, because it could not be the middle of the scale.
+        Raises ValueError if the maps are empty or not finite.
         """
         maps = np.asarray(maps_NSS, dtype=np.float64)
         if maps.size == 0 or not np.isfinite(maps).all():
-            raise ValueError(f"maps of shape {maps.shape} are empty or not finite: no colour scale follows from them")
+            raise ValueError(f"maps of shape {maps.shape} are empty or not finite: they give no colour scale")
         low = float(np.median(maps))
         middle = float(maps.max()) if limit is None or limit <= low else limit
         return cls._around(low, middle)
 
     @classmethod
     def from_typical_map(cls, maps: Sequence[NDArray[np.floating]], limit: float | None = None) -> ColourScale:
-        """The scale of the map [S, S] with the median peak among ``maps``; those that are not finite are left out."""
+        """Fix the scale by the map [S, S] with the median peak among ``maps``; maps that are not finite are ignored."""
         finite = [map_SS for map_SS in maps if np.isfinite(map_SS).all()]
         if not finite:
-            return cls(0.0, 1.0, 2.0)  # nothing could be read, so nothing will be drawn
+            return cls(0.0, 1.0, 2.0)  # any scale will do, because nothing could be read and nothing will be drawn
         return cls.from_normal_maps(
             sorted(finite, key=lambda map_SS: float(map_SS.max()))[len(finite) // 2][None], limit
         )
 
     @classmethod
     def _around(cls, low: float, middle: float) -> ColourScale:
-        # Constant maps (a blank photograph against itself) leave no range; any positive one draws them all
-        # dark.
+        # Constant maps (as of a blank photograph against itself) have no range; with any positive one they are dark.
         room = max(middle - low, 1e-6 * max(abs(middle), 1e-6))
         return cls(low=low, limit=low + room, high=low + 2 * room)
 
     def with_limit(self, limit: float | None) -> ColourScale:
-        """The scale of the same normal photographs for another limit; unchanged for None or one not above `low`."""
+        """Return the scale for another limit; it is unchanged if that is None or not above `low`."""
         return self if limit is None or limit <= self.low else self._around(self.low, limit)
 
     def shares(self, map_SS: NDArray[np.floating]) -> NDArray[np.float64]:
-        """Map values -> position on the scale, clipped to [0, 1]."""
+        """Return the position of map values on the scale, clipped to [0, 1]."""
         return np.clip((map_SS - self.low) / (self.high - self.low), 0.0, 1.0)
 
 
 def shown_region(photo: Image.Image, preprocess: Preprocess, longest: int = 384) -> Image.Image:
-    """The part of the photograph that the network sees, undistorted, its longest side `longest` pixels.
+    """Return the region that the network sees, undistorted and with its longest side `longest` pixels.
 
-    The network's own view may be squeezed to a square; people compare pictures in the photograph's shape.
+    The network's input may be squeezed to a square; pictures for people keep the shape of the photograph.
     """
     left, top, right, bottom = preprocess.seen(photo.size)
     zoom = longest / max(right - left, bottom - top)
-    # An extremely long and thin photograph must keep at least a few pixels of its short side.
+    # The short side of an extremely thin photograph must keep at least a few pixels.
     size = (max(16, round((right - left) * zoom)), max(16, round((bottom - top) * zoom)))
     return photo.convert("RGB").resize(size, Image.Resampling.LANCZOS, box=(left, top, right, bottom))
 
 
 def overlay(photo: Image.Image, map_SS: NDArray[np.floating], scale: ColourScale, contour: bool = True) -> Image.Image:
-    """The heatmap over the photograph, in the photograph's size; contour where the map exceeds `scale.limit`.
+    """Draw the heatmap over the photograph, in its size, with a contour around values above `scale.limit`.
 
-    Normal areas stay nearly transparent, so that the product remains visible where nothing is wrong. The map is drawn
-    over all of ``photo``: give `shown_region` of it where the network sees a crop. Raises ValueError for a map of
-    another shape, or one that is not finite.
+    Normal areas are nearly transparent, so that the product remains visible. The map is drawn over all of ``photo``, so
+    pass `shown_region` of a photograph if the network sees only a crop. Raises ValueError if the map is not [S, S] or
+    not finite.
     """
     values = np.asarray(map_SS, dtype=np.float32)
     if values.ndim != 2:
@@ -105,7 +102,7 @@ def overlay(photo: Image.Image, map_SS: NDArray[np.floating], scale: ColourScale
         raise ValueError("the map holds NaN or infinite values, for which there is no colour")
     values = np.asarray(Image.fromarray(values).resize(photo.size, Image.Resampling.BILINEAR))
     share_HW = scale.shares(values)
-    # The photograph goes gray under the colours: a red product must not read as heat.
+    # The photograph is turned gray, so that the colour of a red product is not mistaken for heat.
     base = np.asarray(photo.convert("L").convert("RGB"), dtype=np.float64)
     heat = colormaps[COLORMAP](share_HW)[..., :3] * 255
     opacity = (0.10 + 0.65 * np.sqrt(share_HW))[..., None]
@@ -116,9 +113,7 @@ def overlay(photo: Image.Image, map_SS: NDArray[np.floating], scale: ColourScale
 
 
 def outline(region_HW: NDArray[np.bool_], thickness: int = 2) -> NDArray[np.bool_]:
-    """The inner border, `thickness` pixels wide, of a region; the image's own edge does not count as a
-    border.
-    """
+    """Return the inner border of a region, `thickness` pixels wide; the edge of the image is not a border."""
     return region_HW & ~ndimage.binary_erosion(region_HW, iterations=thickness, border_value=1)
 
 
@@ -129,8 +124,8 @@ def panel(
     mask: NDArray[np.bool_] | None = None,
     title: str = "",
 ) -> Image.Image:
-    """Photograph, heatmap and, given its mask ([S, S] or photograph-sized bool), the marked defect side by
-    side, with a title line above and the colour bar below.
+    """Draw photograph, heatmap and, if a mask is given ([S, S] or photograph-sized bool), the marked defect side by
+    side, with a title above and the colour bar below.
     """
     pictures = [("photograph", photo), ("heatmap", overlay(photo, map_SS, scale))]
     if mask is not None:
@@ -155,7 +150,7 @@ def panel(
 
 
 def photo_and_heatmap(saved: Image.Image) -> tuple[Image.Image, Image.Image]:
-    """The photograph and the heatmap of a titled `panel` without a mask, pixel for pixel."""
+    """Cut photograph and heatmap out of a `panel` that has a title and no mask."""
     top, width, below = 2 * _HEADER, (saved.width - 3 * _GAP) // 2, saved.height - _FOOTER - _GAP
     lefts = (_GAP, 2 * _GAP + width)
     first, second = (saved.crop((left, top, left + width, below)) for left in lefts)
@@ -163,8 +158,8 @@ def photo_and_heatmap(saved: Image.Image) -> tuple[Image.Image, Image.Image]:
 
 
 def colour_bar(scale: ColourScale, width: int, height: int = _FOOTER) -> Image.Image:
-    """The legend: colours from typical normal over the limit to as far again beyond it, with the map values
-    under it.
+    """Draw the legend: colours from the low end over the limit to the high end of the scale, with their map values
+    below.
     """
     bar = Image.new("RGB", (width, height), _PAPER)
     strip = colormaps[COLORMAP](np.linspace(0, 1, width))[None, :, :3].repeat(10, axis=0) * 255
@@ -182,13 +177,13 @@ def colour_bar(scale: ColourScale, width: int, height: int = _FOOTER) -> Image.I
 
 
 def save_png(picture: Image.Image, path: Path) -> None:
-    """Write a PNG that appears under its name only when complete."""
+    """Write a PNG, whose file appears only when it is complete."""
     with atomic_path(path) as temporary:
-        picture.save(temporary, format="PNG", compress_level=2)  # five times as fast as 6, a sixth larger
+        picture.save(temporary, format="PNG", compress_level=2)  # five times faster than 6, and a sixth larger
 
 
 def marked(photo: Image.Image, mask: NDArray[np.bool_]) -> Image.Image:
-    """The photograph with the border of a defect's mask, [S, S] or of the photograph's size."""
+    """Draw the border of a defect's mask, [S, S] or of the photograph's size, on the photograph."""
     region = Image.fromarray(np.asarray(mask, dtype=np.uint8)).resize(photo.size, Image.Resampling.NEAREST)
     pixels = np.array(photo.convert("RGB"))
     pixels[outline(np.asarray(region) > 0)] = _TRUTH
@@ -196,7 +191,7 @@ def marked(photo: Image.Image, mask: NDArray[np.bool_]) -> Image.Image:
 
 
 def _fit(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    """The text, its beginning cut off where it is too long (the end of a path tells more than its start)."""
+    """Cut off the beginning of a text that is too long, because the end of a path says more than its start."""
     text = "".join(character if character.isprintable() else "?" for character in text)
     if draw.textlength(text, font=font) <= width:
         return text

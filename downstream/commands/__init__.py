@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from downstream.commands.options import Command
 
-COMMANDS = {  # names as on the command line, and their classes
+COMMANDS = {  # name on the command line -> name of the class
     "score": "Score",
     "fit": "Fit",
     "evaluate": "Evaluate",
@@ -24,6 +24,6 @@ COMMANDS = {  # names as on the command line, and their classes
 
 
 def command_class(name: str) -> type[Command]:
-    """The class of a command, imported only now."""
+    """Import the module of a command and return its class."""
     command: type[Command] = getattr(import_module(f"{__name__}.{name.replace('-', '_')}"), COMMANDS[name])
     return command

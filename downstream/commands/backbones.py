@@ -1,4 +1,4 @@
-"""`adpretrain backbones`: which feature networks there are, under which licence, and which are already here."""
+"""`adpretrain backbones` lists the feature networks, their licences, and which weights are already in the cache."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from downstream.commands.options import Command
 
-WIDTH = 140  # of the table where stdout is no terminal
+WIDTH = 140  # width of the table, in characters, when stdout is not a terminal
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Backbones(Command):
     """List the feature networks: levels, widths, licence, and whether their weights are in the local cache.
 
     Args:
-        json: print one JSON list instead of a table
+        json: print a JSON list instead of a table
     """
 
     json: bool = False
@@ -42,7 +42,7 @@ class Backbones(Command):
             widths = f"{row.channels[0]} x {len(row.channels)}" if same else _list(row.channels)
             table.add_row(row.name, _list(row.levels), widths, row.licence, "yes" if row.cached else "no")
         console.print(table)
-        console.print("timm/<model name> is any other network of timm. Licences are those of the weights.")
+        console.print("Any other timm network works as timm/<model name>. The licences listed apply to the weights.")
         return 0
 
 

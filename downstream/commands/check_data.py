@@ -1,4 +1,4 @@
-"""`adpretrain check-data`: every image and mask of a data set, before a long run finds the broken one."""
+"""`adpretrain check-data` reads every image and mask of a data set, so that a broken file does not stop a long run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from downstream.terminal import ProgressBars, plain
 if TYPE_CHECKING:
     from adpretrain.data import Sample
 
-SHOWN = 20  # warnings
+SHOWN = 20  # at most this many warnings are printed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,16 +24,16 @@ class CheckData(Command):
     """Read every image and mask of a data set and compare them with the labels.
 
     exit codes:
-      0  every image and mask was read, and masks agree with labels; there may be warnings
-      1  problems, each on a line of its own
-      2  wrong usage, or no data set of a known layout: nothing was checked
+      0  every image and mask could be read, and the masks agree with the labels; there may be warnings
+      1  problems were found; each is printed on its own line
+      2  wrong usage, or the folder has no known layout: nothing was checked
 
     Args:
-        dataset: layout of the set; auto finds it
-        root: folder of the set, or hf://org/name
-        columns: columns of a Hugging Face data set that are not guessed, such as --columns.mask segmentation
-        workers: images read at a time
-        json: print one JSON object instead of text
+        dataset: layout of the data set; auto detects it
+        root: folder of the data set, or hf://org/name
+        columns: columns of a Hugging Face data set whose names cannot be guessed, such as --columns.mask segmentation
+        workers: number of images read in parallel
+        json: print a JSON object instead of text
     """
 
     dataset: str = "auto"
@@ -63,7 +63,7 @@ class CheckData(Command):
         for line in lines:
             print(f"  {plain(line)}")
         if warned:
-            print(f"{len(warned)} warnings, of what can be used as it is:")
+            print(f"{len(warned)} warnings about files that can be used as they are:")
         for line in warned[:SHOWN]:
             print(f"  {plain(line)}")
         if len(warned) > SHOWN:
@@ -74,7 +74,7 @@ class CheckData(Command):
 def _index(
     layout: str, root: str, columns: dict[str, str]
 ) -> tuple[list[Sample], dict[Path, str], list[str], list[str]]:
-    """Samples, the line of every missing mask, files that were left out, and files that nobody misses."""
+    """Return the samples, a line for each missing mask, the files left out, and the junk files ignored."""
     from adpretrain.data import Junk, LeftOut, index_with_bare
 
     with warnings.catch_warnings(record=True) as caught:
@@ -85,7 +85,7 @@ def _index(
 
 
 def count(samples: Sequence[Sample]) -> dict[str, dict[str, dict[str, int]]]:
-    """Category -> split -> numbers of normal and anomalous images, the splits as they come in a run."""
+    """Count normal and anomalous images by category and split; splits are in the order of `SPLITS`."""
     from adpretrain.data.layouts.tree import SPLITS
 
     found = Counter((sample.category, sample.split, sample.anomalous) for sample in samples)
@@ -100,7 +100,7 @@ def count(samples: Sequence[Sample]) -> dict[str, dict[str, dict[str, int]]]:
 
 
 def table(samples: Sequence[Sample]) -> str:
-    """The counts as aligned text: a line for every category, and their sum."""
+    """Format the counts as aligned text: a line for each category, then their sum."""
     counts = count(samples)
     splits: list[str] = list(next(iter(counts.values()), {}))
     cells = [(split, label) for split in splits for label in ("normal", "anomalous")]

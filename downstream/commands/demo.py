@@ -1,4 +1,4 @@
-"""`adpretrain demo`: the inspection page in the browser."""
+"""`adpretrain demo` opens the inspection page in the browser."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from downstream.commands.options import EMBEDDED, REPEATED, Command
 
 @dataclass(frozen=True)
 class Demo(Command):
-    """Open a page on this machine: drop good photographs and new ones, see scores, verdicts and heatmaps.
+    """Open a web page on this machine: drop good and new photographs, see scores, verdicts and heatmaps.
 
     Args:
-        extractor: "embedded" (default) or a folder written by save_pretrained; repeat it to offer several
-        port: 0 takes any free port
-        host: where to listen; default: this machine only (127.0.0.1)
+        extractor: "embedded" (default) or a folder written by save_pretrained; repeat the option to offer several
+        port: port to listen on; 0 takes any free port
+        host: address to listen on; by default only this machine can connect (127.0.0.1)
         device: auto, cpu, cuda, cuda:1, mps
     """
 

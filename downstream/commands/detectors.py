@@ -1,4 +1,4 @@
-"""`adpretrain detectors`: which detectors there are, and the papers they are from."""
+"""`adpretrain detectors` lists the detectors and their papers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from downstream.commands.options import Command
 
 @dataclass(frozen=True)
 class Detectors(Command):
-    """List the detectors, a line each, with their papers.
+    """List the detectors with their papers, one per line.
 
     Args:
-        json: print one JSON object instead of text
+        json: print a JSON object instead of text
     """
 
     json: bool = False

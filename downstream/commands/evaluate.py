@@ -1,4 +1,4 @@
-"""`adpretrain evaluate`: data sets x extractors x detectors, from flags or one file to one table."""
+"""`adpretrain evaluate` compares extractors and detectors over data sets, set by flags or a file, in one table."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ from downstream.terminal import ProgressBars, plain, tell_memory
 class Evaluate(Command):
     """Compare detectors on raw and pretrained features over data sets.
 
-    A file names sets, extractors and detectors (recipes/board.yaml is one, docs/evaluate.md explains it); flags
-    replace its keys. One set and extractors of one kind can be given as flags alone:
+    A YAML file names data sets, extractors and detectors (docs/evaluate.md explains recipes/board.yaml); flags
+    override its keys. For one data set and extractors of one kind, flags alone are enough:
 
       adpretrain evaluate --root data/mtd --detectors featurenorm,padim --features raw,pretrained --shots 4 8
       adpretrain evaluate recipes/board.yaml --out runs/board
 
-    Every finished cell is kept in OUT/cells, and the same command goes on after an interruption. OUT/board.md and .csv,
-    the means of every set, are written after every cell; OUT/table.md, .tex, .csv and .json, every product, and
-    OUT/report.html at the end.
+    Every finished cell is kept in OUT/cells; after an interruption the same command continues there. The means of every
+    set are written after each cell, to OUT/board.md and .csv; the results of every product are written at the end, to
+    OUT/table.md, .tex, .csv and .json, with OUT/report.html.
 
     exit codes:
       0    all cells are finished
       2    wrong usage or input
-      130  interrupted: the same command goes on
+      130  interrupted: run the same command to continue
 
     Args:
-        config: YAML file of any of the flags' keys; or as the first word
-        out: folder of the results; default: runs/NAME
+        config: YAML file with any of the flags' keys; it can also be the first word after evaluate
+        out: folder for the results; default: runs/NAME
         device: auto, cpu, cuda, cuda:1, mps
-        batch_size: images in memory at once
-        workers: processes that read images, for each process
+        batch_size: number of images per batch
+        workers: number of processes that load images; with several evaluating processes, for each of them
     """
 
     config: Path | None = None
@@ -52,12 +52,12 @@ class Evaluate(Command):
     device: str = "auto"
     batch_size: int = 8
     workers: int = 0
-    given: dict[str, Any] = field(default_factory=dict, metadata={"hidden": True})  # the words of the board's flags
+    given: dict[str, Any] = field(default_factory=dict, metadata={"hidden": True})  # the board's flags, not yet parsed
 
     @classmethod
     def add_to(cls, parser: ArgumentParser) -> None:
-        """The board's keys are flags too, without a default: what is not given is the file's."""
-        parser.add_argument("board", type=str, nargs="?", default=None, help="the file of --config")
+        """Add this command's options and a flag for each key of the board; a flag not given leaves the file's value."""
+        parser.add_argument("board", type=str, nargs="?", default=None, help="YAML file, the same as --config")
         add_options(parser, cls)
         told = {
             item.arg_name: item.description for kind in Board.__mro__[::-1] for item in parse(kind.__doc__ or "").params
@@ -78,7 +78,7 @@ class Evaluate(Command):
     def run(
         self, rank: int = 0, processes: int = 1, device: str | None = None, program: str = "adpretrain evaluate"
     ) -> int:
-        """``rank`` of ``processes`` that share the work, this one on ``device``; ``program``: how it was started."""
+        """Run process ``rank`` of ``processes`` on ``device``; ``program`` is the command shown in the report."""
         from downstream.evaluation.engine import run_board
         from downstream.inspection.run import pick_device
 
@@ -113,7 +113,7 @@ def _flag(name: str) -> str:
 
 
 def _several(name: str) -> bool:
-    """Whether a key holds a list or a mapping, so that its flag takes several words."""
+    """Say whether a key holds a list or a mapping, so that its flag takes several words."""
     hint = str(typing.get_type_hints(Board)[name])
     return "list" in hint or "dict" in hint or "tuple" in hint
 
@@ -123,8 +123,8 @@ def _shown(default: Any) -> str:
 
 
 def _value(name: str, words: Any) -> Any:
-    """A flag's words as a value of the key: name=value pairs of a mapping; items of a list, also separated by commas;
-    or YAML in brackets. `read_board` checks its type."""
+    """Parse the words of a flag: name=value pairs for a mapping, items (also separated by commas) for a list, or YAML
+    in brackets. `read_board` checks the type."""
     if isinstance(words, list):
         if len(words) == 1 and words[0][:1] in ("[", "{"):
             return load_yaml(words[0])

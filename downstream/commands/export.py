@@ -1,4 +1,4 @@
-"""`adpretrain export`: a few normal photographs and an extractor become one ONNX file."""
+"""`adpretrain export` turns an extractor and a few normal photographs into one ONNX file."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Export(Command):
-    """Write an inspector of one product as an ONNX file: extractor, references and threshold in one.
+    """Write an inspector of one product as an ONNX file that holds extractor, references and threshold.
 
     exit codes:
       0  the file was written, and ONNX Runtime gives the same scores and maps as torch
-      2  wrong usage or input, a missing package, or results that differ: nothing was written
-    The file contains features of the normal photographs: share it only with those who may see the product.
+      2  wrong usage or input, a missing package, or results that differ from torch: nothing was written
+    The file contains features of the normal photographs: share it only with people who may see the product.
 
     Args:
-        extractor: a folder written by save_pretrained, "org/name" on the Hugging Face Hub, or the embedded one
-        normal: folder of normal photographs, 2 to 8 or more
+        extractor: a folder written by save_pretrained, "org/name" on the Hugging Face Hub, or "embedded"
+        normal: folder of normal photographs; 2 to 8 are enough, more are better
         out: the file to write, e.g. model.onnx
-        calibration: folder of further normal photographs, for the threshold only
+        calibration: folder of further normal photographs, used only for the threshold
         false_alarm_rate: share of normal images that may be called anomalous
-        shots: number of references K at most; the others calibrate
-        check: folder of photographs to compare ONNX Runtime with torch on, at most 16; default: the normal ones
+        shots: use at most this many normal photographs as references; the others calibrate the threshold
+        check: folder of photographs, of which at most 16 are used to compare ONNX Runtime with torch; default: --normal
         opset: version of the ONNX operators, 18 or newer
-        batch_size: images in memory at once
-        device: for fitting: auto, cpu, cuda, cuda:1, mps
+        batch_size: number of images per batch
+        device: device used for fitting: auto, cpu, cuda, cuda:1, mps
     """
 
     from_file = True
@@ -60,26 +60,26 @@ class Export(Command):
         print(f"{plain(done.path)}: {size}, {inspector.references} references, threshold {limit}")
         found = done.agreement
         same = found.images - found.ties
-        views = "the photographs, mirrored ones and single ones"
+        views = "the photographs in batches, mirrored, and one at a time"
         print(f"largest difference between ONNX Runtime and torch: {found.difference:.1e} on {same} images ({views})")
         if found.ties:
             print(
-                f"note: {found.ties} more images hold a token that is equally near to two references, and differ by up "
-                f"to {found.tie_difference:.1e} there: rounding decides which one is taken"
+                f"note: {found.ties} more images have a token equally near to two references, so that rounding decides "
+                f"which one is taken; these differ by up to {found.tie_difference:.1e}"
             )
         for warning in inspector.warnings:
             print(f"note: {plain(warning)}")
         print(f"note: the file contains features of the photographs in {plain(self.normal)}")
-        print("To run it on photographs without transparency, 8 bits a channel:\n")
+        print("To run it on photographs without transparency and with 8 bits per channel:\n")
         print(snippet(done.path, inspector.preprocess))
         return 0
 
 
 def snippet(path: Path, preprocess: Preprocess) -> str:
-    """A few lines of Python that score photo.png with the exported file, without torch or adpretrain."""
+    """Return a few lines of Python that score photo.png with the exported file, without torch or adpretrain."""
     side, kind = preprocess.image_size, f"Image.Resampling.{preprocess.interpolation.upper()}"
     shape = f"photo = photo.resize(({side}, {side}), {kind})"
-    if preprocess.crop_from is not None:  # as `Preprocess.seen`, in whole pixels of the resized photograph
+    if preprocess.crop_from is not None:  # the crop of `Preprocess.seen`, in whole pixels of the resized photograph
         shape = f"""\
 photo = photo.resize([{preprocess.crop_from} * length // min(photo.size) for length in photo.size], {kind})
 left, top = (round((length - {side}) / 2) for length in photo.size)

@@ -1,4 +1,4 @@
-"""`adpretrain extract`: feature maps of photographs, written to disk."""
+"""`adpretrain extract` writes feature maps of photographs to disk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from downstream.terminal import ProgressBars, plain
 if TYPE_CHECKING:
     from adpretrain import ADExtractor
 
-TOP = 5  # unreadable images listed on stdout
+TOP = 5  # at most this many unreadable images are listed on stdout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,18 +20,18 @@ class Extract(Command):
     """Write the feature maps of photographs to safetensors files.
 
     --out is a folder (one .safetensors file per batch, and index.json) or one FILE.safetensors (and FILE.json).
-    Tensors are level_0, level_1, ... of [images, channels, height, width]; the index says which image is which row.
+    Tensors level_0, level_1, ... are [images, channels, height, width]; the index says which row is which image.
 
     exit codes:
       0  every image was read
-      3  some images were unreadable: they are listed in the index, with the reason; the others were written
+      3  some images were unreadable: the index lists them with the reason; the features of the others were written
       2  wrong usage or input: nothing was written
 
     Args:
-        images: folder of photographs, with subfolders
-        out: folder, or FILE.safetensors
-        normal: folder of the extractor's normal references
-        shots: use at most so many references, evenly spaced by name
+        images: folder of photographs, searched with its subfolders
+        out: output folder, or FILE.safetensors
+        normal: folder of normal photographs, the references of --extractor
+        shots: use at most this many references, evenly spaced in the order of their names
     """
 
     from_file = True
@@ -45,7 +45,7 @@ class Extract(Command):
         if self.network.extractor and not self.normal:
             raise ValueError("--extractor compares with normal photographs: name their folder with --normal")
         if self.network.backbone and self.normal:
-            raise ValueError("--normal goes with --extractor: a raw backbone compares with nothing")
+            raise ValueError("--normal goes with --extractor: a raw backbone does not use references; leave it out")
         if self.shots < 1:
             raise ValueError(f"--shots {self.shots}: expected at least 1")
 

@@ -1,4 +1,4 @@
-"""`adpretrain fit`: a detector fitted on normal photographs, saved to be used again."""
+"""`adpretrain fit` fits a detector on normal photographs and saves it."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from downstream.terminal import ProgressBars, plain, tell_memory
 class Fit(Command):
     """Fit a detector on normal photographs and save it.
 
-    The folder written holds features of the product: share it only with those who may see the product.
-    It scores with adpretrain score --detector FOLDER --normal OTHERS, normal photographs that it was not fitted on;
-    in Python: downstream.detectors.detector_from_pretrained(folder).predict(images).
+    The saved folder contains features of the product: share it only with people who may see the product.
+    To score with it, run adpretrain score --detector FOLDER --normal OTHERS, where OTHERS are normal photographs that
+    it was not fitted on; in Python: downstream.detectors.detector_from_pretrained(folder).predict(images).
 
     exit codes:
       0  fitted and saved
       2  wrong usage or input: nothing was written
 
     Args:
-        detector: its name (adpretrain detectors)
-        normal: folder of normal photographs, with subfolders
-        out: folder of the fitted detector
-        set: options of the detector, such as amount=0.01 embedding.patch=5; a wrong one lists them
-        shots: references of an extractor, taken from the normal ones
+        detector: name of the detector (listed by adpretrain detectors)
+        normal: folder of normal photographs, searched with its subfolders
+        out: folder to save the fitted detector in
+        set: options of the detector, such as amount=0.01 embedding.patch=5; the error for an unknown one lists them all
+        shots: with --extractor, the number of normal photographs used as its references
     """
 
     from_file = True
@@ -65,7 +65,7 @@ class Fit(Command):
 
 
 def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
-    """["embedding.patch=1", "amount=0.01"] -> nested keys and values, read as YAML. ValueError for another form."""
+    """Turn ["embedding.patch=1", "amount=0.01"] into nested keys with YAML values. ValueError for any other form."""
     import yaml
 
     settings: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""`adpretrain info`: what a saved model is, without loading it or its backbone."""
+"""`adpretrain info` describes a saved model without loading it or its backbone."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from downstream.terminal import plain
 
 @dataclass(frozen=True)
 class Info(Command):
-    """Say what an extractor or fitted detector is: backbone, levels, size, training data, metrics.
+    """Describe an extractor or fitted detector: backbone, levels, size, training data, metrics.
 
     Args:
-        model: a folder, "org/name" on the Hugging Face Hub, or embedded
+        model: a folder, "org/name" on the Hugging Face Hub, or "embedded"
         revision: branch, tag or commit on the Hub
-        json: print one JSON object instead of text
+        json: print a JSON object instead of text
     """
 
     model: str = field(metadata=POSITIONAL)
@@ -56,9 +56,9 @@ class Info(Command):
 
 
 def describe_model(model: str | os.PathLike[str], revision: str | None = None) -> dict[str, Any]:
-    """Facts by name, in reading order, all of them JSON. ``model`` and ``revision``: as in `adpretrain.hub.locate`.
+    """Return JSON values by name, in reading order. ``model`` and ``revision`` are those of `adpretrain.hub.locate`.
 
-    Raises ValueError if it is neither an extractor nor a fitted detector, or cannot be had.
+    Raises ValueError if the model is neither an extractor nor a fitted detector, or cannot be found or downloaded.
     """
     located = locate_model(model, revision=revision)
     folder = located.folder
@@ -97,11 +97,11 @@ def _extractor(folder: Path) -> dict[str, Any]:
 
 
 def projector_cost(config: ExtractorConfig, folder: Path) -> dict[str, int]:
-    """Parameters and FLOPs of the projector (ADPretrain Tab. 7); nothing without one.
+    """Count the parameters and FLOPs of the projector (ADPretrain Tab. 7); empty if there is no projector.
 
-    FLOPs of its matrix products at the extractor's input size, a multiply-add being two: of one image, and of the keys
-    and values, which are computed once for given weights (of cross attention: once for the residuals of a reference).
-    Backbone and projector are made without memory, to learn how many tokens there are.
+    Only matrix products at the extractor's input size count, a multiply-add as two FLOPs. "per image" is the cost of
+    one image; "once" is that of the keys and values, computed once for given weights (with cross attention, once for
+    the residuals of a reference). Backbone and projector are built on the meta device, to learn the number of tokens.
     """
     projector, _ = saved_parts(config, folder)
     if projector is None:
@@ -117,7 +117,7 @@ def projector_cost(config: ExtractorConfig, folder: Path) -> dict[str, int]:
             references = [tokens(level) for level in inputs[0]]
         one, two = (count_flops(functools.partial(projector, images, references)) for images in inputs)
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{folder}: its projector and backbone do not fit together: {error}") from error
+        raise ValueError(f"{folder}: the projector does not fit the backbone: {error}") from error
     return {
         "projector parameters": sum(parameter.numel() for parameter in projector.parameters()),
         "projector FLOPs per image": two - one,
@@ -150,7 +150,7 @@ def _backbone(name: str, revision: str | None) -> dict[str, Any]:
 
 
 def _parameters(folder: Path) -> int:
-    """How many numbers model.safetensors holds, from its header."""
+    """Count the numbers in model.safetensors from its header."""
     path = folder / WEIGHTS_NAME
     if not path.is_file():
         raise ValueError(f"{folder} has no {WEIGHTS_NAME}")

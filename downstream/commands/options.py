@@ -25,37 +25,37 @@ if TYPE_CHECKING:
     from adpretrain.backbones import Backbone
 
 T = TypeVar("T")
-PATHS: dict[Any, Any] = {Path: str, Path | None: str | None}  # what the parser calls them
+PATHS: dict[Any, Any] = {Path: str, Path | None: str | None}  # paths are parsed as strings
 EMBEDDED = "embedded"
-# Metadata of fields: no flag, and a flag that may be given several times; "hidden": no option at all.
+# Field metadata: a positional argument; a flag that may be repeated. A field with "hidden" is not an option.
 POSITIONAL, REPEATED = {"positional": True}, {"action": "append"}
 
 
 class Command(ABC):
-    """One subcommand. Its docstring is the help: a summary, text that is shown below the options, and an Args section.
+    """A subcommand. Its docstring is its help: a summary, text shown below the options, and an Args section.
 
-    torch is imported only when a command runs, so that --help is quick.
+    torch is imported only when a command runs, so that --help is fast.
     """
 
-    from_file: ClassVar[bool] = False  # whether --config FILE may give the options
+    from_file: ClassVar[bool] = False  # whether options can also be read with --config FILE
 
     @classmethod
     def add_to(cls, parser: ArgumentParser) -> None:
-        """Add its options to a parser."""
+        """Add the options of this command to a parser."""
         add_options(parser, cls)
 
     @classmethod
     def parsed(cls, options: Mapping[str, Any]) -> Self:
-        """The command from what the parser found. Raises ValueError for options that do not go together."""
+        """Make the command from parsed options. Raises ValueError for options that do not go together."""
         return from_options(cls, options)
 
     @abstractmethod
     def run(self) -> int:
-        """The exit code."""
+        """Run the command and return its exit code."""
 
 
 def add_options(parser: ArgumentParser, cls: type) -> None:
-    """Add the fields of a dataclass to a parser: --with-dashes, typed, with help; of a dataclass in it, its fields."""
+    """Add a typed --flag with help for each field of a dataclass; a field that is a dataclass adds its own fields."""
     hints, told = typing.get_type_hints(cls), help_of(cls)[2]
     for item in dataclasses.fields(cls):
         if "hidden" in item.metadata:
@@ -82,7 +82,7 @@ def add_options(parser: ArgumentParser, cls: type) -> None:
 
 
 def from_options(cls: type[T], options: Mapping[str, Any]) -> T:
-    """The dataclass from what the parser found. Raises ValueError for options that do not go together."""
+    """Make the dataclass from parsed options. Raises ValueError for options that do not go together."""
     values = dict[str, Any]()
     for item in dataclasses.fields(cls):  # type: ignore[arg-type]
         hint = typing.get_type_hints(cls)[item.name]
@@ -95,7 +95,7 @@ def from_options(cls: type[T], options: Mapping[str, Any]) -> T:
 
 
 def help_of(cls: type) -> tuple[str, str, dict[str, str]]:
-    """Of a docstring: its summary, the text after it, and what its Args section says of every field."""
+    """Split the docstring of ``cls`` into its summary, the text after it, and the help of each field in Args."""
     text, _, arguments = (inspect.getdoc(cls) or "").partition("\nArgs:\n")
     summary, _, rest = text.partition("\n\n")
     parts = re.split(r"^    (\w+): ", arguments, flags=re.MULTILINE)[1:]
@@ -104,9 +104,9 @@ def help_of(cls: type) -> tuple[str, str, dict[str, str]]:
 
 
 def usage_error(message: str, options: Sequence[str]) -> str:
-    """One sentence of a parser's ``message``: the flag, the wrong value, what is expected; ``options``: its flags.
+    """Shorten a parser's ``message`` to one line: flag, wrong value, expected values. ``options`` are its flags.
 
-    A message of unknown form loses its line breaks only.
+    A message of unknown form only loses its line breaks.
     """
     line = " ".join(message.split())
     if line.startswith('expected "subcommand"'):
@@ -116,7 +116,7 @@ def usage_error(message: str, options: Sequence[str]) -> str:
         return f"needed: {', '.join(flag if flag in options else flag.strip('-').upper() for flag in flags)}"
     if wrong := wrong_value(line):
         key, value, expected = wrong
-        kinds = (kind for kind in expected if kind != "null")  # said by leaving the flag out
+        kinds = (kind for kind in expected if kind != "null")  # null is the flag left out
         return f"{_flag(key)} {value}: expected {' or '.join(kinds)}"
     if found := re.fullmatch(r"unrecognized arguments: (--\S+).*|Subcommand '\S+' does not accept option '(.+)'", line):
         unknown = (found[1] or _flag(found[2])).partition("=")[0]
@@ -135,15 +135,15 @@ class Network:
     """A feature network: a raw backbone or an extractor. Raises ValueError for options that do not go together.
 
     Args:
-        backbone: raw features of this network (adpretrain backbones)
-        extractor: features of this extractor, compared with its normal references: a folder, "org/name" or embedded
-        weights: local file or folder of backbone weights
+        backbone: use raw features of this network (listed by adpretrain backbones)
+        extractor: use residual features of this extractor: a folder, "org/name" on the Hub, or "embedded"
+        weights: local file or folder with the backbone's weights
         revision: version of the backbone's weights on the Hub
-        levels: blocks or stages, such as [3,6,9,12]
-        image_size: input side in pixels; 224 by default
+        levels: blocks or stages whose features are used, such as [3,6,9,12]
+        image_size: side of the square input image in pixels; 224 by default
         resize: squeeze the whole photograph to a square (default), or crop its centre
-        crop_from: shorter side before --resize crop, such as 256 for 224
-        batch_size: images in memory at once
+        crop_from: with --resize crop, length of the shorter side before cropping, such as 256 for 224
+        batch_size: number of images per batch
         device: auto, cpu, cuda, cuda:1, mps
     """
 
@@ -169,7 +169,7 @@ class Network:
             raise ValueError(f"--batch-size {self.batch_size}: expected at least 1")
 
     def load(self, device: torch.device) -> Backbone | ADExtractor:
-        """The network that was named, on the device."""
+        """Load the chosen network on ``device``."""
         from adpretrain import ADExtractor
         from adpretrain.backbones import load_backbone
 

@@ -1,4 +1,4 @@
-"""`adpretrain push`: a saved extractor or fitted detector to the Hugging Face Hub."""
+"""`adpretrain push` publishes a saved extractor or fitted detector on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from downstream.terminal import plain
 class Push(Command):
     """Publish a saved extractor or a fitted detector on the Hugging Face Hub.
 
-    One commit holds everything, or nothing is changed; the same command may be run again.
-    A fitted detector holds features of your product: its repository is private unless you say --visibility public.
-    For a pretraining run with curves, heatmaps and results on the page, use hub/publish.py.
+    All files are uploaded in one commit, or nothing is changed; it is safe to run the same command again.
+    A fitted detector contains features of your product: its repository is private unless you set --visibility public.
+    To publish a pretraining run with its curves, heatmaps and results, use hub/publish.py.
 
     exit codes:
-      0  published (or, with --dry-run, could be)
-      2  wrong usage or input, no token, no network, no right: the message says which and what to do
+      0  published; with --dry-run, it could be published
+      2  wrong usage or input, no token, no network or no permission: the message says which and what to do
 
     Args:
-        folder: written by save_pretrained or adpretrain fit
-        repo_id: org/name on the Hub; made if there is none
-        visibility: of the repository; by default an extractor is public, a fitted detector private
-        tag: a version, such as v1, put on the commit
-        message: of the commit
-        dry_run: say what would be published; change nothing
+        folder: folder written by save_pretrained or adpretrain fit
+        repo_id: org/name on the Hub; created if it does not exist
+        visibility: visibility of the repository; by default an extractor is public, a fitted detector private
+        tag: version to tag the commit with, such as v1
+        message: message of the commit
+        dry_run: say what would be published and change nothing
     """
 
     folder: Path = field(metadata=POSITIONAL)

@@ -1,4 +1,4 @@
-"""`adpretrain score`: photographs against a few normal ones."""
+"""`adpretrain score` compares photographs with a few normal ones."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ from downstream.terminal import ProgressBars, plain
 if TYPE_CHECKING:
     from downstream.inspection.run import Inspection
 
-TOP = 5  # anomalies listed on stdout
+TOP = 5  # at most this many anomalies are listed on stdout
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score(Command):
     """Score photographs against a few normal ones: scores, heatmaps, a threshold, an HTML report.
 
-    exit codes, the most urgent one that is true:
-      1  at least one image is anomalous (even if others were unreadable): its score is too high, or as a whole
-         (brightness, contrast, colour, sharpness, layout) it is unlike the normal photographs
-      3  no anomaly found, but none can be ruled out: some images were unreadable, copies of normal photographs,
+    exit codes; the first of these that applies:
+      1  at least one image is anomalous (even if others were unreadable): its score is too high, or the image as a
+         whole (brightness, contrast, colour, sharpness, layout) is unlike the normal photographs
+      3  no anomaly was found, but none can be ruled out: some images were unreadable or copies of normal photographs,
          or there is no threshold
       0  every image was read and none is anomalous
       2  wrong usage or input: nothing was scored
-    Unreadable images never stop the run: they are listed, with the reason, in scores.csv (verdict "unreadable"),
-    summary.json and report.html. So are blank ones, as of a covered lens, and copies (verdict "undecided").
+    Unreadable images never stop the run: scores.csv (verdict "unreadable"), summary.json and report.html list them
+    with the reason. Blank images, as from a covered lens, and copies are listed there too (verdict "undecided").
 
     Args:
-        normal: folder of normal photographs, 2 to 8 or more
-        images: folder of photographs to score, with subfolders
-        out: folder for the results; made if needed
-        extractor: a folder written by save_pretrained, "org/name" on the Hugging Face Hub, or the embedded one
-        detector: score with a fitted detector instead (adpretrain fit; a folder or org/name): --normal are then
-            photographs that it was not fitted on, and all of them calibrate
-        revision: tag or commit of what is on the Hub
-        weights: local file of the backbone's weights, without network
-        calibration: folder of further normal photographs, for the threshold only
-        max_pixels: width times height of the largest picture to read, to allow larger ones; others are unreadable, as
-            a small file may claim any size and take all memory
+        normal: folder of normal photographs; 2 to 8 are enough, more are better
+        images: folder of photographs to score, searched with its subfolders
+        out: folder for the results; created if needed
+        extractor: a folder written by save_pretrained, "org/name" on the Hugging Face Hub, or "embedded"
+        detector: score with a detector fitted by adpretrain fit instead (a folder or org/name); --normal must then
+            hold photographs that it was not fitted on, all of which calibrate the threshold
+        revision: tag or commit of the extractor or detector on the Hub
+        weights: local file with the backbone's weights, so that nothing is downloaded
+        calibration: folder of further normal photographs, used only for the threshold
+        max_pixels: width times height of the largest image to read; larger ones are reported as unreadable, because a
+            small file may decode to an image that fills the memory
         device: auto, cpu, cuda, cuda:1, mps
-        resume: go on with the unfinished run in --out: what it has scored is not scored again
-        json: print one JSON object (summary.json) instead of text
+        resume: continue the unfinished run in --out without scoring its finished images again
+        json: print a JSON object (summary.json) instead of text
     """
 
     from_file = True
@@ -61,7 +61,7 @@ class Score(Command):
     weights: Path | None = None
     calibration: Path | None = None
     options: Options = DEFAULTS
-    max_pixels: int = 178_956_970  # as adpretrain.preprocess, which is slow to import
+    max_pixels: int = 178_956_970  # copied from adpretrain.preprocess, which is slow to import
     device: str = "auto"
     resume: bool = False
     json: bool = False
@@ -73,7 +73,7 @@ class Score(Command):
         chosen = ("references", "shots", "seed")
         given += [f"--{name}" for name in chosen if getattr(self.options, name) != getattr(DEFAULTS, name)]
         if given:
-            raise ValueError(f"{' and '.join(given)} cannot be given with --detector: it was fitted with its own")
+            raise ValueError(f"{' and '.join(given)} cannot be given with --detector: it was fitted with its own value")
 
     def run(self) -> int:
         from adpretrain.photographs import pixels_allowed
@@ -106,12 +106,12 @@ def _resume_hint(out: Path) -> Iterator[None]:
         from downstream.inspection.resume import PART
 
         if (out / PART).is_file():
-            print("what is scored so far is kept: the same command with --resume goes on", file=sys.stderr)
+            print("finished images are kept: the same command with --resume goes on with the others", file=sys.stderr)
         raise
 
 
 def describe(inspection: Inspection) -> str:
-    """The run in a few lines of plain text."""
+    """Describe the run in a few lines of plain text."""
     from downstream.calibration import percent
     from downstream.inspection.results import ANOMALOUS, UNDECIDED, UNREADABLE
 

@@ -1,7 +1,7 @@
-"""Every detector by name: what it is, where it is from, and the class, imported only when asked for.
+"""The table of detectors: summary, paper, and the class, which is imported only when needed.
 
-`build_detector` makes an unfitted one from its name and options, as files and command lines give them;
-`detector_from_pretrained` loads a fitted one of any kind.
+`build_detector` makes an unfitted detector from its name and options, as files and command lines give them;
+`detector_from_pretrained` loads any fitted detector.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SETTINGS = ("default", "adpretrain")
 
 @dataclass(frozen=True)
 class DetectorEntry:
-    """``module`` and ``name`` of the class."""
+    """A row of the table; ``module`` and ``name`` are those of the class."""
 
     module: str
     name: str
@@ -34,15 +34,15 @@ class DetectorEntry:
     paper: str
 
     def place(self) -> Any:
-        """The module, which has the default options as DEFAULT."""
+        """Import the module, whose DEFAULT holds the default options."""
         return importlib.import_module(self.module)
 
     def load(self) -> Any:
-        """The class."""
+        """Import the class."""
         return getattr(self.place(), self.name)
 
     def options(self) -> Any:
-        """The dataclass of its options by name."""
+        """Return the dataclass of the options that `build_detector` takes."""
         return type(self.place().DEFAULT)
 
 
@@ -50,13 +50,13 @@ DETECTORS: dict[str, DetectorEntry] = {
     "featurenorm": DetectorEntry(
         "downstream.detectors.featurenorm",
         "FeatureNorm",
-        "norm of the pretrained features; nothing to fit but references",
+        "norm of the pretrained features; only references are fitted",
         "ADPretrain, Yao et al. 2025",
     ),
     "aligned-featurenorm": DetectorEntry(
         "downstream.detectors.aligned",
         "AlignedFeatureNorm",
-        "the same, with the best aligned references for every image",
+        "FeatureNorm with the best aligned references for every image",
         "ADPretrain, Yao et al. 2025, App. C",
     ),
     "patchcore": DetectorEntry(
@@ -74,7 +74,7 @@ DETECTORS: dict[str, DetectorEntry] = {
     "padim": DetectorEntry(
         "downstream.detectors.padim",
         "PaDiM",
-        "a Gaussian at every position; for products that lie in one place",
+        "a Gaussian at every position; for products always in the same place",
         "PaDiM, Defard et al. 2021",
     ),
     "spade": DetectorEntry(
@@ -99,24 +99,24 @@ DETECTORS: dict[str, DetectorEntry] = {
 
 
 def find_detector(name: str) -> DetectorEntry:
-    """The entry of a name. Raises ValueError that lists the names."""
+    """Return the entry of a detector. Raises ValueError that lists the names if there is none."""
     if name not in DETECTORS:
         raise ValueError(f"detector {name!r} is unknown; choose one of {', '.join(DETECTORS)}")
     return DETECTORS[name]
 
 
 def build_detector(name: str, extract: Extract, options: Mapping[str, Any], settings: str = "default") -> Detector:
-    """An unfitted detector of the table on ``extract``.
+    """Make an unfitted detector of the table on ``extract``.
 
-    ``settings``: its own "default" options, or those of ADPretrain's evaluation ("adpretrain") where it has them.
-    ``options`` replace single ones of these, at any depth. Raises ValueError for an unknown name, setting or option.
+    ``settings``: "default" takes the detector's default options, "adpretrain" those of ADPretrain's evaluation if there
+    are any. ``options`` override single ones, at any depth. Raises ValueError for an unknown name, setting or option.
     """
     detector: Detector = find_detector(name).load().of(extract, chosen_options(name, options, settings))
     return detector
 
 
 def chosen_options(name: str, options: Mapping[str, Any], settings: str = "default") -> Any:
-    """The dataclass of all options of the detector that `build_detector` makes. Errors as there."""
+    """Return all options of the detector that `build_detector` would make; raises the same errors."""
     if settings not in SETTINGS:
         raise ValueError(f"settings {settings!r} are unknown; choose one of {', '.join(SETTINGS)}")
     entry = find_detector(name)
@@ -126,7 +126,7 @@ def chosen_options(name: str, options: Mapping[str, Any], settings: str = "defau
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested ``base`` with the values of ``changes`` in place of its own; a mapping replaces key by key."""
+    """Return nested ``base`` with the values of ``changes``; mappings are merged key by key."""
     out = dict(base)
     for key, value in changes.items():
         inner = out.get(key)
@@ -141,7 +141,7 @@ def detector_from_pretrained(
     weights: str | os.PathLike[str] | None = None,
     **hub: Unpack[HubOptions],
 ) -> Detector:
-    """A fitted detector of any kind, made of others or not. Arguments and errors as in
+    """Load any fitted detector, also one that is made of others. Arguments and errors are those of
     `downstream.saved.load_detector`.
     """
     folder = locate_model(folder, **hub).folder

@@ -1,4 +1,4 @@
-"""FeatureNorm with references of its own for every image: semantic-aligned matching (ADPretrain App. C).
+"""FeatureNorm with the best aligned references for every image: semantic-aligned matching (ADPretrain App. C).
 
 Shapes: P pool images, B images, K references, L levels, S side in pixels.
 """
@@ -28,10 +28,10 @@ ADVICE = "fit fewer images, choose fewer levels or a smaller image_size of the b
 
 @dataclass(frozen=True)
 class AlignedFeatureNormConfig(FeatureNormConfig):
-    """Options of `AlignedFeatureNorm`: those of `FeatureNorm`, and
+    """Options of `AlignedFeatureNorm`, besides those of `FeatureNorm`.
 
     Args:
-        shots: K, references of every image.
+        shots: K, the number of references for every image.
         max_pool_bytes: largest size of the pool's features; null = half of the memory.
     """
 
@@ -40,15 +40,15 @@ class AlignedFeatureNormConfig(FeatureNormConfig):
 
 
 DEFAULT = AlignedFeatureNormConfig()
-ADPRETRAIN = AlignedFeatureNormConfig(top=0.0)  # as in `downstream.detectors.featurenorm`
+ADPRETRAIN = AlignedFeatureNormConfig(top=0.0)  # see `downstream.detectors.featurenorm.ADPRETRAIN`
 
 
 class AlignedFeatureNorm(FeatureNorm):
-    """`FeatureNorm` against the ``shots`` best aligned images of a pool, chosen for every image anew.
+    """`FeatureNorm` against the ``shots`` best aligned images of a pool, which are chosen for every image anew.
 
-    For products that are not always in the same place: the released evaluation of ADPretrain works this way, with
-    K = 8. Alignment is judged on the first level, as in the paper (which uses ResNet-18's first layer). The pool's
-    features of all levels stay in memory.
+    It is for products that are not always in the same place; ADPretrain's released evaluation does the same with
+    K = 8. Alignment is measured on the first level, as in the paper (which uses ResNet-18's first layer). The features
+    of the pool, of all levels, stay in memory.
     """
 
     name = "aligned-featurenorm"
@@ -69,19 +69,19 @@ class AlignedFeatureNorm(FeatureNorm):
 
     @property
     def fitted(self) -> bool:
-        """Whether there is a pool."""
+        """Whether the detector has a pool."""
         return self._aligned is not None
 
     def fit(self, normal_batches: Iterable[Tensor], progress: Progress | None = None) -> Self:
         """Encode the pool: batches [b, 3, S, S], P images in all.
 
-        Raises `TooFewImages` if it has fewer than K images or than the histograms need, ValueError before it outgrows
-        ``max_pool_bytes``.
+        Raises `TooFewImages` if there are fewer than K images or fewer than the histograms need; ValueError before the
+        pool exceeds ``max_pool_bytes``.
         """
         return Detector.fit(self, normal_batches, progress)
 
     def fit_features(self, normals: NormalFeatures, progress: Progress | None) -> None:
-        """Keep the pool."""
+        """Keep the features of the pool."""
         banks: list[GrowingBank] = []
         count = 0
         for features in normals:
@@ -119,14 +119,14 @@ class AlignedFeatureNorm(FeatureNorm):
 
     @torch.no_grad()
     def leave_one_out(self, images: Tensor) -> Prediction:
-        """Score each of the P pool images [P, 3, S, S] against the K best aligned of the others.
+        """Score each of the P images of the pool [P, 3, S, S] against the K best aligned of the others.
 
-        The histograms' centres still come from the whole pool. Raises ValueError if P <= K.
+        The centres of the histograms are still those of the whole pool. Raises ValueError if P <= K.
         """
         features, shots = self._checked(images), self.config.shots
         distances_PP = self._distances(features)
         if distances_PP.shape[0] != distances_PP.shape[1]:
-            raise ValueError(f"leave-one-out takes the pool's own {distances_PP.shape[1]} images, got {len(images)}")
+            raise ValueError(f"leave-one-out takes the {distances_PP.shape[1]} images of the pool, got {len(images)}")
         if distances_PP.shape[1] <= shots:
             raise ValueError(f"leave-one-out with K = {shots} needs a pool of at least {shots + 1} images")
         return self._against(features, distances_PP.fill_diagonal_(torch.inf))
@@ -136,7 +136,7 @@ class AlignedFeatureNorm(FeatureNorm):
         return self._aligned.distances(features[0])
 
     def _against(self, features: FeatureMaps, distances_BP: Tensor) -> Prediction:
-        """One image at a time: a batch of banks would be K times its features."""
+        """Score images one by one, because the banks of a whole batch would need K times the memory of its features."""
         parts = []
         for image, chosen in enumerate(distances_BP.topk(self.config.shots, dim=1, largest=False).indices):
             bank = self.extract.bank_of([level[chosen] for level in self._pool])
@@ -144,7 +144,7 @@ class AlignedFeatureNorm(FeatureNorm):
         return Prediction(torch.cat([part.scores for part in parts]), torch.cat([part.maps for part in parts]))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """FEATURES OF EVERY POOL IMAGE."""
+        """Return the pool, which holds FEATURES OF EVERY POOL IMAGE."""
         return {f"pool.{level}": feature for level, feature in enumerate(self._pool)}, {}
 
     def restore(self, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:

@@ -1,17 +1,17 @@
-"""Several detectors as one: their scores in one unit, then the mean (ReConPatch Sec. 3.3).
+"""An ensemble of detectors: their scores are standardised to one unit and averaged (ReConPatch Sec. 3.3).
 
-Eq. 11, the modified z-score: (s - median) / (1.4826 MAD), with the median and MAD of the training images' scores. The
-paper calls MAD the mean absolute deviation; but 1.4826 belongs to the *median* absolute deviation, which it makes the
-standard deviation of normally distributed scores, and that is what is computed.
+Eq. 11 is the modified z-score (s - median) / (1.4826 MAD), with the median and MAD of the training images' scores. The
+paper calls MAD the mean absolute deviation. We compute the *median* absolute deviation, because times 1.4826 it equals
+the standard deviation of normally distributed scores.
 
 Eq. 11 is applied twice: to image scores with the statistics of the training images' scores, and to maps with those of
-the training images' pixels, so that detectors of any kind can be joined.
+the training images' pixels, so that detectors of any kind can be combined.
 
-By name (`adpretrain fit --detector ensemble`, `recipes/evaluate.py`) the members are the paper's unless the options
-list others: ReConPatch on WideResNet-101, ResNeXt-101 and DenseNet-201, stages 2 and 3, 3 x 3 patches.
+By name (`adpretrain fit --detector ensemble`, `recipes/evaluate.py`) the members are those of the paper unless the
+options list others: ReConPatch on WideResNet-101, ResNeXt-101 and DenseNet-201, stages 2 and 3, 3 x 3 patches.
 
-A training image meets a memory that was chosen from its own patches, among others: its scores are lower than those of
-a new normal image, in every member. No threshold may be read off them.
+The memory of a member was chosen from patches of the training images too, so that their scores are lower than those of
+new normal images. Do not derive a threshold from them.
 
 Shapes: n training images, M members, B images, S side in pixels.
 """
@@ -38,7 +38,7 @@ from downstream.extracts import Adapted, device_of
 from downstream.saved import Loaded
 
 CONSISTENCY = 1.4826  # 1 / the 75 % quantile of the standard normal distribution
-PIXEL_STEP = 4  # every fourth pixel in both directions says enough: maps are smoothed over more than that
+PIXEL_STEP = 4  # every fourth pixel in both directions is enough, because maps are smoothed more widely
 
 
 NETWORKS = ("timm/wide_resnet101_2.tv_in1k", "timm/resnext101_32x8d.tv_in1k", "timm/densenet201.tv_in1k")
@@ -49,11 +49,11 @@ class MemberConfig:
     """One member of an ensemble.
 
     Args:
-        detector: its name.
-        options: its options, in place of its own.
-        backbone: a network of its own, which sees the ensemble's images resized and normalised for it
+        detector: name of the detector.
+        options: options that override the detector's defaults.
+        backbone: backbone of this member, which gets the ensemble's images resized and normalised for it
             (`downstream.extracts.Adapted`); null = the features that the ensemble is given.
-        levels, image_size, weights: of this network, as in `load_backbone`; image_size null = that of the images.
+        levels, image_size, weights: arguments of `load_backbone` for this backbone; image_size null = as the ensemble.
     """
 
     detector: str = "reconpatch"
@@ -66,7 +66,7 @@ class MemberConfig:
     def __post_init__(self) -> None:
         own = [name for name in ("levels", "image_size", "weights") if getattr(self, name) is not None]
         if own and self.backbone is None:
-            raise ValueError(f"a member's {' and '.join(own)} are those of its backbone: name the backbone too")
+            raise ValueError(f"a member's {' and '.join(own)} belong to its backbone: name the backbone too")
 
 
 def _members() -> list[MemberConfig]:
@@ -75,13 +75,13 @@ def _members() -> list[MemberConfig]:
 
 @dataclass(frozen=True)
 class EnsembleConfig:
-    """An `Ensemble` by name.
+    """Options of an `Ensemble` that is built by name.
 
     Args:
-        members: the paper's three unless others are listed. Their photographs are prepared as those of the ensemble's
-            own backbone (the paper resizes to 366 pixels and cuts out 320; `--image-size 320` gives 320 of the whole).
-        options: for every member, in place of its own, such as {training: {epochs: 10}}. The paper's at 480 pixels
-            are `downstream.detectors.reconpatch.ENSEMBLE_480`: 512 channels, 5 x 5 patches, 120 epochs.
+        members: by default the three of the paper. Their photographs are prepared like those of the ensemble's
+            backbone (the paper resizes to 366 pixels and crops to 320; `--image-size 320` resizes the whole to 320).
+        options: options that override those of every member, such as {training: {epochs: 10}}. For 480 pixels the paper
+            uses `downstream.detectors.reconpatch.ENSEMBLE_480`: 512 channels, 5 x 5 patches, 120 epochs.
     """
 
     members: list[MemberConfig] = field(default_factory=_members)
@@ -95,21 +95,21 @@ DEFAULT = EnsembleConfig()
 def _network(
     name: str, image_size: int, levels: tuple[int, ...] | None, weights: str | None, device: torch.device
 ) -> Backbone:
-    """Loaded once: frozen networks may be shared, and an evaluation builds the ensemble anew for every product."""
+    """Load a network once: frozen networks can be shared, and an evaluation builds an ensemble for every product."""
     return load_backbone(name, weights=weights, image_size=image_size, levels=levels).to(device)
 
 
 def build_member(extract: Extract, config: MemberConfig, shared: dict[str, Any]) -> Detector:
-    """An unfitted member on its own network, or on ``extract``. ``shared``: options for every member.
+    """Make an unfitted member on its own backbone, or on ``extract``. ``shared`` holds options for every member.
 
-    Raises ValueError for a network of its own beside features that are not a raw backbone's.
+    Raises ValueError if the member has its own backbone but ``extract`` is not a raw backbone.
     """
     options = merged(config.options, shared)
     if config.backbone is not None:
         if not isinstance(extract, Backbone):
             raise ValueError(
-                f"a member of the ensemble has a backbone of its own, {config.backbone}, whose raw features are not "
-                "an extractor's: give the ensemble a raw backbone, or members without backbones"
+                f"a member of the ensemble has its own backbone, {config.backbone}, and would not use the features of "
+                "the extractor: give the ensemble a raw backbone, or members without backbones"
             )
         images, levels = extract.preprocess, None if config.levels is None else tuple(config.levels)
         size = config.image_size or images.image_size
@@ -119,23 +119,23 @@ def build_member(extract: Extract, config: MemberConfig, shared: dict[str, Any])
 
 @dataclass(frozen=True)
 class ScoreUnit:
-    """Where normal scores lie and how far they spread; ``mad`` is the median absolute deviation from the median."""
+    """Location and spread of normal scores; ``mad`` is their median absolute deviation from the median."""
 
     median: float
     mad: float
 
     @classmethod
     def of(cls, scores: Tensor) -> ScoreUnit:
-        """From scores of any shape, in float64. Raises ValueError if one is not finite, or half of them are equal."""
+        """Compute it from scores of any shape, in float64. Raises ValueError if one is not finite or half are equal."""
         values = scores.detach().cpu().double().numpy()
         if values.size == 0 or not np.isfinite(values).all():
-            raise ValueError(f"{values.size} training scores, or not all of them finite: there is no median")
+            raise ValueError(f"{values.size} training scores, none or not all of them finite: there is no median")
         median = float(np.median(values))
         mad = float(np.median(np.abs(values - median)))
         if mad == 0:
             raise ValueError(
-                f"half of the training scores, or more, equal {median}: there is no unit. If the memory holds every "
-                "training patch, choose a smaller coreset"
+                f"half of the training scores, or more, equal {median}: they cannot be standardised. If the memory "
+                "holds every training patch, choose a smaller coreset"
             )
         return cls(median, mad)
 
@@ -154,7 +154,7 @@ class Units:
 
     @classmethod
     def of_numbers(cls, numbers: Sequence[float], side: int) -> Units:
-        """From `numbers`, as they were saved."""
+        """Restore the units from saved `numbers`."""
         median, mad, pixel_median, pixel_mad = numbers
         return cls(ScoreUnit(median, mad), ScoreUnit(pixel_median, pixel_mad), side)
 
@@ -165,7 +165,7 @@ class Units:
 
 
 def training_units(detector: Detector, batches: Iterable[Tensor]) -> Units:
-    """The units of a fitted detector's scores and maps on the images it was fitted on."""
+    """Compute the units of a fitted detector's scores and maps from the images it was fitted on."""
     scores, pixels, side = [], [], 0
     for images in batches:
         prediction = detector.predict(images)
@@ -180,30 +180,30 @@ def training_units(detector: Detector, batches: Iterable[Tensor]) -> Units:
 class Ensemble(Detector):
     """The mean of the members' standardised scores and maps.
 
-    All members see the same images, so their networks must want them prepared alike. `fit` fits them one after the
-    other; members that share an extract do not share its work.
+    All members get the same images, so their networks must need the same preprocessing. `fit` fits them one after the
+    other; members with the same extract compute its features separately.
     """
 
     name = "ensemble"
-    options = None  # all there is to say of them are the members
+    options = None  # an ensemble is described by its members alone
     load_member = staticmethod(detector_from_pretrained)
 
     def __init__(self, members: Sequence[Detector]) -> None:
         if not members:
-            raise ValueError("an ensemble of no detectors: give at least one")
+            raise ValueError("an ensemble needs detectors: give at least one")
         self.members = list(members)
         self._units: list[Units] = []
 
     @classmethod
     def of(cls, extract: Extract, config: EnsembleConfig) -> Self:
-        """The members that ``config`` lists, unfitted; those without a network of their own see ``extract``."""
+        """Make an ensemble of unfitted members; those without their own backbone use ``extract``."""
         return cls([build_member(extract, member, config.options) for member in config.members])
 
     def fit(self, normal_batches: Iterable[Tensor], progress: Progress | None = None) -> Self:
-        """Fit every member, then score the same images for their units: 2 M passes over batches [b, 3, S, S].
+        """Fit every member, then score the same images to get its units: 2 M passes over batches [b, 3, S, S].
 
-        An iterator that can be read only once is kept in memory. Raises ValueError as the members do, and if half of a
-        member's training scores are equal.
+        The images of an iterator, which can be read only once, are kept in memory. Raises the errors of the members,
+        and ValueError if half of a member's training scores are equal.
         """
         batches = list(normal_batches) if iter(normal_batches) is normal_batches else normal_batches
         units = []
@@ -217,7 +217,7 @@ class Ensemble(Detector):
         return self
 
     def predict(self, images: Tensor) -> Prediction:
-        """[B, 3, S, S] -> scores [B], maps [B, S, S], in units of a normal score's spread. Raises ValueError before
+        """[B, 3, S, S] -> scores [B], maps [B, S, S], as z-scores relative to normal images. Raises ValueError before
         `fit`."""
         self.check_fitted()
         scores, maps = [], []
@@ -228,7 +228,7 @@ class Ensemble(Detector):
         return Prediction(torch.stack(scores).mean(0), torch.stack(maps).mean(0))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The members' units."""
+        """Return the units of the members."""
         return {"units": torch.tensor([units.numbers for units in self._units], dtype=torch.float64)}, {}
 
     @classmethod
@@ -238,4 +238,4 @@ class Ensemble(Detector):
     def restore(self, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
         self._units = [Units.of_numbers(numbers, self.side) for numbers in tensors["units"].tolist()]
         if len(self._units) != len(self.members):
-            raise ValueError(f"{len(self.members)} members and units of {len(self._units)}")
+            raise ValueError(f"there are {len(self.members)} members, but units of {len(self._units)}")

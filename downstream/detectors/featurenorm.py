@@ -30,13 +30,13 @@ class FeatureNormConfig:
     """Options of `FeatureNorm`.
 
     Args:
-        image_size: side of the maps in pixels; null = that of the extract's input, 224 for a function that has no
-            ``preprocess``.
-        sigma: of the smoothing, in pixels.
-        norm: "l2" = ||x||_2, or "released" = sqrt(||x|| + 1) - 1, the authors' code; null = the extractor's own ("l2"
-            for a raw backbone).
-        top: the image score is the mean of this share of the highest map values; 0 = the maximum, as in the paper. One
-            per cent is the default because a mean over a patch is steadier than one pixel.
+        image_size: side of the maps in pixels; null = that of the extract's input, or 224 if the extract is a function
+            without ``preprocess``.
+        sigma: standard deviation of the Gaussian that smooths the maps, in pixels.
+        norm: "l2" = ||x||_2, or "released" = sqrt(||x|| + 1) - 1, as in the authors' code; null = the norm that the
+            extractor was trained with ("l2" for a raw backbone).
+        top: the image score is the mean of this share of the highest map values; 0 = the maximum, as in the paper. The
+            default is 1 % because a mean over many pixels is more stable than one pixel.
     """
 
     image_size: int | None = None
@@ -55,14 +55,14 @@ class FeatureNormConfig:
 
 
 DEFAULT = FeatureNormConfig()
-ADPRETRAIN = FeatureNormConfig(top=0.0)  # ADPretrain's evaluation: the maximum of the map is the image's score
+ADPRETRAIN = FeatureNormConfig(top=0.0)  # in ADPretrain's evaluation, the score is the maximum of the map
 
 
 class FeatureNorm(Detector):
     """Feature norm -> level maps -> bilinear upsampling -> mean over levels -> Gaussian (sigma in pixels) -> score.
 
-    On an `ADExtractor`, what it fits are the references, of the detector's own copy of it; references that the
-    extractor has already will do. On a raw backbone nothing is fitted: the plain norm, the paper's weakest baseline.
+    On an `ADExtractor`, fitting sets the references of the detector's copy of it; an extractor that already has
+    references needs no fitting. On a raw backbone nothing is fitted: its plain norm is the paper's weakest baseline.
     """
 
     name = "featurenorm"
@@ -72,7 +72,7 @@ class FeatureNorm(Detector):
     def __init__(self, extract: Extract, config: FeatureNormConfig = DEFAULT) -> None:
         preprocess = getattr(extract, "preprocess", None)
         input_side = preprocess.image_size if isinstance(preprocess, Preprocess) else None
-        network = getattr(extract, "extractor", extract)  # the one below `evaluation.withheld.Withheld`
+        network = getattr(extract, "extractor", extract)  # the extractor in an `evaluation.networks.Withheld`
         norm = network.config.norm if isinstance(network, ADExtractor) else "l2"
         image_size = config.image_size or input_side or SIDE
         super().__init__(extract, replace(config, image_size=image_size, norm=config.norm or norm))
@@ -80,16 +80,16 @@ class FeatureNorm(Detector):
 
     @property
     def fitted(self) -> bool:
-        """Whether there are references, or none are needed."""
+        """Whether the detector has references or does not need any."""
         extract = self.extract
         if not isinstance(extract, ADExtractor) or extract.config.matching == "none":
             return True
         return extract.references is not None
 
     def fit(self, normal_batches: Iterable[Tensor], progress: Progress | None = None) -> Self:
-        """Take these images as references: batches [b, 3, S, S], K in all; a raw backbone reads none.
+        """Set the references: batches [b, 3, S, S], K images in all; with a raw backbone they are not read.
 
-        Raises ValueError without images, or for bad ones.
+        Raises ValueError if there are no images, or if they have a wrong shape or values.
         """
         extract = keeping_references(self._given)
         if isinstance(extract, ADExtractor):
@@ -121,10 +121,10 @@ class FeatureNorm(Detector):
         return Prediction(maps.flatten(1).topk(count).values.mean(1), maps)
 
     def _check_side(self, images: Tensor) -> None:
-        """Any side that the extract takes: nothing was fitted on the images' grid."""
+        """Accept images of any side, because nothing was fitted on a grid."""
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Nothing but the references, which are saved with the extractor."""
+        """Return nothing; the references are saved with the extractor."""
         return {}, {}
 
     def restore(self, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:

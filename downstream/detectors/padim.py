@@ -1,7 +1,7 @@
-"""PaDiM: a Gaussian of patch embeddings at every position, the Mahalanobis distance to it (Defard et al. 2021).
+"""PaDiM: the Mahalanobis distance to a Gaussian of patch embeddings at every position (Defard et al. 2021).
 
-It suits products that always lie in the same place. Compared with the paper: `Gaussians` for the covariances (one
-pass, no inverse), any reduction of the channels, and the levels one by one as in ADPretrain's evaluation.
+It suits products that always lie in the same place. Unlike the paper, `Gaussians` computes covariances in one pass and
+without an inverse; other reductions of the channels, and a Gaussian per level as in ADPretrain, are options.
 
 Shapes: B images, S side in pixels, H x W positions (P in all), D channels, L levels.
 """
@@ -34,14 +34,14 @@ class PaDiMConfig:
 
     Args:
         embedding: levels and channels. The default is the paper's for ResNet-18, 100 random channels of the first
-            three stages; it takes 550 of WideResNet-50. "orthogonal" instead of "choose" is the semi-orthogonal
+            three stages; for WideResNet-50 the paper uses 550. "orthogonal" instead of "choose" is the semi-orthogonal
             embedding of Kim et al. 2021.
-        per_level: one Gaussian per position and level instead of one of the concatenation; the map is the mean of the
-            levels' maps, each upsampled from its own grid.
-        eps: added to the diagonal of every covariance.
-        align_corners: how the distances are upsampled: the corners of the grid become the corners of the map, as in
-            ADPretrain's evaluation, instead of the grid's cells covering it evenly.
-        sigma: of the smoothing, in pixels.
+        per_level: fit one Gaussian per position and level instead of one on the concatenated levels; the map is the
+            mean of the levels' maps, each upsampled from its own grid.
+        eps: value added to the diagonal of every covariance.
+        align_corners: upsample the distances so that the centres of the grid's corner cells lie in the corners of the
+            map, as in ADPretrain's evaluation, instead of covering the map evenly with cells.
+        sigma: standard deviation of the Gaussian that smooths the maps, in pixels.
         max_bytes: largest size of the Gaussians; null = half of the memory.
     """
 
@@ -55,12 +55,12 @@ class PaDiMConfig:
     def __post_init__(self) -> None:
         check_sigma(self.sigma)
         if not self.eps > 0:
-            raise ValueError(f"eps {self.eps} must be positive: without it few images give no distance")
+            raise ValueError(f"eps {self.eps} must be positive: without it, covariances of few images are singular")
 
 
 DEFAULT = PaDiMConfig()
-STAGES = (1, 2, 3)  # of a ResNet, those that the paper takes
-# ADPretrain's evaluation: every level on its own with all its channels, upsampled with aligned corners.
+STAGES = (1, 2, 3)  # the stages of a ResNet that the paper uses
+# ADPretrain's evaluation: one Gaussian per level with all channels, upsampled with aligned corners.
 ADPRETRAIN = PaDiMConfig(EmbeddingConfig(levels=None, patch=1), per_level=True, align_corners=True)
 
 
@@ -77,8 +77,8 @@ class PaDiM(Detector):
         self._grids: list[tuple[int, int]] = []
 
     def fit_features(self, normals: NormalFeatures, progress: Progress | None) -> None:
-        """Add up the `Moments`. Raises ValueError for fewer than 2 images, or Gaussians that would be larger than
-        ``max_bytes``, before they are."""
+        """Accumulate the `Moments`. Raises ValueError for fewer than 2 images, or before the Gaussians would exceed
+        ``max_bytes``."""
         config = self.config
         moments: list[Moments] = []
         for features in normals:
@@ -109,7 +109,7 @@ class PaDiM(Detector):
         return [Embedding(replace(config, levels=None) if self.config.per_level else config) for _ in range(count)]
 
     def _embed(self, features: FeatureMaps) -> list[Tensor]:
-        """One embedding [B, H, W, D] of all chosen levels, or one of each."""
+        """Return one embedding [B, H, W, D] of all chosen levels together, or with ``per_level`` one of each."""
         if not self.config.per_level:
             return [self._embeddings[0](features)]
         levels = chosen_levels(features, self.config.embedding.levels)
@@ -126,7 +126,7 @@ class PaDiM(Detector):
         hold(what, needed, memory_limit(rows[0].device, self.config.max_bytes), advice, say)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """MEANS AND VARIATION OF THE PRODUCT'S FEATURES."""
+        """Return the Gaussians, which hold MEANS AND VARIATION OF THE PRODUCT'S FEATURES."""
         tensors: dict[str, Tensor] = {}
         for number, (embedding, gaussians) in enumerate(zip(self._embeddings, self._gaussians, strict=True)):
             tensors |= {f"{number}.mean": gaussians.mean_PD, f"{number}.factor": gaussians.factor_PFD}

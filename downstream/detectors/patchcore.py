@@ -1,4 +1,4 @@
-"""PatchCore: the distance of every patch to the nearest of a memory bank of normal ones (Roth et al. 2022).
+"""PatchCore: the distance of every patch to the nearest patch in a memory bank of normal ones (Roth et al. 2022).
 
 Shapes: B images, S side in pixels, H x W patches of an image, N rows of the bank, D channels, b neighbours.
 """
@@ -22,8 +22,8 @@ from downstream.maps import SIGMA, check_sigma, pixel_maps
 from downstream.neighbours import ApproximateNeighbours, Neighbours, nearest
 
 SEARCHES = ("exact", "ivfpq")
-CHOOSING = 40  # bytes of bounds, norms and counts that the coreset keeps of a row
-WEIGHED = 4096  # patches weighed at a time
+CHOOSING = 40  # bytes per row that the coreset selection needs for bounds, norms and counts
+WEIGHED = 4096  # number of patches whose weights are computed at a time
 
 
 @dataclass(frozen=True)
@@ -31,25 +31,25 @@ class PatchCoreConfig:
     """Options of `PatchCore`.
 
     Args:
-        embedding: hierarchies (levels), patch size, stride and channels. The paper's are two levels of
+        embedding: levels ("hierarchies"), patch size, stride and channels. The paper uses two levels of
             WideResNet-50 (stages 2 and 3), 3 x 3 patches, stride 1.
-        amount: what subsampling leaves of the bank: a share (PatchCore-10% is 0.1) or a number of rows.
+        amount: size of the bank after subsampling: a share (PatchCore-10% is 0.1) or a number of rows.
         method: "greedy" coreset (Alg. 1), "random" rows, or "none" (PatchCore-100%).
-        projection_dim: channels that the greedy choice looks at after a random projection; null = all of them, as are
-            taken where there are no more than these.
-        keep: share of every image's patches, drawn at random, that enter the bank at all: what bounds the memory of a
-            large training set.
-        reweight: b of Eq. 7, the neighbours of the nearest patch that weigh the image's score; 0 = the plain maximum.
-        reweight_all: weigh every patch, not the farthest alone; the image's score is the largest then (ReConPatch Eq. 9
-            and 10).
-        squared: maps and scores of squared distances instead of Euclidean ones, as ADPretrain's evaluation has them:
-            its faiss index returns squares. Ranks of patches stay, but the smoothing of the maps and the mean over
-            products do not; where scores are weighed (Eq. 7), the weights come from the Euclidean distances.
-        search: "exact", or "ivfpq" for banks that are too large for it (faiss; approximate).
-        sigma: of the smoothing, in pixels.
-        max_bank_bytes: largest size of the bank before subsampling, what the choice keeps of its rows included; null =
+        projection_dim: channels after the random projection that the greedy selection works on; null, or a number not
+            below that of the channels, means no projection.
+        keep: share of every image's patches, drawn at random, that are put into the bank before subsampling; it limits
+            the memory for a large training set.
+        reweight: b of Eq. 7, the neighbours of the nearest patch that weight the image's score; 0 = the plain maximum.
+        reweight_all: weight the distance of every patch, not only of the farthest; the image's score is then the
+            largest weighted distance (ReConPatch Eq. 9 and 10).
+        squared: use squared distances in maps and scores, like ADPretrain's evaluation, whose faiss index returns
+            squares. The ranking of patches is the same, but smoothed maps and mean scores are not; weights (Eq. 7) are
+            still computed from Euclidean distances.
+        search: "exact", or "ivfpq" for banks too large for exact search (faiss; approximate).
+        sigma: standard deviation of the Gaussian that smooths the maps, in pixels.
+        max_bank_bytes: largest size of the bank before subsampling, including what the selection needs per row; null =
             half of the memory.
-        seed: of the random choices.
+        seed: random seed of ``keep``, the projection and the selection.
     """
 
     embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
@@ -82,9 +82,9 @@ class PatchCoreConfig:
 
 
 DEFAULT = PatchCoreConfig()
-STAGES = (2, 3)  # of a ResNet, those that the paper takes
+STAGES = (2, 3)  # the stages of a ResNet that the paper uses
 # ADPretrain's evaluation: the last three levels, 1024 channels of each and of all, no re-weighting, squared distances.
-# Its greedy choice of the bank is approximate, ours exact: the patches that remain are not the same ones.
+# Its greedy selection is approximate and ours exact, so the patches that remain in the bank differ.
 ADPRETRAIN = PatchCoreConfig(
     EmbeddingConfig(levels=[-3, -2, -1], level_dim=1024, target_dim=1024, form="released"), reweight=0, squared=True
 )
@@ -93,8 +93,8 @@ ADPRETRAIN = PatchCoreConfig(
 class PatchCore(Detector):
     """Patch embeddings of normal images -> subsampled bank -> nearest distances -> map; Eq. 6 and 7 -> score.
 
-    While it is fitted the bank holds all patches, N = images x H x W x keep rows of 4 D bytes, and one batch besides;
-    for the choice some 20 N bytes and the projected rows (4 N projection_dim). Afterwards, ``amount`` of it, twice.
+    Memory: fitting needs all patches (N = images x H x W x keep rows of 4 D bytes) and one batch; the selection needs
+    another 20 N bytes or so and the projected rows (4 N projection_dim). Afterwards, twice the subsampled bank remains.
     """
 
     name = "patchcore"
@@ -108,18 +108,18 @@ class PatchCore(Detector):
         self.embedding = Embedding(self.config.embedding)
 
     def fit_features(self, normals: NormalFeatures, progress: Progress | None) -> None:
-        """Fill the bank and subsample it; ``progress`` is told how the coreset grows. Raises ValueError before the bank
-        outgrows ``max_bank_bytes``; it says what to change."""
+        """Fill the bank and subsample it; ``progress`` follows the growing coreset. Raises ValueError, which says what
+        to change, before the bank exceeds ``max_bank_bytes``."""
         self.remember(self.choose(map(self.embedding, normals), normals.batches, progress))
 
     def choose(
         self, embeddings: Iterable[Tensor], batches: int | None = None, progress: Progress | None = None
     ) -> Tensor:
-        """The bank that is left of embeddings [b, H, W, D] of the normal images: [N, D]. ``batches``: how many there
-        are, none larger than the first, if it is known. Errors as in `fit`."""
+        """Subsample embeddings [b, H, W, D] of the normal images to a bank [N, D]. ``batches`` is their number if it is
+        known; the first must be the largest. Raises the errors of `fit_features`."""
         config, bank, count = self.config, None, 0
         for maps_BHWD in embeddings:
-            # Said at the first batch, not after hours of extraction.
+            # Checked at the first batch, not after hours of extraction.
             if config.search == "ivfpq" and maps_BHWD.device.type != "cpu":
                 raise ValueError(
                     f"search 'ivfpq' works on the CPU only, and the features are on {maps_BHWD.device}: choose search "
@@ -142,7 +142,7 @@ class PatchCore(Detector):
         return bank_ND[chosen]
 
     def _beside(self, rows_ND: Tensor) -> int:
-        """Bytes that every row of the bank needs besides its own while the bank is subsampled, or searched as it is."""
+        """Return the additional bytes per row of the bank that subsampling (or searching the full bank) needs."""
         width, size = rows_ND.shape[1], rows_ND.element_size()
         if self.config.method != "greedy":
             return width * size if self.config.method == "none" else CHOOSING
@@ -150,7 +150,7 @@ class PatchCore(Detector):
         return CHOOSING + (projected * size if projected < width else 0)
 
     def _kept(self, rows_BTD: Tensor, first: int) -> Tensor:
-        """A random share of every image's patches, drawn from (seed, number of the image): [n, D]."""
+        """Keep a random share of every image's patches, drawn from (seed, number of the image): [n, D]."""
         if self.config.keep == 1:
             return rows_BTD.flatten(0, 1)
         patches = rows_BTD.shape[1]
@@ -162,7 +162,7 @@ class PatchCore(Detector):
         return torch.cat(kept)
 
     def remember(self, bank_ND: Tensor) -> None:
-        """Take a bank [N, D] of embeddings, from `choose` or a file."""
+        """Use a bank [N, D] of embeddings, from `choose` or a file."""
         approximate = self.config.search == "ivfpq"
         self._search = ApproximateNeighbours(bank_ND, seed=self.config.seed) if approximate else Neighbours(bank_ND)
         self.bank_ND = bank_ND
@@ -171,7 +171,7 @@ class PatchCore(Detector):
         return self.score(self.embedding(features), self.side)
 
     def score(self, rows_BHWD: Tensor, side: int) -> Prediction:
-        """Embeddings [B, H, W, D] of images of this side -> prediction."""
+        """Predict from embeddings [B, H, W, D] of images whose side is ``side`` pixels."""
         batch, height, width, _ = rows_BHWD.shape
         rows_ND = rows_BHWD.flatten(0, 2)
         distance_N, index_N = self._nearest(rows_ND)
@@ -188,19 +188,19 @@ class PatchCore(Detector):
         return Prediction(scores, pixel_maps(distance_BT.unflatten(1, (height, width)), side, self.config.sigma))
 
     def _nearest(self, rows_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """Distance to the nearest row of the bank, and its index: [N], [N]."""
+        """Return the distance to the nearest row of the bank, and its index: [N], [N]."""
         distance, index = (found[:, 0] for found in self._search.search(rows_ND, 1))
-        lost = index < 0  # the cells that an approximate search looked into are empty
+        lost = index < 0  # an approximate search found nothing, because the cells it visited are empty
         if bool(lost.any()):
             distance[lost], index[lost] = (found[:, 0] for found in nearest(rows_ND[lost], self.bank_ND, 1))
         return distance, index
 
     def _weights(self, patch_BD: Tensor, nearest_B: Tensor) -> Tensor:
-        """w of Eq. 7 for some patches and their nearest rows m*: [B] in 0..1.
+        """Compute w of Eq. 7 for some patches and their nearest rows m*: [B] in 0..1.
 
-        1 - exp ||m_test - m*|| / sum over the b rows next to m* of exp ||m_test - m||. m* is one of the b rows; the
-        weight is the others' share of the sum, so that nothing overflows or cancels. In a bank of one row it is 1,
-        where Eq. 7 gives 0: every score would be 0.
+        w = 1 - exp ||m_test - m*|| / sum over the b rows next to m* of exp ||m_test - m||. m* is one of the b rows, and
+        the weight is computed as the share of the other rows in the sum, so that nothing overflows or cancels. For a
+        bank of one row we return 1; Eq. 7 gives 0, with which every score would be 0.
         """
         count = min(self.config.reweight, len(self.bank_ND))
         if count < 2:
@@ -212,7 +212,7 @@ class PatchCore(Detector):
         return distance_Bb.softmax(1)[:, 1:].sum(1)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The bank: FEATURES OF THE PRODUCT."""
+        """Return the bank, which holds FEATURES OF THE PRODUCT."""
         return {"bank": self.bank_ND, **self.embedding.state_dict()}, {}
 
     def restore(self, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
-"""SPADE: the nearest normal images, then the nearest of their patches (Cohen & Hoshen 2020); a baseline.
+"""SPADE, a baseline: find the nearest normal images, then the nearest of their patches (Cohen & Hoshen 2020).
 
 Stage 1: an image is described by the average of its last level; its score is the mean distance to the K nearest normal
-images. Stage 2: a patch's score is the mean distance to the nearest patches, at any place, of these K images alone.
+images. Stage 2: a patch's score is the mean distance to the nearest patches, at any position, of only these K images.
 Distances are Euclidean, not squared.
 
 Shapes: N normal images, B images, S side in pixels, H x W patches of an image (T in all), D channels, C of the last
@@ -31,11 +31,11 @@ class SPADEConfig:
     """Options of `SPADE`.
 
     Args:
-        embedding: levels and channels of a patch. The paper's are the first three stages of WideResNet-50 on the
-            grid of the first. The image is described by the last level that the extract gives, chosen here or not.
-        images: K, normal images that an image is compared with; all of them where there are fewer.
-        patches: nearest patches whose distances are averaged.
-        sigma: of the smoothing, in pixels.
+        embedding: levels and channels of a patch. The paper uses the first three stages of WideResNet-50 on the grid
+            of the first. An image is always described by the last level of the extract, even if it is not chosen here.
+        images: K, the number of normal images that an image is compared with, or all of them if there are fewer.
+        patches: number of nearest patches whose distances are averaged.
+        sigma: standard deviation of the Gaussian that smooths the maps, in pixels.
         max_bank_bytes: largest size of the patches of all normal images; null = half of the memory.
     """
 
@@ -53,11 +53,11 @@ class SPADEConfig:
 
 
 DEFAULT = SPADEConfig()
-STAGES = (1, 2, 3)  # of a ResNet, those that the paper takes
+STAGES = (1, 2, 3)  # the stages of a ResNet that the paper uses
 
 
 class SPADE(Detector):
-    """Galleries of image descriptors and of all patches; every prediction searches the patches of K images."""
+    """Keeps descriptors and patches of all normal images; every prediction searches the patches of K of them."""
 
     name = "spade"
     options = SPADEConfig
@@ -71,8 +71,8 @@ class SPADE(Detector):
         self.embedding = Embedding(self.config.embedding)
 
     def fit_features(self, normals: NormalFeatures, progress: Progress | None) -> None:
-        """Keep the patches of N images, 4 N T D bytes. Raises ValueError for fewer patches than are to be averaged, or
-        before the gallery outgrows ``max_bank_bytes``."""
+        """Keep the patches of N images, 4 N T D bytes. Raises ValueError if there are fewer than ``patches``, or before
+        they exceed ``max_bank_bytes``."""
         bank = None
         for features in normals:
             rows_BTD = self.embedding(features).flatten(1, 2)
@@ -80,7 +80,7 @@ class SPADE(Detector):
                 expected = normals.most_images(len(rows_BTD))
                 rows = None if expected is None else expected * rows_BTD.shape[1]
                 bank = GrowingBank(rows, self.config.max_bank_bytes)
-                # A list of small tensors would lie between the freed features of the batches and keep their memory.
+                # Many small tensors between the freed features of the batches would fragment the memory.
                 descriptors = GrowingBank(expected, say=False)
             bank.add(rows_BTD.flatten(0, 1))
             descriptors.add(describe(features))
@@ -91,7 +91,7 @@ class SPADE(Detector):
     def _remember(self, descriptors_NC: Tensor, patches_NTD: Tensor) -> None:
         gallery = min(self.config.images, len(patches_NTD)) * patches_NTD.shape[1]
         if self.config.patches > gallery:
-            raise ValueError(f"{self.config.patches} nearest patches of {gallery} that there are; choose fewer")
+            raise ValueError(f"{self.config.patches} nearest patches cannot be found among {gallery}; choose fewer")
         self.descriptors_NC, self.patches_NTD = descriptors_NC, patches_NTD
         self._search = Neighbours(descriptors_NC)
 
@@ -105,7 +105,7 @@ class SPADE(Detector):
         return Prediction(distance_BK.mean(1), pixel_maps(torch.stack(grids), self.side, self.config.sigma))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """FEATURES OF EVERY NORMAL IMAGE."""
+        """Return descriptors and patches, which are FEATURES OF EVERY NORMAL IMAGE."""
         return {"descriptors": self.descriptors_NC, "patches": self.patches_NTD, **self.embedding.state_dict()}, {}
 
     def restore(self, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -114,6 +114,6 @@ class SPADE(Detector):
 
 
 def describe(features: FeatureMaps) -> Tensor:
-    """The average of the last level over its positions: [B, C], float32 or wider."""
+    """Average the last level over its positions: [B, C], float32 or wider."""
     last = features[-1]
     return last.to(torch.promote_types(last.dtype, torch.float32)).mean((2, 3))

@@ -1,1 +1,1 @@
-"""Detectors compared on labelled photographs: protocols, trials, tables, pictures. Nothing is chosen on test."""
+"""Compare detectors on labelled photographs: protocols, trials, tables, pictures. Nothing is chosen on test images."""

@@ -1,4 +1,4 @@
-"""A board: data sets x extractors x detectors by one protocol, as flags or as a YAML file (docs/evaluate.md).
+"""A board compares data sets x extractors x detectors by one protocol; flags or a YAML file (docs/evaluate.md) set it.
 
   protocol: few-shot
   sets:
@@ -14,8 +14,8 @@
   shots: [4, all]
   draws: 3
 
-Folders are relative to the file. One set, and extractors of one kind, can be given as flags. `engine` computes it. This
-file imports no torch, so that --help is quick.
+Folders are relative to the file. One data set, and extractors of one kind, can be given as flags. `engine` computes the
+board. This module does not import torch, so that --help is fast.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ProtocolOptions:
-    """Which protocol of `protocols`, and its numbers.
+    """A protocol of `protocols`, and its options.
 
     Args:
         protocol: full, few-shot, sample-efficiency, contamination, reference-sensitivity, multi-class or robustness.
-        shots: numbers of training images K, for few-shot; 0 (in a board also "all") = all, of which there is one draw.
-        draws: how often what is random is drawn anew: the K images, the share, the anomalies, the references, the
-            changes of images; 0 = the protocol's own number.
-        seed: of the first draw; every further one has the next number.
-        references: the extractor's references in the other protocols, drawn from the training images.
-        share: of the normal training images, for sample-efficiency.
-        noise: anomalies per normal training image, for contamination; at most half of a product's anomalies.
-        overlap: whether the anomalies that were trained on are scored too, as in the paper.
+        shots: for few-shot, the numbers K of training images; 0 (in a board also "all") takes all of them, in one draw.
+        draws: number of random draws (of training images, anomalies, references or perturbations, as the protocol
+            needs); 0 = the protocol's default.
+        seed: random seed of the first draw; each further draw adds 1.
+        references: number of the extractor's references, drawn from the training images; few-shot uses its K images.
+        share: for sample-efficiency, the share of the normal training images to use.
+        noise: for contamination, the anomalies added per normal training image; at most half of a product's anomalies.
+        overlap: for contamination, whether the anomalies in the training images are also scored, as in the paper.
     """
 
     protocol: Protocol = "full"
@@ -68,7 +68,7 @@ class ProtocolOptions:
         if not self.shots or min(self.shots) < 0 or self.references < 1 or self.draws < 0 or self.seed < 0:
             raise ValueError(
                 f"shots {list(self.shots)} must be numbers of images (0 = all), references {self.references} at least "
-                f"1, draws {self.draws} (0 = the protocol's own number) and seed {self.seed} at least 0"
+                f"1, draws {self.draws} (0 = the protocol's default) and seed {self.seed} at least 0"
             )
         for name in ("share", "noise"):
             if not 0 < getattr(self, name) <= 1:
@@ -76,7 +76,7 @@ class ProtocolOptions:
 
     @property
     def repeats(self) -> int:
-        """Draws, the protocol's own number where none was given: 3 for reference-sensitivity, else 1."""
+        """Number of draws; by default 3 for reference-sensitivity, else 1."""
         return self.draws or (3 if self.protocol == "reference-sensitivity" else 1)
 
 
@@ -85,12 +85,12 @@ class Photographs:
     """A labelled data set, scored product by product.
 
     Args:
-        root: the folder of a data set, or hf://org/name.
-        dataset: its layout: auto, or a name that `adpretrain check-data` tells.
-        split: a listing of the set's own, such as realiad_jsons or VisA's 1cls.
-        columns: of a Hugging Face set, those that are not guessed, such as mask=segmentation.
-        products: categories to score, or patterns of them such as "p00*"; all where none are given.
-        defects: kinds of defects to score; all where none are given.
+        root: folder of a data set, or hf://org/name.
+        dataset: layout of the data set; auto detects it (`adpretrain check-data` prints it).
+        split: an official split of the data set, such as realiad_jsons or VisA's 1cls.
+        columns: columns of a Hugging Face data set whose names cannot be guessed, such as mask=segmentation.
+        products: categories to score, or patterns such as "p00*"; by default all.
+        defects: kinds of defects to score; by default all.
     """
 
     root: str = ""
@@ -103,8 +103,8 @@ class Photographs:
 
 @dataclass(frozen=True)
 class SetRow(Photographs):
-    """One of several data sets. ``name``: what the tables call it ("" = its folder's name); ``optional``: whether the
-    board goes on without it where ``root`` is absent."""
+    """One of several data sets. ``name`` is its name in the tables ("" = name of its folder); an ``optional`` data set
+    is left out if ``root`` does not exist."""
 
     name: str = ""
     optional: bool = False
@@ -115,14 +115,14 @@ class Network:
     """A backbone whose features are compared without an extractor.
 
     Args:
-        backbone: network of raw features, a name of `adpretrain backbones` or timm/<model name>.
-        weights: a local file or folder of its weights, or of an extractor's backbone.
-        image_size: side of its input in pixels; 224 where none is given.
-        levels: its blocks or stages; the paper's where none are given.
-        resize: squeeze (photographs whole, the usual) or crop (their centre).
-        crop_from: for crop, the shorter side before it, such as 256 for 224 pixels.
-        finest: stride in pixels to which its finer maps are averaged; none where none is given.
-        random_weights: seed of untrained weights: a floor to compare with.
+        backbone: network for raw features, a name listed by `adpretrain backbones` or timm/<model name>.
+        weights: local file or folder with the backbone's weights, also for the backbone of an extractor.
+        image_size: side of the square input image in pixels; by default 224.
+        levels: blocks or stages whose features are used; by default those of the paper.
+        resize: squeeze the whole photograph to a square (default), or crop its centre.
+        crop_from: with crop, length of the shorter side before cropping, such as 256 for 224 pixels.
+        finest: stride in pixels to which feature maps with a finer stride are averaged; by default they are kept.
+        random_weights: use untrained weights with this seed, as a lower bound to compare with.
     """
 
     backbone: str | None = None
@@ -137,13 +137,13 @@ class Network:
 
 @dataclass(frozen=True)
 class ExtractorRow(Network):
-    """Features that detectors work on: an extractor's, or a backbone's.
+    """The features that detectors work on: those of an extractor or of a backbone.
 
     Args:
-        extractor: a folder written by save_pretrained, "org/name[@revision]" on the Hub, or "embedded"; several are
-            seeds of one training, which are averaged.
-        features: raw = the backbone's own, residual = feature minus nearest reference, scaled = the extractor without
-            its projector, pretrained = the extractor's own; null = pretrained of an extractor, raw of a backbone.
+        extractor: a folder written by save_pretrained, "org/name[@revision]" on the Hub, or "embedded"; several must
+            be seeds of one training, and their results are averaged.
+        features: raw = backbone features, residual = feature minus nearest reference, scaled = the extractor without
+            its projector, pretrained = the whole extractor; null = pretrained for an extractor, raw for a backbone.
     """
 
     extractor: str | list[str] | None = None
@@ -156,13 +156,13 @@ class ExtractorRow(Network):
         if self.extractor and (given := [name for name in own if getattr(self, name) is not None]):
             raise ValueError(f"{' and '.join(given)} cannot be given with an extractor: it was trained with its own")
         if self.backbone and self.features in (SCALED, PRETRAINED):
-            raise ValueError(f"features {self.features!r} need an extractor; of a backbone there are raw and residual")
+            raise ValueError(f"features {self.features!r} need an extractor; a backbone has only raw and residual ones")
         if self.random_weights is not None and self.weights:
             raise ValueError(f"random_weights {self.random_weights} and weights {self.weights}: give one of the two")
 
     @property
     def kind(self) -> Kind:
-        """`features`, or what they are where none are named."""
+        """`features`, or their default if they are None."""
         return self.features or ("pretrained" if self.extractor else "raw")
 
     @property
@@ -173,20 +173,20 @@ class ExtractorRow(Network):
 
 @dataclass(frozen=True)
 class Board(ProtocolOptions, Network, Photographs):
-    """What is compared.
+    """Everything that an evaluation compares.
 
     Args:
-        draws: how often what is random is drawn anew; 0 = 3 for few-shot and reference-sensitivity, else 1.
-        sets: in a file, several data sets: mappings with the keys of one set, name and optional.
-        extractors: folders, org/name[@revision] of the Hub, or embedded (the default, where no backbone is named):
-            seeds of one training, which are averaged. In a file also a mapping from names to rows of features.
-        features: of raw, residual, scaled, pretrained; where none are given raw, and pretrained of an extractor.
-        detectors: their names (`adpretrain detectors`); in a file with options, such as {patchcore: {amount: 0.1}}.
-        settings: detectors' own default options, or those of ADPretrain's evaluation (adpretrain).
-        pictures: heatmaps of every product in the report, one kind of defect each.
-        panels: whether the median-scored image of every kind of defect is drawn too.
-        per_defect: whether there are tables for every kind of defect, against all normal images.
-        embeddings: products whose patch features are drawn in two dimensions.
+        draws: number of random draws; 0 = 3 draws for few-shot and reference-sensitivity, else 1.
+        sets: in a file, a list of several data sets, each a mapping with the keys of one set, name and optional.
+        extractors: folders, org/name[@revision] on the Hub, or embedded (the default if no backbone is named); several
+            must be seeds of one training and are averaged. In a file also a mapping from names to rows of features.
+        features: raw, residual, scaled or pretrained; by default raw, and pretrained if there is an extractor.
+        detectors: names of detectors (`adpretrain detectors`); in a file with options, as {patchcore: {amount: 0.1}}.
+        settings: options of the detectors: their defaults (default), or those of ADPretrain's evaluation (adpretrain).
+        pictures: number of heatmaps per product in the report, each of another kind of defect.
+        panels: whether to draw the median-scored image of every kind of defect too.
+        per_defect: whether to write a table for every kind of defect, against all normal images.
+        embeddings: number of products whose patch features are drawn in two dimensions.
     """
 
     protocol: Protocol = "few-shot"
@@ -207,9 +207,9 @@ class Board(ProtocolOptions, Network, Photographs):
 
 
 def read_board(values: Mapping[str, Any], file: Path | None = None) -> Board:
-    """The board of a YAML file, with folders as they are seen from here, and ``values`` (flags) in place of its own.
+    """Read the board of a YAML file, whose folders are relative to the file; ``values`` (flags) override its keys.
 
-    Raises ValueError, naming the file, for unknown keys, values of a wrong type, and what is empty or named twice.
+    Raises ValueError, naming the file, for unknown keys, values of a wrong type, empty lists and duplicate names.
     """
     named = f"{file}: " if file else ""
     content = {**(_seen_from_here(read_yaml(str(file)), file.parent) if file else {}), **values}
@@ -228,7 +228,7 @@ def read_board(values: Mapping[str, Any], file: Path | None = None) -> Board:
 
 
 def set_rows(board: Board) -> list[SetRow]:
-    """The data sets, each with a name of its own. Raises ValueError for unknown keys, and without a set."""
+    """Return the data sets, each with a unique name. Raises ValueError for unknown keys, or if there is no data set."""
     rows = [from_dict(SetRow, row, f"sets[{number}]") for number, row in enumerate(board.sets)]
     if board.root:
         rows.insert(0, SetRow(**_shared(board, Photographs)))
@@ -238,13 +238,13 @@ def set_rows(board: Board) -> list[SetRow]:
     if len(found) < len(rows):
         names = [row.name or Path(row.root).name for row in rows]
         twice = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(f"sets {', '.join(twice)} are there twice; each needs a name of its own")
+        raise ValueError(f"sets {', '.join(twice)} are there twice; give each its own name")
     return [SetRow(**{**vars(row), "name": name}) for name, row in found.items()]
 
 
 def extractor_rows(board: Board) -> dict[str, ExtractorRow]:
-    """Features by name; those of flags are called what they are. Raises ValueError for unknown keys, and what does not
-    go together."""
+    """Return the rows of features by name; features given by flags are named after their kind. Raises ValueError for
+    unknown keys, and for options that do not go together."""
     network = _shared(board, Network)
     if isinstance(board.extractors, dict):
         if given := [name for name, value in network.items() if value is not None] + ["features"] * bool(
@@ -266,7 +266,7 @@ def extractor_rows(board: Board) -> dict[str, ExtractorRow]:
 
 
 def detector_rows(board: Board) -> dict[str, dict[str, Any]]:
-    """The options of every detector that differ from its own. Raises ValueError for what is no detector's row."""
+    """Return the options of every detector that differ from its defaults. Raises ValueError for a malformed entry."""
     found: dict[str, dict[str, Any]] = {}
     for number, entry in enumerate(board.detectors):
         row = {entry: {}} if isinstance(entry, str) else entry
@@ -288,12 +288,12 @@ def _extractor(row: Any, where: str) -> ExtractorRow:
 
 
 def _shared(board: Board, kind: type) -> dict[str, Any]:
-    """The board's values of the fields that it has from ``kind``."""
+    """Return the board's values for the fields that it inherits from ``kind``."""
     return {item.name: getattr(board, item.name) for item in fields(kind)}
 
 
 def _seen_from_here(content: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A file's content, whose folders are relative to ``folder``, with these as they are seen from here."""
+    """Return a file's content with its folders, which are relative to ``folder``, relative to the working directory."""
 
     def root(value: Any) -> Any:
         return value if not isinstance(value, str) or "://" in value else str(folder / Path(value).expanduser())

@@ -1,7 +1,7 @@
-"""One self-contained HTML page about an evaluation: tables, curves, histograms and maps; no script, no network.
+"""The report of an evaluation: one self-contained HTML page with tables, curves, histograms and maps, without scripts.
 
-It looks like the report of `adpretrain score` and takes its style from there. All pictures are inlined, and everything
-that comes from names or messages is escaped.
+It shares the style of the report of `adpretrain score`. All pictures are inlined, so that no network is needed, and
+everything that comes from names or messages is escaped.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ from downstream.inspection.photos import printable
 from downstream.inspection.report import Fact, jpeg
 from downstream.visualise import COLORMAP
 
-MOST_PRODUCTS = 40  # whose histograms and maps are shown
+MOST_PRODUCTS = 40  # at most this many products are shown with histograms and maps
 MOST_NOTES = 8
 FIRST = (("photograph", "photograph"), ("truth", "marked defect"))  # pictures of an image and their captions
-PER_KIND = 12  # scored images of each kind, normal and defective, whose patches are drawn
+PER_KIND = 12  # patches are drawn of at most this many normal and this many defective images
 SCALE_NOTE = (
-    "Heatmap colours: dark is a typical normal pixel, the middle of the scale (outlined) the highest value of any "
-    "normal image that was scored, for each detector by itself. The photographs were chosen before anything was "
-    "scored: the middle one, by file name, of a kind of defect."
+    "Heatmap colours: dark is a typical normal pixel; the middle of the scale (outlined) is the highest value of any "
+    "normal image that was scored. Each detector has its own scale. The photographs were chosen before anything was "
+    "scored: for each kind of defect, the middle one by file name."
 )
 
 
@@ -63,7 +63,7 @@ def report(
     preprocess: Preprocess,
     drawn: Sequence[Path],
 ) -> Path:
-    """The page of a finished evaluation; ``drawn``: pictures of its features."""
+    """Write the page of a finished evaluation and return its path; ``drawn`` holds pictures of the features."""
     protocol, extractors = configuration["protocol"], len(configuration["extractors"])
     images = {record["product"]: len(record["scores"]) for record in records}
     settings = list(dict.fromkeys(record["setting"] for record in records))
@@ -79,7 +79,7 @@ def report(
         Fact("Computing time", f"{seconds / 60:.1f} min", "all processes together"),
     ]
     title = f"{', '.join(dict.fromkeys(record['set'] for record in records))}: {detectors}"
-    footer = f"adpretrain {__version__}. Nothing was chosen on the scored images, but the thresholds of max-F1 and of "
+    footer = f"adpretrain {__version__}. Nothing was chosen on the scored images but the thresholds of max-F1 and of "
     return write_comparison(folder, records, title, configuration["root"], facts, drawn, footer + ABOUT_ERRORS)
 
 
@@ -92,9 +92,9 @@ def write_comparison(
     embeddings: Sequence[Path] = (),
     footer: str = "",
 ) -> Path:
-    """Write report.html into an evaluation's folder; pictures are read from there. Returns its path.
+    """Write report.html to an evaluation's folder, from which pictures are read, and return its path.
 
-    Curves, histograms and maps are those of the last setting's first draw and extractor.
+    Curves, histograms and maps show the first draw and extractor of the last setting.
     """
     last = records[-1]["setting"]
     shown = [r for r in records if r["setting"] == last and r["draw"] == 0 and r["extractor"] == 0]
@@ -139,7 +139,7 @@ def _style() -> Markup:
 
 
 def _product_tables(records: Sequence[Record]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Title, heading and lines of every setting and metric."""
+    """Return title, heading and lines of a table of products, for every setting and metric."""
     out = []
     for setting in dict.fromkeys(record["setting"] for record in records):
         for metric in MAIN:
@@ -150,7 +150,7 @@ def _product_tables(records: Sequence[Record]) -> list[tuple[str, list[str], lis
 
 
 def _product(folder: Path, name: str, records: Sequence[Record]) -> dict[str, Any]:
-    """Histograms, and for every photograph shown: itself, the marked defect, and each contender's heatmap."""
+    """Collect a product's histograms and, for every chosen photograph, itself, the marked defect and all heatmaps."""
     images: dict[tuple[str, str], dict[str, Any]] = {}
     for record in records:
         for entry in record["pictures"]:
@@ -177,7 +177,7 @@ def _base64(content: bytes) -> str:
 def draw_features(
     folder: Path, trials: Sequence[Trial], rows: Sequence[Features], settings: Settings, number: int
 ) -> list[Path]:
-    """Patch features of the first products in two dimensions, raw and pretrained; made once."""
+    """Draw raw and pretrained patch features of the first ``number`` products in two dimensions, each only once."""
     parts = {part.product: part for trial in trials for part in trial.parts if trial.draw == 0}
     alike = [row for row in rows if row.networks.backbone is rows[0].networks.backbone]
     paths = []
@@ -194,8 +194,8 @@ def draw_features(
 
 
 def _scatter(part: Part, rows: Sequence[Features], settings: Settings) -> bytes | None:
-    """None for a product with too few patches."""
-    marked = [s for s in part.test if not s.anomalous or s.mask_files]  # else nobody knows which patches are defective
+    """Draw the patch features of a product; None if it has too few patches."""
+    marked = [s for s in part.test if not s.anomalous or s.mask_files]  # only masks tell which patches are defective
     groups = [[s for s in marked if s.anomalous == anomalous][:PER_KIND] for anomalous in (False, True)]
     points, anomalous, method = {}, np.zeros(0, bool), ""
     for row in rows:

@@ -1,9 +1,9 @@
-"""A board computed cell by cell. A finished cell is a file that is never computed again, so a board can be interrupted,
-and grow: more sets, extractors, detectors or draws cost what is new.
+"""Compute a board cell by cell. A finished cell is a file and never computed again, so a board can be interrupted, and
+when data sets, extractors, detectors or draws are added, only new cells are computed.
 
-A cell is one trial of a protocol (`protocols`), one detector on one kind of features: fitted and scored (`trial`). The
-draws are the same for all extractors and detectors. Processes share nothing but the folder: each computes the cells of
-its own products, and the first one, when all are there, writes the tables and the report.
+In a cell, one detector on one kind of features is fitted and scored (`trial`) on one trial of a protocol (`protocols`).
+The draws are the same for all extractors and detectors. Processes share only the folder: each computes the cells of its
+own products, and the first process writes the tables and the report when all cells are finished.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from downstream.evaluation.tables import Record, in_order, write_board, write_ta
 from downstream.evaluation.trial import Photographs, Settings, run_trial
 
 Progress = Callable[[str, int, int], None]
-POLL = 0.5  # seconds between looks at the folder, once the first process has nothing else to do
+POLL = 0.5  # seconds between checks of the folder, while the first process waits for the others
 
 
 @dataclass(frozen=True)
 class Cell:
-    """``order`` is its place in the tables; ``depends_on`` is all that its numbers follow from, and names its file.
-    ``naming``: of several sets, the only product is called as its set."""
+    """A cell of the board. ``order`` is its place in the tables; ``depends_on`` holds all that its numbers depend on,
+    and its digest names the file. ``naming`` says how the tables name a product."""
 
     set_name: str
     naming: Literal["product", "set", "set/product"]
@@ -53,17 +53,17 @@ class Cell:
         return hashlib.sha256(json.dumps(self.depends_on, sort_keys=True).encode("utf-8", "replace")).hexdigest()[:32]
 
     def label(self, product: str) -> str:
-        """What the tables call a product."""
+        """The name of a product in the tables."""
         return {"product": product, "set": self.set_name}.get(self.naming, f"{self.set_name}/{product}")
 
     def described(self, records: Sequence[Record]) -> list[Record]:
-        """Records with what the tables call them."""
+        """Add to records the names and the order that they have in the tables."""
         own = {"set": self.set_name, "features": self.features.name, "order": list(self.order)}
         return [{**record, **own, "product": self.label(record["product"])} for record in records]
 
 
 class _Results:
-    """The records of finished cells, and the table of means that grows with them; of the first process only."""
+    """The records of finished cells. In the first process (``main``), the table of means is rewritten after each."""
 
     def __init__(
         self, cells: Sequence[Cell], out: Path, notes: Sequence[str], main: bool, progress: Progress | None
@@ -102,11 +102,11 @@ def run_board(
     process: tuple[int, int] = (0, 1),
     command: str = "",
 ) -> str:
-    """Compute the cells that are not finished; the first process writes tables, and returns that of means as Markdown.
+    """Compute the unfinished cells; the first process writes the tables and returns the one of means as Markdown.
 
-    ``workers``: processes that read images. ``progress`` gets (what, done, total). ``process``: (rank, number of
-    processes). ``command``: kept beside the numbers. Raises ValueError, before anything is computed, for a set that is
-    absent or has too few images, an extractor that cannot be loaded, and options that a detector does not have.
+    ``workers`` is the number of processes that load images. ``progress`` gets (what, done, total). ``process`` is
+    (rank, number of processes). ``command`` is saved with the numbers. Raises ValueError, before anything is computed,
+    for a data set that is absent or has too few images, an extractor that cannot be loaded, or wrong detector options.
     """
     rank, processes = process
     found, notes = indexed(set_rows(board))
@@ -135,7 +135,7 @@ def run_board(
     if rank:
         return ""
     for cell in cells:
-        while cell.digest not in results.done:  # of another process; no barrier that a slow one could let time out
+        while cell.digest not in results.done:  # wait for another process; a barrier could time out if that one is slow
             if not results.path(cell).is_file():
                 time.sleep(POLL)
             elif records := read_cell(results.path(cell), cell):
@@ -150,7 +150,7 @@ def run_board(
 
 
 def indexed(rows: Sequence[SetRow]) -> tuple[list[tuple[SetRow, list[Sample]]], list[str]]:
-    """The samples of every set, and a note for each optional one that is absent."""
+    """Return the samples of every data set, and a note for each optional one that is absent."""
     found, notes = [], []
     for row in rows:
         if row.optional and not row.root.startswith(HUB) and not Path(row.root).exists():
@@ -162,12 +162,12 @@ def indexed(rows: Sequence[SetRow]) -> tuple[list[tuple[SetRow, list[Sample]]], 
         except ValueError as error:
             raise ValueError(f"set {row.name}: {error}") from error
     if not found:
-        raise ValueError("no set of the board is there: " + "; ".join(notes))
+        raise ValueError("no data set of the board exists: " + "; ".join(notes))
     return found, notes
 
 
 def chosen_samples(row: SetRow) -> list[Sample]:
-    """The samples asked for. Raises ValueError for products or defects that the set has not."""
+    """Return the chosen samples. Raises ValueError for products or defects that the data set does not have."""
     samples, _ = index_with_bare(row.dataset, row.root, row.columns, row.split)
     present = sorted({sample.category for sample in samples})
     if unknown := [pattern for pattern in row.products if not fnmatch.filter(present, pattern)]:
@@ -181,7 +181,7 @@ def chosen_samples(row: SetRow) -> list[Sample]:
 
 
 def planned_trials(row: SetRow, samples: Sequence[Sample], board: Board) -> list[Trial]:
-    """The trials of a set, product after product."""
+    """Return the trials of a data set, product after product."""
     try:
         return trials(samples, board)
     except ValueError as error:
@@ -189,10 +189,10 @@ def planned_trials(row: SetRow, samples: Sequence[Sample], board: Board) -> list
 
 
 def cells_of(board: Board, planned: Sequence[tuple[SetRow, Sequence[Trial]]], rows: Sequence[Features]) -> list[Cell]:
-    """Every cell, product after product, so that what a backbone has seen of one serves all its cells.
+    """Return every cell, product after product, so that a product's backbone features are reused in all its cells.
 
-    Aligned references need an extractor: that detector has no cell for raw features. What uses no drawn references has
-    one cell where draws differ in these only. Raises ValueError for options that a detector does not have.
+    Aligned references need an extractor, so that detector has no cell for raw features. Where draws differ only in the
+    references, a contender that does not use them has a single cell. Raises ValueError for wrong detector options.
     """
     pairs = list(_pairs(board, rows))
     settings = list(dict.fromkeys(trial.setting for _, found in planned for trial in found))
@@ -213,7 +213,7 @@ def cells_of(board: Board, planned: Sequence[tuple[SetRow, Sequence[Trial]]], ro
                 order = (set_number, settings.index(trial.setting), detector, number, contender.extractor, trial.draw)
                 kept = {"pictures": board.pictures, "panels": board.panels} if _drawn(trial, contender) else {}
                 kept |= {"per_defect": True} if board.per_defect else {}
-                plain = json.loads(json.dumps({**own, **depends_on, **kept}))  # as it is read back from a file
+                plain = json.loads(json.dumps({**own, **depends_on, **kept}))  # equal to what is read from a file
                 cells.append(Cell(row.name, naming, trial, features, contender, order, plain))
     return cells
 
@@ -221,7 +221,7 @@ def cells_of(board: Board, planned: Sequence[tuple[SetRow, Sequence[Trial]]], ro
 def _pairs(
     board: Board, rows: Sequence[Features]
 ) -> Iterator[tuple[Features, Contender, tuple[int, int], dict[str, Any]]]:
-    """Every detector on every row, its place, and what its numbers depend on. Raises ValueError for wrong options."""
+    """Yield every detector on every row, its place, and what its numbers depend on. ValueError for wrong options."""
     for row_number, row in enumerate(rows):
         for detector_number, (detector, options) in enumerate(detector_rows(board).items()):
             if (detector, row.kind) == (ALIGNED, RAW):
@@ -235,13 +235,13 @@ def _pairs(
 
 
 def _drawn(trial: Trial, contender: Contender) -> bool:
-    """Whether a cell's maps are kept as pictures: those of the first draw and seed are."""
+    """Say whether the maps of a cell are saved as pictures: only those of the first draw and seed are."""
     return trial.draw == 0 and contender.extractor == 0
 
 
 def _listing(trial: Trial, root: Path) -> str:
-    """A digest of the images that a trial is fitted on, compared with and scores, in order, with their labels, masks
-    and sizes."""
+    """Return a digest of the images of a trial (those to fit on, to compare with and to score, in order), with their
+    labels, masks and file sizes."""
 
     def lines(part: Part) -> Iterator[str]:
         yield json.dumps([part.product, part.perturbed])
@@ -259,7 +259,7 @@ def _below(file: Path, root: Path) -> Path:
 
 
 def shares(cells: Sequence[Cell], processes: int) -> list[list[Cell]]:
-    """Cells of every process: whole products, the largest first to whoever has least; single cells of a lone one."""
+    """Share whole products (or cells, of a single product) among processes, the largest first, to the least loaded."""
     groups: dict[str, list[Cell]] = {}
     lone = len({cell.label(cell.trial.name) for cell in cells}) == 1
     for cell in cells:
@@ -274,7 +274,7 @@ def shares(cells: Sequence[Cell], processes: int) -> list[list[Cell]]:
 
 
 def computed(cell: Cell, settings: Settings, out: Path) -> list[Record]:
-    """The records of a cell, ready for JSON, the maps to show saved as pictures."""
+    """Compute the records of a cell, ready for JSON, and save the maps to show as pictures."""
     networks = cell.features.networks
     try:
         records = run_trial(cell.trial, cell.contender, networks, settings)
@@ -293,7 +293,7 @@ def computed(cell: Cell, settings: Settings, out: Path) -> list[Record]:
 
 
 def write_cell(path: Path, cell: Cell, records: Sequence[Record]) -> None:
-    """One finished cell: what it is of, for people; what it depends on; its records."""
+    """Write a finished cell: a description for the reader, what it depends on, and its records."""
     of = [cell.label(cell.trial.name), cell.features.name, cell.contender.detector, cell.trial.setting, cell.trial.draw]
     with atomic_path(path) as temporary:
         content = {"of": of, "depends_on": cell.depends_on, "records": list(records)}
@@ -301,16 +301,16 @@ def write_cell(path: Path, cell: Cell, records: Sequence[Record]) -> None:
 
 
 def read_cell(path: Path, cell: Cell) -> list[Record] | None:
-    """The records of a finished cell; None, with a warning, if its file is damaged, and None if there is none."""
+    """Read the records of a finished cell; None if there is no file and, with a warning, if the file is damaged."""
     if not path.exists():
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["depends_on"] != cell.depends_on:
-            raise ValueError("it is of another cell")
+            raise ValueError("it belongs to another cell")
         values = [value for record in content["records"] for value in record["metrics"].values()]
         if not values or not all(value is None or isinstance(value, int | float) for value in values):
-            raise ValueError("its metrics are no numbers")
+            raise ValueError("its metrics are not numbers")
         return content["records"]
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         name = cell.label(cell.trial.name)
@@ -319,7 +319,7 @@ def read_cell(path: Path, cell: Cell) -> list[Record] | None:
 
 
 def configuration_of(board: Board, sets: Sequence[SetRow], rows: Sequence[Features], command: str) -> dict[str, Any]:
-    """What the tables were made of, for whoever reads or publishes them."""
+    """Describe how the tables were made: version, board, data sets, backbone, extractors and command."""
     extractors = {source: digest for row in rows for source, digest in row.digests.items()}
     return {
         "library_version": __version__,

@@ -1,5 +1,5 @@
-"""FeatureNorm with K references on features that were computed once: for training, which scores held-out products with
-it, and for studies. Nothing is chosen on the scored images.
+"""FeatureNorm with K references on features that are computed once: training scores held-out products with it, and
+studies use it. Nothing is chosen on the scored images.
 
 Shapes: n images of a group, L levels, S side in pixels, K references.
 """
@@ -35,9 +35,9 @@ PIXEL_METRICS = tuple(field.name for field in fields(Metrics) if field.name.star
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """The images of one product and camera view, seen once by a backbone.
+    """Backbone features of the images of one product and camera view.
 
-    ``features``: L levels [n, C_l, H_l, W_l], as the backbone gives them; ``masks``: bool [n, S, S]; ``samples``: n.
+    ``samples`` has n entries; ``features`` has L levels [n, C_l, H_l, W_l]; ``masks`` is bool [n, S, S].
     """
 
     samples: list[Sample]
@@ -45,11 +45,11 @@ class FeatureSet:
     masks: Tensor
 
     def normals(self) -> list[int]:
-        """Indices that references may come from, see `normals`."""
+        """Indices of the images that can be references, see `normals`."""
         return normals(self.samples)
 
     def queries(self, references: Sequence[int]) -> list[int]:
-        """Indices to score, see `queries`."""
+        """Indices of the images to score, see `queries`."""
         return queries(self.samples, references)
 
 
@@ -76,10 +76,10 @@ def score(
     side: int | None = None,
     sigma: float = 4.0,
 ) -> list[Prediction]:
-    """FeatureNorm of the queries against the references, with each extractor; maps of ``side`` pixels, None = the
-    input's, blurred by ``sigma`` of them.
+    """Score the queries against the references by FeatureNorm, with each extractor. Maps have ``side`` pixels (None =
+    as many as the input) and are blurred with ``sigma`` pixels.
 
-    The extractors must differ in their projectors only (`same_residuals`): the queries are matched once for all.
+    The extractors must differ only in their projectors (`same_residuals`), because residuals are computed once for all.
     """
     first = extractors[0]
     bank = first.bank_of([level[list(references)] for level in images.features])
@@ -99,8 +99,8 @@ def _joined(parts: Sequence[Prediction]) -> Prediction:
 
 
 def same_residuals(first: ADExtractor, second: ADExtractor) -> bool:
-    """Whether two extractors match, scale and score alike: they differ in their projectors only, which get the same
-    residuals and whose outputs are measured by one norm."""
+    """Say whether two extractors differ only in their projectors, so that these get the same residuals and their
+    outputs are measured by the same norm."""
     ours, theirs = ((e.config.backbone, e.config.matching, e.config.norm) for e in (first, second))
     if ours != theirs or not same_weights(first.config.fingerprint, second.config.fingerprint):
         return False
@@ -111,7 +111,7 @@ def same_residuals(first: ADExtractor, second: ADExtractor) -> bool:
 
 
 def measure(prediction: Prediction, images: FeatureSet, queries: Sequence[int]) -> Metrics:
-    """Metrics of a prediction of ``queries``; those of pixels are nan if a defect has no mask."""
+    """Measure the prediction of ``queries``; pixel metrics are nan if a defect has no mask."""
     masks, samples = images.masks[list(queries)], [images.samples[index] for index in queries]
     labels = [sample.anomalous for sample in samples]
     found = evaluate_maps(prediction.maps.cpu().numpy(), masks.numpy(), prediction.scores.cpu().numpy(), labels)
@@ -121,17 +121,17 @@ def measure(prediction: Prediction, images: FeatureSet, queries: Sequence[int]) 
 
 
 def few_shot(extractor: ADExtractor, images: FeatureSet, shots: int, seed: int = 0) -> Metrics:
-    """Metrics with K random references. Raises ValueError as `draw_shots` does."""
+    """Measure an extractor with K = ``shots`` random references. Raises ValueError as `draw_shots` does."""
     references, queries = draw_shots(images.samples, shots, seed)
     return measure(score([extractor], images, references, queries)[0], images, queries)
 
 
-EXAMPLES = 3  # products whose heatmaps are drawn
+EXAMPLES = 3  # heatmaps are drawn of at most this many products
 
 
 class HeldOut:
-    """What `adpretrain.training.run.pretrain` scores held-out products with; ``samples`` are those of each, of which
-    ``shots`` are references. A frozen backbone sees each photograph once."""
+    """Scores held-out products for `adpretrain.training.run.pretrain`; ``samples`` lists the images of each product, of
+    which ``shots`` become references. Features of a frozen backbone are computed once."""
 
     def __init__(self, samples: Sequence[Sequence[Sample]], shots: int, console: Console) -> None:
         self.samples, self.shots, self.console = samples, shots, console
@@ -146,20 +146,20 @@ class HeldOut:
         return self._seen
 
     def score(self, extractor: ADExtractor) -> dict[str, float]:
-        """Mean FeatureNorm image AUROC and AUPRO over the products."""
+        """Return FeatureNorm's image AUROC and AUPRO, averaged over the products."""
         results = [few_shot(extractor, images, self.shots) for images in self._sets(extractor)]
         means = {name: [getattr(result, name) for result in results] for name in ("image_auroc", "aupro")}
         return {name: float(torch.tensor(values).nanmean()) for name, values in means.items()}
 
     def draw(self, extractor: ADExtractor, folder: Path) -> None:
-        """Heatmaps of a few products, for whoever looks at the run or at its page on the Hub."""
-        shots = max(2, self.shots)  # two, at least, give a colour scale
+        """Draw heatmaps of a few products, for the run's folder and its page on the Hub."""
+        shots = max(2, self.shots)  # a colour scale needs at least two references
         for images in [images for images in self._sets(extractor) if len(images.normals()) >= shots][:EXAMPLES]:
             references, queries = draw_shots(images.samples, shots)
             prediction = score([extractor], images, references, queries)[0]
             photos = [extractor.preprocess(read_image(images.samples[index].image)) for index in references]
             normal = FeatureNorm(extractor).leave_one_out(torch.stack(photos).to(prediction.maps.device))
-            scale = ColourScale.from_normal_maps(normal.maps.cpu().numpy())  # as that of `adpretrain score`
+            scale = ColourScale.from_normal_maps(normal.maps.cpu().numpy())  # the same scale as in `adpretrain score`
             samples, masks = [images.samples[index] for index in queries], images.masks[queries].cpu().numpy()
             typical = median_images(samples, prediction.scores.cpu().numpy(), prediction.maps.cpu().numpy(), masks)
             name = file_name(samples[0].category, samples[0].view)

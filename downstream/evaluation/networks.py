@@ -1,9 +1,9 @@
-"""What detectors are compared on. "With" and "without" pretraining differ in one argument, the `Extract`.
+"""The kinds of features that detectors are compared on. With and without pretraining differ only in the `Extract`.
 
-raw          the backbone's own features, without references
-residual     feature minus nearest reference, nothing learnt
-scaled       residuals over the local scale (extractors that have one)
-pretrained   the extractor's features
+raw          features of the backbone, without references
+residual     feature minus nearest reference, without a learnt projector
+scaled       residuals divided by the local scale (only for extractors that have one)
+pretrained   features of the extractor
 
 Shapes: B images, K references, S side in pixels, L levels.
 """
@@ -30,12 +30,12 @@ from downstream.evaluation.board import RAW, RESIDUAL, SCALED, ExtractorRow
 from downstream.evaluation.few_shot import same_residuals
 
 ALIGNED = AlignedFeatureNorm.name
-ROOM = 2 << 30  # bytes of features that are kept
+ROOM = 2 << 30  # at most this many bytes of features are kept
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A detector on features. ``extractor`` numbers the extractors that are averaged; 0 for features that need none."""
+    """A detector on features. ``extractor`` is the number of one of the extractors that are averaged, or 0."""
 
     detector: str
     features: str
@@ -47,7 +47,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Networks:
-    """The backbone, and the extractors on it (seeds of one training, averaged; perhaps none)."""
+    """A backbone and the extractors built on it: seeds of one training, whose results are averaged, or none."""
 
     backbone: Backbone
     extractors: tuple[ADExtractor, ...] = ()
@@ -58,7 +58,7 @@ class Networks:
                 raise ValueError(f"extractor {number} and extractor 0 are not seeds of one training: score them apart")
 
     def extract(self, contender: Contender) -> Backbone | ADExtractor | Withheld:
-        """The features of a contender; all but raw ones wait for their references, unless the detector chooses them."""
+        """Return the `Extract` of a contender; references, except of raw features, are set later or by the detector."""
         if contender.features == RAW:
             return self.backbone
         if not self.extractors:
@@ -73,14 +73,14 @@ class Networks:
 
 
 class Withheld:
-    """An `Extract` around an `ADExtractor`, which compares no reference with itself: [B, 3, S, S] -> L levels
+    """An `Extract` around an `ADExtractor` that does not compare a reference with itself: [B, 3, S, S] -> L levels
     [B, C_l, H_l, W_l].
 
-    A detector is often fitted on the very images that are the extractor's references. Their residuals would be zero,
-    and a memory of zeros knows nothing of the product. So an image that is a reference is compared with the other K - 1
-    while a detector is fitted; with a single reference there is no other, and it is compared with itself after all.
-    Scored images are compared with all K, as they are by the extractor in use: an anomaly that was taken for a
-    reference (contamination with overlap) is scored as one.
+    A detector is often fitted on the same images that are the extractor's references. Their residuals would be zero,
+    and a detector fitted on zeros learns nothing about the product. So, while a detector is fitted, a reference is
+    compared with the other K - 1; a single reference has no other and is still compared with itself. Images to score
+    are compared with all K, as by the extractor in use: an anomaly that is also a reference (contamination with
+    overlap) is compared with itself.
     """
 
     def __init__(self, extractor: ADExtractor) -> None:
@@ -89,27 +89,27 @@ class Withheld:
 
     @property
     def preprocess(self) -> Preprocess:
-        """Photograph -> network input."""
+        """The preprocessing, from photograph to network input."""
         return self.extractor.preprocess
 
     @property
     def backbone(self) -> Backbone:
-        """The network below."""
+        """The backbone of the extractor."""
         return self.extractor.backbone
 
     def set_references(self, images: Tensor) -> Withheld:
-        """Keep the references of every later call: images [K, 3, S, S]."""
+        """Set the references for all later calls: images [K, 3, S, S]."""
         self.extractor.set_references(images)
         self._own = list(images)
         return self
 
     def compare_with_all(self) -> None:
-        """From now on, until the next references, no image is kept from meeting itself: for images to score."""
+        """Compare images with all references, even with themselves, until the next `set_references`: for scoring."""
         self._own = []
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> FeatureMaps:
-        """Features of the images; equality to the last bit tells which of them are references."""
+        """Return the features of images; an image that equals a reference bit by bit counts as that reference."""
         features = self.extractor(images)
         bank = self.extractor.references
         assert bank is not None
@@ -125,12 +125,12 @@ class Withheld:
 
 
 class Remembered:
-    """Stands before ``backbone.forward`` from now on, and keeps the features of images up to ``room`` bytes: detectors,
-    references and draws meet the same photographs again and again.
+    """A cache that replaces ``backbone.forward`` and keeps up to ``room`` bytes of features, because detectors,
+    references and draws use the same photographs many times.
 
-    The backbone stays what it is for whoever asks for its kind. Images are told apart by their pixels. Each goes
-    through the network alone, so that its features do not depend on what it came with: an evaluation that was
-    interrupted ends with the same numbers.
+    The backbone keeps its class. Images are recognised by their pixels. Each goes through the network alone, so that
+    its features do not depend on the other images of a batch, and an interrupted evaluation ends with the same
+    numbers.
     """
 
     def __init__(self, backbone: Backbone, room: int = ROOM) -> None:
@@ -140,11 +140,11 @@ class Remembered:
         backbone.forward = self  # type: ignore[method-assign]
 
     def forget(self) -> None:
-        """Give the memory back, as for another product."""
+        """Empty the cache, before another product."""
         self._seen, self._held = {}, 0
 
     def __call__(self, images: Tensor) -> FeatureMaps:
-        """[B, 3, S, S] -> L levels [B, C_l, H_l, W_l], as the backbone gives them for each image."""
+        """[B, 3, S, S] -> L levels [B, C_l, H_l, W_l], which the backbone computes image by image."""
         rows = [self._features(image[None]) for image in images]
         return [torch.cat(level) for level in zip(*rows, strict=True)]
 
@@ -162,8 +162,8 @@ class Remembered:
 
 @dataclass(frozen=True)
 class Features:
-    """One row of a board's extractors, loaded. ``sees``: what its features depend on, but for the extractors, whose
-    digests by source are ``digests``; both ready for JSON."""
+    """A loaded row of a board's extractors. ``sees`` holds what its features depend on besides the extractors, and
+    ``digests`` the digest of each extractor by its source; both are ready for JSON."""
 
     name: str
     kind: str
@@ -172,7 +172,7 @@ class Features:
     digests: dict[str, str]
 
     def contenders(self, detector: str) -> list[tuple[Contender, dict[str, Any]]]:
-        """The detector on every seed, or on the one kind of features that all share, and what that depends on."""
+        """Return the detector on every extractor, or once if they share the features, and what each depends on."""
         digests = list(self.digests.values()) if self.kind == "pretrained" else list(self.digests.values())[:1]
         return [
             (Contender(detector, self.kind, number), {**self.sees, "features": self.kind, "extractor": digest})
@@ -181,9 +181,9 @@ class Features:
 
 
 def load_features(rows: Mapping[str, ExtractorRow], device: str) -> tuple[list[Features], list[Remembered]]:
-    """Every row of the extractors, and the backbones below: one for all rows that see images alike.
+    """Load every row, and cache the features of its backbone; rows with the same network and preprocessing share one.
 
-    Raises ValueError naming a row that cannot be loaded or lacks what is asked of it.
+    Raises ValueError, naming the row, if it cannot be loaded or does not have the features it asks for.
     """
     found: list[Features] = []
     backbones: list[tuple[dict[str, Any], Backbone]] = []
@@ -201,7 +201,7 @@ def load_features(rows: Mapping[str, ExtractorRow], device: str) -> tuple[list[F
             sees = {
                 "backbone": asdict(backbone_config(backbone)),
                 "preprocess": backbone.preprocess.to_dict(),
-                "fingerprint": fingerprint(backbone.network),  # of the weights: a file can change under its name
+                "fingerprint": fingerprint(backbone.network),  # of the weights, as a file can change and keep its name
             }
             shared = next((known for seen, known in backbones if seen == sees), None)
             if shared is None:
@@ -219,7 +219,7 @@ def load_features(rows: Mapping[str, ExtractorRow], device: str) -> tuple[list[F
 
 
 def locate_extractor(name: str) -> Path:
-    """The folder of an extractor that is given as one, as org/name[@revision] of the Hub, or as "embedded"."""
+    """Find the folder of an extractor, which is given as a folder, org/name[@revision] on the Hub, or "embedded"."""
     source, _, revision = (name, "", "") if Path(name).is_dir() else name.partition("@")
     return locate(source, revision or None).folder
 

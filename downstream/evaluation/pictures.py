@@ -1,5 +1,5 @@
 """Pictures of an evaluation: maps of photographs chosen before anything is scored, the median-scored image of every
-kind of defect, and patch features in two dimensions. To look at, not to measure.
+kind of defect, and patch features in two dimensions. No metric depends on them.
 
 Shapes: b images of a batch, S side in pixels, C channels, H x W tokens, n sampled patches.
 """
@@ -24,16 +24,16 @@ from adpretrain.photographs import read_image
 from adpretrain.preprocess import Preprocess
 from downstream.visualise import ColourScale, marked, overlay, panel, save_png, shown_region
 
-STEP, NORMALS = 4, 64  # normal maps the colour scale comes from: every 4th pixel of at most so many
+STEP, NORMALS = 4, 64  # the colour scale is fixed by every 4th pixel, in both directions, of up to 64 normal maps
 WIDTH = 256  # longest side of a picture
-MARKED = 0.25  # share of a token's pixels that makes it a defective patch
+MARKED = 0.25  # a patch is defective if at least this share of its pixels is marked
 PERPLEXITY = 30.0
 
 Scored = tuple[Sample, float, NDArray[np.float32], NDArray[np.bool_]]  # an image, its score, map and mask [S, S]
 
 
 def choose_shown(samples: Sequence[Sample], number: int) -> list[int]:
-    """Positions of the images to show: of each of the first ``number`` kinds of defect the middle one by file name."""
+    """Return positions of the images to show: the middle one, by file name, of the first ``number`` kinds of defect."""
     kinds = sorted({sample.defect for sample in samples if sample.anomalous})[:number]
     chosen = []
     for kind in kinds:
@@ -46,8 +46,8 @@ def choose_shown(samples: Sequence[Sample], number: int) -> list[int]:
 
 
 class Shown:
-    """Collects the maps of the chosen images, which are the same for every detector, and the normal images' values for
-    the colour scale. ``typical``: the median-scored image of every kind of defect, where these are drawn."""
+    """Collects the maps of the chosen images, which are the same for every detector, and values of normal images for
+    the colour scale. ``typical`` holds the median-scored image of every kind of defect, if these are to be drawn."""
 
     def __init__(self, chosen: Sequence[int]) -> None:
         self.maps: dict[int, NDArray[np.float32]] = {}
@@ -56,7 +56,7 @@ class Shown:
         self._normal: list[NDArray[np.float32]] = []
 
     def add(self, start: int, maps: NDArray[np.float32], labels: NDArray[np.bool_]) -> None:
-        """A batch of maps [b, S, S] whose first image has number ``start``; labels [b]."""
+        """Add a batch of maps [b, S, S] with labels [b]; the first image has position ``start``."""
         for row, (found, anomalous) in enumerate(zip(maps, labels, strict=True)):
             if start + row in self._chosen:
                 self.maps[start + row] = found
@@ -64,10 +64,10 @@ class Shown:
                 self._normal.append(found[::STEP, ::STEP])
 
     def save(self, folder: Path, name: str, samples: Sequence[Sample], preprocess: Preprocess) -> list[dict[str, str]]:
-        """Write <number>-photograph.png, <number>-truth.png and <number>-<name>.png, returns what they show; and, into
-        a folder ``name`` of their own, panels of the typical ones.
+        """Write <number>-photograph.png, <number>-truth.png and <number>-<name>.png, and return what they show; write
+        panels of the typical images to the subfolder ``name``.
 
-        The colours' middle is the highest value in any normal image that was scored: for looking only.
+        The middle of the colour scale is the highest value in any normal image that was scored; no metric uses it.
         """
         if not self._normal:
             return []
@@ -89,7 +89,7 @@ class Shown:
 def median_images(
     samples: Sequence[Sample], scores: NDArray[Any], maps: NDArray[np.float32], masks: NDArray[np.bool_]
 ) -> list[Scored]:
-    """The median-scored image of every kind of defect: a typical one, never the best. n samples, [n], [n, S, S] x 2."""
+    """Return the median-scored image of every kind of defect; scores [n], maps and masks [n, S, S] of n samples."""
     out = []
     for kind in sorted({sample.defect for sample in samples if sample.anomalous}):
         positions = [position for position, sample in enumerate(samples) if sample.defect == kind]
@@ -100,7 +100,7 @@ def median_images(
 
 
 def save_panels(folder: Path, found: Sequence[Scored], scale: ColourScale, preprocess: Preprocess) -> None:
-    """Photograph, heatmap and ground truth of images of different defects, each in ``folder``/{defect}.png."""
+    """Save a panel of photograph, heatmap and ground truth for each image, as ``folder``/{defect}.png."""
     for sample, score, map_SS, mask_SS in found:
         photo = shown_region(read_image(sample.image), preprocess)
         title = f"{sample.defect}: {sample.image.name}, score {score:.2f}"
@@ -108,8 +108,8 @@ def save_panels(folder: Path, found: Sequence[Scored], scale: ColourScale, prepr
 
 
 def file_name(*parts: str | None) -> str:
-    """A name for a file or folder that no other parts have: %XX for what is no letter or digit, joined by "@", parts
-    that are missing left out."""
+    """Join parts to a unique name of a file or folder: special characters become %XX, parts are joined by "@", and
+    empty ones are left out."""
     name = "@".join(quote(part, safe="") for part in parts if part)
     return name.replace(".", "%2E") if name in (".", "..") else name
 
@@ -117,10 +117,10 @@ def file_name(*parts: str | None) -> str:
 def sampled_patches(
     extract: Extract, batches: Iterable[tuple[Tensor, NDArray[np.bool_]]], number: int = 400, seed: int = 0
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Up to ``number`` normal and as many defective patches of the last level: features [n, C], defective [n].
+    """Sample up to ``number`` normal and ``number`` defective patches of the last level: features [n, C], defective
+    [n]. ``batches`` yields images [b, 3, S, S] with masks [b, S, S].
 
-    ``batches``: images [b, 3, S, S] with masks [b, S, S]. The same seed and images give the same patches, whatever
-    the features, so that two pictures show the same ones.
+    The same seed and images give the same patches, whatever the features, so that pictures can be compared.
     """
     features, marks = [], []
     for images, masks in batches:
@@ -139,7 +139,7 @@ def sampled_patches(
 
 
 def in_two_dimensions(feature_NC: NDArray[np.float32], seed: int = 0) -> tuple[NDArray[np.float32], str]:
-    """[n, C] -> [n, 2] and the method's name: UMAP if umap-learn is installed, else t-SNE. n must be at least 5."""
+    """Reduce [n, C], n >= 5, to [n, 2] by UMAP if umap-learn is installed, else by t-SNE; also return the name."""
     if len(feature_NC) < 5:
         raise ValueError(f"{len(feature_NC)} patches are too few for a picture; at least 5 are needed")
     try:

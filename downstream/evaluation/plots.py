@@ -1,7 +1,7 @@
-"""Curves, histograms and scatter plots of an evaluation, as PNG bytes. No window, no global state.
+"""Curves, histograms and scatter plots of an evaluation, as PNG bytes, without a window or global state.
 
-A contender's colour tells its detector, its line the features: dotted raw, dashed residual, dash-dotted
-scaled, solid pretrained and those of other names.
+The colour of a line shows the detector, its style the features: dotted for raw, dashed for residual, dash-dotted for
+scaled, and solid for pretrained and any other name.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from downstream.evaluation.trial import CURVE
 from downstream.thresholds import count, roc_curve
 
-# Okabe and Ito's colours, told apart by the colour-blind.
+# Colours of Okabe and Ito, which colour-blind readers can tell apart.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 LINES = {"raw": ":", "residual": "--", "scaled": "-.", "pretrained": "-"}
 NORMAL, ANOMALOUS = "#7fb0a8", "#c0301c"
@@ -31,7 +31,7 @@ Record = Mapping[str, Any]
 
 
 def curves(records: Sequence[Record]) -> bytes:
-    """Image ROC and per-region overlap of every contender, averaged over the records' products."""
+    """Plot image ROC and per-region overlap of every contender, averaged over products."""
     figure, (roc, pro) = _figure(9.2, 3.7, columns=2)
     for style, group in _by_contender(records):
         found = [_roc(record) for record in group]
@@ -51,7 +51,7 @@ def curves(records: Sequence[Record]) -> bytes:
 
 
 def histograms(records: Sequence[Record]) -> bytes:
-    """Image scores of one product, a small plot for every contender: normal images against defects, each in shares."""
+    """Plot histograms of one product's image scores, one per contender, in per cent of normal or defective images."""
     records = [record for record in records if record["scores"]]
     columns = max(1, min(3, len(records)))
     rows = max(1, -(-len(records) // columns))
@@ -63,7 +63,7 @@ def histograms(records: Sequence[Record]) -> bytes:
         for name, values, colour in kinds:
             shares = np.full(len(values), 100 / max(1, len(values)))
             label = f"{name} ({len(values)})"
-            # Filled and outlined: where they overlap, both are seen.
+            # One histogram is filled and the other outlined, so that both are visible where they overlap.
             filled = {"color": colour} if name == "normal" else {"edgecolor": colour, "linewidth": 1.4, "fill": False}
             axes.hist(values, edges, weights=shares, histtype="stepfilled", label=label, **filled)
         axes.set_title(f"{record['detector']}, {record['features']}", fontsize=9, color=INK, loc="left")
@@ -80,7 +80,7 @@ def histograms(records: Sequence[Record]) -> bytes:
 
 
 def scatter(points: Mapping[str, NDArray[np.floating]], anomalous: NDArray[np.bool_], method: str) -> bytes:
-    """Features in two dimensions, one plot for each kind: title -> [n, 2], all of the same n patches."""
+    """Plot features in two dimensions, one plot per title: ``points`` maps it to [n, 2], for the same n patches."""
     figure, grid = _figure(4.2 * len(points), 4.0, len(points))
     for axes, (title, place_N2) in zip(grid, points.items(), strict=True):
         for name, chosen, colour in (("normal", ~anomalous, NORMAL), ("defective", anomalous, ANOMALOUS)):
@@ -94,7 +94,7 @@ def scatter(points: Mapping[str, NDArray[np.floating]], anomalous: NDArray[np.bo
 
 
 def png(figure: Figure) -> bytes:
-    """The figure's bytes; the same figure gives the same bytes."""
+    """Return a figure as PNG; equal figures give equal bytes."""
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
     return buffer.getvalue()
@@ -106,7 +106,7 @@ def _figure(width: float, height: float, columns: int, rows: int = 1) -> tuple[F
 
 
 def _by_contender(records: Sequence[Record]) -> list[tuple[dict[str, Any], list[Record]]]:
-    """Line style and records of every contender."""
+    """Return line style and records of every contender."""
     detectors = list(dict.fromkeys(record["detector"] for record in records))
     groups: dict[tuple[str, str], list[Record]] = {}
     for record in records:
@@ -126,12 +126,12 @@ def _by_contender(records: Sequence[Record]) -> list[tuple[dict[str, Any], list[
 
 
 def _roc(record: Record) -> NDArray[np.float64] | None:
-    """The share of defects found at `RATES`."""
+    """Return the share of defective images found at each of `RATES`; None if all images are normal or all defective."""
     labels = np.array(record["labels"], dtype=bool)
     if labels.all() or not labels.any():  # also without any image
         return None
     rate, found = roc_curve(count(np.array(record["scores"], dtype=np.float64), labels))
-    # np.interp would draw a slope through a vertical step: start from the last corner that is not beyond each rate.
+    # np.interp would turn a vertical step into a slope, so we start from the last corner at or before each rate.
     rate, found = np.append(rate, 2.0), np.append(found, found[-1])
     left = np.searchsorted(rate, RATES, side="right") - 1
     width = np.maximum(rate[left + 1] - rate[left], 1e-12)

@@ -1,25 +1,25 @@
-"""What is fitted on what, and scored on what: the protocols of ADPretrain Sec. 4 and ReConPatch Tab. 4, as lists of
-trials.
+"""Protocols: which images detectors are fitted on and which they score, as lists of trials (ADPretrain Sec. 4 and
+ReConPatch Tab. 4).
 
-  full                   every normal training image (Tab. 1)
-  few-shot               K of them, for each K (Tab. 5)
-  sample-efficiency      a share of them, 10 % in the paper (Tab. 3a)
-  contamination          all of them and test anomalies, 0.1 per normal image, as if they were normal (Tab. 3b); the
-                         references are drawn from this set too, anomalies among them: whoever took the anomalies for
-                         normal would do so
-  reference-sensitivity  as full, with several draws of the extractor's references (Tab. 4)
+  full                   fit on every normal training image (Tab. 1)
+  few-shot               fit on K of them, for each K (Tab. 5)
+  sample-efficiency      fit on a share of them, 10 % in the paper (Tab. 3a)
+  contamination          fit on all of them and on test anomalies, 0.1 per normal image, as if they were normal (Tab.
+                         3b); the references are drawn from this set too, so that some of them are anomalies, as they
+                         would be in practice if anomalies were taken for normal
+  reference-sensitivity  like full, with several draws of the extractor's references (Tab. 4)
   multi-class            one detector for all products
-  robustness             as full, scored as photographed and again with turned, shifted, relit and blurred images
-                         (ReConPatch Tab. 4; `perturbation`)
+  robustness             like full, scored on the original images and again on perturbed ones (ReConPatch Tab. 4;
+                         `Perturbation`)
 
-A product is a category, or one camera view of it where a set has views. Everything random derives from the number of
-the draw; nothing is ever chosen by looking at a score.
+A product is a category, or one camera view of it if the data set has views. All randomness derives from the seed and
+the number of the draw; nothing is ever chosen by looking at a score.
 
-Perturbed images are as another camera would have taken them (ReConPatch Tab. 4, suppl. C.1): turned by up to 5 degrees,
-shifted by up to 1 % of the side, brightness and contrast changed by up to 30 %, blurred with sigma .1 to 1. Where the
-paper is silent [ours]: every image gets all of them, evenly drawn; they act on the network's input, in this order;
-what comes in at the border is the picture mirrored, as black corners would be a defect of their own; and only the
-images that are scored are changed, so the detector meets what it has never seen.
+Perturbed images look as if another camera had taken them (ReConPatch Tab. 4, suppl. C.1): rotated by up to 5 degrees,
+shifted by up to 1 % of the side, brightness and contrast changed by up to 30 %, blurred with sigma .1 to 1. The paper
+leaves open, and we chose: every image gets all changes, drawn uniformly; they are applied to the network's input, in
+this order; the border is filled with the mirrored image, because black corners would be defects themselves; and only
+the images to score are changed, so that the detector was not fitted on such changes.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ from downstream.maps import gaussian_blur
 
 PERTURBED = "perturbed images"
 EVERYTHING = "all products"
-HELD_OUT = 5  # where a set has no test split, every fifth normal image is one
-FROM_TEST = "no normal images but the test split's: those learnt from are of it, and are not scored"
+HELD_OUT = 5  # if a data set has no test split, every fifth normal image is held out
+FROM_TEST = "all normal images are in the test split: those used for fitting come from it and are not scored"
 NO_TEST_SPLIT = (
     f"no test split: every {HELD_OUT}th normal image is held out (Real-IAD's own lists, which published numbers use: "
     "--split realiad_jsons)"
@@ -54,10 +54,10 @@ NO_TEST_SPLIT = (
 
 @dataclass(frozen=True)
 class Part:
-    """One product's share of a trial: what is learnt from, the extractor's references, what is scored.
+    """One product of a trial: the images to fit on, the extractor's references, and the images to score.
 
-    ``notes`` are for the reader of its numbers; ``reference_notes`` only where the features use the references.
-    ``perturbed``: seed of the changes of the images to score; None = as they were photographed.
+    ``notes`` are printed with the metrics; ``reference_notes`` only if the features use the references. ``perturbed``
+    is the seed for the perturbation of the images to score; None leaves them unchanged.
     """
 
     product: str
@@ -71,10 +71,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Trial:
-    """One detector is fitted on the training images of all parts (one part, but for multi-class) and scores each.
+    """One detector is fitted on the training images of all parts (one part, except in multi-class) and scores each.
 
-    ``setting`` names the protocol's variant, such as "K=4"; ``draw`` counts what was drawn anew. With
-    ``only_references`` the draws differ in the references alone, which raw features do not use.
+    ``setting`` names the variant of the protocol, such as "K=4"; ``draw`` is the number of the random draw. With
+    ``only_references``, draws differ only in the references, which raw features do not use.
     """
 
     name: str
@@ -85,12 +85,12 @@ class Trial:
 
     @property
     def images(self) -> int:
-        """How many images are read, a measure of its time."""
+        """Number of images that are read, an estimate of the time it takes."""
         return sum(len(part.train) + len(part.test) for part in self.parts)
 
 
 def trials(samples: Sequence[Sample], options: ProtocolOptions) -> list[Trial]:
-    """Every trial of a protocol. Raises ValueError naming the products that have too few images for it."""
+    """Return every trial of a protocol. Raises ValueError that names products with too few images for it."""
     products = by_product(samples)
     if not products:
         raise ValueError("no samples: nothing can be evaluated")
@@ -120,7 +120,7 @@ def trials(samples: Sequence[Sample], options: ProtocolOptions) -> list[Trial]:
         for shots in settings
         for draw in range(1 if shots == 0 else options.repeats)
     ]
-    if options.protocol == "robustness":  # the maps shown are the last setting's: those that lie on the photographs
+    if options.protocol == "robustness":  # unperturbed trials come last, since the maps of the last setting are shown
         return [each for trial in found for each in (_perturbed(trial, options.seed), trial)]
     return found
 
@@ -150,15 +150,15 @@ def _setting(options: ProtocolOptions, shots: int | None) -> str:
 
 
 def split(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
-    """Normal training images and images to score. Where a set has no test split, every fifth normal image is held out.
+    """Split into normal training images and images to score; without a test split every fifth normal image is held out.
 
-    Raises ValueError if one of the two is empty.
+    Raises ValueError if there is no normal image to fit on.
     """
     pool = normals(samples)
     if not any(sample.split == "test" for sample in samples):
         pool = [index for position, index in enumerate(pool) if position % HELD_OUT != HELD_OUT - 1]
     elif all(samples[index].split == "test" for index in pool):
-        raise ValueError("there are no normal images but the test split's: there is nothing to fit on")
+        raise ValueError("all normal images are in the test split: there is nothing to fit on")
     if not pool:
         raise ValueError("there are no normal images to fit on")
     return [samples[index] for index in pool], [samples[index] for index in queries(samples, pool)]
@@ -166,7 +166,7 @@ def split(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
 
 def _part(product: str, group: Sequence[Sample], options: ProtocolOptions, seed: int, shots: int | None = None) -> Part:
     try:
-        if shots:  # everything but the K may be scored
+        if shots:  # all images except these K can be scored
             pool = normals(group)
             chosen = [pool[index] for index in random_references(len(pool), shots, seed)]
             train = [group[index] for index in chosen]
@@ -200,7 +200,7 @@ def _some(samples: Sequence[Sample], count: int, seed: int) -> list[Sample]:
 def _contaminated(
     train: list[Sample], test: list[Sample], options: ProtocolOptions, seed: int
 ) -> tuple[list[Sample], list[Sample], tuple[str, ...]]:
-    """Test anomalies join the training images; without overlap they are no longer scored."""
+    """Add test anomalies to the training images; without overlap they are no longer scored."""
     anomalies = [sample for sample in test if sample.anomalous]
     wanted = round(options.noise * len(train))
     count = min(wanted, len(anomalies) // 2)
@@ -209,7 +209,7 @@ def _contaminated(
     if not options.overlap:
         gone = {sample.image for sample in moved}
         test = [sample for sample in test if sample.image not in gone]
-    # Mixed in, so that no detector meets all anomalies at the end.
+    # Shuffled, so that no detector gets all anomalies at the end.
     mixed = [*train, *moved]
     order = np.random.default_rng(seed).permutation(len(mixed))
     return [mixed[index] for index in order], test, notes
@@ -224,8 +224,8 @@ SAID = (
 
 @dataclass(frozen=True)
 class Perturbation:
-    """One image's change: ``angle`` in degrees, counter-clockwise; ``shift`` to the right and down, in sides;
-    ``brightness`` and ``contrast`` as factors; ``sigma`` of the blur in pixels."""
+    """The change of one image: ``angle`` in degrees, counter-clockwise; ``shift`` to the right and down, as shares of
+    the side; ``brightness`` and ``contrast`` as factors; ``sigma`` of the blur in pixels."""
 
     angle: float
     shift: tuple[float, float]
@@ -235,33 +235,33 @@ class Perturbation:
 
     @classmethod
     def draw(cls, seed: int, index: int) -> Perturbation:
-        """The change of image ``index`` in draw ``seed``."""
+        """Draw the change of image ``index`` with ``seed``."""
         rng = np.random.default_rng([seed, index])
         angle, (right, down) = rng.uniform(-ANGLE, ANGLE), rng.uniform(-SHIFT, SHIFT, 2)
         brightness, contrast = rng.uniform(1 - LIGHT, 1 + LIGHT, 2)
         return cls(float(angle), (float(right), float(down)), float(brightness), float(contrast), rng.uniform(*SIGMA))
 
     def picture(self, pixels_3SS: Tensor) -> Tensor:
-        """RGB in 0..1 -> the same, changed."""
+        """Change an image, RGB in 0..1."""
         moved = self._moved(pixels_3SS, "bilinear")
         lit = (moved * self.brightness).clamp(0, 1)
         gray = (lit * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0).mean()
         return gaussian_blur((gray + self.contrast * (lit - gray)).clamp(0, 1), self.sigma)
 
     def mask(self, mask_SS: Tensor) -> Tensor:
-        """Where the defect is then: bool [S, S]."""
+        """Move a mask as the image is moved: bool [S, S]."""
         return self._moved(mask_SS[None].float(), "nearest")[0] > 0.5
 
     def _moved(self, values_CSS: Tensor, mode: str) -> Tensor:
         sine, cosine = math.sin(math.radians(self.angle)), math.cos(math.radians(self.angle))
-        turn = torch.tensor([[cosine, -sine], [sine, cosine]])  # from a place to the place that it came from
-        back = -2 * turn @ torch.tensor(self.shift)  # the image is 2 wide
+        turn = torch.tensor([[cosine, -sine], [sine, cosine]])  # from output to input coordinates
+        back = -2 * turn @ torch.tensor(self.shift)  # the image is 2 wide in these coordinates
         grid = F.affine_grid(torch.cat([turn, back[:, None]], 1)[None], [1, *values_CSS.shape], align_corners=False)
         return F.grid_sample(values_CSS[None], grid, mode, padding_mode="reflection", align_corners=False)[0]
 
 
 class PerturbedImages(ImageDataset):
-    """An `ImageDataset` whose images and masks are changed, each in its own way, drawn from (seed, index)."""
+    """An `ImageDataset` whose images and masks are perturbed, each by a change drawn from (seed, index)."""
 
     def __init__(self, samples: Sequence[Sample], preprocess: Preprocess, seed: int) -> None:
         super().__init__(samples, preprocess)

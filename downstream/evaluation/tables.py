@@ -1,8 +1,8 @@
-"""Tables of an evaluation: means over products, spreads over repeats, and the files that hold them.
+"""Tables of an evaluation: means over products, spreads over repeats, and the files they are written to.
 
-A record is what `trial.run_trial` returns. A repeat is one draw with one extractor; its mean over products is one
-number, and the spread is the standard deviation (n - 1) of these numbers. Metrics in tables are per cent, but d'.
-Wrongly classified images are not averaged over products but counted, as in PatchCore Tab. 1.
+`trial.run_trial` returns records. A repeat is one draw with one extractor; its mean over products is one number, and
+the spread is the standard deviation (n - 1) of these numbers. Metrics in tables are in per cent, except d'. Wrongly
+classified images are not averaged over products but counted, as in PatchCore Tab. 1.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ ERRORS = "errors at best F1"
 UNITS = "in % (d' is a ratio, errors are images)"
 ABOUT_ERRORS = (
     "errors at best F1: images of all products on the wrong side of each product's own threshold, false positives + "
-    "false negatives. That threshold has the best F1 on the scored images themselves, as in PatchCore's paper: for "
-    "comparison with it only, it is no threshold to work with"
+    "false negatives. That threshold has the best F1 on the scored images themselves, as in PatchCore's paper: use it "
+    "only to compare with that paper, not as a working threshold"
 )
 MEAN = "mean over sets"
-D_PRIME = "d_prime"  # a ratio without an upper end, the only one that is no share
-MAIN = ("image_auroc", "pixel_auroc", "aupro")  # what the paper reports
+D_PRIME = "d_prime"  # a ratio without an upper bound; all other metrics except the counts are shares
+MAIN = ("image_auroc", "pixel_auroc", "aupro")  # the metrics that the paper reports
 COLUMNS = ("product", "setting", "draw", "detector", "features", "extractor", *TITLES, "trained_on", "notes")
 
 Record = dict[str, Any]
@@ -46,27 +46,27 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: metric -> mean over products and repeats, and spread between repeats (0 for one); of
-    errors, the sum over products."""
+    """One row of the table. ``mean`` maps a metric to its mean over products and repeats, ``spread`` to its standard
+    deviation between repeats (0 if there is one); errors are summed over products."""
 
     setting: str
     detector: str
     features: str
     products: int
     repeats: int
-    defined: dict[str, int]  # products that define the metric: the mean is theirs
+    defined: dict[str, int]  # number of products whose metric is defined; only they enter the mean
     mean: dict[str, float]
     spread: dict[str, float]
-    gain: dict[str, float] | None  # over the same detector on raw features; None for those
+    gain: dict[str, float] | None  # difference from the same detector on raw features; None for raw features
 
 
 def in_order(records: Sequence[Record]) -> list[Record]:
-    """Records in one order, whichever process finished first; draws and products ascending, the rest as first asked."""
+    """Sort records by the order of their cells, then by product, whichever process finished first."""
     return sorted(records, key=lambda r: (r["order"], r["product"]))
 
 
 def summarise(records: Sequence[Record]) -> list[Row]:
-    """A row for every setting, detector and kind of features, in the order of the records."""
+    """Return a row for every setting, detector and kind of features, in the order of the records."""
     groups: dict[tuple[str, str, str], list[Record]] = {}
     for record in records:
         groups.setdefault((record["setting"], record["detector"], record["features"]), []).append(record)
@@ -99,7 +99,7 @@ def summarise(records: Sequence[Record]) -> list[Row]:
 
 
 def _repeats(group: Sequence[Record]) -> dict[str, list[float]]:
-    """Metric -> the mean over products of every repeat, `shown`; products that do not define a metric are left out."""
+    """Return for each metric its mean over products, as `shown`, in every repeat; undefined values are left out."""
     out: dict[str, list[float]] = {}
     for name in TITLES:
         by_repeat: dict[tuple[int, int], list[float]] = {}
@@ -113,7 +113,7 @@ def _repeats(group: Sequence[Record]) -> dict[str, list[float]]:
 
 
 def shown(name: str, value: float) -> float:
-    """A metric as tables show it: in %, but d' and errors."""
+    """Convert a metric to the unit of the tables: per cent, except for d' and errors."""
     return value if name in (D_PRIME, *COUNTS) else 100 * value
 
 
@@ -130,9 +130,9 @@ def _spread(values: Sequence[float]) -> float:
 
 
 def by_set(records: Sequence[Record]) -> list[tuple[str, Row]]:
-    """The rows of every set, and of the mean over several, as boards show them: a record's metrics are averaged over a
-    set's products first, then over repeats. The mean over sets is taken for each repeat, so that its spread is that of
-    whole boards; it gives every set the same weight.
+    """Return the rows of the board for every data set and, if there are several, for their mean. Metrics are averaged
+    over the products of a set first, then over repeats. The mean over sets is computed in each repeat, so that its
+    spread is that of whole boards; every set has the same weight.
     """
     sets: dict[str, dict[tuple[Any, ...], list[Record]]] = {}
     for record in records:
@@ -146,7 +146,7 @@ def by_set(records: Sequence[Record]) -> list[tuple[str, Row]]:
 
 
 def _over_products(name: str, records: Sequence[Record]) -> Record:
-    """One record of a set's products: metric -> mean over those that define it."""
+    """Merge the records of a set's products into one: each metric is averaged over the products that define it."""
     values = {
         metric: [r["metrics"][metric] for r in records if r["metrics"].get(metric) is not None] for metric in MAIN
     }
@@ -155,8 +155,8 @@ def _over_products(name: str, records: Sequence[Record]) -> Record:
 
 
 def products_table(records: Sequence[Record], metric: str, setting: str) -> tuple[list[str], list[list[Any]]]:
-    """One metric of every product (rows) and contender (columns), mean over repeats in %; the mean of the views of
-    every category that has several; and the mean of all products at the end.
+    """Return a table of one metric for every product (rows) and contender (columns), averaged over repeats, in %. Below
+    are the mean of the views of every category that has several, and the mean of all products.
     """
     chosen = [record for record in records if record["setting"] == setting]
     columns = list(dict.fromkeys((record["detector"], record["features"]) for record in chosen))
@@ -191,7 +191,7 @@ def _column_means(name: str, lines: Sequence[Sequence[Any]]) -> list[Any]:
 
 
 def defect_tables(records: Sequence[Record]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """A title, heading and lines for every kind of defect that was measured apart."""
+    """Return title, heading and lines of a table for every kind of defect that was measured separately."""
     kinds = dict.fromkeys(kind for record in records for kind in record.get("defects", {}))
     out = []
     for kind in kinds:
@@ -204,14 +204,14 @@ def defect_tables(records: Sequence[Record]) -> list[tuple[str, list[str], list[
 
 
 def number(value: float, digits: int = 1, sign: bool = False) -> str:
-    """A number for people; a dash where it is undefined."""
+    """Format a number; nan becomes a dash."""
     value = round(value, digits) + 0.0  # no "-0.0"
     return "–" if value != value else f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
 
 
 def summary_table(rows: Sequence[Row], metrics: Sequence[str] = (*MAIN, D_PRIME)) -> tuple[list[str], list[list[str]]]:
-    """Heading and lines of the summary, with a line of gains below all features but raw ones. A mean that is not of all
-    products says of how many: rows of other products cannot be compared."""
+    """Return heading and lines of the summary, with a line of gains below each row that is not raw. A mean over some of
+    the products shows their number, because rows with different products cannot be compared."""
     lines = []
     for row in rows:
         cells = (summary_cell(row, name) for name in metrics)
@@ -222,13 +222,13 @@ def summary_table(rows: Sequence[Row], metrics: Sequence[str] = (*MAIN, D_PRIME)
 
 
 def summary_cell(row: Row, name: str) -> str:
-    """The mean, its spread if there are several repeats, and of how many products it is if not of all."""
+    """Format the mean, its spread if there are several repeats, and the number of products if not all define it."""
     spread = f" ± {number(row.spread[name])}" if row.repeats > 1 and row.defined[name] else ""
     return number(row.mean[name]) + spread + _partial(row, name)
 
 
 def _errors_cell(row: Row) -> str:
-    """False positives + false negatives, of all products together; their mean over repeats."""
+    """Format false positives + false negatives, summed over products and averaged over repeats."""
     digits = 1 if row.repeats > 1 else 0
     wrong, missed = row.mean[FALSE_POSITIVES], row.mean[FALSE_NEGATIVES]
     if wrong != wrong:
@@ -241,8 +241,7 @@ def _partial(row: Row, name: str) -> str:
 
 
 def all_notes(records: Sequence[Record]) -> list[str]:
-    """Each note once, with the products that have it (with eighty products, one must not hide the others) and, unless
-    it is true of all, the settings."""
+    """Return each note once, with the first products that have it and, unless all settings have it, the settings."""
     found: dict[str, list[Record]] = {}
     for record in records:
         for note in record["notes"]:
@@ -259,8 +258,8 @@ def all_notes(records: Sequence[Record]) -> list[str]:
 
 
 def write_board(folder: Path, records: Sequence[Record], planned: int, notes: Sequence[str]) -> str:
-    """Write board.md and board.csv, the means of every set; returns the first one's text. ``planned``: records of the
-    whole board."""
+    """Write the means of every set to board.md and board.csv; return the text of board.md. ``planned`` is the number of
+    records of the whole board."""
     found = by_set(records)
     text = _board(found, records, planned, notes)
     for name, content in (("board.md", text), ("board.csv", _board_csv(found))):
@@ -272,7 +271,7 @@ def write_board(folder: Path, records: Sequence[Record], planned: int, notes: Se
 def _board(found: Sequence[tuple[str, Row]], records: Sequence[Record], planned: int, notes: Sequence[str]) -> str:
     title = "Means in %, ± standard deviation between draws"
     if len(records) < planned:
-        title += f"; {len(records)} of {planned} cells are finished, and the means are theirs"
+        title += f"; {len(records)} of {planned} cells are finished, and the means are over these"
     heading = ["set", "images", "detector", "features", "draws", *(TITLES[name] for name in MAIN)]
     rows = []
     for name, row in found:
@@ -286,7 +285,7 @@ def _board(found: Sequence[tuple[str, Row]], records: Sequence[Record], planned:
 
 
 def _board_csv(found: Sequence[tuple[str, Row]]) -> str:
-    """Per cent, with all digits; an empty field where a metric is undefined. ``sets``: how many define it."""
+    """Format the means as CSV, in per cent with all digits, or empty if undefined. ``_sets``: how many are defined."""
     columns = [f"{name}{part}" for name in MAIN for part in ("", "_spread", "_sets")]
     lines: list[Sequence[Any]] = [["set", "images", "detector", "features", "draws", *columns]]
     for name, row in found:
@@ -299,8 +298,8 @@ def _board_csv(found: Sequence[tuple[str, Row]]) -> str:
 
 
 def write_tables(folder: Path, records: Sequence[Record], configuration: dict[str, Any]) -> list[Path]:
-    """table.json (everything), table.csv (a line per record), table.md and table.tex (means, then every product,
-    then what the reader must know of them; in LaTeX as comments)."""
+    """Write table.json (everything), table.csv (a line per record), table.md and table.tex (means, then every product,
+    then notes, which are comments in LaTeX)."""
     rows = summarise(records)
     contents = {
         "table.json": _json(records, rows, configuration),
@@ -332,7 +331,7 @@ def _defined(values: dict[str, float] | None) -> dict[str, float | None] | None:
 
 
 def _csv(records: Sequence[Record]) -> str:
-    """Metrics as shares of 1, with all digits; an empty field where one is undefined."""
+    """Format records as CSV: metrics as shares of 1 with all digits; undefined ones are empty."""
     flat = [{**record, **record["metrics"], "notes": "; ".join(record["notes"])} for record in records]
     values = [["" if row.get(name) is None else row[name] for name in COLUMNS] for row in flat]
     return _comma_separated([COLUMNS, *values])
@@ -345,7 +344,7 @@ def _comma_separated(lines: Sequence[Sequence[Any]]) -> str:
 
 
 def _document(records: Sequence[Record], rows: Sequence[Row], render: Any, bullet: str) -> str:
-    """The summary, then a table of all products for each setting and metric, then the notes, a line each."""
+    """Render the summary, then a table of all products for each setting and metric, then the notes, one per line."""
     products = len({record["product"] for record in records})
     title = f"Mean over {products} product(s), {UNITS}"
     parts = [render(title, *summary_table(rows)), *(render(*table) for table in defect_tables(records))]
@@ -359,7 +358,7 @@ def _document(records: Sequence[Record], rows: Sequence[Row], render: Any, bulle
 
 
 def markdown(title: str, heading: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table under its title; numbers stand at the right."""
+    """Render a table below its title; numbers are right-aligned."""
 
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
@@ -377,7 +376,7 @@ _ESCAPES |= {character: "\\" + character for character in "&%$#_{}"}
 
 
 def _latex(title: str, heading: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table for the booktabs package."""
+    """Render a table for the LaTeX package booktabs."""
 
     def line(cells: Sequence[str]) -> str:
         return " & ".join("".join(_ESCAPES.get(character, character) for character in cell) for cell in cells) + r" \\"

@@ -1,4 +1,4 @@
-"""One detector on one trial: fitted and scored in batches that are streamed from disk, measured product by product.
+"""Run one detector on one trial: it is fitted and scored in batches streamed from disk, and measured per product.
 
 Shapes: b images of a batch, S side in pixels, n images to score.
 """
@@ -35,26 +35,26 @@ from downstream.thresholds import count, pro_curve, region_weights, unmarked
 
 ERRORS = ("false_positives_at_best_f1", "false_negatives_at_best_f1")
 METRICS = (*(field.name for field in fields(Metrics) if field.name != "notes"), "aupro_official", "d_prime", *ERRORS)
-WHOLE = 150_000_000  # pixels of a product's maps that are kept and measured at once; more are measured in a stream
+WHOLE = 150_000_000  # a product whose maps have more pixels is measured in a stream; others are measured at once
 OWN = "one detector for all products, but every image is compared with references of its own product"
-UNDRAWN = "chooses its references itself: the draws change nothing, and there is one"
+UNDRAWN = "this detector chooses its references itself: draws would change nothing, so there is only one"
 ALONE = "the only reference is compared with itself: fitted on residuals of zero"
 CURVE = np.linspace(0, 0.3, 61)  # false positive rates at which the PRO curve is kept
 
 
 class Photographs:
-    """Images and masks as tensors, up to ``room`` bytes: detectors, features and draws meet the same ones again."""
+    """A cache of up to ``room`` bytes of images and masks, because detectors, features and draws use the same ones."""
 
     def __init__(self, room: int = ROOM) -> None:
         self.room, self._held = room, 0
         self._items: dict[Any, tuple[Tensor, Tensor]] = {}
 
     def forget(self) -> None:
-        """Give the memory back, as for another product."""
+        """Empty the cache, before another product."""
         self._items, self._held = {}, 0
 
     def read(self, data: ImageDataset, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The image [3, S, S] and the mask [S, S] of every sample, in order."""
+        """Yield the image [3, S, S] and the mask [S, S] of every sample, in order."""
         keys = [(sample, data.preprocess) for sample in data.samples]
         missing = [index for index, key in enumerate(keys) if key not in self._items]
         loader = torch.utils.data.DataLoader(torch.utils.data.Subset(data, missing), batch_size, num_workers=workers)
@@ -70,8 +70,8 @@ class Photographs:
 
 @dataclass(frozen=True)
 class Settings:
-    """How trials are run: detectors' settings and options by name, how images are read, and what is kept for people:
-    ``pictures`` of kinds of defects, ``panels`` of median-scored images, metrics ``per_defect``."""
+    """How trials are run: settings and options of detectors, how images are read, and what is kept besides metrics:
+    ``pictures`` (how many kinds of defects), ``panels`` of median-scored images, metrics ``per_defect``."""
 
     settings: str = "default"
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -85,9 +85,9 @@ class Settings:
 
 
 class Images:
-    """Samples as batches [b, 3, S, S] on the device; can be read again and knows its number of batches.
+    """Batches [b, 3, S, S] of samples on the device; can be iterated several times.
 
-    ``perturbed``: seed of `perturbation`'s changes; None = as they were photographed.
+    ``perturbed`` is the seed of `PerturbedImages`; None leaves the images unchanged.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Images:
             yield images
 
     def with_masks(self) -> Iterator[tuple[Tensor, NDArray[np.bool_]]]:
-        """Batches and their masks, bool [b, S, S]."""
+        """Yield batches and their masks, bool [b, S, S]."""
         size = self._settings.batch_size
         rows = self._photographs.read(self._data, size, self._settings.workers)
         while batch := list(islice(rows, size)):
@@ -115,7 +115,7 @@ class Images:
 
 
 class Training:
-    """The training images of all parts, product after product; each with the references of its own product."""
+    """Batches of the training images of all parts; before each product, the references of that product are set."""
 
     def __init__(self, parts: Sequence[Part], extract: Any, preprocess: Preprocess, settings: Settings) -> None:
         self.parts, self.extract, self.preprocess, self.settings = parts, extract, preprocess, settings
@@ -131,29 +131,29 @@ class Training:
 
 
 def give_references(extract: Any, part: Part, settings: Settings) -> None:
-    """Set a part's references, if the features need any."""
+    """Set the references of a part, if the features need any."""
     if isinstance(extract, Withheld):
         extract.set_references(torch.cat(list(Images(part.references, extract.preprocess, settings))))
 
 
 def run_trial(trial: Trial, contender: Contender, networks: Networks, settings: Settings) -> list[dict[str, Any]]:
-    """Fit once, score every part: one record each, ready for JSON (undefined metrics are null, all of them for a
-    detector that the training images are too few for, those of pixels where a defect has no mask).
+    """Fit a detector once, score every part, and return a record for each, ready for JSON. Undefined metrics are null:
+    all of them if there are too few training images for the detector, pixel metrics if a defect has no mask.
 
-    Raises ValueError for what the detector, its options or a photograph have wrong.
+    Raises ValueError for wrong options, a detector that does not fit the trial, or an unreadable photograph.
     """
     extract, preprocess = networks.extract(contender), networks.backbone.preprocess
     options, adapted = _options(trial, contender, settings)
     detector = build_detector(contender.detector, extract, options, settings.settings)
     if len(trial.parts) > 1 and isinstance(extract, Withheld) and isinstance(detector, Refined):
         raise ValueError(
-            f"{contender} keeps the normal images of all products while its network learns, without the references of "
-            "each: leave it out of multi-class, or take raw features"
+            f"{contender} trains its network on images of all products, but would compare all of them with the "
+            "references of one: leave it out of multi-class, or use raw features"
         )
     began = time.perf_counter()
     try:
         detector.fit(Training(trial.parts, extract, preprocess, settings))
-    except TooFewImages as error:  # no reason to stop the other detectors
+    except TooFewImages as error:  # the other detectors can go on
         return [_unfitted(trial, part, contender, str(error)) for part in trial.parts]
     fitted = time.perf_counter() - began
     records = []
@@ -177,8 +177,8 @@ def run_trial(trial: Trial, contender: Contender, networks: Networks, settings: 
 
 
 def _options(trial: Trial, contender: Contender, settings: Settings) -> tuple[dict[str, Any], list[str]]:
-    """The detector's options, and a note where few training images allow less: no image has more references than there
-    are training images."""
+    """Return the options of the detector, and a note if its aligned references are reduced to the number of training
+    images."""
     options = settings.options.get(contender.detector, {})
     pool = sum(len(part.train) for part in trial.parts)
     if contender.detector != ALIGNED or options.get("shots", AlignedFeatureNormConfig.shots) <= pool:
@@ -187,13 +187,13 @@ def _options(trial: Trial, contender: Contender, settings: Settings) -> tuple[di
 
 
 def _heading(trial: Trial, part: Part, contender: Contender) -> dict[str, Any]:
-    """What a record is about."""
+    """Return the entries of a record that say what was measured."""
     own = {"product": part.product, "category": part.test[0].category}
     return {**own, "setting": trial.setting, "draw": trial.draw, **asdict(contender)}
 
 
 def _about_references(trial: Trial, part: Part, contender: Contender) -> list[str]:
-    """What a reader of the numbers must know of the references."""
+    """Return notes about the references for the reader of the tables."""
     if contender.features == RAW:
         return []
     if contender.detector == ALIGNED:
@@ -203,7 +203,7 @@ def _about_references(trial: Trial, part: Part, contender: Contender) -> list[st
 
 
 def _unfitted(trial: Trial, part: Part, contender: Contender, reason: str) -> dict[str, Any]:
-    """The record of a detector that the images are too few for: no metric is defined."""
+    """Return a record without metrics, for a detector that could not be fitted because there are too few images."""
     return {
         **_heading(trial, part, contender),
         "metrics": dict.fromkeys(METRICS),
@@ -218,11 +218,11 @@ def _unfitted(trial: Trial, part: Part, contender: Contender, reason: str) -> di
 
 
 def _scored(detector: Any, part: Part, images: Images, settings: Settings, size: int) -> dict[str, Any]:
-    """Metrics (under "defects" also those of every kind), image scores, the PRO curve and the maps to show (`Shown`,
-    under "shown")."""
+    """Score a part; return metrics (under "defects" also those of every kind of defect), image scores, the PRO curve
+    and, under "shown", the maps to show (`Shown`)."""
     labels = np.array([sample.anomalous for sample in part.test])
     streaming = StreamingMetrics() if len(labels) * size * size > WHOLE else None
-    # A map of a changed image would not lie on its photograph.
+    # The map of a perturbed image would not match its photograph.
     shown = Shown(choose_shown(part.test, settings.pictures) if part.perturbed is None else [])
     maps, masks, scores, shares = [], [], [], []
     done = 0
@@ -274,7 +274,7 @@ def _scored(detector: Any, part: Part, images: Images, settings: Settings, size:
 def _by_defect(
     part: Part, maps: NDArray[np.float32], masks: NDArray[np.bool_], scores: NDArray[np.float32], bare: bool
 ) -> dict[str, dict[str, float | None]]:
-    """Kind of defect -> metrics of its images and all normal ones."""
+    """Return for each kind of defect the metrics of its images and all normal ones."""
     kinds = np.array([sample.defect if sample.anomalous else "" for sample in part.test])
     found = {}
     for kind in sorted({*kinds.tolist()} - {""}):

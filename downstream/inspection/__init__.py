@@ -1,4 +1,4 @@
-"""A new product inspected from a few normal photographs: references, threshold, scores, pictures, report, export."""
+"""Inspect a new product with a few normal photographs: references, threshold, scores, heatmaps, report, export."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ References = Literal["even", "random", "kmeans", "aligned"]
 
 @dataclass(frozen=True)
 class Options:
-    """How photographs are scored. Raises ValueError for values out of range.
+    """Options for scoring photographs. Raises ValueError for values out of range.
 
     Args:
         false_alarm_rate: share of normal images that may be called anomalous
-        threshold: use this score instead of a calibrated threshold, and promise no false-alarm rate
-        references: which normal photographs become references: evenly spaced by name, drawn with --seed, spread over
-            k-means clusters, or the best aligned ones for every image (parts that do not lie in one place)
-        shots: number of references K at most; the others calibrate
-        seed: of --references random and kmeans
-        batch_size: images in memory at once
+        threshold: use this score as the threshold instead of a calibrated one; no false-alarm rate is then promised
+        references: how references are chosen among the normal photographs: evenly spaced by name, drawn at random,
+            spread over k-means clusters, or for every image those best aligned with it (for parts that shift or turn)
+        shots: use at most this many normal photographs as references; the others calibrate the threshold
+        seed: random seed of --references random and kmeans
+        batch_size: number of images per batch
     """
 
     false_alarm_rate: float = 0.05

@@ -1,8 +1,8 @@
-"""Feature maps of a folder's photographs, on disk: for work that reads them again and again, or elsewhere.
+"""Write the feature maps of a folder's photographs to disk, to be read repeatedly or by other programs.
 
-A run gives either a folder of shards, one per batch, or one .safetensors file; each holds level_0, level_1, ... of
-shape [images, C_l, H_l, W_l]. index.json (or the file's name with .json) says which image is which row. Memory holds
-two batches, whatever the number of images.
+A run writes either a folder of shards, one per batch, or one .safetensors file; each holds level_0, level_1, ... of
+shape [images, C_l, H_l, W_l]. index.json (or the file's name with .json) says which row is which image. At most two
+batches are in memory, whatever the number of images.
 
 Shapes: B images of a batch, L levels, C_l channels, H_l x W_l tokens.
 """
@@ -45,7 +45,7 @@ SUFFIX = ".safetensors"
 
 @dataclass(frozen=True)
 class Extraction:
-    """A finished run: the content of its index and where the features are."""
+    """A finished run: the content of its index, and the path ``out`` of the features."""
 
     index: dict[str, Any]
     out: Path
@@ -67,10 +67,10 @@ def extract_folder(
 ) -> Extraction:
     """Write the feature maps of every readable image below ``images``, in path order.
 
-    ``out`` is a folder, or one file if it ends in .safetensors; it appears, or replaces an earlier one, only when
-    complete. ``scale``: the full scale of gray photographs with more than 8 bits, by default that of all images
-    together. Unreadable images are listed in the index. Raises ValueError if there are no images, none can be read, or
-    ``out`` holds files of somebody else; OSError if it cannot be written.
+    ``out`` is a folder, or one file if it ends in .safetensors; it is created, or replaces an earlier run's, only when
+    complete. ``scale`` is the full scale of gray photographs with more than 8 bits; by default it is determined from
+    all images together. The index lists unreadable images. Raises ValueError if there are no images, none can be read,
+    or ``out`` holds files that are not an earlier run's; OSError if it cannot be written.
     """
     paths, single = find_images(images, exclude=out), out.suffix == SUFFIX
     refuse_others(out, single)
@@ -91,14 +91,14 @@ def extract_folder(
             for row, entry in enumerate(index["images"]):
                 entry |= {"file": out.name, "row": row}
             join([folder / shard for shard in shards], joined)
-            _write_json(listed, index)  # beside the features, or neither is there
+            _write_json(listed, index)  # index and features are both written, or neither
         else:
             _write_json(folder / INDEX, index)
     return Extraction(index, out)
 
 
 def refuse_others(out: Path, single: bool) -> None:
-    """ValueError if writing ``out`` would replace anything but an earlier run's features."""
+    """Raise ValueError if writing ``out`` would replace anything but an earlier run's features."""
     if single:
         if out.is_dir():
             raise ValueError(f"{printable(out)} is a folder: name a file, or a folder without {SUFFIX}")
@@ -106,8 +106,8 @@ def refuse_others(out: Path, single: bool) -> None:
         for path in (out, beside):
             if path.exists() and not _is_index(beside):
                 raise ValueError(
-                    f"{printable(path)} exists and is not an earlier run's ({printable(beside)} is no index of "
-                    "features): name another file"
+                    f"{printable(path)} exists and was not written by an earlier run ({printable(beside)} is no index "
+                    "of features): name another file"
                 )
         return
     if out.exists() and not out.is_dir():
@@ -123,7 +123,7 @@ def refuse_others(out: Path, single: bool) -> None:
 
 
 def _is_index(path: Path) -> bool:
-    """Whether a file is the index of an earlier run, and not somebody else's JSON."""
+    """Say whether a file is the index of an earlier run and not some other JSON file."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
         return isinstance(content, dict) and {"images", "unreadable", "levels", "images_folder"} <= content.keys()
@@ -140,7 +140,7 @@ def write_shards(
     progress: Progress,
     scale: float | None,
 ) -> dict[str, Any]:
-    """One safetensors file per batch in ``folder``; returns the index."""
+    """Write one safetensors file per batch to ``folder`` and return the index."""
     rows, unreadable, levels = list[dict[str, Any]](), list[dict[str, str]](), list[dict[str, Any]]()
     done = 0
     for batch in read_batches(paths, model.preprocess, batch_size, scale):
@@ -186,9 +186,9 @@ def _levels(model: Backbone | ADExtractor, maps: FeatureMaps) -> list[dict[str, 
 
 
 def join(shards: Sequence[Path], target: Path) -> None:
-    """One safetensors file with the rows of all shards, in order, written a tensor at a time.
+    """Write the rows of all shards, in order, to one safetensors file, one tensor of one shard at a time.
 
-    The format: 8 bytes of header length, a JSON header of dtypes, shapes and offsets, then the tensors' bytes.
+    The file has 8 bytes of header length, a JSON header of dtypes, shapes and offsets, then the tensors' bytes.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -208,7 +208,7 @@ def join(shards: Sequence[Path], target: Path) -> None:
         start, end = end, end + size * header[name]["shape"][0]
         header[name]["data_offsets"] = [start, end]
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the tensors start at a multiple of 8
+    text += b" " * (-len(text) % 8)  # the tensors must start at a multiple of 8 bytes
     with target.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in names:

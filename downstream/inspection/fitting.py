@@ -1,4 +1,4 @@
-"""`fit_folder`: a detector fitted on a folder of normal photographs, from its name and options in text."""
+"""`fit_folder` fits a detector, given by its name and options, on a folder of normal photographs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from downstream.terminal import Progress, no_progress
 
 @dataclass(frozen=True)
 class Fitted:
-    """Where a fitted detector was saved, on how many images it was fitted, with how many references."""
+    """The folder of a saved detector, and how many images and references it was fitted with."""
 
     folder: Path
     images: int
@@ -43,25 +43,25 @@ def fit_folder(
     """Fit on the photographs in ``normal`` and save to ``out``, which then HOLDS FEATURES OF THE PRODUCT.
 
     An extractor takes ``shots`` of the photographs, evenly spaced by name, as its references; the detector is fitted
-    on the others, as the residuals of a reference to itself are zero (FeatureNorm has nothing else to fit).
+    on the others, because the residuals of a reference to itself are zero (FeatureNorm is fitted on references alone).
 
-    The folder also remembers the digests of the photographs and their full scale.
+    The digests of the photographs and their full scale are saved with the detector.
 
-    Raises ValueError for unreadable photographs, too few of them, or wrong settings.
+    Raises ValueError if a photograph is unreadable, if there are too few, or for wrong settings.
     """
     device = device or torch.device("cpu")
     detector = build_detector(name, model, settings)
     own = [EXTRACTOR] if isinstance(model, ADExtractor) else []
     refuse_others(out, "detector", [member(number) for number in range(len(detector.members))] or own)
-    check_writable(out)  # before the fitting, which may take hours
+    check_writable(out)  # checked before the fitting, which may take hours
     paths = find_images(normal, exclude=out)
     references: list[Photo] = []
     scale = full_scale(paths)
     if isinstance(model, ADExtractor) and detector.references_are != "chosen":
         if detector.references_are == "given" and len(paths) <= shots:
             raise ValueError(
-                f"{len(paths)} normal photographs, of which {shots} are references: none is left to fit {name} on; "
-                "give more, or lower --shots"
+                f"{len(paths)} normal photographs, up to {shots} of which become references: none is left to fit "
+                f"{name} on; give more, or lower --shots"
             )
         references = set_references(model, normal, shots, batch_size, out, scale)
     taken = {photo.path for photo in references}

@@ -1,8 +1,8 @@
-"""An `Inspector`: what the normal photographs fix before the first image is scored, and the scores that follow.
+"""An `Inspector` is set up from the normal photographs of a product, and then scores and judges new ones.
 
-FeatureNorm is fitted on the references, and each of them scored against the others (leave-one-out); or a detector that
-was fitted before is loaded. Further normal photographs are scored as new ones are. The threshold and the heatmaps'
-colour scale follow from these scores.
+FeatureNorm is fitted on the references, and each of them is scored against the others (leave-one-out); alternatively,
+a detector that was fitted before is loaded. Further normal photographs are scored in the same way as new ones. The
+threshold and the colour scale of the heatmaps are computed from these scores.
 
 Shape legend: K references, B images of a batch, S = the network's input side.
 """
@@ -58,16 +58,16 @@ ALONE = (
     "One normal photograph cannot be compared with another one: there is no threshold, no p-value and no verdict, only "
     "a ranking. Give at least 2, or further ones with --calibration."
 )
-SHAPE_TOLERANCE = 0.05  # relative difference of width:height that is worth a warning
+SHAPE_TOLERANCE = 0.05  # a relative difference of width:height above this gives a warning
 PERHAPS_FITTED = (
-    "The promise holds only if the detector was not fitted on these normal photographs: those it knows score lower. "
-    "(It was saved by a version that did not remember its photographs.)"
+    "The false-alarm rate holds only if the detector was not fitted on these normal photographs, which would score "
+    "lower. (It was saved by a version that did not remember its photographs.)"
 )
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A photograph with its score and map; ``unlike`` is of this photograph alone."""
+    """A photograph with its score and map; ``unlike`` has one row, that of this photograph."""
 
     photo: Photo
     score: float
@@ -77,34 +77,34 @@ class Scored:
 
 @dataclass(frozen=True)
 class Inspector:
-    """A detector with everything that scores and judges photographs: `score`, then `judge`."""
+    """A detector with all that is needed to score photographs (`score`) and then to judge them (`judge`)."""
 
     detector: Detector
     preprocess: Preprocess
     device: torch.device
     options: Options
     calibration: Calibration | None
-    scale: ColourScale | None  # None with one reference only: a sample of the images must fix it
-    references: int
+    scale: ColourScale | None  # None if there is only one reference: then a sample of the images must fix the scale
+    references: int  # number of references; 0 for a detector that was fitted before
     aspects: tuple[float, ...]  # width / height of the references, or of a fitted detector's normal photographs
-    contrast: float  # of the same photographs, the median
-    appearance: Normals  # what photographs are compared with as a whole
-    full_scale: float | None  # of gray photographs with more than 8 bits
-    known: Mapping[str, str]  # digests of the normal photographs, and their names
-    description: str  # of the extractor or detector, for people
-    score_is: str  # how a score comes from a heatmap, for people
-    notes: tuple[str, ...]  # what there is to say about the photographs
+    contrast: float  # median contrast of the same photographs
+    appearance: Normals  # appearance of the normal photographs, with which that of new ones is compared
+    full_scale: float | None  # full scale of gray photographs with more than 8 bits
+    known: Mapping[str, str]  # digest of a normal photograph -> its name
+    description: str  # describes the extractor or detector in the report
+    score_is: str  # says in the report how a score is computed from a heatmap
+    notes: tuple[str, ...]  # warnings about the normal photographs
 
     @property
     def threshold(self) -> float | None:
-        """The given one, else the calibrated one."""
+        """The threshold that was given, else the calibrated one; None if there is neither."""
         if self.options.threshold is None and self.calibration is not None:
             return self.calibration.threshold
         return self.options.threshold
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Everything that people should know: of the threshold, then of the photographs."""
+        """All warnings for the user: about the threshold, then about the photographs."""
         calibration, given = self.calibration, self.options.threshold
         if given is not None:
             text = "The threshold was given, not calibrated: no false-alarm rate is promised."
@@ -125,11 +125,10 @@ class Inspector:
         exclude: Path | None = None,
         progress: Progress = no_progress,
     ) -> Inspector:
-        """Fit the references in `normal`; calibrate on them and on the normal photographs in `extra`.
+        """Fit on the references chosen in `normal`; calibrate on all photographs in `normal` and `extra`.
 
-        Photographs that are not chosen as references calibrate. An unreadable reference is a ValueError (every score
-        depends on it); an unreadable calibration photograph is left out with a warning. Nothing below `exclude` (the
-        output folder) is read.
+        An unreadable reference raises ValueError, because every score depends on it; an unreadable photograph that only
+        calibrates is left out with a warning. Nothing below `exclude` (the output folder) is read.
         """
         normals = find_images(normal, exclude)
         more = find_images(extra, exclude) if extra else []
@@ -140,7 +139,7 @@ class Inspector:
         notes = []
         if overlap := sum(path.resolve() in used for path in more):
             notes = [
-                f"{overlap} calibration photograph(s) are references too and were left out: they would score too low."
+                f"{overlap} calibration photograph(s) were left out: they are references too and would score too low."
             ]
         references = read_all(chosen, extractor.preprocess, options.batch_size, scale)
         paths = sorted(further.values())
@@ -158,11 +157,11 @@ class Inspector:
         progress: Progress = no_progress,
         scale: float | None = None,
     ) -> Inspector:
-        """`from_folder` with references that are read already; the photographs in the files `further` calibrate too.
+        """Like `from_folder`, with references already read; the photographs in the files `further` calibrate too.
 
-        ``scale``: the full scale of gray photographs with more than 8 bits. Copies of a photograph are left out.
+        ``scale`` is the full scale of gray photographs with more than 8 bits. Copies of a photograph are left out.
         """
-        # A blank reference would match whatever is calm, and calibrate with a score beyond all others.
+        # A blank reference would match anything uniform, and its own score, above all others, would calibrate.
         references = readable(without_blank(references, max(photo.contrast for photo in references)))
         known: dict[str, str] = {}
         references, copies = without_copies(references, known)
@@ -171,7 +170,7 @@ class Inspector:
         progress("fitting the references", 0, pool)
         detector = FeatureNorm(extractor)
         if options.references == "aligned" and pool > options.shots:
-            # Leave-one-out must meet as many references as a new image does, or one fewer where there are no more.
+            # Leave-one-out must use as many references as a new image has, or one fewer if there are not enough.
             detector = AlignedFeatureNorm(extractor, AlignedFeatureNormConfig(shots=options.shots))
         detector.fit(images_K.split(options.batch_size))
         scores_K, maps_KSS = np.empty(0), []
@@ -225,11 +224,11 @@ class Inspector:
         weights: str | os.PathLike[str] | None = None,
         progress: Progress = no_progress,
     ) -> Inspector:
-        """Load the fitted detector in ``folder``; all photographs in ``normal`` and ``extra`` calibrate (split
-        conformal), but for those that it was fitted on.
+        """Load the fitted detector in ``folder`` and calibrate it on the photographs in ``normal`` and ``extra`` that
+        it was not fitted on (split conformal).
 
-        Raises ValueError if the folder holds no detector, or one whose photographs' preparation is unknown, or none of
-        the normal photographs can be read, or it was fitted on all of them. Nothing below ``exclude`` is read.
+        Raises ValueError if the folder holds no detector or does not say how photographs are prepared for it, if no
+        normal photograph can be read, or if it was fitted on all of them. Nothing below ``exclude`` is read.
         """
         from downstream.detectors import detector_from_pretrained
         from downstream.saved import read_detector_config
@@ -246,11 +245,11 @@ class Inspector:
         found = score_normals(detector, paths, preprocess, device, contrast, batch, progress, known, scale)
         if not len(found.scores) and found.copies:
             raise ValueError(
-                f"the detector was fitted on all {len(found.copies)} normal photographs, which can say nothing about "
-                "new ones: give photographs as --normal that it was not fitted on"
+                f"the detector was fitted on all {len(found.copies)} normal photographs, so that they cannot calibrate "
+                "it: give photographs as --normal that it was not fitted on"
             )
         appearance = Normals(found.appearance)
-        unlike = appearance.leave_one_out()  # empty if there is one normal photograph only
+        unlike = appearance.leave_one_out()  # empty if there is only one normal photograph
         calibration = calibrate((), options.false_alarm_rate, found.scores, ((), unlike) if len(unlike) else None)
         doubt = [PERHAPS_FITTED] if options.threshold is None and not fitted.photographs else []
         network = f" on {fitted.backbone.name}" if fitted.backbone else ""
@@ -260,7 +259,7 @@ class Inspector:
             device=device,
             options=options,
             calibration=calibration,
-            # Not the threshold: image scores need not be in the maps' unit.
+            # The threshold does not enter here, because image scores need not be in the unit of the maps.
             scale=ColourScale.from_normal_maps(np.concatenate(found.maps)),
             references=0,
             aspects=tuple(photo.aspect for photo in sample),
@@ -269,12 +268,12 @@ class Inspector:
             full_scale=scale,
             known=known,
             description=f"{fitted.detector}{network}, fitted before",
-            score_is="the detector's, in its own unit",
+            score_is="the score of the detector, in its own unit",
             notes=(*doubt, *found.notes("normal"), *dark_note(found.brightest), *_crop_note(preprocess)),
         )
 
     def score(self, read: Sequence[Photo | Unreadable]) -> list[Scored | Unreadable]:
-        """Photographs of one batch, in order. One that is blank or has no finite score becomes unreadable."""
+        """Score the photographs of one batch, in order; one that is blank or has no finite score becomes unreadable."""
         read = without_blank(read, self.contrast)
         photos = [item for item in read if isinstance(item, Photo)]
         predicted = iter(zip(*predict_photos(self.detector, photos, self.device), strict=True))
@@ -292,7 +291,7 @@ class Inspector:
         return scored
 
     def judge(self, name: str, scored: Scored, heatmap: str | None = None) -> Result:
-        """The result of one image; a copy of a normal photograph, compared with itself, has no verdict."""
+        """Judge one image; a copy of a normal photograph is undecided, because it is compared with itself."""
         result = judge(name, scored.score, scored.unlike, self.calibration, self.threshold, heatmap)
         if (original := self.known.get(scored.photo.digest)) is not None:
             reason = f"it is a copy of a normal photograph ({original}), so that it is compared with itself"
@@ -300,7 +299,7 @@ class Inspector:
         return result
 
     def has_odd_shape(self, photo: Photo) -> bool:
-        """Whether no normal photograph has nearly this width:height."""
+        """Say whether the width:height of ``photo`` is far from that of every normal photograph."""
         return all(abs(math.log(photo.aspect / other)) > SHAPE_TOLERANCE for other in self.aspects)
 
 
@@ -312,7 +311,7 @@ def judge(
     threshold: float | None,
     heatmap: str | None = None,
 ) -> Result:
-    """The result of one image with a finite score; ``unlike`` is of this image alone."""
+    """Judge one image by its finite score and by ``unlike``, whose only row is that of this image."""
     value, measure = float(unlike.values[0]), unlike.measures[0]
     p_value = unlike_p_value = None
     if calibration is not None:
@@ -328,17 +327,17 @@ def judge(
 
 
 def shape_note(odd: int, total: int) -> list[str]:
-    """What to say when `odd` of `total` images have a shape unlike the normal photographs'."""
+    """Return a warning if `odd` > 0 of `total` images have another shape than the normal photographs."""
     if not odd:
         return []
     return [
-        f"{odd} of {total} images have a shape (width:height) unlike the normal photographs'. They are "
-        "prepared like those, so what lies elsewhere in them looks like an anomaly: crop them alike."
+        f"{odd} of {total} images have a shape (width:height) unlike the normal photographs'. They are resized like "
+        "those, so that parts that end up elsewhere look like anomalies: crop all photographs alike."
     ]
 
 
 def preprocess_of(folder: Path) -> Preprocess:
-    """How photographs become the images of a saved detector. Raises ValueError if its folder does not say."""
+    """Return the preprocessing of a saved detector. Raises ValueError if its folder does not say."""
     from downstream.saved import member, part, read_detector_config
 
     config = read_detector_config(folder)
@@ -347,14 +346,14 @@ def preprocess_of(folder: Path) -> Preprocess:
     found = config.images or config.preprocess
     if found is None:
         raise ValueError(
-            f"{printable(folder)} was fitted on features that a program made: how photographs are prepared for them is "
-            "not known; use it in Python (downstream.detectors.detector_from_pretrained)"
+            f"{printable(folder)} was fitted on features of another program, so that it is not known how to prepare "
+            "photographs for it; use it in Python (downstream.detectors.detector_from_pretrained)"
         )
     return found
 
 
 def _sample(paths: Sequence[Path], preprocess: Preprocess, batch_size: int, scale: float | None) -> list[Photo]:
-    """Evenly spaced ones of the photographs that can be read."""
+    """Read an evenly spaced sample of the photographs; those that cannot be read are left out."""
     some = paths[:: -(-len(paths) // SCALE_SAMPLE)]
     read = [item for batch in read_batches(some, preprocess, batch_size, scale) for item in batch]
     photos = [item for item in read if isinstance(item, Photo)]
@@ -367,7 +366,7 @@ def _sample(paths: Sequence[Path], preprocess: Preprocess, batch_size: int, scal
 def _crop_note(preprocess: Preprocess) -> list[str]:
     if preprocess.crop_from is None:
         return []
-    return [f"Every photograph is {preprocess.in_words}: what lies outside of them is not inspected."]
+    return [f"Every photograph is {preprocess.in_words}: what lies outside the crop is not inspected."]
 
 
 def _describe(extractor: ADExtractor, detector: FeatureNorm, options: Options) -> str:

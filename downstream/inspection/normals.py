@@ -1,7 +1,7 @@
-"""The normal photographs of a product: which become references, and the scores of the others, which calibrate.
+"""Choose references among the normal photographs of a product; the scores of the others calibrate the threshold.
 
-Shapes: P photographs, K references, N normal photographs that are no references, B images of a batch, S = the network's
-input side, F numbers of an appearance.
+Shapes: P photographs, K references, N normal photographs that are not references, B images of a batch, S = the
+network's input side, F numbers of an appearance.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from downstream.inspection import Options
 from downstream.inspection.photos import Photo, Unreadable, find_images, read_batches, without_blank, without_copies
 from downstream.terminal import Progress, no_progress
 
-SCALE_SAMPLE = 64  # maps, at most, that fix the colour scale besides the references' own
-DARK = 256 / 8  # of 256 values
+SCALE_SAMPLE = 64  # about so many maps, besides those of the references, fix the colour scale
+DARK = 256 / 8  # photographs are dark if their brightest value is below this
 
 
 class NormalBatches:
-    """The photographs of ``paths`` as batches [b, 3, S, S], read anew at every iteration, one batch ahead.
+    """Batches [b, 3, S, S] of the photographs in ``paths``, read anew in every iteration, one batch ahead.
 
-    Raises ValueError for an unreadable photograph: every score would depend on it.
+    Raises ValueError for an unreadable photograph, because every score would depend on it.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class NormalBatches:
     ) -> None:
         self.paths, self.preprocess, self.batch_size, self.device = paths, preprocess, batch_size, device
         self.progress, self.scale, self.purpose = progress, scale, purpose
-        self.digests = set[str]()  # of the photographs that were read
+        self.digests = set[str]()  # digests of the photographs read so far
 
     def __len__(self) -> int:
         return -(-len(self.paths) // self.batch_size)
@@ -61,15 +61,15 @@ class NormalBatches:
 
 
 def readable(batch: Sequence[Photo | Unreadable]) -> list[Photo]:
-    """Normal photographs. Raises ValueError if one is unreadable."""
+    """Return the batch as normal photographs. Raises ValueError if one is unreadable."""
     for item in batch:
         if isinstance(item, Unreadable):
-            raise ValueError(f"every score depends on the normal photographs, and one is bad: {item.reason}")
+            raise ValueError(f"every score depends on the normal photographs, and one is unreadable: {item.reason}")
     return [item for item in batch if isinstance(item, Photo)]
 
 
 def read_all(paths: Sequence[Path], preprocess: Preprocess, batch_size: int, scale: float | None) -> list[Photo]:
-    """Every photograph. Raises ValueError for an unreadable one: every score would depend on it."""
+    """Read all photographs. Raises ValueError for an unreadable one, because every score would depend on it."""
     return [photo for batch in read_batches(paths, preprocess, batch_size, scale) for photo in readable(batch)]
 
 
@@ -80,12 +80,12 @@ def choose_references(
     scale: float | None = None,
     progress: Progress = no_progress,
 ) -> list[Path]:
-    """The references among the P normal photographs, in the order of ``paths``.
+    """Choose K references among the P normal photographs and return them in the order of ``paths``.
 
     ``options.references``: "even" = K evenly spaced in sorted order; "random" = K drawn with ``options.seed``; "kmeans"
-    = K spread over the clusters of the last level's features; "aligned" = all of them, because each image chooses its
-    own K later. Fewer than K photographs are all used. ``scale``: as in `read_batches`. Raises ValueError for an
-    unreadable photograph where it must be read to choose.
+    = K spread over the clusters of the last level's features; "aligned" = all P, because K of them are chosen for each
+    image later. If P <= K, all are used. ``scale`` is that of `read_batches`. Raises ValueError for an unreadable
+    photograph, which only "kmeans" reads.
     """
     count, shots = len(paths), options.shots
     if options.references == "aligned" or count <= shots:
@@ -106,9 +106,9 @@ def choose_references(
 def set_references(
     extractor: ADExtractor, normal: Path, shots: int, batch_size: int, out: Path, scale: float | None
 ) -> list[Photo]:
-    """Give an extractor the photographs in ``normal``, at most ``shots``, evenly spaced by name; returns them.
+    """Make at most ``shots`` photographs in ``normal``, evenly spaced by name, the references; return them.
 
-    They are encoded a batch at a time. ``scale``: as in `read_batches`. Raises ValueError for an unreadable one.
+    They are encoded in batches. ``scale`` is that of `read_batches`. Raises ValueError for an unreadable one.
     """
     options = Options(shots=shots, batch_size=batch_size)
     chosen = choose_references(find_images(normal, exclude=out), extractor, options)
@@ -122,17 +122,17 @@ def set_references(
 
 @dataclass
 class Calibrating:
-    """Normal photographs that are not references, scored: N that can be used, and those left out."""
+    """Scores of N normal photographs that are not references, and the photographs that were left out."""
 
     scores: NDArray[np.float64]  # [N]
     appearance: list[NDArray[np.float64]] = field(default_factory=list)  # N of [F]
     brightest: list[int] = field(default_factory=list)
-    maps: list[NDArray[np.float64]] = field(default_factory=list)  # of the first ones
+    maps: list[NDArray[np.float64]] = field(default_factory=list)  # of the first photographs, about SCALE_SAMPLE
     unreadable: list[Unreadable] = field(default_factory=list)
     copies: list[tuple[str, str]] = field(default_factory=list)
 
     def notes(self, kind: str) -> list[str]:
-        """What to say about those left out; ``kind`` is what they are called."""
+        """Return warnings about photographs that were left out; ``kind`` names them, as "calibration"."""
         unread = f"{len(self.unreadable)} {kind} photograph(s) left out as unreadable, the first: "
         notes = [unread + item.reason for item in self.unreadable[:1]]
         return [*copies_note(self.copies, f"{kind} photographs"), *notes]
@@ -149,8 +149,8 @@ def score_normals(
     known: dict[str, str],
     scale: float | None,
 ) -> Calibrating:
-    """Score normal photographs that are not references. Copies of one another, and of those whose digests are
-    ``known``, are left out; the others join them there."""
+    """Score normal photographs that are not references. Copies of one another, and of photographs whose digests are
+    in ``known``, are left out; the digests of the others are added to ``known``."""
     found, scores = Calibrating(np.empty(0)), [np.empty(0)]
     for number, read in enumerate(read_batches(paths, preprocess, batch_size, scale)):
         batch = without_blank(read, contrast)
@@ -171,7 +171,7 @@ def score_normals(
 def predict_photos(
     detector: Detector, photos: Sequence[Photo], device: torch.device
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Scores [B] and maps [B, S, S], both empty for an empty batch."""
+    """Return scores [B] and maps [B, S, S], both empty for an empty batch."""
     if not photos:
         return np.empty(0), np.empty((0, 0, 0))
     prediction = detector.predict(torch.stack([photo.pixels for photo in photos]).to(device))
@@ -179,12 +179,12 @@ def predict_photos(
 
 
 def as_numpy(values: Tensor) -> NDArray[np.float64]:
-    """Float64 on the CPU."""
+    """Convert a tensor to a float64 array on the CPU."""
     return values.detach().double().cpu().numpy()
 
 
 def copies_note(copies: Sequence[tuple[str, str]], among: str) -> list[str]:
-    """Copies score each other near zero, which would make the threshold too low."""
+    """Return a warning about ``copies`` (copy, original), which would score near zero and lower the threshold."""
     if not copies:
         return []
     copy, original = copies[0]
@@ -195,11 +195,11 @@ def copies_note(copies: Sequence[tuple[str, str]], among: str) -> list[str]:
 
 
 def dark_note(brightest: Sequence[int]) -> list[str]:
-    """What to say if all of the normals, whose highest values are given, use a small part of the range."""
+    """Return a warning if all normal photographs are dark; ``brightest`` holds the highest value of each, 0 to 255."""
     if not brightest or max(brightest) >= DARK:
         return []
     return [
         f"All normal photographs use less than an eighth of the range (the highest value is {max(brightest)} of 255): "
-        "little can be seen in them. If they are 16-bit colour files of a camera with 10 or 12 bits, convert them to 8 "
-        "bits per channel; if they are dark, lengthen the exposure."
+        "little can be seen in them. If they are 16-bit colour files from a camera with 10 or 12 bits, convert them to "
+        "8 bits per channel; if they are underexposed, lengthen the exposure."
     ]

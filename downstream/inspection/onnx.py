@@ -1,4 +1,4 @@
-"""A fitted detector as one file for ONNX Runtime: photographs in, scores and maps out, no torch needed.
+"""Export of a fitted detector to one file for ONNX Runtime, which maps images to scores and maps without torch.
 
 Shapes: B images (any number), S = the network's input side, L levels, T tokens per image, N_l reference tokens,
 Q = B * T queries.
@@ -37,29 +37,29 @@ from downstream.terminal import Progress, no_progress
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OPSET, OPSETS = 20, range(18, 24)  # 20: ONNX Runtime 1.17 or newer
 ANY_BATCH = {"images": {0: torch.export.Dim("batch", max=2**31 - 1)}}  # torch 2.6 refuses a size without a bound
-CHECKED = 16  # photographs that a folder's export is verified on
+CHECKED = 16  # `export_folder` verifies the file on at most this many photographs
 TOLERANCE = 1e-4
-ROUNDING = 1e-6  # of a similarity, relative to the lengths of query and reference: float32 features and sums
-LARGEST_FILE = 2**31 - 2**24  # protobuf's 2 GiB, less some room for the graph itself
+ROUNDING = 1e-6  # float32 error of a similarity, relative to the lengths of query and reference
+LARGEST_FILE = 2**31 - 2**24  # bytes: the 2 GiB limit of protobuf, less some room for the graph itself
 NOTICE = (
     "This file contains features of the reference photographs it was made from. They belong to whoever made the "
-    "photographs: share the file only with those who may see the product."
+    "photographs: share the file only with people who may see the product."
 )
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """What `verify` found: the largest difference, and apart from it the images whose ties came out otherwise."""
+    """The result of `verify`: the largest difference, not counting images where ties were broken differently."""
 
-    images: int  # compared in all, mirrored ones included
-    difference: float
-    ties: int  # images
-    tie_difference: float  # the largest among them
+    images: int  # images compared, including mirrored ones
+    difference: float  # largest relative difference of the images that are not counted in ``ties``
+    ties: int  # images that differ because ties were broken differently
+    tie_difference: float  # largest relative difference of these
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A written and verified file."""
+    """An exported file that was written and verified."""
 
     path: Path
     size: int  # bytes
@@ -77,12 +77,12 @@ def export_onnx(
 ) -> Exported:
     """Write a fitted detector to ``path`` (input "images" [B, 3, S, S], outputs "scores" [B] and "maps" [B, S, S]).
 
-    The file is kept only if ONNX Runtime gives what torch gives on ``check_batches`` (see `verify`). Its metadata
-    tell how to prepare a photograph, the ``threshold`` (by default that of ``calibration``) and where the extractor
-    comes from.
+    The file is kept only if ONNX Runtime gives the same results as torch on ``check_batches`` (see `verify`). Its
+    metadata describe how to prepare a photograph, the ``threshold`` (by default that of ``calibration``) and the
+    origin of the extractor.
 
-    Raises ValueError if packages are missing, ``opset`` is not in `OPSETS`, the detector cannot be exported (see
-    `DetectorGraph`), is not on the CPU or too large for one file, or if the results differ.
+    Raises ValueError if packages are missing, if ``opset`` is not in `OPSETS`, if the detector cannot be exported (see
+    `DetectorGraph`), is not on the CPU or is too large for one file, or if the results differ.
     """
     check_possible(opset)
     graph = DetectorGraph(detector)
@@ -106,14 +106,14 @@ def export_onnx(
 
 
 def check_possible(opset: int = OPSET) -> None:
-    """Raises ValueError if a package is missing or ``opset`` is not one of `OPSETS`."""
+    """Raise ValueError if a package is missing or ``opset`` is not one of `OPSETS`."""
     if opset not in OPSETS:
         raise ValueError(f"opset {opset} is not supported; choose one of {OPSETS.start}..{OPSETS.stop - 1}")
     need("export", *PACKAGES)
 
 
 def _trace(graph: DetectorGraph, opset: int) -> Any:
-    """The detector as a `torch.onnx.ONNXProgram`, for any number of images."""
+    """Trace the detector to a `torch.onnx.ONNXProgram` that takes any number of images."""
     side = graph.backbone.preprocess.image_size
     with torch.no_grad():
         return torch.onnx.export(
@@ -129,8 +129,8 @@ def _trace(graph: DetectorGraph, opset: int) -> Any:
 
 
 def metadata(detector: FeatureNorm, calibration: Calibration | None, threshold: float | None) -> dict[str, str]:
-    """What the file tells about itself; values are text, JSON where they are more than one number or sentence."""
-    assert isinstance(detector.extract, ADExtractor)  # DetectorGraph has refused others
+    """Return the metadata of the file: texts, which are JSON unless they are one number or sentence."""
+    assert isinstance(detector.extract, ADExtractor)  # DetectorGraph has refused any other
     config = dataclasses.asdict(detector.extract.config)
     entries = {
         "preprocess": json.dumps(config.pop("preprocess")),
@@ -151,12 +151,12 @@ def verify(
 ) -> Agreement:
     """Compare ``path`` in ONNX Runtime (CPU) with the detector in torch.
 
-    Every batch [b, 3, S, S] is compared as it is, mirrored, and its first image alone: mirrored, a reference does not
-    meet itself, where the map is rounding noise about zero. An image's difference is the larger of |map - map'| and
-    |score - score'|, relative to the largest map value and score of all. A difference above ``tolerance`` is accepted
-    only where `DetectorGraph.ties` explains it, and in less than half of the images.
+    Every batch [b, 3, S, S] is compared as it is, mirrored, and with its first image alone. (A mirrored reference is
+    not compared with itself, which would give only rounding noise about zero.) An image's difference is the larger of
+    |map - map'| and |score - score'|, relative to the largest map value and score of all. A difference above
+    ``tolerance`` is accepted only if `DetectorGraph.ties` explains it, and in less than half of the images.
 
-    Raises ValueError that names the difference otherwise, and without images.
+    Raises ValueError with the difference if it is not accepted, and ValueError if there are no images.
     """
     need("export", "onnxruntime")
     session = importlib.import_module("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -167,7 +167,7 @@ def verify(
             expected = detector.predict(images)
             scores, maps = map(torch.from_numpy, session.run(["scores", "maps"], {"images": images.numpy()}))
             error = torch.stack([(scores - expected.scores).abs(), (maps - expected.maps).abs().amax((1, 2))])
-            errors.append(error.nan_to_num(torch.inf))  # NaN is never an agreement
+            errors.append(error.nan_to_num(torch.inf))  # NaN never counts as agreement
             tied.append(graph.ties(images))
             largest = largest.maximum(torch.stack([expected.scores.abs().max(), expected.maps.abs().max()]))
     if not errors:
@@ -176,7 +176,7 @@ def verify(
 
 
 def _judge(differences_2B: Tensor, tied_B: Tensor, tolerance: float) -> Agreement:
-    worst_B = differences_2B.nan_to_num(0.0, posinf=torch.inf).amax(0)  # 0 / 0: both are zero everywhere
+    worst_B = differences_2B.nan_to_num(0.0, posinf=torch.inf).amax(0)  # 0 / 0 means that all values are zero in both
     excused_B = (worst_B > tolerance) & tied_B
     strict, excused = worst_B[~excused_B], worst_B[excused_B]
     if len(excused) * 2 >= len(worst_B) or strict.max() > tolerance:
@@ -199,16 +199,16 @@ def export_folder(
     device: str = "auto",
     progress: Progress = no_progress,
 ) -> tuple[Exported, Inspector]:
-    """Fit the photographs in `normal` as `score_folder` does, on ``device``, and export the result to ``out``.
+    """Fit on the photographs in `normal` as `score_folder` does, on ``device``, and export the result to ``out``.
 
-    It is verified on the photographs in ``check`` (default: ``normal``), at most `CHECKED` of them, evenly spaced in
-    sorted order. Raises ValueError for input that cannot be inspected with or exported, see `Inspector.from_folder` and
-    `export_onnx`; OSError if ``out`` cannot be written.
+    The file is verified on at most `CHECKED` photographs in ``check`` (default: ``normal``), evenly spaced in sorted
+    order. Raises ValueError for input that `Inspector.from_folder` or `export_onnx` refuses; OSError if ``out`` cannot
+    be written.
     """
     check_possible(opset)
     if out.is_dir():
         raise ValueError(f"{out} is a folder; name the file to write, e.g. {out / 'model.onnx'}")
-    if out.suffix != ".onnx":  # so that no photograph is ever replaced
+    if out.suffix != ".onnx":  # so that a photograph cannot be overwritten by mistake
         raise ValueError(f"{out} does not end in .onnx; name the file to write, e.g. {out.with_suffix('.onnx')}")
     paths = find_images(check or normal)
     check_writable(out)
@@ -236,13 +236,13 @@ def _read(paths: Sequence[Path], inspector: Inspector, batch_size: int) -> Itera
 
 
 class DetectorGraph(nn.Module):
-    """A fitted `FeatureNorm` whose forward is one graph: all that does not depend on the image is a constant.
+    """A fitted `FeatureNorm` as one graph, in which everything that does not depend on the image is constant.
 
     The references, their search indices and scales and the projector's keys and values are buffers. Backbone and
-    layers are the extractor's own, not copies; a later `set_references` does not reach the graph. Similarities of
-    a whole batch, B * T * max N_l floats, are held at once.
+    layers are shared with the extractor, not copied; a later `set_references` does not change the graph. All
+    similarities of a batch, B * T * max N_l floats, are in memory at once.
 
-    Raises ValueError without an extractor, without references, or if every image has references of its own.
+    Raises ValueError if there is no extractor, no references, or if every image has different references.
     """
 
     def __init__(self, detector: FeatureNorm) -> None:
@@ -250,7 +250,7 @@ class DetectorGraph(nn.Module):
         extractor = detector.extract
         if isinstance(detector, AlignedFeatureNorm):
             raise ValueError(
-                "the exported detector has one set of references for all images: aligned ones cannot be exported"
+                "the exported detector has one set of references for all images: aligned references cannot be exported"
             )
         if not isinstance(extractor, ADExtractor) or extractor.references is None:
             raise ValueError("only a FeatureNorm of an ADExtractor can be exported, after fit(normal_images)")
@@ -268,7 +268,7 @@ class DetectorGraph(nn.Module):
     def _register(self, bank: ReferenceBank, crossed: bool) -> None:
         assert bank.indices is not None
         for level, (bank_1NC, index) in enumerate(zip(bank.levels, bank.indices, strict=True)):
-            # Clones: what the extractor made in inference mode cannot be part of a graph.
+            # Clones are needed because tensors made in inference mode cannot be part of a graph.
             self.register_buffer(f"bank_{level}", bank_1NC.clone())
             self.register_buffer(f"scale_{level}", bank.scales[level].clone() if bank.scales else None)
             self.register_buffer(f"rows_{level}", index.rows.clone())
@@ -279,7 +279,7 @@ class DetectorGraph(nn.Module):
         return SearchIndex(getattr(self, f"rows_{level}"), getattr(self, f"shift_{level}"))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, 3, S, S] float32, normalised -> scores [B], maps [B, S, S]: what the detector's `predict` gives."""
+        """[B, 3, S, S] float32, normalised -> scores [B], maps [B, S, S], as the detector's `predict` gives them."""
         projected = []
         for level, feature in enumerate(self.backbone(images)):
             bank, scale = getattr(self, f"bank_{level}"), getattr(self, f"scale_{level}")
@@ -294,9 +294,9 @@ class DetectorGraph(nn.Module):
 
     @torch.no_grad()
     def ties(self, images: Tensor) -> Tensor:
-        """Which of the images [B, 3, S, S] hold a token with two nearest references, equally near within rounding: [B].
+        """Find the images [B, 3, S, S] that have a token whose two nearest references tie within rounding: bools [B].
 
-        Which of the two is taken, and with it the residual, is then up to the order of a sum: correct programs differ.
+        Which of the two is taken, and thus the residual, then depends on rounding: two correct programs may differ.
         """
         tied = torch.zeros(images.shape[0], dtype=torch.bool, device=images.device)
         for level, feature in enumerate(self.backbone(images)):

@@ -1,7 +1,7 @@
-"""Photographs of a folder: which files they are, and their reading, a batch at a time.
+"""Find the photographs in a folder and read them in batches.
 
-A photograph is named by a path: of a file with several pages or frames, every page has its own, ``name.tif#2``. A data
-set's masks are told apart. A file that cannot be read is reported as `Unreadable`, not raised.
+A photograph is named by a path; each page or frame of a file that has several is one photograph, ``name.tif#2``.
+Folders that hold the masks of a data set are refused. A file that cannot be read becomes an `Unreadable`, not an error.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ PAGED_SUFFIXES = (".gif", ".png", ".tif", ".tiff", ".webp")
 GOOD_FOLDERS = [pattern for layout in ("mvtec_3d", "btad", "mvtec", "mtd", "realiad") for pattern in PATTERNS[layout]]
 MASK_FOLDERS = ("ground_truth", "gt", "mask", "masks")
 MASK_NAME = re.compile(r"(.+)_(?:mask|gt|label|seg)", re.IGNORECASE)
-BLANK = 0.1  # of the references' contrast; of the 1344 Magnetic Tile photographs none is below .3 of their median
+BLANK = 0.1  # share of the references' contrast; no Magnetic Tile photograph (of 1344) is below .3 of their median
 
 
 def printable(text: object) -> str:
-    """Text that any UTF-8 stream takes: file names on Linux are bytes and need not be valid UTF-8."""
+    """Make text valid UTF-8: file names on Linux are bytes and need not be."""
     return os.fsencode(str(text)).decode("utf-8", errors="replace")
 
 
 def find_images(folder: Path, exclude: Path | None = None) -> list[Path]:
-    """Every photograph below `folder`, sorted, links to folders followed; hidden ones and everything below `exclude`
-    are left out.
+    """Find every photograph below `folder`, sorted; links to folders are followed, and hidden files and everything
+    below `exclude` are left out.
 
-    A single file is accepted as a folder of one. Raises ValueError, with the folder to use instead, for a data set of a
-    known layout and for masks beside the photographs; and if there is no such folder or no image in it.
+    A single file counts as a folder with one photograph. Raises ValueError for a data set of a known layout (and names
+    the folder to use instead), for masks among the photographs, and if there is no such folder or no image in it.
     """
     if folder.is_file():
         return _each_page(folder)
@@ -62,18 +62,18 @@ def find_images(folder: Path, exclude: Path | None = None) -> list[Path]:
 
 
 def passed_over(folder: Path, exclude: Path | None = None) -> list[str]:
-    """A warning about the files below a folder that are no photographs, hidden ones aside; empty without any."""
+    """Return a warning if files below a folder are not photographs; hidden files do not count."""
     if not folder.is_dir():
         return []
     kinds = Counter(path.suffix.lower() or "without suffix" for path in _files(folder, exclude) if not is_image(path))
     if not kinds:
         return []
     listing = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-    return [f"Files in {printable(folder)} that are no photographs by their names were passed over: {listing}."]
+    return [f"Files in {printable(folder)} without the suffix of a photograph were passed over: {listing}."]
 
 
 def file_and_page(path: Path) -> tuple[Path, int | None]:
-    """The file of a photograph, and which page of it if `find_images` found several."""
+    """Split the path of a photograph into its file and its page; None if the file has only one."""
     name, mark, page = path.name.rpartition("#")
     if mark and page.isdecimal() and Path(name).suffix.lower() in PAGED_SUFFIXES:  # "a#1.png" ends in a suffix
         return path.with_name(name), int(page)
@@ -81,7 +81,7 @@ def file_and_page(path: Path) -> tuple[Path, int | None]:
 
 
 def _files(folder: Path, exclude: Path | None) -> Iterator[Path]:
-    """The files below a folder. A folder that several links lead to, or that holds itself, is entered once."""
+    """Yield the files below a folder. A folder reached by several links, or that contains itself, is entered once."""
     barred, entered = exclude.resolve() if exclude else None, set[Path]()
     for place, folders, names in os.walk(folder, followlinks=True):
         real = Path(place).resolve()
@@ -100,14 +100,14 @@ def _each_page(file: Path) -> list[Path]:
         return [file]
     try:
         count = page_count(file)
-    except ValueError:  # reported when the file is read
+    except ValueError:  # the error is reported when the file is read
         count = 1
     return [file] if count == 1 else [file.with_name(f"{file.name}#{page}") for page in range(1, count + 1)]
 
 
 def _refuse_data_set(folder: Path) -> None:
     layout = layout_of(folder)
-    if layout is None or layout == "hf":  # photographs may have a metadata.csv
+    if layout is None or layout == "hf":  # a folder of photographs may also hold a metadata.csv, and so look like "hf"
         return
     good = next((found for pattern in GOOD_FOLDERS for found in sorted(folder.glob(pattern))), None)
     use = f"use {printable(good)} as --normal" if good else "use its folder of good photographs as --normal"
@@ -137,7 +137,7 @@ def _refuse_masks(folder: Path, files: Sequence[Path]) -> None:
 def _refuse(folder: Path, mask: Path, why: str) -> None:
     raise ValueError(
         f"{printable(folder)} holds masks beside the photographs, such as {printable(mask)} ({printable(why)}): "
-        "give a folder with photographs alone"
+        "give a folder of photographs alone"
     )
 
 
@@ -145,41 +145,41 @@ def _is_two_coloured(file: Path) -> bool:
     try:
         with Image.open(file, formats=FORMATS) as image:
             return image.getcolors(2) is not None
-    except Exception:  # Pillow's plugins raise many kinds of errors; reported when the file is read
+    except Exception:  # Pillow's plugins raise many kinds of errors, which are reported when the file is read
         return False
 
 
 @dataclass(frozen=True)
 class Photo:
-    """One photograph, read: the network's input [3, S, S] and the undistorted picture to show."""
+    """A photograph that was read: the network's input [3, S, S] and the undistorted picture to show."""
 
     path: Path
     pixels: Tensor
     shown: Image.Image
     aspect: float  # width / height of the file
-    digest: str  # of the pixels that the network sees: equal for copies, under any name and in any lossless format
+    digest: str  # hash of the pixels that the network sees: equal for copies with other names or lossless formats
     appearance: NDArray[np.float64]  # [F], see downstream.appearance
-    brightest: int  # value of any pixel, 0 to 255
-    saturated: bool  # whether values lay above the full scale
+    brightest: int  # highest pixel value, 0 to 255
+    saturated: bool  # whether the file has values above the full scale
 
     @property
     def contrast(self) -> float:
-        """Standard deviation of the network's input, mean of its channels."""
+        """Standard deviation of the network's input, averaged over its channels."""
         return float(self.pixels.std(dim=(1, 2)).mean())
 
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A photograph that cannot be used, and why."""
+    """A photograph that cannot be used, with the reason."""
 
     path: Path
     reason: str
 
 
 def full_scale(paths: Sequence[Path]) -> float | None:
-    """The value that becomes 255 in the photographs of one camera; see `adpretrain.photographs.full_scale_of`.
+    """Find the value that becomes 255 in the photographs of one camera; see `adpretrain.photographs.full_scale_of`.
 
-    Photographs that cannot be read are left out here: they are reported when they are used.
+    Photographs that cannot be read are ignored here and reported when they are used.
     """
 
     def deep(path: Path) -> tuple[float, bool] | None:
@@ -195,9 +195,9 @@ def full_scale(paths: Sequence[Path]) -> float | None:
 def read_batches(
     paths: Sequence[Path], preprocess: Preprocess, batch_size: int, scale: float | None = None
 ) -> Iterator[list[Photo | Unreadable]]:
-    """Read in threads, one batch ahead of the consumer, in order; at most two batches are in memory.
+    """Read photographs in threads, in order, one batch ahead of the consumer; at most two batches are in memory.
 
-    ``scale``: the `full_scale` of gray photographs with more than 8 bits.
+    ``scale`` is the `full_scale` of gray photographs with more than 8 bits.
     """
     if batch_size < 1:
         raise ValueError(f"batch size {batch_size}; expected at least 1")
@@ -218,9 +218,9 @@ def _read(path: Path, preprocess: Preprocess, scale: float | None) -> Photo | Un
 
 
 def without_blank(read: Sequence[Photo | Unreadable], usual: float) -> list[Photo | Unreadable]:
-    """Photographs with hardly any of the ``usual`` contrast become unreadable.
+    """Mark photographs as unreadable if their contrast is below `BLANK` times the ``usual`` contrast.
 
-    A covered lens and a failed exposure are as calm as the calm parts of a product, which is normal to the features.
+    A covered lens or a failed exposure looks as uniform as the uniform parts of a product, which are normal.
     """
     reason = "{} is blank (its contrast is {:.1%} of the references'): a covered lens or a failed exposure?"
     return [
@@ -232,7 +232,7 @@ def without_blank(read: Sequence[Photo | Unreadable], usual: float) -> list[Phot
 
 
 def prepare_photo(path: Path, photo: Image.Image, preprocess: Preprocess) -> Photo:
-    """An RGB photograph as the network and people see it."""
+    """Prepare an RGB photograph for the network and for display."""
     pixels = preprocess.pixels(photo)
     return Photo(
         path,
@@ -247,9 +247,8 @@ def prepare_photo(path: Path, photo: Image.Image, preprocess: Preprocess) -> Pho
 
 
 def without_copies(photos: Sequence[Photo], known: dict[str, str]) -> tuple[list[Photo], list[tuple[str, str]]]:
-    """The photographs whose digests are not ``known`` (digest -> name) yet, and those left out, with what they copy.
-
-    ``known`` is filled with the photographs that stay.
+    """Leave out photographs whose digests are in ``known`` (digest -> name); return the others, and pairs of the names
+    of a copy and its original. The photographs that are kept are added to ``known``.
     """
     kept, copies = list[Photo](), list[tuple[str, str]]()
     for photo in photos:
@@ -263,5 +262,5 @@ def without_copies(photos: Sequence[Photo], known: dict[str, str]) -> tuple[list
 
 
 def relative_name(root: Path, path: Path) -> str:
-    """The path below the folder that was asked for, with forward slashes on every system."""
+    """Return ``path`` relative to ``root``, with forward slashes on every system."""
     return path.name if root.is_file() else path.relative_to(root).as_posix()

@@ -1,8 +1,8 @@
-"""One self-contained HTML page about a scoring run: no server, no network, readable from a memory stick.
+"""The report of a scoring run: one self-contained HTML page that needs no server and no network.
 
 The pictures of the highest scores are inlined as small JPEGs, cut out of the saved heatmaps, until a budget is spent;
 the others are links to the heatmap files beside the page. The template escapes everything that comes from file names
-or messages, and the page forbids itself any other source of pictures, scripts or styles (Content-Security-Policy).
+or messages, and a Content-Security-Policy forbids any other source of pictures, scripts or styles.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from downstream.inspection.results import ANOMALOUS, NORMAL, UNDECIDED, Result, 
 from downstream.visualise import COLORMAP, photo_and_heatmap
 
 THUMBNAIL = 320  # longest side in pixels
-BUDGET = 32 * 2**20  # bytes of inlined JPEG; base64 makes a third more of it
+BUDGET = 32 * 2**20  # bytes of inlined JPEG, which base64 makes a third larger
 BINS = 40
 TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("downstream", ""),
@@ -66,10 +66,10 @@ def write_report(
     footer: str = "",
     budget: int = BUDGET,
 ) -> None:
-    """Write the page; the results' heatmaps lie beside it. All texts are plain text and are escaped here.
+    """Write the page to `path`, beside the results' heatmaps. All texts are plain text and are escaped here.
 
     `normal_scores` are marked in the histogram. The pictures of the highest scores are inlined until about `budget`
-    bytes are spent, so that neither the page nor its making outgrows the memory, however many results there are.
+    bytes are used, so that the page fits into memory, however many results there are.
     """
     counts = counted(results)
     pictures = _inlined(path.parent, results, budget)
@@ -95,19 +95,19 @@ def write_report(
 
 
 def _inlined(folder: Path, results: Sequence[Result], budget: int) -> dict[str, list[bytes]]:
-    """Small JPEGs of photograph and heatmap, the highest scores first, until the budget is spent."""
+    """Return small JPEGs of photograph and heatmap, highest scores first, until the budget is spent."""
     pictures: dict[str, list[bytes]] = {}
     for result in sorted(results, key=lambda result: -(result.score or 0.0)):
         if budget <= 0 or result.heatmap is None:
             break
-        with contextlib.suppress(OSError), Image.open(folder / result.heatmap) as saved:  # taken away: a dead link
+        with contextlib.suppress(OSError), Image.open(folder / result.heatmap) as saved:  # a missing file stays a link
             pictures[result.path] = [jpeg(picture) for picture in photo_and_heatmap(saved)]
             budget -= sum(map(len, pictures[result.path]))
     return pictures
 
 
 def jpeg(picture: Image.Image) -> bytes:
-    """A small JPEG, for inlining."""
+    """Shrink a picture to a small JPEG for inlining."""
     small = picture.copy()
     small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
@@ -118,8 +118,8 @@ def jpeg(picture: Image.Image) -> bytes:
 def _histogram(
     results: Sequence[Result], threshold: float | None, normal_scores: Sequence[float]
 ) -> dict[str, Any] | None:
-    """Stacked bars of the scores by verdict in a box of 1000 x 100; places of the threshold and of the normal
-    photographs in per cent. None without scores."""
+    """Lay out stacked bars of the scores by verdict in a box of 1000 x 100, and the positions of the threshold and the
+    normal scores in per cent. None if there are no scores."""
     scores = {verdict: _scores(results, verdict) for verdict in (NORMAL, UNDECIDED, ANOMALOUS)}
     if not any(scores.values()):
         return None
@@ -133,7 +133,7 @@ def _histogram(
         return 100 * (value - low) / (high - low)
 
     edges = np.linspace(low, high, BINS + 1)
-    if threshold is not None:  # a bin edge, so that no bar lies on both sides of it
+    if threshold is not None:  # make it a bin edge, so that no bar spans it
         edges = np.unique(np.append(edges[np.abs(edges - threshold) > (high - low) / BINS / 2], threshold))
     heights = {verdict: np.histogram(values, edges)[0] for verdict, values in scores.items()}
     tallest = max(1, int(np.sum(list(heights.values()), axis=0).max()))
@@ -141,7 +141,7 @@ def _histogram(
     for verdict, counts in heights.items():
         for index in np.flatnonzero(counts):
             left, right, count = edges[index], edges[index + 1], counts[index]
-            wide = max(10 * (place(right) - place(left)) - 1.6, 0.5)  # a hairline between neighbours
+            wide = max(10 * (place(right) - place(left)) - 1.6, 0.5)  # leave a hairline between bars
             bars.append(
                 {
                     "verdict": verdict,

@@ -1,4 +1,4 @@
-"""The outcome of a scoring run: one `Result` per image, and scores.csv."""
+"""The results of a scoring run: one `Result` per image, and scores.csv."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ COLUMNS = ("path", "score", "p_value", "verdict", "unlike", "unlike_p_value", "m
 
 @dataclass(frozen=True)
 class Result:
-    """One image. Numbers are None where there are none."""
+    """The result of one image. A number that could not be computed is None."""
 
     path: str  # relative to the images folder, with forward slashes
     score: float | None
     p_value: float | None
     verdict: str  # anomalous, normal, undecided (no threshold, or compared with itself) or unreadable
     heatmap: str | None = None  # relative to the output folder
-    reason: str = ""  # why it is anomalous (what is beyond its threshold), undecided or unreadable
-    unlike: float | None = None  # how much it is unlike the normals as a whole, see downstream.appearance
+    reason: str = ""  # why the image is anomalous (what exceeds its threshold), undecided or unreadable
+    unlike: float | None = None  # how far the image as a whole is from the normals, see downstream.appearance
     unlike_p_value: float | None = None
-    measure: str = ""  # in what it is unlike them most
+    measure: str = ""  # the measure (such as brightness) in which it is farthest from them
 
     @property
     def judgement(self) -> str:
-        """The verdict and, in brackets, the reason: "anomalous (score)"."""
+        """The verdict with the reason in brackets, such as "anomalous (score)"."""
         return f"{self.verdict} ({self.reason})" if self.reason else self.verdict
 
 
 def write_scores(path: Path, results: Sequence[Result]) -> None:
-    """scores.csv, a row per result in `COLUMNS`; an empty field where there is no number."""
-    # surrogateescape writes back the very bytes of a file name that is not UTF-8, so that scripts find the file.
+    """Write scores.csv, one row per result with `COLUMNS`; None becomes an empty field."""
+    # surrogateescape writes the original bytes of a file name that is not UTF-8, so that scripts find the file.
     with (
         atomic_path(path) as temporary,
         temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
@@ -52,11 +52,11 @@ def write_scores(path: Path, results: Sequence[Result]) -> None:
 
 
 def counted(results: Sequence[Result]) -> dict[str, int]:
-    """How many images have each verdict."""
+    """Count the images with each verdict."""
     counts = Counter(result.verdict for result in results)
     return {verdict: counts[verdict] for verdict in (ANOMALOUS, NORMAL, UNDECIDED, UNREADABLE)}
 
 
 def as_dict(result: Result) -> dict[str, Any]:
-    """For JSON: names are made valid Unicode."""
+    """Turn a result into a dict for JSON, with path and reason as valid Unicode."""
     return {**dataclasses.asdict(result), "path": printable(result.path), "reason": printable(result.reason)}

@@ -1,8 +1,8 @@
-"""What an unfinished run has scored so far, so that `--resume` goes on where it was interrupted.
+"""The record of what an unfinished run has scored, from which `--resume` continues.
 
-``scores.part.jsonl`` in the output folder: a line with the settings, then a line for every batch, written when all its
-heatmaps are on disk, and gone when the run is complete. A batch is the unit because sums round differently in batches
-of another size: only whole batches give the bytes of an uninterrupted run.
+``scores.part.jsonl`` in the output folder holds a line with the settings, then a line for every batch, written once its
+heatmaps are on disk; the file is removed when the run is complete. Whole batches are recorded because sums round
+differently in batches of another size, and a resumed run must give the same bytes as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from downstream.inspection.results import Result
 from downstream.visualise import ColourScale
 
 PART = "scores.part.jsonl"
-Stamp = tuple[str, int, int]  # an image's name below its folder, bytes, and time of its last change in nanoseconds
+Stamp = tuple[str, int, int]  # an image's name below its folder, size in bytes, and modification time in nanoseconds
 
 
 def settings_of(
     kind: str, model: Path, device: torch.device, normal: Sequence[Path], calibration: Sequence[Path], options: Options
 ) -> dict[str, Any]:
-    """Everything that the scores depend on besides the images: the folder of an "extractor" or "detector", photographs
-    by content, options."""
+    """Return everything that the scores depend on besides the images: digests of the ``model`` folder, an "extractor"
+    or "detector" (``kind``), and of the photographs, the device and the options."""
     return {
         "library": f"adpretrain {__version__}, torch {torch.__version__}",
         kind: _digest(_files(model)),
@@ -47,15 +47,15 @@ def settings_of(
 
 
 def _files(model: Path) -> list[Path]:
-    """Configuration and weights, of a detector's parts too; not pipes and devices, which never end."""
+    """Find configuration and weights, also of a detector's parts; no pipes or devices, whose reading never ends."""
     return sorted(path for path in model.rglob("*") if path.name in (CONFIG_NAME, WEIGHTS_NAME) and path.is_file())
 
 
 def _digest(paths: Sequence[Path]) -> str:
     found = hashlib.sha256()
-    for path in paths:  # names too: they choose the references
+    for path in paths:  # names count too, because the references are chosen by name
         content = hashlib.sha256()
-        # An error is reported with the file's name when it is used.
+        # An error is reported, with the file's name, when the file is used.
         with contextlib.suppress(OSError), file_and_page(path)[0].open("rb") as file:
             while piece := file.read(1 << 20):  # a PatchCore bank may have gigabytes
                 content.update(piece)
@@ -64,7 +64,7 @@ def _digest(paths: Sequence[Path]) -> str:
 
 
 def stamp(root: Path, path: Path) -> Stamp:
-    """What tells an image from a later one of the same name; zeros for a file that cannot be looked at."""
+    """Return what tells an image from a later one of the same name; zeros if the file cannot be accessed."""
     try:
         status = file_and_page(path)[0].stat()
     except OSError:
@@ -74,8 +74,8 @@ def stamp(root: Path, path: Path) -> Stamp:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """A scored batch: its results, and how many images have a shape unlike the normal photographs', or values above
-    their full scale."""
+    """A scored batch: its results, how many images have another shape than the normal photographs, and how many have
+    values above the full scale."""
 
     results: tuple[Result, ...]
     odd_shapes: int = 0
@@ -83,10 +83,10 @@ class Batch:
 
 
 class Record:
-    """The record of one run below ``out``, to be entered with ``with``; leaving it keeps the file, `finish` does not.
+    """The record of one run in ``out``, used in a ``with`` statement, which keeps the file; `finish` removes it.
 
-    ``resume``: take over the batches of the run that was interrupted there, if any. Raises ValueError if that run had
-    other ``settings`` (it names them), or its record cannot be read.
+    With ``resume``, the batches of a run that was interrupted there are taken over. Raises ValueError if that run had
+    other ``settings`` (the message names them), or if its record cannot be read.
     """
 
     def __init__(self, out: Path, settings: Mapping[str, Any], resume: bool) -> None:
@@ -97,7 +97,7 @@ class Record:
         self._file: BinaryIO | None = None
 
     def _read(self) -> int:
-        """Fill in what the file holds; returns the length of its whole lines: a killed run may have torn the last."""
+        """Read the file and return the length of its whole lines; the last may be torn if the run was killed."""
         content = self.path.read_bytes()
         whole = content.rfind(b"\n") + 1
         try:
@@ -126,12 +126,12 @@ class Record:
 
     @property
     def goes_on(self) -> bool:
-        """Whether an earlier run is taken over."""
+        """Whether this run continues an earlier one."""
         return self._whole > 0
 
     @property
     def has_batches(self) -> bool:
-        """Whether an earlier run that is taken over has scored any images."""
+        """Whether the earlier run that is continued has scored any images."""
         return bool(self._batches)
 
     def __enter__(self) -> Self:
@@ -154,7 +154,7 @@ class Record:
         self._file.flush()
 
     def scored(self, images: Sequence[Stamp], heatmaps: Sequence[str]) -> Batch | None:
-        """A batch of these very images, whose ``heatmaps`` still lie below the output folder; None if it is to do."""
+        """Return the recorded batch of exactly these images; None if there is none or one of ``heatmaps`` is gone."""
         batch = self._batches.get(tuple(images))
         if batch is None:
             return None
@@ -165,32 +165,32 @@ class Record:
         return batch
 
     def add(self, images: Sequence[Stamp], batch: Batch) -> None:
-        """Remember a batch whose heatmaps are written."""
+        """Record a batch whose heatmaps are written."""
         results = [dataclasses.asdict(result) for result in batch.results]
         self._write(
             {"images": images, "results": results, "odd_shapes": batch.odd_shapes, "saturated": batch.saturated}
         )
 
     def scale(self, images: Sequence[Stamp]) -> ColourScale | None:
-        """The colour scale that a sample of the images has fixed, if one has.
+        """Return the recorded colour scale, or None; it was fixed by a sample of the images.
 
-        Raises ValueError if the sample would be another one now: pictures of two scales cannot be compared.
+        Raises ValueError if ``images`` is another sample: heatmaps with two different scales cannot be compared.
         """
         if self._scale is None:
             return None
         if self._scale[0] != tuple(images):
             raise ValueError(
-                f"the images that fixed the colours of the unfinished run in {self.folder} are others now: "
-                "leave out --resume to start anew, or give a second normal photograph, which fixes them"
+                f"the images that fixed the colours of the unfinished run in {self.folder} have changed: "
+                "leave out --resume to start anew, or give a second normal photograph, which fixes the colours"
             )
         return self._scale[1]
 
     def set_scale(self, images: Sequence[Stamp], scale: ColourScale) -> None:
-        """Remember the colour scale and the images that fixed it."""
+        """Record the colour scale and the images that fixed it."""
         self._write({"images": images, "scale": dataclasses.astuple(scale)})
 
     def finish(self) -> None:
-        """The run is complete: remove the file."""
+        """Remove the file, because the run is complete."""
         self.path.unlink(missing_ok=True)
 
 
@@ -203,6 +203,6 @@ def _result(entry: Mapping[str, Any]) -> Result:
 
 
 def _change(key: str, earlier: Any, now: Any) -> str:
-    if isinstance(earlier, str) and len(earlier) == 64:  # a digest says nothing to people
+    if isinstance(earlier, str) and len(earlier) == 64:  # showing a digest would not help the user
         return key
     return f"{key} ({earlier}, now {now})"

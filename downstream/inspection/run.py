@@ -1,8 +1,8 @@
-"""`score_folder`: inspection from folder to folder.
+"""`score_folder` inspects a folder of images and writes the results to another folder.
 
 Every image is read, scored and drawn in one pass. Only two batches of images and one of maps are in memory, however
-many images there are, because the inspector fixes the colour scale before the first image is scored; that also makes
-the heatmaps of different runs with the same references comparable.
+many images there are, because the inspector fixes the colour scale before the first image is scored. This also makes
+heatmaps of different runs with the same references comparable.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ from downstream.saved import locate_model
 from downstream.terminal import Progress, no_progress
 from downstream.visualise import ColourScale, panel, save_png
 
-# One meaning per code, the most urgent one that is true; --help repeats them.
+# `Inspection.exit_code` chooses between them; --help explains them.
 EXIT_FINE, EXIT_ANOMALY, EXIT_USAGE, EXIT_INCOMPLETE = 0, 1, 2, 3
 SUMMARY, HEATMAPS = "summary.json", "heatmaps"  # in the output folder
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """A finished run: the results in path order, and the content of summary.json."""
+    """A finished run: the results in path order, the content of summary.json, and the output folder."""
 
     results: list[Result]
     summary: dict[str, Any]
@@ -71,7 +71,7 @@ class Inspection:
 
     @property
     def exit_code(self) -> int:
-        """1 with an anomaly; else 3 where none can be ruled out (unreadable, or no threshold); else 0."""
+        """1 if an image is anomalous; else 3 if one is unreadable or undecided; else 0."""
         verdicts = {result.verdict for result in self.results}
         if ANOMALOUS in verdicts:
             return EXIT_ANOMALY
@@ -79,8 +79,8 @@ class Inspection:
 
 
 def pick_device(name: str) -> torch.device:
-    """The first accelerator (else the CPU) for "auto", or any torch device name. ValueError if it cannot be
-    used.
+    """Return the device of a torch device name; "auto" is the first accelerator, else the CPU. Raises ValueError if it
+    cannot be used.
     """
     if name == "auto":
         mps = torch.backends.mps.is_available()
@@ -110,14 +110,14 @@ def score_folder(
 ) -> Inspection:
     """Score every image below `images` against the normal photographs in `normal`.
 
-    `extractor`, `weights`, `revision`: as in `ADExtractor.from_pretrained`. `detector`: a fitted one (a folder, or
-    "org/name" on the Hub) that scores instead; the normal photographs, which it must not have seen, calibrate it.
+    `extractor`, `weights` and `revision` are those of `ADExtractor.from_pretrained`. `detector` is a fitted detector (a
+    folder, or "org/name" on the Hub) to score with instead; the normal photographs, which it must not have seen,
+    calibrate it.
+    Writes out/scores.csv, out/heatmaps/*.png, out/report.html and, last, out/summary.json, which marks a complete run.
+    Until then out/scores.part.jsonl records what has been scored; `resume` continues an interrupted run from there and
+    writes the same files as an uninterrupted one (`downstream.inspection.resume`).
 
-    Writes out/scores.csv, out/heatmaps/*.png, out/report.html and out/summary.json (last: it marks a complete
-    run). Until then out/scores.part.jsonl says what is scored so far; with `resume` a run that was interrupted goes on
-    from there, and ends with the files of an uninterrupted one (`downstream.inspection.resume`).
-
-    Raises ValueError for input that makes the whole run meaningless, or a run to go on with that had other settings;
+    Raises ValueError for input that makes the whole run meaningless, or if the run to resume had other settings;
     OSError if `out` cannot be written.
     """
     paths = find_images(images, exclude=out)
@@ -164,7 +164,7 @@ def score_folder(
 
 
 def _make_writable(out: Path) -> None:
-    """Before any work: can files be made and renamed here? What a kill left half-written is removed."""
+    """Make sure that files can be created and renamed in ``out``, and remove what a killed run left half-written."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{printable(out)} is a file: --out names a folder")
     out.mkdir(parents=True, exist_ok=True)
@@ -176,9 +176,9 @@ def _make_writable(out: Path) -> None:
 
 
 def _remove_earlier_heatmaps(out: Path) -> None:
-    """Delete the heatmaps that an earlier run's lists name, so that none outlives its image.
+    """Delete the heatmaps listed by an earlier run, so that none remains whose image is gone.
 
-    Nothing that this toolkit did not write is touched; a list that cannot be read changes nothing.
+    Only files that this toolkit wrote are deleted; a list that cannot be read is ignored.
     """
     for name in (SUMMARY, PART):
         with contextlib.suppress(OSError):
@@ -195,10 +195,10 @@ def score_images(
     batch_size: int = 16,
     progress: Progress = no_progress,
 ) -> tuple[list[Result], list[str]]:
-    """Score `paths`, save a panel for each; the results in the order of `paths`, and warnings.
+    """Score `paths` and save a panel for each; return the results in the order of `paths`, and warnings.
 
-    Panels go below the record's folder. Batches that the record holds are taken from it, the others are added to it. A
-    photograph that is blank or has no finite score counts as unreadable.
+    Panels are written below the record's folder. Batches in the record are taken from it; the others are scored and
+    added to it. A photograph that is blank or has no finite score counts as unreadable.
     """
     names, images = picture_names(root, paths), [stamp(root, path) for path in paths]
     scale = inspector.scale or _scale_of_sample(inspector, paths, images, record, batch_size)
@@ -206,8 +206,8 @@ def score_images(
     earlier = [record.scored(images[span], [names[path] for path in paths[span]]) for span in spans]
     if record.has_batches and not any(earlier):
         warnings.warn(
-            f"what the unfinished run in {printable(record.folder)} has scored is none of these {len(paths)} images as "
-            "they are now: all are scored",
+            f"the unfinished run in {printable(record.folder)} has scored none of these {len(paths)} images as they "
+            "are now: all are scored anew",
             stacklevel=2,
         )
     to_read = [path for span, batch in zip(spans, earlier, strict=True) if batch is None for path in paths[span]]
@@ -236,13 +236,13 @@ def _score_batch(
     out: Path,
     scale: ColourScale,
 ) -> Batch:
-    """Score and draw a batch; `names`: of the heatmaps, relative to `out`."""
+    """Score and draw a batch; `names` holds the paths of the heatmaps, relative to `out`."""
     results, drawn = list[Result](), list[tuple[Scored, Result]]()
     for before, item in zip(read, inspector.score(read), strict=True):
         name, heatmap = relative_name(root, before.path), names[before.path]
         if isinstance(item, Unreadable):
             results.append(Result(name, None, None, UNREADABLE, reason=item.reason))
-            (out / heatmap).unlink(missing_ok=True)  # of what lay there before an interruption
+            (out / heatmap).unlink(missing_ok=True)  # an interrupted run may have written one
         else:
             results.append(inspector.judge(name, item, heatmap))
             drawn.append((item, results[-1]))
@@ -253,7 +253,7 @@ def _score_batch(
         title = f"{printable(result.path)}: {result.judgement}, score {result.score:.4g}{p_value}"
         save_png(panel(scored.photo.shown, scored.map_SS, scale, title=title), out / names[scored.photo.path])
 
-    with ThreadPoolExecutor() as pool:  # packing pixels takes longer than scoring them, and needs no lock of Python's
+    with ThreadPoolExecutor() as pool:  # compressing PNGs takes longer than scoring, and releases Python's lock
         list(pool.map(draw, drawn))
     odd_shapes = sum(inspector.has_odd_shape(scored.photo) for scored, _ in drawn)
     return Batch(tuple(results), odd_shapes, sum(scored.photo.saturated for scored, _ in drawn))
@@ -262,7 +262,7 @@ def _score_batch(
 def _scale_of_sample(
     inspector: Inspector, paths: Sequence[Path], images: Sequence[Stamp], record: Record, batch_size: int
 ) -> ColourScale:
-    """One reference has no normal map: the typical (median) image of an evenly spaced sample fixes the scale."""
+    """Fix the scale by the typical (median) image of an evenly spaced sample, as one reference gives no normal map."""
     step = max(1, len(paths) // SCALE_SAMPLE)
     sample, images = paths[::step][:SCALE_SAMPLE], images[::step][:SCALE_SAMPLE]
     if (earlier := record.scale(images)) is not None:
@@ -277,15 +277,15 @@ def _scale_of_sample(
 
 
 def picture_names(root: Path, paths: Sequence[Path]) -> dict[Path, str]:
-    """Where each image's heatmap goes below the output folder: readable, safe in a URL, distinct on case-blind disks.
+    """Name each image's heatmap below the output folder: readable, safe in a URL, and distinct even without case.
 
-    ``a/b c.jpg`` -> ``heatmaps/a_b-c.png``; a second image that would get the same name, ``heatmaps/a_b-c-2.png``.
+    ``a/b c.jpg`` -> ``heatmaps/a_b-c.png``; a second image with the same name gets ``heatmaps/a_b-c-2.png``.
     """
     names: dict[Path, str] = {}
     taken: set[str] = set()
     for path in paths:
         stem = relative_name(root, path).removesuffix(path.suffix).replace("/", "_")
-        # File systems allow 255 bytes; a temporary name beside the final one needs some of them.
+        # File systems allow 255 bytes, and the temporary file's name is longer than the final one.
         stem = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip(".")[-120:] or "image"
         name, copies = f"{stem}.png", 1
         while name.casefold() in taken:
@@ -297,18 +297,18 @@ def picture_names(root: Path, paths: Sequence[Path]) -> dict[Path, str]:
 
 
 def _copies_note(results: Sequence[Result]) -> list[str]:
-    """A photograph that is compared with itself is normal whatever it shows."""
+    """Return a warning about copies of normal photographs, which are compared with themselves."""
     copies = sum(result.verdict == UNDECIDED and bool(result.reason) for result in results)
     if not copies:
         return []
     return [
-        f"{copies} of {len(results)} images are normal photographs too (copies, under any name): their scores say "
+        f"{copies} of {len(results)} images are copies of normal photographs (under any name): their scores mean "
         "nothing, and they have no verdict."
     ]
 
 
 def _drift_note(inspector: Inspector, results: Sequence[Result]) -> list[str]:
-    """What to say if there are more alarms than the promise allows, were all photographs normal."""
+    """Return a warning if there are more alarms than the promised rate allows for normal photographs."""
     calibration = inspector.calibration
     if calibration is None or inspector.options.threshold is not None:
         return []
@@ -328,7 +328,7 @@ def _saturation_note(saturated: int, total: int, full_scale: float | None) -> li
     if not saturated:
         return []
     limit = "the full scale of their type" if full_scale is None else f"{full_scale:g}, the full scale of the normals"
-    return [f"{saturated} of {total} images hold values above {limit}: what is brighter all looks white."]
+    return [f"{saturated} of {total} images hold values above {limit}: everything brighter looks white."]
 
 
 def _summary(inspector: Inspector, results: Sequence[Result], warnings: Sequence[str]) -> dict[str, Any]:
@@ -363,7 +363,7 @@ def _facts(inspector: Inspector, results: Sequence[Result]) -> list[Fact]:
     calibration, options = inspector.calibration, inspector.options
     threshold = "none" if inspector.threshold is None else f"{inspector.threshold:.4g}"
     origin = "given by the user" if options.threshold is not None else "from normal photographs only"
-    # Why a heatmap can be outlined where the verdict is normal.
+    # This explains why a heatmap can have outlines although the verdict is normal.
     origin += f"; a score is {inspector.score_is}"
     beyond = calibration.unlike_threshold if calibration else math.inf
     limit = f"above {beyond:.3g}" if math.isfinite(beyond) else "not judged"

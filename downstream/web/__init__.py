@@ -1,5 +1,5 @@
-"""A page in the browser: a few good photographs, new ones, and at once scores, verdicts and heatmaps.
+"""The demo: a web page that compares new photographs with a few good ones and shows scores, verdicts and heatmaps.
 
-`uploads` and `session` are plain functions without Gradio; `page` places the widgets and fills fragments.html, `gate`
-stands between them and the network, `serving` starts the server.
+`session` does the work, without Gradio; `page` places the widgets and fills fragments.html; `serving` starts the server
+and filters requests.
 """

@@ -1,4 +1,4 @@
-"""The widgets, what each of them does, and the pictures and tables they show. All work is done by `session`."""
+"""The widgets of the page, their actions, and the pictures and tables they show. `session` does the work."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ from downstream.web.session import (
     verdicts,
 )
 
-EXAMPLES = Path(__file__).parent / "examples"  # drawn by recipes/products
-KEPT_S = 30 * 60  # how long a visitor's scores are kept after the last press of the button
+EXAMPLES = Path(__file__).parent / "examples"  # rendered by recipes/products
+KEPT_S = 30 * 60  # seconds that a visitor's scores are kept after the last click on Score
 TITLE = "Visual inspection from a few good photographs"
 EXPLAINED = (
     "Show the page 1 to 8 photographs of good products, then new ones: each gets a score, a verdict with a known "
     "false-alarm rate, and a heatmap of what is unusual. No training, no defects needed."
 )
 FOOT = (
-    "Photographs stay on the machine that runs this page and are deleted after an hour or when it stops. The promise "
-    "holds for new photographs taken as the good ones were: same product, camera and light."
+    "Photographs stay on the machine that runs this page and are deleted after an hour or when it stops. The promised "
+    "false-alarm rate holds for new photographs taken like the good ones: same product, camera and light."
 )
 FRAGMENTS: Any = TEMPLATES.get_template("web/fragments.html").module
-THUMBNAIL = 112  # pixels, twice what is shown, for dense screens
+THUMBNAIL = 112  # pixels, twice the displayed size, for high-resolution screens
 HINT = '<p class="ad-hint">Scores, verdicts and heatmaps appear here.</p>'
-# A click, Enter or the space bar on a row chooses it; the mark moves at once, the picture follows.
+# A click, Enter or the space bar on a row selects it; the row is marked at once, and the server sends the picture.
 CHOOSE = """
 const pick = event => {
   const row = event.target.closest('tr[data-place]');
@@ -67,7 +67,7 @@ STRENGTH = "strength => { document.documentElement.style.setProperty('--heat', s
 
 @dataclass(frozen=True)
 class Desk:
-    """What the buttons do. ``folder``: where uploads lie, the only files that are read."""
+    """The actions of the widgets. Only files in ``folder``, which holds the uploads, are read."""
 
     models: Mapping[str, ADExtractor]
     device: torch.device
@@ -82,7 +82,7 @@ class Desk:
         rate: float,
         progress: Any = gr.Progress(),  # noqa: B008
     ) -> list[Any]:
-        """Score everything; the most unusual image is shown."""
+        """Score all photographs and show the most unusual one."""
         if model not in self.models:
             raise gr.Error(f"There is no such extractor here; choose one of {', '.join(self.models)}.")
         try:
@@ -100,10 +100,10 @@ class Desk:
             raise gr.Error(str(error), title="Not scored") from None
         except Exception:
             traceback.print_exc(file=sys.stderr)
-            raise gr.Error("Something broke on the server; its log says what.", title="Not scored") from None
+            raise gr.Error("The server failed; its log says why.", title="Not scored") from None
 
     def judge(self, scored: Scored | None, chosen: int, rate: float) -> list[Any]:
-        """Other verdicts for another false-alarm rate; nothing is scored again."""
+        """Update the verdicts for another false-alarm rate, without scoring again."""
         if scored is None:
             return [gr.skip()] * 5
         return self._shown(scored, chosen, rate)
@@ -116,7 +116,7 @@ class Desk:
         return [place, viewer(scored, verdicts(scored, _share(rate)), place)]
 
     def samples(self) -> list[list[str]]:
-        """Drawn photographs in both fields: a capsule, good and damaged, for a first look without any of one's own."""
+        """Fill both fields with rendered photographs of good and damaged capsules, for visitors without photographs."""
         folder = Path(tempfile.mkdtemp(dir=self.folder, prefix="samples-"))
         shutil.copytree(EXAMPLES, folder, dirs_exist_ok=True)
         return [sorted(str(path) for path in folder.glob(f"{kind}_*.jpg")) for kind in ("good", "part")]
@@ -140,17 +140,17 @@ def _share(percent: float) -> float:
 
 
 def summary(scored: Scored, found: Verdicts) -> str:
-    """How many images have which verdict, and what the threshold promises."""
+    """Render how many images have each verdict, and the false-alarm rate that the threshold promises."""
     return str(FRAGMENTS.summary(counted(found.results), found.calibration, scored.references))
 
 
 def notes(warnings: Sequence[str]) -> str:
-    """The warnings as a list; empty without any."""
+    """Render the warnings as a list, or nothing if there are none."""
     return str(FRAGMENTS.notes(warnings)).strip()
 
 
 def table(scored: Scored, found: Verdicts, chosen: int | None) -> str:
-    """One row for each image, the highest score first; a click on a row chooses its image."""
+    """Render a row for each image, the highest score first; a click on a row selects its image."""
     top = max((result.score for result in found.results if result.score is not None), default=0.0) or 1.0
 
     def place(value: float | None) -> float | None:
@@ -165,7 +165,7 @@ def table(scored: Scored, found: Verdicts, chosen: int | None) -> str:
 
 
 def viewer(scored: Scored, found: Verdicts, chosen: int) -> str:
-    """The chosen photograph under its heatmap, whose strength is the page's variable --heat, and the legend."""
+    """Render the chosen photograph, its heatmap over it (the CSS variable --heat is its opacity), and the legend."""
     legend = io.BytesIO()
     colour_bar(found.scale, 480).save(legend, "PNG")
     photo, heat = scored.shots[chosen].photo, heatmap(scored, chosen, found.scale)
@@ -173,7 +173,7 @@ def viewer(scored: Scored, found: Verdicts, chosen: int) -> str:
 
 
 def build_page(desk: Desk) -> gr.Blocks:
-    """The page of a desk; its style and theme are given where it is served."""
+    """Build the page of a desk; `serving` adds its style and theme."""
     limits = desk.limits
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as page:
         _html(f"<h1>{TITLE}</h1><p>{EXPLAINED}</p>", "ad-title")

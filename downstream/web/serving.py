@@ -1,4 +1,4 @@
-"""Start the demo: load the extractors, bind to this machine only, answer until Ctrl-C.
+"""Start the demo: load the extractors, listen by default on this machine only, and serve until Ctrl-C.
 
 Gradio can fetch any address for a visitor (``/file=https://...``, a file whose "path" is an address) and has many more
 routes than this page uses. The `Gate` refuses them, limits the sizes of requests, and forbids the page to load anything
@@ -36,12 +36,12 @@ HUGGING_FACE = "'self' https://huggingface.co https://*.hf.space"
 
 
 def host_of(given: str | None, environment: Mapping[str, str]) -> str:
-    """Where to listen: as given, else everywhere on a Hugging Face Space, else this machine only."""
+    """Return the address to listen on: as given, else all addresses on a Hugging Face Space, else this machine only."""
     return given or (EVERYWHERE if environment.get("SPACE_ID") else LOCAL)
 
 
 def names_of(extractors: Sequence[str]) -> dict[str, str]:
-    """What the page calls each extractor -> what was given. The page never learns a path."""
+    """Map a name for the page to each given extractor; the page never gets a path."""
     names: dict[str, str] = {}
     for extractor in dict.fromkeys(extractors):
         name = base = Path(extractor).resolve().name if os.path.isdir(extractor) else extractor
@@ -54,7 +54,7 @@ def names_of(extractors: Sequence[str]) -> dict[str, str]:
 def serve(
     extractors: Sequence[str] = (EMBEDDED,), host: str | None = None, port: int = 7860, device: str = "auto"
 ) -> None:
-    """Serve the page until Ctrl-C or SIGTERM. Port 0 takes any free one; the address is printed.
+    """Serve the page until Ctrl-C or SIGTERM. Port 0 takes any free port; the address is printed.
 
     Raises ValueError for an extractor that cannot be loaded or a device that cannot be used, and
     OSError if the port is taken.
@@ -68,7 +68,7 @@ def serve(
             models = {name: ADExtractor.from_pretrained(given, place) for name, given in names_of(extractors).items()}
             address = f"http://{LOCAL if where == EVERYWHERE else _bracketed(where)}:{listener.getsockname()[1]}"
             if where not in (LOCAL, "localhost", "::1") and "SPACE_ID" not in os.environ:
-                message = f"warning: listening on {plain(where)}: everybody who reaches this machine can use the demo"
+                message = f"warning: listening on {plain(where)}: everybody who can reach this machine can use the demo"
                 print(message, file=sys.stderr, flush=True)
             _run(_app(models, place, Path(folder), where), listener, address)
     print("demo stopped; the uploaded photographs are deleted", flush=True)
@@ -80,7 +80,7 @@ def _app(models: Mapping[str, ADExtractor], device: object, folder: Path, where:
 
     from downstream.web.page import Desk, build_page
 
-    # Names of fonts that systems have; Gradio's own theme would fetch one.
+    # Fonts that are installed on most systems; Gradio's default theme would download one.
     theme = gr.themes.Default(
         primary_hue="blue",
         neutral_hue="slate",
@@ -131,9 +131,9 @@ def _run(app: Gate, listener: socket.socket, address: str) -> None:
     def stop(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    # uvicorn hands a signal on when it has shut down; the default action would end us before the folder is removed.
+    # uvicorn re-raises a signal after its shutdown; the default action would end us before the folder is removed.
     signal.signal(signal.SIGTERM, stop)
-    # Open pages keep a stream open: do not wait long for them.
+    # Open pages hold a stream open, so we do not wait long for them.
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, ws="none")
     with contextlib.suppress(KeyboardInterrupt):
         Announced(config).run(sockets=[listener])
@@ -159,7 +159,7 @@ LOCAL_NAMES = ("127.0.0.1", "localhost", "[::1]")
 
 
 class Refused(Exception):
-    """A request that is not answered: HTTP status and a plain reason."""
+    """A request that is refused, with HTTP status and reason."""
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
@@ -167,9 +167,9 @@ class Refused(Exception):
 
 
 class Gate:
-    """ASGI middleware. ``folder``: where uploads lie, the only files that a request may name.
+    """ASGI middleware that refuses requests. A request may only name files in ``folder``, which holds the uploads.
 
-    ``hosts``: the Host names that are answered (a foreign page cannot rebind its name to this machine); None = any.
+    ``hosts`` are the accepted values of the Host header, which prevents DNS rebinding by foreign pages; None = any.
     """
 
     def __init__(
@@ -186,7 +186,7 @@ class Gate:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
-        if scope["type"] != "http":  # the page opens no web sockets
+        if scope["type"] != "http":  # the page does not use web sockets
             return
         try:
             receive = await self._checked(scope, receive)
@@ -248,7 +248,7 @@ class Gate:
         return replay
 
     def _check_file(self, path: object) -> None:
-        """Only files in the upload folder have names here: no address, no other folder, no link out of it."""
+        """Refuse anything but a file in the upload folder: addresses, other folders, links that lead out of it."""
         try:
             inside = isinstance(path, str) and Path(path).is_absolute() and self.folder in Path(path).resolve().parents
         except (OSError, ValueError):
@@ -258,7 +258,7 @@ class Gate:
 
 
 def _paths(content: object) -> Iterator[object]:
-    """Everything under a key "path", at any depth."""
+    """Yield every value of a key "path", at any depth."""
     waiting = [content]
     while waiting:
         value = waiting.pop()

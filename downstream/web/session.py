@@ -1,7 +1,7 @@
-"""What one visitor has uploaded and scored, and the verdicts that follow from it for any false-alarm rate.
+"""The uploads and scores of one visitor, and the verdicts computed from them for any false-alarm rate.
 
-Scoring is slow and done once. Everything that depends on the rate (threshold, verdicts, colours, warnings) is made
-again from the scores and maps that are kept here; reference photographs and their features are not.
+Scoring is slow and done once. Everything that depends on the rate (threshold, verdicts, colours, warnings) is computed
+anew from the scores and maps kept here; reference photographs and their features are not kept.
 
 Shape legend: S = the network's input side.
 """
@@ -43,7 +43,7 @@ NAME_LENGTH = 80
 
 @dataclass(frozen=True)
 class Limits:
-    """What one press of the button may cost."""
+    """Limits for one click on Score: numbers of photographs, bytes of a file, pixels of a photograph."""
 
     good: int = 8
     new: int = 64
@@ -52,7 +52,7 @@ class Limits:
 
     @property
     def upload_bytes(self) -> int:
-        """The largest request that carries files: all the new photographs at once, and the wrapping."""
+        """The largest upload request, in bytes: all new photographs at once, and the overhead."""
         return min(self.new * self.file_bytes, 500 * MEGA) + MEGA
 
 
@@ -61,14 +61,14 @@ LIMITS = Limits()
 
 @dataclass(frozen=True)
 class Upload:
-    """A file that the server itself wrote; ``name`` is the user's, cleaned, and never opened."""
+    """A file written by the server; ``name`` is the cleaned name that the user gave, which is never opened."""
 
     path: Path
     name: str
 
 
 def uploads(paths: Sequence[str | Path]) -> list[Upload]:
-    """Files of the upload folder with clean, distinct names."""
+    """Give files of the upload folder clean, distinct names."""
     found: list[Upload] = []
     taken: set[str] = set()
     for path in map(Path, paths):
@@ -83,12 +83,13 @@ def uploads(paths: Sequence[str | Path]) -> list[Upload]:
 
 
 def clean_name(name: str) -> str:
-    """The last part of a file's name, without what could be a path, markup, a formula or invisible.
+    """Return the last part of a file name, without characters that could act as path, markup or formula, or are
+    invisible:
 
-    ``../../<x>.png`` -> ``x-.png``, ``=1+1.png`` -> ``1+1.png``; never empty, at most NAME_LENGTH characters.
+    ``../../<x>.png`` -> ``x-.png``, ``=1+1.png`` -> ``1+1.png``. Never empty, at most NAME_LENGTH characters.
     """
     last = re.split(r"[/\\]", unicodedata.normalize("NFC", name))[-1]
-    # Cc, Cf: control characters and those that reverse the direction of the text; Cs: bytes that are not UTF-8.
+    # Cc and Cf are control characters, some of which reverse the direction of text; Cs are bytes that are not UTF-8.
     visible = "".join(character for character in last if not unicodedata.category(character).startswith("C"))
     plain = re.sub(r"[<>&\"'`:|?*]+", "-", visible)
     plain = re.sub(r"\s+", " ", plain).lstrip("=+-@. \t").rstrip()
@@ -96,7 +97,7 @@ def clean_name(name: str) -> str:
 
 
 def check_counts(good: Sequence[object], new: Sequence[object], limits: Limits = LIMITS) -> None:
-    """Raise ValueError, in words for the page, if there are too few or too many photographs."""
+    """Raise ValueError, with a message for the page, if there are too few or too many photographs."""
     if not good:
         raise ValueError(f"First drop 1 to {limits.good} photographs of good products into the left field.")
     if not new:
@@ -108,7 +109,7 @@ def check_counts(good: Sequence[object], new: Sequence[object], limits: Limits =
 
 
 def read_upload(upload: Upload, preprocess: Preprocess, limits: Limits = LIMITS) -> Photo | Unreadable:
-    """One photograph, or why it cannot be used. The kind is decided by the content, the size before decoding."""
+    """Read one photograph. Its format is detected from the content, and its size is checked before decoding."""
     name = Path(upload.name)
     try:
         reason = _refusal(upload.path, limits)
@@ -116,7 +117,7 @@ def read_upload(upload: Upload, preprocess: Preprocess, limits: Limits = LIMITS)
             with Image.open(upload.path, formats=FORMATS) as image:
                 image.load()
                 return prepare_photo(name, as_rgb(ImageOps.exif_transpose(image)), preprocess)
-    except Exception:  # Pillow's plugins raise OSError, SyntaxError, struct.error, ...; their texts hold paths
+    except Exception:  # Pillow's plugins raise OSError, SyntaxError, struct.error, ..., with paths in their messages
         reason = "the file is damaged or cut off"
     return Unreadable(name, reason)
 
@@ -132,17 +133,17 @@ def _refusal(path: Path, limits: Limits) -> str | None:
     except Image.DecompressionBombError:
         return f"the picture is far too large; at most {limits.pixels / MEGA:.0f} megapixels"
     except Exception:
-        return f"the content is not a photograph ({KINDS}), whatever the file's name"
+        return f"the content is not a photograph ({KINDS}), whatever the file name says"
     if width * height > limits.pixels:
         found = f"{width * height / MEGA:.0f} megapixels"
         return f"the picture has {found} ({width} x {height}); at most {limits.pixels / MEGA:.0f}"
     if pages > 1:
-        return f"the file holds {pages} pages or frames: save each as a file of its own"
+        return f"the file holds {pages} pages or frames: save each as a separate file"
     return None
 
 
 BATCH = 8
-RATE = 0.05  # the page's first false-alarm rate
+RATE = 0.05  # false-alarm rate when the page opens
 SINGLE = (
     "One good photograph cannot be compared with another one: there is no threshold, no p-value and no verdict, "
     "only a ranking. Give at least 2."
@@ -151,7 +152,7 @@ SINGLE = (
 
 @dataclass(frozen=True)
 class Shot:
-    """One photograph to inspect. ``score``, ``map_SS`` and ``photo`` (a JPEG) are None where it cannot be read."""
+    """One photograph to inspect. ``score``, ``map_SS`` and ``photo`` (a JPEG) are None if it cannot be read."""
 
     name: str
     score: float | None = None
@@ -163,11 +164,11 @@ class Shot:
 
 @dataclass(frozen=True)
 class Scored:
-    """Everything that the verdicts need, for any false-alarm rate."""
+    """Everything from which verdicts are computed, for any false-alarm rate."""
 
     shots: tuple[Shot, ...]
-    normal_scores: tuple[float, ...]  # leave-one-out; empty with one good photograph
-    normal_unlike: tuple[float, ...]  # the same good photographs as a whole, see downstream.appearance
+    normal_scores: tuple[float, ...]  # leave-one-out scores; empty if there is only one good photograph
+    normal_unlike: tuple[float, ...]  # how far these photographs are from each other, see downstream.appearance
     references: int
     scale: ColourScale
     notes: tuple[str, ...]  # warnings that do not depend on the rate
@@ -175,7 +176,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Verdicts:
-    """The outcome at one false-alarm rate; results in the order of the shots."""
+    """The verdicts at one false-alarm rate; results are in the order of the shots."""
 
     results: tuple[Result, ...]
     calibration: Calibration | None
@@ -184,11 +185,11 @@ class Verdicts:
 
     @property
     def threshold(self) -> float | None:
-        """None with one good photograph."""
+        """The calibrated threshold; None if there is only one good photograph."""
         return self.calibration.threshold if self.calibration else None
 
     def ranked(self) -> list[int]:
-        """Places of the results, the highest score first, unreadable ones last."""
+        """Indices of the results, the highest score first and unreadable ones last."""
         scores = [-math.inf if result.score is None else result.score for result in self.results]
         return sorted(range(len(scores)), key=lambda place: -scores[place])
 
@@ -201,15 +202,15 @@ def score_uploads(
     limits: Limits = LIMITS,
     progress: Progress = no_progress,
 ) -> Scored:
-    """Score the new photographs against the good ones. Raises ValueError, in words for the page, for bad input."""
+    """Score new photographs against the good ones. Raises ValueError, with a message for the page, for bad input."""
     check_counts(good, new, limits)
-    # A copy shares the weights; the visitor's references are dropped with it and never meet another visitor's.
+    # The copy shares the weights but has its own references, so that visitors never share them.
     own = copy.copy(extractor)
     references = list[Photo]()
     for upload in good:
         item = read_upload(upload, own.preprocess, limits)
         if isinstance(item, Unreadable):
-            raise ValueError(f"Every score depends on the good photographs, and {upload.name} is bad: {item.reason}.")
+            raise ValueError(f"Every score depends on the good photographs, but {upload.name} is bad: {item.reason}.")
         references.append(item)
     options = Options(shots=limits.good, batch_size=BATCH)
     inspector = Inspector.from_photos(own, device, references, options, progress=progress)
@@ -237,7 +238,7 @@ def score_uploads(
 
 
 def verdicts(scored: Scored, rate: float) -> Verdicts:
-    """Threshold and verdicts for a false-alarm rate in (0, 1), without scoring again. ValueError for other rates."""
+    """Compute threshold and verdicts for a false-alarm rate in (0, 1). Raises ValueError for other rates."""
     unlike = scored.normal_unlike, ()
     calibration = calibrate(scored.normal_scores, rate, unlike=unlike) if scored.normal_scores else None
     threshold = calibration.threshold if calibration else None
@@ -256,7 +257,7 @@ def verdicts(scored: Scored, rate: float) -> Verdicts:
 
 
 def heatmap(scored: Scored, place: int, scale: ColourScale) -> bytes | None:
-    """The heatmap over photograph number ``place``, as a JPEG of the photograph's size; None if there is none."""
+    """Draw the heatmap over photograph number ``place``, as a JPEG of its size; None if it could not be read."""
     shot = scored.shots[place]
     if shot.photo is None or shot.map_SS is None:
         return None
@@ -264,7 +265,7 @@ def heatmap(scored: Scored, place: int, scale: ColourScale) -> bytes | None:
 
 
 def jpeg(picture: Image.Image, longest: int | None = None) -> bytes:
-    """The picture for a page, at most ``longest`` pixels wide and high."""
+    """Encode a picture for the page, shrunk to at most ``longest`` pixels on each side."""
     if longest:
         picture = picture.copy()
         picture.thumbnail((longest, longest))

@@ -77,7 +77,7 @@ def test_warnings_are_listed_and_are_no_problems(bottles: Path, capsys: pytest.C
     assert check(bottles) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("in the mvtec layout")
-    assert lines[5:7] == ["0 problems", "2 warnings, of what can be used as it is:"]
+    assert lines[5:7] == ["0 problems", "2 warnings about files that can be used as they are:"]
     assert lines[7].startswith("  2 hidden or foreign files among the masks are ignored, such as ")
     assert lines[8].startswith(f"  mask {truth} marks 9")
     assert lines[8].endswith("is it inverted?")
@@ -93,7 +93,7 @@ def test_a_category_without_masks_is_one_warning(bottles: Path, capsys: pytest.C
     lines = capsys.readouterr().out.splitlines()
     assert lines[5:] == [
         "0 problems",
-        "1 warnings, of what can be used as it is:",
+        "1 warnings about files that can be used as they are:",
         "  cable: no defect has a mask: there are image metrics, but no pixel metrics, and nothing to train on",
     ]
 

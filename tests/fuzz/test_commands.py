@@ -200,6 +200,6 @@ def test_a_photograph_compared_with_itself_is_told(here: Path, capsys: pytest.Ca
     drawn("RGB", 50, 40, 9).save(here / "new.png")
     where = ["score", "--extractor=extractor", "--normal=shots", "--device=cpu"]
     main([*where, "--images=shots", "--out=a"])
-    assert "3 of 3 images are normal photographs too" in capsys.readouterr().out
+    assert "3 of 3 images are copies of normal photographs" in capsys.readouterr().out
     main([*where, "--images=new.png", "--out=b"])
     assert "normal photographs too" not in capsys.readouterr().out

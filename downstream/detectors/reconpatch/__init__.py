@@ -1,10 +1,10 @@
-"""ReConPatch: PatchCore on a representation that was trained on the product's normal patches (Hyun et al. 2024).
+"""ReConPatch: PatchCore on a representation that is trained on the product's normal patches (Hyun et al. 2024).
 
 Patch embeddings as in PatchCore -> f, trained with pseudo-labels (`representation`, `similarity`) -> greedy coreset of
-f's outputs -> nearest distance, weighted for *every* patch (Eq. 9, 10), where PatchCore weighs the farthest alone.
-The image's score is the largest of the weighted patch scores; the map is upsampled and smoothed as in PatchCore.
+f's outputs -> nearest distance, weighted for *every* patch (Eq. 9, 10), where PatchCore weights only the farthest.
+The image's score is the largest weighted patch score; the map is upsampled and smoothed as in PatchCore.
 
-`downstream.detectors.ensemble` joins several (Eq. 11); `downstream.detectors.refined` sharpens the maps (suppl. D).
+`downstream.detectors.ensemble` averages several (Eq. 11); `downstream.detectors.refined` sharpens the maps (suppl. D).
 
 Shapes: B images, S side in pixels, H x W patches of an image, D channels of an embedding.
 """
@@ -31,8 +31,8 @@ from downstream.detectors.reconpatch.representation import (
 )
 from downstream.embedding import EmbeddingConfig
 
-REPRESENTATION = "representation."  # before the names of its weights
-MATRICES = 12  # of similarities between a step's patches that live at once, backward pass included (measured: 11.3)
+REPRESENTATION = "representation."  # prefix of the names of the representation's weights in the file
+MATRICES = 12  # similarity matrices of a step in memory at once, including the backward pass (measured: 11.3)
 
 
 def _memory() -> PatchCoreConfig:
@@ -44,11 +44,11 @@ class ReConPatchConfig:
     """Options of `ReConPatch`.
 
     Args:
-        memory: embedding, coreset, neighbours and smoothing, as for `PatchCore`. The paper: stages 2 and 3 of a
-            WideResNet, 3 x 3 patches, 1 % of the patches. b of Eq. 10 is not given.
-        training: how the representation is trained.
-        cache_bytes: embeddings of the normal images are kept up to this size, on the features' device; beyond it they
-            are computed anew in every epoch, and a fit takes ``epochs`` + 2 passes over the images.
+        memory: embedding, coreset, neighbours and smoothing, as for `PatchCore`. The paper uses stages 2 and 3 of a
+            WideResNet, 3 x 3 patches and 1 % of the patches; it does not give b of Eq. 10.
+        training: options for training the representation.
+        cache_bytes: embeddings of the normal images are kept on the features' device if they are not larger than this;
+            otherwise they are computed in every epoch, and fitting takes ``epochs`` + 2 passes over the images.
     """
 
     memory: PatchCoreConfig = field(default_factory=_memory)
@@ -57,11 +57,11 @@ class ReConPatchConfig:
 
     def __post_init__(self) -> None:
         if self.cache_bytes < 0:
-            raise ValueError(f"cache_bytes {self.cache_bytes} must be at least 0, which keeps nothing")
+            raise ValueError(f"cache_bytes {self.cache_bytes} must be at least 0 (0 = keep nothing)")
 
 
 DEFAULT = ReConPatchConfig()
-# A member of the paper's ensemble (WideResNet-101, ResNeXt-101, DenseNet-201) at 320 pixels, and at 480.
+# Options of a member of the paper's ensemble (WideResNet-101, ResNeXt-101, DenseNet-201) at 320 and at 480 pixels.
 ENSEMBLE_320 = ReConPatchConfig(
     training=RepresentationConfig(dim=384, projection_dim=384, epochs=60, learning_rate=1e-6)
 )
@@ -71,10 +71,10 @@ ENSEMBLE_480 = ReConPatchConfig(
 
 
 class ReConPatch(Detector):
-    """A representation of the product's patches, and a memory bank of its normal ones.
+    """PatchCore with a trained representation of the product's patches.
 
-    ``losses`` [epochs] of the last `fit`. Memory while it is fitted: the embeddings, up to ``cache_bytes``; some 12
-    matrices of patches_per_step x patches_per_step floats; then f's outputs of all patches, as `PatchCore`'s bank.
+    ``losses`` [epochs] are those of the last `fit`. Fitting needs memory for the embeddings, up to ``cache_bytes``, and
+    some 12 matrices of patches_per_step x patches_per_step floats; then for f's outputs of all patches, like PatchCore.
     """
 
     name = "reconpatch"
@@ -88,10 +88,10 @@ class ReConPatch(Detector):
         self.losses: list[float] = []
 
     def fit_features(self, normals: NormalFeatures, progress: Progress | None) -> None:
-        """Train on the embeddings, and remember what becomes of them.
+        """Train the representation on the embeddings, then fill the memory bank with its outputs.
 
-        The batches are read once if their embeddings fit in ``cache_bytes``, else once per epoch and twice more, which
-        an iterator does not allow: ValueError. Also for too few patches or a loss that is not finite.
+        The batches are read once if their embeddings fit in ``cache_bytes``, else ``epochs`` + 2 times. Raises
+        ValueError if they must be read again but are an iterator, for too few patches, or if the loss is not finite.
         """
 
         def embeddings() -> Iterator[Tensor]:
@@ -116,7 +116,7 @@ class ReConPatch(Detector):
         return self._core.score(self.representation(self._embed(features)), self.side)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The bank, FEATURES OF THE PRODUCT, and the representation."""
+        """Return the bank, which holds FEATURES OF THE PRODUCT, and the representation."""
         tensors, _ = self._core.state()
         tensors |= {f"{REPRESENTATION}{name}": value for name, value in self.representation.state_dict().items()}
         return tensors, {"losses": self.losses}
@@ -126,8 +126,8 @@ class ReConPatch(Detector):
         state = {short: tensors[name] for short, name in named.items()}
         training = self.config.training
         found = [len(state.get(name, ())) for name in ("f.weight", "g.weight")]
-        if found != [training.dim, training.projection_dim or 0]:  # said before memory is taken for them
-            raise ValueError(f"options of {training.dim} and {training.projection_dim} channels, weights of {found}")
+        if found != [training.dim, training.projection_dim or 0]:  # checked before memory is allocated for them
+            raise ValueError(f"weights have {found} channels, options {training.dim} and {training.projection_dim}")
         self.representation = Representation(state["f.weight"].shape[1], training)
         self.representation.to(state["f.weight"].device).load_state_dict(state)
         self.losses = facts["losses"]

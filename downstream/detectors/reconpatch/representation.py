@@ -1,7 +1,7 @@
-"""A linear map of patch embeddings, trained on one product's normal images: ReConPatch Sec. 3.2.
+"""A linear map of patch embeddings, trained on one product's normal images (ReConPatch Sec. 3.2).
 
-f turns patch embeddings into the representation that is kept, g projects it for the loss alone. Their slow twins
-f-bar and g-bar (Eq. 8) say which patches are alike; f and g follow the relaxed contrastive loss (`similarity`).
+f maps patch embeddings to the representation; g projects it only for the loss. Their slow twins f-bar and g-bar
+(Eq. 8) give the similarities of patches with which f and g are trained by the relaxed contrastive loss (`similarity`).
 
 Shapes: n images, H x W patches of an image, N patches of a step, D channels of an embedding.
 """
@@ -21,30 +21,30 @@ from torch import Tensor, nn
 from downstream.coreset import Progress
 from downstream.detectors.reconpatch.similarity import SCALES, relaxed_contrastive_loss, similarity
 
-KEPT_BATCH = 16  # kept images handed out at once
+KEPT_BATCH = 16  # batch size of embeddings that are kept
 
 
 @dataclass(frozen=True)
 class RepresentationConfig:
-    """How f and g are trained. The defaults are the paper's where it names a value; [ours] where it is silent.
+    """How f and g are trained. The defaults are those of the paper; values that it does not give are marked [ours].
 
     Args:
-        dim: channels of f, the representation. 512; 384 in the ensemble at 320 pixels.
-        projection_dim: channels of g [ours: those of f]; null = no g, the loss sees f itself (Table S4).
+        dim: channels of f, the representation: 512, or 384 in the paper's ensemble at 320 pixels.
+        projection_dim: channels of g [ours: as many as f]; null = no g, the loss is computed on f (Table S4).
         neighbours: k of Eq. 2 to 5.
         alpha: weight of the pairwise similarity, Eq. 6.
-        sigma: bandwidth of Eq. 1, in the unit that ``scale`` gives [ours].
+        sigma: bandwidth of Eq. 1, in the unit set by ``scale`` [ours].
         scale: "mean", "unit" or "none", see `similarity.scale_embeddings` [ours; the paper: "none", sigma not given].
         margin: m of Eq. 7.
         momentum: gamma of Eq. 8 [ours].
-        epochs: times that every normal image is seen. 120; 60 in the ensemble at 320 pixels.
-        learning_rate: of AdamP, falling to 0 along a cosine, step by step. 1e-5; 1e-6 in ensembles and at 480 pixels.
-            The paper's sets take thousands of steps; a few hundred, of a few dozen images, need about 1e-3.
-        weight_decay: of AdamP.
-        images_per_step: images whose patches may meet in a step [ours].
-        patches_per_step: N, drawn from them at random; all of them if they are fewer [ours]. Time and memory of a
-            step grow with its square.
-        seed: of the first weights, the order of the images and the choice of patches.
+        epochs: number of passes over the normal images: 120, or 60 in the paper's ensemble at 320 pixels.
+        learning_rate: initial rate of AdamP, which decays to 0 along a cosine: 1e-5, or 1e-6 in the paper's ensembles
+            and at 480 pixels. The paper takes thousands of steps; a few dozen images, with a few hundred, need 1e-3.
+        weight_decay: weight decay of AdamP.
+        images_per_step: number of images whose patches are used together in a step [ours].
+        patches_per_step: N, the number of patches drawn from these images, or all if there are fewer [ours]. Time and
+            memory of a step grow with its square.
+        seed: random seed of the initial weights, the order of the images and the choice of patches.
     """
 
     dim: int = 512
@@ -83,10 +83,10 @@ class RepresentationConfig:
 
 
 class Representation(nn.Module):
-    """f, g and their twins: linear layers without a bias, which would cancel in every distance.
+    """f, g and their twins: linear layers without bias, because a bias would cancel in every distance.
 
-    All start as random (semi-)orthogonal matrices [ours]: before the first step f shrinks no direction that it keeps,
-    and where ``dim`` is at least D it changes no distance at all.
+    They are initialised as random (semi-)orthogonal matrices [ours]: f then preserves lengths in the subspace that it
+    keeps, and all distances if ``dim`` is at least D.
     """
 
     def __init__(self, width: int, config: RepresentationConfig) -> None:
@@ -101,7 +101,7 @@ class Representation(nn.Module):
         self.slow_g.requires_grad_(False)
 
     def forward(self, patches_ND: Tensor) -> Tensor:
-        """f: what the detector keeps. [..., D] -> [..., dim]."""
+        """f(p), the representation: [..., D] -> [..., dim]."""
         return self.f(patches_ND)
 
     def project(self, patches_ND: Tensor) -> Tensor:
@@ -122,20 +122,20 @@ class Representation(nn.Module):
 
 
 def _orthogonal(width: int, dim: int, generator: torch.Generator) -> nn.Linear:
-    layer = torch.nn.utils.skip_init(nn.Linear, width, dim, bias=False)  # nothing drawn from the global generator
+    layer = torch.nn.utils.skip_init(nn.Linear, width, dim, bias=False)  # draws nothing from the global generator
     start = torch.nn.init.orthogonal_(torch.empty(dim, width, dtype=torch.float64), generator=generator)
     layer.weight.data.copy_(start)
     return layer
 
 
 class NormalPatches:
-    """Embeddings of the normal images, kept where they fit in ``cache_bytes``, else computed anew every epoch.
+    """Embeddings of the normal images, which are kept if they fit in ``cache_bytes``, else computed in every epoch.
 
-    ``read``: starts reading the embeddings, batches of [b, H, W, D]; ``repeatable``: whether it may be called more than
-    once. Kept images come in a new order every epoch; images that are computed anew come in the order they are read
-    (a shuffling DataLoader changes it).
+    ``read`` returns an iterator of embeddings, batches of [b, H, W, D]; ``repeatable`` says whether it can be called
+    more than once. Kept images are shuffled in every epoch; otherwise they come in the order in which they are read
+    (use a shuffling DataLoader).
 
-    Raises ValueError if there are too many to keep and they can be read only once.
+    Raises ValueError if the embeddings are too large to keep but can be read only once.
     """
 
     def __init__(
@@ -167,11 +167,11 @@ class NormalPatches:
 
     @property
     def images(self) -> int:
-        """n, as far as they were read."""
+        """Number of images read, n after the first pass."""
         return sum(self.batch_sizes)
 
     def maps(self) -> Iterable[Tensor]:
-        """All images in the order of the batches: [b, H, W, D]."""
+        """Return the embeddings of all images, in the order of the batches: [b, H, W, D]."""
         if self.kept is None:
             return self.read()
         starts = range(0, self.images, KEPT_BATCH)
@@ -182,7 +182,7 @@ class NormalPatches:
         return sum(math.ceil(size / images_per_step) for size in sizes)
 
     def steps(self, config: RepresentationConfig, epoch: int) -> Iterator[Tensor]:
-        """The patches [N, D] of every step of an epoch; they derive from the seed, the epoch and the step."""
+        """Yield the patches [N, D] of every step of an epoch, drawn from seed, epoch and step."""
         for step, images in enumerate(self._groups(config, epoch)):
             patches_ND = images.flatten(0, 2)
             if len(patches_ND) > config.patches_per_step:
@@ -204,10 +204,10 @@ class NormalPatches:
 def train_representation(
     model: Representation, patches: NormalPatches, config: RepresentationConfig, progress: Progress | None = None
 ) -> list[float]:
-    """Train f and g in place, with AdamP and a cosine schedule. Returns the mean loss of every epoch.
+    """Train f and g in place, with AdamP and a cosine schedule, and return the mean loss of every epoch.
 
-    AdamP suits this loss: it does not change when f or g is scaled, and AdamP takes out of a step the part that would
-    only scale. ``progress(what, done, total)`` is told every step. Raises ValueError if the loss is not finite.
+    AdamP suits this loss, which does not depend on the scale of f and g: it removes from a step the part that would
+    only scale. ``progress(what, done, total)`` is called after every step. Raises ValueError for a loss not finite.
     """
     from timm.optim import AdamP  # timm takes a second to import, and only training needs it
 
@@ -238,7 +238,7 @@ def train_representation(
 
 
 def training_loss(model: Representation, patches_ND: Tensor, config: RepresentationConfig) -> Tensor:
-    """Eq. 7 of a batch, in float32 whatever the autocast state, with gradients for f and g."""
+    """Compute Eq. 7 for a batch, in float32 even under autocast, with gradients for f and g."""
     with torch.enable_grad(), torch.autocast(patches_ND.device.type, enabled=False):
         slow = model.project_slowly(patches_ND)
         alike = similarity(slow, config.neighbours, config.alpha, config.sigma, config.scale)

@@ -1,13 +1,13 @@
-"""How alike patches are, and the loss that moves them: ReConPatch Eq. 1 to 7.
+"""Similarities of patches, and the contrastive loss that uses them (ReConPatch Eq. 1 to 7).
 
-No patch of a normal image has a label. Two similarities stand in for one: *pairwise*, how close two patches are, and
-*contextual*, how many neighbours they share. Alike patches attract, the others repel.
+Patches of normal images have no labels. Two similarities replace them: *pairwise*, how close two patches are, and
+*contextual*, how many neighbours they share. Similar patches attract and the others repel each other.
 
 Where the paper leaves a choice open:
-- A patch is its own first neighbour (its distance to itself, 0, is within the bound that defines N_k). |N_k| is k, more
-  if distances tie, and R_k/2 of Eq. 4 is never empty. k/2 is rounded down, at least 1.
-- Eq. 1 depends on the unit of the embeddings, which is the backbone's, and the paper gives no sigma. `scale_embeddings`
-  lists the units to choose from.
+- A patch is its own first neighbour (its distance to itself, 0, is within the bound that defines N_k). |N_k| is k, or
+  more if distances tie, and R_k/2 of Eq. 4 is never empty. k/2 is rounded down, but is at least 1.
+- Eq. 1 depends on the unit of the embeddings, which differs between backbones, and the paper gives no sigma.
+  `scale_embeddings` lists the units to choose from.
 
 Shapes: N patches of a batch, D channels of the embedding.
 """
@@ -24,26 +24,26 @@ SCALES = ("mean", "unit", "none")
 
 
 def distance_matrix(z_ND: Tensor) -> Tensor:
-    """Euclidean distances of all pairs, in the type of ``z_ND``: [N, N], with gradients.
+    """Compute the Euclidean distances of all pairs, in the type of ``z_ND``: [N, N], with gradients.
 
-    Taken from one matrix product near the mean, where rounding is least. A distance that rounding cannot tell from
-    0 is 0 and has the gradient 0: the slope of the root has no bound there.
+    They come from one matrix product of rows centred on their mean, which reduces rounding errors. A distance that
+    rounding cannot tell from 0 becomes 0 with gradient 0, because the gradient of the root is unbounded there.
     """
     z = z_ND - z_ND.detach().mean(0)
     norm_N = z.square().sum(1)
     sums = norm_N[:, None] + norm_N[None]
     squared = torch.addmm(sums, z, z.T, alpha=-2)
-    near = squared <= 8 * torch.finfo(z.dtype).eps * sums.detach()  # a NaN is not near: it stays
+    near = squared <= 8 * torch.finfo(z.dtype).eps * sums.detach()  # a NaN compares false and so remains
     near |= torch.eye(len(z), dtype=torch.bool, device=z.device)
     return torch.where(near, 1, squared).sqrt().masked_fill(near, 0)
 
 
 def scale_embeddings(z_ND: Tensor, scale: str) -> Tensor:
-    """The unit in which Eq. 1 and 2 meet the embeddings: [N, D].
+    """Scale the embeddings for Eq. 1 and 2: [N, D].
 
-    ``scale``: "mean", distances divided by the root of the batch's mean squared distance (so sigma = 1 is that mean,
-    whatever the backbone; Eq. 7 counts in mean distances too); "unit", rows of length 1; "none", Eq. 1 as printed.
-    Raises ValueError for another name.
+    ``scale``: "mean" divides by the root of the batch's mean squared distance (so that sigma = 1 is that mean for any
+    backbone; Eq. 7 also uses mean distances); "unit" gives rows of length 1; "none" leaves Eq. 1 as printed.
+    Raises ValueError for any other name.
     """
     if scale not in SCALES:
         raise ValueError(f"scale {scale!r} is unknown; choose one of {', '.join(SCALES)}")
@@ -51,7 +51,7 @@ def scale_embeddings(z_ND: Tensor, scale: str) -> Tensor:
         return F.normalize(z_ND, dim=1)
     if scale == "mean":
         centred = z_ND - z_ND.mean(0)
-        # The mean of ||z_i - z_j||^2 over all pairs, i = j included, is twice the variance.
+        # The mean of ||z_i - z_j||^2 over all pairs, including i = j, is twice the variance.
         unit = (2 * centred.square().sum(1).mean()).sqrt()
         return centred / torch.where(unit > 0, unit, 1)
     return z_ND
@@ -65,7 +65,7 @@ def pairwise_similarity(distance_NN: Tensor, sigma: float = 1.0) -> Tensor:
 
 
 def neighbour_sets(distance_NN: Tensor, k: int) -> Tensor:
-    """N_k: bool [N, N], where row i marks every j that is no farther from i than i's k-th nearest, i itself included.
+    """Return N_k: bool [N, N]; row i marks every j not farther from i than the k-th nearest of i, including i itself.
 
     Raises ValueError if k is not in 1..N.
     """
@@ -77,12 +77,12 @@ def neighbour_sets(distance_NN: Tensor, k: int) -> Tensor:
 
 
 def reciprocal_sets(near_NN: Tensor) -> Tensor:
-    """R_k (Eq. 3) from N_k: bool [N, N], symmetric; i and j are each in the other's neighbourhood."""
+    """Return R_k (Eq. 3) from N_k: bool [N, N], symmetric; True if i and j are neighbours of each other."""
     return near_NN & near_NN.T
 
 
 def shared_neighbours(near_NN: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Eq. 2: |N_k(i) and N_k(j)| / |N_k(i)| where j is in N_k(i), else 0: [N, N], not symmetric."""
+    """Eq. 2: |N_k(i) and N_k(j)| / |N_k(i)| if j is in N_k(i), else 0: [N, N], not symmetric."""
     near = near_NN.to(dtype)
     return near @ near.T / near.sum(1, keepdim=True) * near
 
@@ -99,14 +99,14 @@ def contextual_similarity(distance_NN: Tensor, k: int = 5) -> Tensor:
 def similarity(z_ND: Tensor, k: int = 5, alpha: float = 0.5, sigma: float = 1.0, scale: str = "mean") -> Tensor:
     """Eq. 6: alpha x pairwise + (1 - alpha) x contextual, the pseudo-labels of a batch: [N, N], without gradients.
 
-    ``z_ND``: what the slow twin makes of the patches, g-bar(f-bar(p)); float32 or float64. Raises ValueError for an
-    alpha outside [0, 1] and for the arguments of the parts.
+    ``z_ND`` is g-bar(f-bar(p)), the output of the slow twins, in float32 or float64. Raises ValueError for an alpha
+    outside [0, 1] and wherever the two similarities do.
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha {alpha}: the weight of the pairwise similarity must be in 0..1")
     with full_precision(z_ND.device):
         distance_NN = distance_matrix(scale_embeddings(z_ND, scale))
-        # A part without weight costs nothing: the matrix products of the second are the slowest of a step.
+        # A part without weight is not computed; the matrix products of the second are the slowest of a step.
         total = torch.zeros_like(distance_NN)
         if alpha > 0:
             total += alpha * pairwise_similarity(distance_NN, sigma)
@@ -118,12 +118,12 @@ def similarity(z_ND: Tensor, k: int = 5, alpha: float = 0.5, sigma: float = 1.0,
 def relaxed_contrastive_loss(z_ND: Tensor, similarity_NN: Tensor, margin: float = 1.0) -> Tensor:
     """Eq. 7: sum over pairs of w delta^2 + (1 - w) max(m - delta, 0)^2, divided by N: a scalar with gradients.
 
-    delta_ij = ||z_i - z_j|| / mean over n of ||z_i - z_n||, n = i included, so the loss does not depend on the unit of
-    ``z_ND``, and no collapse to a point can lower it. The gradient passes through the mean, as the equation has it.
-    The pairs i = j add the constant m^2 (1 - w_ii) / N. Raises ValueError without patches.
+    delta_ij = ||z_i - z_j|| / mean over n of ||z_i - z_n||, including n = i, so that the loss does not depend on the
+    unit of ``z_ND`` and cannot be lowered by a collapse to a point. As in the equation, the gradient includes the mean.
+    The pairs i = j add the constant m^2 (1 - w_ii) / N. Raises ValueError if there are no patches.
     """
     if len(z_ND) == 0:
-        raise ValueError("no patches: the loss is a mean over at least one")
+        raise ValueError("there are no patches: the loss needs at least one")
     with torch.autocast(z_ND.device.type, enabled=False):
         distance_NN = distance_matrix(z_ND)
         mean_N1 = distance_NN.mean(1, keepdim=True).clamp_min(torch.finfo(z_ND.dtype).tiny)

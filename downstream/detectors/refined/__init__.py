@@ -1,12 +1,12 @@
-"""Any detector with a small network that sharpens its maps: ReConPatch suppl. D.
+"""A detector whose maps are sharpened by a small network (ReConPatch suppl. D).
 
-The detector is fitted on the normal images; then defects are made in them (`simulation`), the detector scores these
-images, and the network learns the masks from image and map: it says of each pixel whether it belongs to a defect. The
-map enters as modified z-scores (Eq. 11), so that its unit does not matter [ours].
+The detector is fitted on the normal images. Then defects are simulated in them (`simulation`), the detector scores
+these images, and the network learns to predict from image and map which pixels belong to a defect. The map enters as
+modified z-scores (Eq. 11), so that its unit does not matter [ours].
 
 The supplement names two residual blocks, parallel atrous convolutions with different rates (ASPP), focal and L1 loss
-and the optimiser. It is silent about widths, rates, what the network sees, the resolution it works at, and how the
-losses are weighted [ours]. Groups are normalised instead of batches, so a map does not depend on its company.
+and the optimiser. It does not give widths, rates, the input of the network, its resolution, or the weights of the
+losses; these are [ours]. We use group instead of batch normalisation, so that a map does not depend on its batch.
 
 Shapes: n normal images, B images of a step, S side in pixels, C channels.
 """
@@ -32,25 +32,25 @@ from downstream.detectors.ensemble import Units, training_units
 from downstream.detectors.refined.simulation import SimulationConfig, simulate
 from downstream.saved import Loaded
 
-NETWORK = "network."  # before the names of its weights
+NETWORK = "network."  # prefix of the names of the network's weights in the file
 GROUPS = 8
 
 
 @dataclass(frozen=True)
 class RefinementConfig:
-    """The network and its training; the paper's values where it gives any, [ours] where it does not.
+    """The network and its training; values that the paper does not give are marked [ours].
 
     Args:
-        width: C of all layers [ours], a multiple of 8.
-        rates: dilations of the parallel convolutions; 1 = a 1 x 1 convolution [ours: DeepLab's].
-        stride: of the first block: 2 works at half resolution, a quarter of the time; the map is upsampled [ours].
+        width: C, the channels of all layers [ours], a multiple of 8.
+        rates: dilations of the parallel convolutions; 1 = a 1 x 1 convolution [ours: those of DeepLab].
+        stride: stride of the first block: 2 halves the resolution and takes a quarter of the time [ours].
         focusing: gamma of the focal loss; 0 = plain cross-entropy [ours: Lin et al. 2017].
-        l1: weight of the L1 loss beside the focal loss [ours].
-        epochs: times that every normal image is seen, each time with other defects.
+        l1: weight of the L1 loss relative to the focal loss [ours].
+        epochs: number of passes over the normal images, each with different defects.
         batch_size: images per step.
-        learning_rate, momentum, weight_decay: of SGD.
-        seed: of the first weights, the order of the images and the defects.
-        simulation: how defects are made.
+        learning_rate, momentum, weight_decay: options of SGD.
+        seed: random seed of the initial weights, the order of the images and the defects.
+        simulation: options of the simulated defects.
     """
 
     width: int = 32
@@ -86,11 +86,11 @@ class RefinementConfig:
 
 @dataclass(frozen=True)
 class RefinedConfig:
-    """A `Refined` by name.
+    """Options of a `Refined` that is built by name.
 
     Args:
-        detector: name of the detector whose maps are sharpened (the paper's is "reconpatch").
-        options: its options, in place of its own.
+        detector: name of the detector whose maps are sharpened ("reconpatch" in the paper).
+        options: options that override the detector's defaults.
         network: the refinement network and its training.
     """
 
@@ -103,10 +103,10 @@ DEFAULT, TRAINING = RefinedConfig(), RefinementConfig()
 
 
 class Refined(Detector):
-    """A detector whose maps are the network's logits, and whose score is a map's maximum.
+    """A detector whose maps are the network's logits, and whose score is the maximum of the map.
 
-    Logits, not probabilities: of two certain defects one is still more certain, where probabilities are both 1.
-    ``textures`` [T, 3, S, S], normalised like the images: what "textural" defects are made of; not saved.
+    We use logits because they still rank defects whose probabilities are both rounded to 1. ``textures`` [T, 3, S, S],
+    normalised like the images, are the content of "textural" defects; they are not saved.
     """
 
     name = "refined"
@@ -123,14 +123,14 @@ class Refined(Detector):
 
     @classmethod
     def of(cls, extract: Extract, config: RefinedConfig) -> Self:
-        """The detector that ``config`` names on ``extract``, unfitted, and a network for its maps."""
+        """Make an unfitted `Refined` around the detector that ``config`` names, on ``extract``."""
         return cls(build_detector(config.detector, extract, config.options), config.network)
 
     def fit(self, normal_batches: Iterable[Tensor], progress: Progress | None = None) -> Self:
-        """Fit the detector, then the network, on batches [b, 3, S, S]; n images, all kept until both are fitted.
+        """Fit the detector, then the network, on batches [b, 3, S, S]; all n images are kept until both are fitted.
 
-        The detector scores every image once per epoch: its time decides. ``progress(what, done, total)`` is told every
-        step. ``losses`` are the means of the epochs.
+        The detector scores every image once per epoch, which takes most of the time. ``progress(what, done, total)`` is
+        called after every step. ``losses`` holds the mean loss of each epoch.
         """
         batches = list(normal_batches)
         self.detector.fit(batches, progress)
@@ -170,7 +170,7 @@ class Refined(Detector):
         return losses
 
     def _standard_maps(self, images: Tensor) -> Tensor:
-        """[B, 3, S, S] -> the detector's maps as modified z-scores: [B, S, S]."""
+        """Return the detector's maps of images [B, 3, S, S] as modified z-scores: [B, S, S]."""
         with torch.no_grad():
             return self._units.pixels.standard(self.detector.predict(images).maps.float())
 
@@ -183,7 +183,7 @@ class Refined(Detector):
         return Prediction(refined.flatten(1).amax(1), refined)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The detector's units and the network."""
+        """Return the units of the detector and the weights of the network."""
         weights = {f"{NETWORK}{name}": value for name, value in self._network.state_dict().items()}
         return {"units": torch.tensor(self._units.numbers, dtype=torch.float64), **weights}, {"losses": self.losses}
 
@@ -194,7 +194,7 @@ class Refined(Detector):
     def restore(self, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
         self._units = Units.of_numbers(tensors.pop("units").tolist(), self.side)
         self.losses = facts["losses"]
-        with torch.device("meta"):  # sizes of any config cost nothing before the file is seen to hold them
+        with torch.device("meta"):  # no memory is allocated for sizes that the file may turn out not to have
             network = build_network(self.config)
         weights = {name.removeprefix(NETWORK): value for name, value in tensors.items()}
         network.load_state_dict(weights, assign=True)
@@ -213,7 +213,7 @@ def _convolution(inner: int, outer: int, kernel: int, stride: int = 1, dilation:
 
 
 class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions beside a shortcut: [B, inner, h, w] -> [B, outer, ceil(h / stride), ceil(w / stride)]."""
+    """Two 3 x 3 convolutions and a shortcut: [B, inner, h, w] -> [B, outer, ceil(h / stride), ceil(w / stride)]."""
 
     def __init__(self, inner: int, outer: int, stride: int = 1) -> None:
         super().__init__()
@@ -258,16 +258,16 @@ class RefinementNetwork(nn.Module):
 
 
 def build_network(config: RefinementConfig) -> RefinementNetwork:
-    """A fresh network from the config's seed; torch's global generator is left as it was."""
+    """Initialise a network with the seed of ``config``; torch's global generator is not changed."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
         return RefinementNetwork(config)
 
 
 def focal_loss(logits: Tensor, masks: Tensor, focusing: float = 2.0) -> Tensor:
-    """Mean over pixels of -(1 - p)^gamma log p, p the probability given to the truth (Lin et al. 2017, Eq. 4).
+    """Mean over pixels of -(1 - p)^gamma log p, with p the probability of the true class (Lin et al. 2017, Eq. 4).
 
-    Logits and bool masks of equal shape. Computed from logits, so certainty neither overflows nor loses its gradient.
+    Logits and bool masks have the same shape. Computing from logits avoids overflow and vanishing gradients.
     """
     towards_truth = torch.where(masks, logits, -logits)
     log_p = F.logsigmoid(towards_truth)
@@ -275,6 +275,6 @@ def focal_loss(logits: Tensor, masks: Tensor, focusing: float = 2.0) -> Tensor:
 
 
 def refinement_loss(logits: Tensor, masks: Tensor, config: RefinementConfig = TRAINING) -> Tensor:
-    """Focal loss + weight x mean absolute difference of probability and mask: a scalar."""
+    """Return focal loss + l1 x mean absolute difference of probability and mask: a scalar."""
     difference = (torch.sigmoid(logits) - masks.to(logits.dtype)).abs().mean()
     return focal_loss(logits, masks, config.focusing) + config.l1 * difference

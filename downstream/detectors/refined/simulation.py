@@ -1,12 +1,12 @@
-"""Defects made from normal images, with their masks: what a refinement network learns from (ReConPatch suppl. D.2).
+"""Simulate defects in normal images, with masks, to train a refinement network (ReConPatch suppl. D.2).
 
-A smooth random field chooses where; there, other content is blended in. *Structural*: the image's own patches, shuffled
-(a part that is misplaced or broken). *Textural*: a foreign texture.
+A smooth random field chooses a region, in which other content is blended in: for *structural* defects shuffled patches
+of the same image (like a misplaced or broken part), for *textural* ones a foreign texture.
 
-Where the supplement leaves a choice open [ours]: the field is gradient noise with its own number of cells per side,
-and its highest values are marked, so the marked share of an image is drawn, not left to chance; a marked pixel that
-hardly changed keeps its old value and is not marked; no foreground is looked for. The supplement takes textures from a
-dataset of photographs (DTD); any images can be given instead, and without any the textures are coloured noise.
+Where the supplement leaves a choice open [ours]: the field is gradient noise with a random number of cells along each
+side, and its highest values are marked, so that the marked share of an image is drawn explicitly; a marked pixel that
+hardly changes keeps its old value and is not marked; the foreground is not detected. The supplement takes textures from
+a dataset of photographs (DTD); any images can be given instead, and without any the textures are coloured noise.
 
 Shapes: B images, S side in pixels, T textures, G cells per side.
 """
@@ -27,16 +27,16 @@ KINDS = ("structural", "textural")
 
 @dataclass(frozen=True)
 class SimulationConfig:
-    """How defects are made.
+    """Options of the simulated defects.
 
     Args:
-        kind: "structural" (the supplement's best, Table S7) or "textural".
-        normal_share: share of images that stay as they are, with an empty mask.
-        smallest_area, largest_area: marked share of an image; its logarithm is drawn uniformly between them.
-        smallest_opacity: of the new content; drawn uniformly between it and 1.
-        cells: G of the field, a power of two drawn between 2 and this.
-        grid: an image is cut into grid x grid patches to be shuffled.
-        visible: a pixel counts as changed if one of its channels moved by at least this, in the images' unit.
+        kind: "structural" (the best in the supplement, Table S7) or "textural".
+        normal_share: share of images that are not changed and have an empty mask.
+        smallest_area, largest_area: bounds of the marked share of an image, whose logarithm is drawn uniformly.
+        smallest_opacity: smallest opacity of the new content, which is drawn uniformly between this and 1.
+        cells: largest G of the field; G is a power of two drawn between 2 and this.
+        grid: the image is cut into grid x grid patches, which are shuffled.
+        visible: a pixel counts as changed if one of its channels changes by at least this, in the unit of the images.
     """
 
     kind: Literal["structural", "textural"] = "structural"
@@ -67,7 +67,7 @@ DEFAULT = SimulationConfig()
 
 @dataclass(frozen=True)
 class Simulated:
-    """``images`` [B, 3, S, S] and bool ``masks`` [B, S, S]: True where, and only where, a pixel was changed."""
+    """``images`` [B, 3, S, S] and bool ``masks`` [B, S, S], which are True exactly where a pixel was changed."""
 
     images: Tensor
     masks: Tensor
@@ -79,10 +79,10 @@ def simulate(
     config: SimulationConfig = DEFAULT,
     textures: Tensor | None = None,
 ) -> Simulated:
-    """Normal images [B, 3, S, S] -> images with defects, and their masks. The input is not changed.
+    """Simulate defects in copies of normal images [B, 3, S, S].
 
-    ``keys``: B lists of integers, such as (seed, epoch, index); everything random about image b derives from keys[b],
-    whatever the batch or the device. ``textures`` [T, 3, S, S], normalised like the images, for "textural".
+    ``keys`` are B lists of integers, such as (seed, epoch, index); all randomness of image b derives from keys[b],
+    whatever the batch or the device. ``textures`` [T, 3, S, S], normalised like the images, are used for "textural".
     Raises ValueError if keys or textures do not fit the images.
     """
     if len(images) == 0:
@@ -117,7 +117,7 @@ def _simulate(
 
 
 def random_region(size: int, rng: np.random.Generator, config: SimulationConfig = DEFAULT) -> Tensor:
-    """Where a defect lies: bool [S, S], the pixels at which a random field is highest; their share is drawn."""
+    """Draw the region of a defect: bool [S, S], the pixels with the highest values of a random field."""
     field = gradient_noise(size, _cells(rng, config.cells), rng, angle=float(rng.uniform(0, math.pi)))
     area = math.exp(rng.uniform(math.log(config.smallest_area), math.log(config.largest_area)))
     pixels = max(1, round(area * size * size))
@@ -127,21 +127,21 @@ def random_region(size: int, rng: np.random.Generator, config: SimulationConfig 
 
 
 def _cells(rng: np.random.Generator, most: int) -> tuple[int, int]:
-    """Cells along both directions: powers of two, drawn on their own, so that scratches occur beside spots."""
+    """Draw the cells along both directions: independent powers of two, which give scratches as well as spots."""
     powers = int(math.log2(most))
     return 2 ** int(rng.integers(1, powers + 1)), 2 ** int(rng.integers(1, powers + 1))
 
 
 def gradient_noise(size: int, cells: tuple[int, int], rng: np.random.Generator, angle: float = 0.0) -> Tensor:
-    """Smooth noise of G_y x G_x cells turned by ``angle`` (radians), about -1 to 1: float32 [S, S].
+    """Draw smooth noise of G_y x G_x cells rotated by ``angle`` (radians), about -1 to 1: float32 [S, S].
 
-    Perlin 2002: each corner of a cell is 0 and has a random slope; the four slopes are blended by
+    As in Perlin 2002, the noise is 0 at each corner of a cell, with a random slope; the four slopes are blended by
     6 t^5 - 15 t^4 + 10 t^3.
     """
     place = (torch.arange(size, dtype=torch.float64) + 0.5) / size - 0.5
     turned_y = math.cos(angle) * place[:, None] + math.sin(angle) * place[None]
     turned_x = math.cos(angle) * place[None] - math.sin(angle) * place[:, None]
-    place_y, place_x = (turned_y + 1) * cells[0], (turned_x + 1) * cells[1]  # a turned square reaches 0.71 far
+    place_y, place_x = (turned_y + 1) * cells[0], (turned_x + 1) * cells[1]  # a rotated square extends to 0.71
     corner_y, corner_x = place_y.long(), place_x.long()
     offset_y, offset_x = place_y - corner_y, place_x - corner_x
     slope = torch.from_numpy(rng.uniform(0, 2 * math.pi, (2 * cells[0] + 1, 2 * cells[1] + 1)))
@@ -157,7 +157,7 @@ def gradient_noise(size: int, cells: tuple[int, int], rng: np.random.Generator, 
 
 
 def shuffled(image: Tensor, grid: int, rng: np.random.Generator) -> Tensor:
-    """The image cut into grid x grid patches in random order: [3, S, S]. A last patch that is cut off wraps around."""
+    """Shuffle grid x grid patches of an image [3, S, S]. Patches cut off at the border wrap around."""
     size = image.shape[-1]
     side = math.ceil(size / grid)
     count = math.ceil(size / side)
@@ -170,7 +170,7 @@ def shuffled(image: Tensor, grid: int, rng: np.random.Generator) -> Tensor:
 
 
 def coloured_noise(image: Tensor, rng: np.random.Generator, cells: int) -> Tensor:
-    """A random texture in the colours of the image, twice as contrasted: gradient noise per channel, [3, S, S]."""
+    """Draw gradient noise [3, S, S] per channel, with the mean colours of the image and twice its contrast."""
     size = image.shape[-1]
     noise = torch.stack([gradient_noise(size, _cells(rng, cells), rng) for _ in range(len(image))])
     noise = (noise / noise.std(dim=(1, 2), keepdim=True)).to(image.device, image.dtype)

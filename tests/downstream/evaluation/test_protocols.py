@@ -89,7 +89,7 @@ def test_few_shot_never_scores_what_it_learnt_from_even_where_all_images_are_of_
     part = only(trials(samples, ProtocolOptions("few-shot", shots=(4,))))
     assert not names(part.train) & names(part.test)
     assert len(part.test) == len(samples) - 4
-    assert part.notes == ("no normal images but the test split's: those learnt from are of it, and are not scored",)
+    assert part.notes == ("all normal images are in the test split: those used for fitting come from it and are not scored",)
     assert not only(trials(product("cap"), ProtocolOptions("few-shot", shots=(4,)))).notes
 
 
@@ -210,7 +210,7 @@ def test_mistakes_name_the_product_or_the_option() -> None:
     three = [sample for name in ("cap", "nut", "pin") for sample in product(name, train=9 if name == "nut" else 3)]
     with pytest.raises(ValueError, match=r"for K = 4 references: cap \(3\), pin \(3\); choose smaller .* \(--shots\)"):
         trials(three, ProtocolOptions("few-shot", shots=(4, 1)))
-    with pytest.raises(ValueError, match=r"cap: there are no normal images but the test split's"):
+    with pytest.raises(ValueError, match=r"cap: all normal images are in the test split"):
         trials(product("cap", train=0), ProtocolOptions())
     with pytest.raises(ValueError, match="no samples"):
         trials([], ProtocolOptions())

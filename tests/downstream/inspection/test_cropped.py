@@ -44,7 +44,7 @@ def test_heatmaps_show_what_is_seen_and_the_summary_says_it(wide: tuple[Path, Pa
     main(["score", "--extractor", str(folder), "--normal", str(good), "--images", str(new), "--out", str(out)])
     summary = json.loads((out / "summary.json").read_text())
     assert any("shorter side of 72 pixels and cropped to the central 64 x 64" in told for told in summary["warnings"])
-    assert "what lies outside of them is not inspected" in (out / "report.html").read_text()
+    assert "what lies outside the crop is not inspected" in (out / "report.html").read_text()
     pixels = {}
     for name in ("edge", "middle"):
         photo, heatmap = photo_and_heatmap(Image.open(out / "heatmaps" / f"{name}.png").convert("RGB"))

@@ -173,7 +173,7 @@ def test_bad_usage_is_one_line_and_nothing_is_written(
             "--levels cannot be given with --extractor",
         ),
         ([*bank, "--out", mine], "holds other files (thesis.txt ...)"),
-        ([*bank, "--out", tmp_path / "weights.safetensors"], "is not an earlier run's"),
+        ([*bank, "--out", tmp_path / "weights.safetensors"], "was not written by an earlier run"),
         ([*bank, "--out", mine / "thesis.txt"], "is a file: name a folder"),
         ([*bank, "--levels", "[7]", "--out", "x"], "list some of its stages (of strides 4, 8 and 16) 1, 2, 3"),
         ([*bank, "--weights", "w.pth", "--out", "x"], "weights file w.pth does not exist"),

@@ -167,7 +167,7 @@ def test_mistakes_are_one_line(
         assert error.count("\n") == 1  # nothing was fitted: the memory it takes is told in a line of its own
     (tmp_path / "normal" / "broken.png").write_bytes(b"no image")
     assert main(["fit", "--normal", normal, "--out", out, "--device", "cpu", *raw]) == 2
-    assert "every score depends on the normal photographs, and one is bad" in capsys.readouterr().err
+    assert "every score depends on the normal photographs, and one is unreadable" in capsys.readouterr().err
     assert not Path(out).exists()
 
 

@@ -95,7 +95,7 @@ def test_copies_neither_calibrate_nor_are_judged(write_tiles: Write, score: Call
     assert len(summary["calibration_scores"]) == 7  # six references and one tile
     said = warnings_of(tmp_path / "out")
     assert "8 of the calibration photographs are copies of other normal photographs, such as c0.tif of tile_0" in said
-    assert "2 of 4 images are normal photographs too" in said
+    assert "2 of 4 images are copies of normal photographs" in said
     table = rows(tmp_path / "out")
     for name, original in (("new.bmp", "tile_3.png"), ("seen.png", "x.png")):
         assert table[name]["verdict"] == "undecided"

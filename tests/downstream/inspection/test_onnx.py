@@ -199,7 +199,7 @@ def test_the_command_and_its_snippet(
     assert main(["export", *map(str, arguments), "--false-alarm-rate", "0.2", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert "MiB, 4 references, threshold" in out
-    assert "on 9 images (the photographs, mirrored ones and single ones)" in out
+    assert "on 9 images (the photographs in batches, mirrored, and one at a time)" in out
     assert "the file contains features of the photographs in" in out
 
     code = out[out.index("import json") :].strip()
@@ -336,7 +336,7 @@ def test_errors_say_what_to_do(
     aligned = AlignedFeatureNorm(extractor, AlignedFeatureNormConfig(image_size=SIDE, shots=2)).fit(
         [photographs["normal"]]
     )
-    with pytest.raises(ValueError, match="aligned ones cannot be exported"):
+    with pytest.raises(ValueError, match="aligned references cannot be exported"):
         DetectorGraph(aligned)
     extractor.set_references(extractor.encode_references(photographs["normal"].unflatten(0, (4, 2))))
     with pytest.raises(ValueError, match="one set of references for all images, not 4"):

@@ -125,7 +125,7 @@ def test_what_changed_since_is_scored_again(scene: Scene, tmp_path: Path, write_
 def test_a_run_of_other_images_is_told_of(scene: Scene, tmp_path: Path, write_tiles: Write) -> None:
     interrupt(scene, tmp_path / "out", 6, Options(batch_size=3))
     others = write_tiles("others", range(30, 32))
-    with pytest.warns(UserWarning, match="is none of these 2 images as they are now: all are scored"):
+    with pytest.warns(UserWarning, match="has scored none of these 2 images as they are now: all are scored anew"):
         score((*scene[:2], others), tmp_path / "out", "--resume")
     interrupt(scene, tmp_path / "again", 6, Options(batch_size=3))
     with warnings.catch_warnings():
