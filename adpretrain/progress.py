@@ -1,12 +1,16 @@
-"""The one look of all long work."""
+"""How long work is shown: the progress bar, and the callback through which the library reports progress."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Progress = Callable[[str, int, int], None]  # what is being done, how many are done, of how many
 
 
-def progress_bar(console: Console) -> Progress:
+def progress_bar(console: Console) -> bars.Progress:
     """A bar with counts and times, on the console."""
-    columns = (TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
+    columns = bars.TextColumn("{task.description:<22}"), bars.BarColumn(), bars.MofNCompleteColumn()
+    return bars.Progress(*columns, bars.TimeElapsedColumn(), bars.TimeRemainingColumn(), console=console)

@@ -38,7 +38,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special  # scipy.stats takes a second to import
 
-from downstream.thresholds import real_numbers
+from downstream.metric_counts import real_numbers
 
 # floor(alpha (n + 1)) must not lose a step to the rounding of, say, 0.07 * 100 = 7.000000000000001 or 0.29 *
 # 100.

@@ -11,7 +11,7 @@ Shapes: N rows of D channels, K of them in a block, P chosen rows, T candidates 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adpretrain.device import full_precision
+from adpretrain.progress import Progress
 from downstream.distances import (
     LOWER,
     UPPER,
@@ -36,8 +37,6 @@ REFRESHED = 1024  # rows brought up to date at once, at least
 SETTLED = 256  # rows made exact at once, at least; as many, at most, among which picks are made without the others
 CHUNK = 2048  # the largest matrix product is CHUNK x CHUNK
 CHOSEN = -1.0
-
-Progress = Callable[[str, int, int], None]
 
 
 def subsample(

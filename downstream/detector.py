@@ -20,7 +20,7 @@ from typing_extensions import Self, Unpack
 
 from adpretrain.backbones import Extract, FeatureMaps
 from adpretrain.hub import Published
-from downstream.coreset import Progress
+from adpretrain.progress import Progress
 from downstream.extracts import checked_features, fixed_picture, keeping_references
 from downstream.saved import HubOptions, Loaded, load_detector, publish_saved, put_together, save_detector
 

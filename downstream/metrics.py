@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from downstream import thresholds
-from downstream.thresholds import binary_masks, count, image_labels, paired, real_numbers, region_weights, unmarked
+from downstream import metric_counts as thresholds
+from downstream.metric_counts import binary_masks, count, image_labels, paired, real_numbers, region_weights, unmarked
 
 FORMS = ("exact", "official")
 LIMIT = 0.3  # false positive rate up to which PRO counts

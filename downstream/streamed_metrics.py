@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from downstream.metric_counts import Thresholds, anomalous_table, count, region_shares, unmarked
 from downstream.metrics import Metrics, checked, from_counts
-from downstream.thresholds import Thresholds, anomalous_table, count, region_shares, unmarked
 
 BITS = 26
 PENDING = 1 << 22  # normal pixels collected before they are sorted into bins

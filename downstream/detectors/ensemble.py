@@ -30,7 +30,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from adpretrain.backbones import Backbone, Extract, load_backbone
-from downstream.coreset import Progress
+from adpretrain.progress import Progress
 from downstream.detector import Detector, Prediction
 from downstream.detectors import build_detector, detector_from_pretrained, merged
 from downstream.detectors.reconpatch import ENSEMBLE_320

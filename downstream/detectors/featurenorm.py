@@ -16,8 +16,8 @@ from typing_extensions import Self
 from adpretrain.backbones import Extract, FeatureMaps
 from adpretrain.extractor import ADExtractor
 from adpretrain.preprocess import Preprocess
+from adpretrain.progress import Progress
 from adpretrain.saved import NORMS
-from downstream.coreset import Progress
 from downstream.detector import Detector, Prediction, check_images
 from downstream.extracts import keeping_references
 from downstream.maps import SIGMA, check_sigma, gaussian_blur, upsample

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from adpretrain.backbones import Extract, FeatureMaps
 from adpretrain.memory import hold, memory_limit
-from downstream.coreset import Progress
+from adpretrain.progress import Progress
 from downstream.detector import Detector, NormalFeatures, Prediction
 from downstream.embedding import Embedding, EmbeddingConfig, chosen_levels, settle_levels
 from downstream.gaussians import Gaussians, Moments, size_bytes

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from adpretrain.backbones import Extract, FeatureMaps
 from adpretrain.memory import GrowingBank
-from downstream.coreset import METHODS, Progress, check_amount, subsample
+from adpretrain.progress import Progress
+from downstream.coreset import METHODS, check_amount, subsample
 from downstream.detector import Detector, NormalFeatures, Prediction
 from downstream.embedding import Embedding, EmbeddingConfig, settle_levels
 from downstream.maps import SIGMA, check_sigma, pixel_maps

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from adpretrain.backbones import Extract, FeatureMaps
 from adpretrain.memory import GrowingBank
-from downstream.coreset import Progress
+from adpretrain.progress import Progress
 from downstream.detector import Detector, NormalFeatures, Prediction
 from downstream.embedding import Embedding, EmbeddingConfig, settle_levels
 from downstream.maps import SIGMA, check_sigma, pixel_maps

@@ -81,7 +81,7 @@ class ProtocolOptions:
 
 
 @dataclass(frozen=True)
-class Photographs:
+class DataChoice:
     """A labelled data set, scored product by product.
 
     Args:
@@ -102,7 +102,7 @@ class Photographs:
 
 
 @dataclass(frozen=True)
-class SetRow(Photographs):
+class SetRow(DataChoice):
     """One of several data sets. ``name`` is its name in the tables ("" = name of its folder); an ``optional`` data set
     is left out if ``root`` does not exist."""
 
@@ -172,7 +172,7 @@ class ExtractorRow(Network):
 
 
 @dataclass(frozen=True)
-class Board(ProtocolOptions, Network, Photographs):
+class Board(ProtocolOptions, Network, DataChoice):
     """Everything that an evaluation compares.
 
     Args:
@@ -231,7 +231,7 @@ def set_rows(board: Board) -> list[SetRow]:
     """Return the data sets, each with a unique name. Raises ValueError for unknown keys, or if there is no data set."""
     rows = [from_dict(SetRow, row, f"sets[{number}]") for number, row in enumerate(board.sets)]
     if board.root:
-        rows.insert(0, SetRow(**_shared(board, Photographs)))
+        rows.insert(0, SetRow(**_shared(board, DataChoice)))
     if not rows:
         raise ValueError("needed: --root, the folder of a data set, or a file with sets")
     found = {row.name or Path(row.root).name: row for row in rows}

@@ -13,7 +13,7 @@ import hashlib
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from adpretrain._version import __version__
 from adpretrain.data import Sample, index_with_bare
 from adpretrain.data.layouts.detect import HUB
 from adpretrain.files import atomic_path
+from adpretrain.progress import Progress
 from downstream.detectors import build_detector, chosen_options
 from downstream.evaluation.board import RAW, Board, SetRow, detector_rows, extractor_rows, set_rows
 from downstream.evaluation.comparison_page import draw_features, report
@@ -29,9 +30,8 @@ from downstream.evaluation.networks import ALIGNED, Contender, Features, load_fe
 from downstream.evaluation.pictures import file_name
 from downstream.evaluation.protocols import Part, Trial, trials
 from downstream.evaluation.tables import Record, in_order, write_board, write_tables
-from downstream.evaluation.trial import Photographs, Settings, run_trial
+from downstream.evaluation.trial import PhotographCache, Settings, run_trial
 
-Progress = Callable[[str, int, int], None]
 POLL = 0.5  # seconds between checks of the folder, while the first process waits for the others
 
 
@@ -111,7 +111,7 @@ def run_board(
     rank, processes = process
     found, notes = indexed(set_rows(board))
     planned = [(row, planned_trials(row, samples, board)) for row, samples in found]
-    photographs, shown = Photographs(), (board.pictures, board.panels, board.per_defect)
+    photographs, shown = PhotographCache(), (board.pictures, board.panels, board.per_defect)
     settings = Settings(board.settings, detector_rows(board), batch_size, workers, device, *shown, photographs)
     rows, backbones = load_features(extractor_rows(board), device)
     cells = cells_of(board, planned, rows)

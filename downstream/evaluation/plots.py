@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from downstream.evaluation.trial import CURVE
-from downstream.thresholds import count, roc_curve
+from downstream.metric_counts import count, roc_curve
 
 # Colours of Okabe and Ito, which colour-blind readers can tell apart.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")

@@ -29,9 +29,9 @@ from downstream.evaluation.few_shot import PIXEL_METRICS
 from downstream.evaluation.networks import ALIGNED, ROOM, Contender, Networks, Withheld
 from downstream.evaluation.pictures import Shown, choose_shown, median_images
 from downstream.evaluation.protocols import Part, PerturbedImages, Trial
+from downstream.metric_counts import count, pro_curve, region_weights, unmarked
 from downstream.metrics import Metrics, aupro, checked, d_prime, errors_at_best_f1, evaluate_maps, from_counts
 from downstream.streamed_metrics import StreamingMetrics
-from downstream.thresholds import count, pro_curve, region_weights, unmarked
 
 ERRORS = ("false_positives_at_best_f1", "false_negatives_at_best_f1")
 METRICS = (*(field.name for field in fields(Metrics) if field.name != "notes"), "aupro_official", "d_prime", *ERRORS)
@@ -42,7 +42,7 @@ ALONE = "the only reference is compared with itself: fitted on residuals of zero
 CURVE = np.linspace(0, 0.3, 61)  # false positive rates at which the PRO curve is kept
 
 
-class Photographs:
+class PhotographCache:
     """A cache of up to ``room`` bytes of images and masks, because detectors, features and draws use the same ones."""
 
     def __init__(self, room: int = ROOM) -> None:
@@ -81,7 +81,7 @@ class Settings:
     pictures: int = 2
     panels: bool = False
     per_defect: bool = False
-    photographs: Photographs = field(default_factory=lambda: Photographs(0))
+    photographs: PhotographCache = field(default_factory=lambda: PhotographCache(0))
 
 
 class Images:
@@ -96,7 +96,7 @@ class Images:
         self._settings, self._data = settings, ImageDataset(samples, preprocess)
         self._photographs = settings.photographs
         if perturbed is not None:
-            self._data, self._photographs = PerturbedImages(samples, preprocess, perturbed), Photographs(0)
+            self._data, self._photographs = PerturbedImages(samples, preprocess, perturbed), PhotographCache(0)
 
     def __len__(self) -> int:
         return -(-len(self._data) // self._settings.batch_size)

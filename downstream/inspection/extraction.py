@@ -26,6 +26,7 @@ from adpretrain import ADExtractor, __version__
 from adpretrain.backbones import Backbone, FeatureMaps
 from adpretrain.extractor import backbone_config
 from adpretrain.files import atomic_folder, atomic_path
+from adpretrain.progress import Progress
 from adpretrain.saved import save_tensors
 from downstream.inspection.photos import (
     Photo,
@@ -36,7 +37,7 @@ from downstream.inspection.photos import (
     read_batches,
     relative_name,
 )
-from downstream.terminal import Progress, no_progress
+from downstream.terminal import no_progress
 
 INDEX = "index.json"
 SHARD = "features-{:05d}.safetensors"

@@ -12,12 +12,13 @@ import torch
 from adpretrain.backbones import Backbone
 from adpretrain.extractor import ADExtractor
 from adpretrain.files import check_writable
+from adpretrain.progress import Progress
 from adpretrain.saved import refuse_others
 from downstream.detectors import build_detector
 from downstream.inspection.normals import NormalBatches, set_references
 from downstream.inspection.photos import Photo, find_images, full_scale
 from downstream.saved import EXTRACTOR, member, remember_photographs
-from downstream.terminal import Progress, no_progress
+from downstream.terminal import no_progress
 
 
 @dataclass(frozen=True)

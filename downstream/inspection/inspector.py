@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from adpretrain.extractor import ADExtractor
 from adpretrain.preprocess import Preprocess
+from adpretrain.progress import Progress
 from downstream.appearance import Normals, Unlike
 from downstream.calibration import Calibration, calibrate, percent
 from downstream.detector import Detector
@@ -51,7 +52,7 @@ from downstream.inspection.photos import (
     without_copies,
 )
 from downstream.inspection.results import ANOMALOUS, NORMAL, UNDECIDED, Result
-from downstream.terminal import Progress, no_progress
+from downstream.terminal import no_progress
 from downstream.visualise import ColourScale
 
 ALONE = (

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from adpretrain.extractor import ADExtractor
 from adpretrain.preprocess import Preprocess
+from adpretrain.progress import Progress
 from adpretrain.references import kmeans_references, random_references
 from downstream.detector import Detector
 from downstream.inspection import Options
 from downstream.inspection.photos import Photo, Unreadable, find_images, read_batches, without_blank, without_copies
-from downstream.terminal import Progress, no_progress
+from downstream.terminal import no_progress
 
 SCALE_SAMPLE = 64  # about so many maps, besides those of the references, fix the colour scale
 DARK = 256 / 8  # photographs are dark if their brightest value is below this

@@ -22,6 +22,7 @@ from adpretrain import __version__
 from adpretrain.extractor import ADExtractor
 from adpretrain.extras import need
 from adpretrain.files import atomic_path, check_writable
+from adpretrain.progress import Progress
 from adpretrain.projector import FixedKeyValueProjector, LearnableKeyValueProjector
 from adpretrain.references import ReferenceBank
 from adpretrain.residual import SearchIndex, as_map, residual_tokens, similarities, tokens
@@ -32,7 +33,7 @@ from downstream.inspection import DEFAULTS, Options
 from downstream.inspection.inspector import Inspector
 from downstream.inspection.photos import Unreadable, find_images, read_batches
 from downstream.inspection.run import pick_device
-from downstream.terminal import Progress, no_progress
+from downstream.terminal import no_progress
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OPSET, OPSETS = 20, range(18, 24)  # 20: ONNX Runtime 1.17 or newer

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from adpretrain import __version__
 from adpretrain.extractor import ADExtractor
 from adpretrain.files import atomic_path, sweep
+from adpretrain.progress import Progress
 from downstream.calibration import Calibration, percent
 from downstream.inspection import DEFAULTS, Options
 from downstream.inspection.inspector import Inspector, Scored, shape_note
@@ -53,7 +54,7 @@ from downstream.inspection.results import (
 )
 from downstream.inspection.resume import PART, Batch, Record, Stamp, settings_of, stamp
 from downstream.saved import locate_model
-from downstream.terminal import Progress, no_progress
+from downstream.terminal import no_progress
 from downstream.visualise import ColourScale, panel, save_png
 
 # `Inspection.exit_code` chooses between them; --help explains them.

@@ -25,13 +25,14 @@ from PIL import Image, ImageOps
 from adpretrain.extractor import ADExtractor
 from adpretrain.photographs import as_rgb, page_count
 from adpretrain.preprocess import Preprocess
+from adpretrain.progress import Progress
 from downstream.appearance import Unlike
 from downstream.calibration import Calibration, calibrate
 from downstream.inspection import Options
 from downstream.inspection.inspector import Inspector, judge, shape_note
 from downstream.inspection.photos import Photo, Unreadable, prepare_photo
 from downstream.inspection.results import UNREADABLE, Result
-from downstream.terminal import Progress, no_progress
+from downstream.terminal import no_progress
 from downstream.visualise import ColourScale, overlay
 
 MEGA = 10**6

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from adpretrain.backbones import Extract, FeatureMaps
 from adpretrain.memory import hold, memory_limit
-from downstream.coreset import Progress
+from adpretrain.progress import Progress
 from downstream.detector import Detector, NormalFeatures, Prediction
 from downstream.detectors.patchcore import PatchCore, PatchCoreConfig
 from downstream.detectors.reconpatch.representation import (

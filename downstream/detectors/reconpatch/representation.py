@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from downstream.coreset import Progress
+from adpretrain.progress import Progress
 from downstream.detectors.reconpatch.similarity import SCALES, relaxed_contrastive_loss, similarity
 
 KEPT_BATCH = 16  # batch size of embeddings that are kept

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from adpretrain.backbones import Extract
-from downstream.coreset import Progress
+from adpretrain.progress import Progress
 from downstream.detector import Detector, Prediction
 from downstream.detectors import build_detector, detector_from_pretrained
 from downstream.detectors.ensemble import Units, training_units
