@@ -345,7 +345,7 @@ def test_errors_say_what_to_do(
     with pytest.raises(ValueError, match=r"opset 9 is not supported; choose one of 18\.\."):
         export_onnx(detector, tmp_path / "model.onnx", [], opset=9)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(ValueError, match=r"needs onnxscript .*pip install 'adpretrain\[export\]'"):
+    with pytest.raises(ValueError, match=r"onnxscript is needed .*pip install 'adpretrain\[export\]'"):
         export_onnx(detector, tmp_path / "model.onnx", [])
     assert list(tmp_path.iterdir()) == []
 
