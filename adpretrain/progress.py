@@ -1,4 +1,4 @@
-"""The one look of all long work."""
+"""The progress bar of every long operation."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 def progress_bar(console: Console) -> Progress:
-    """A bar with counts and times, on the console."""
+    """A progress bar with counts and times on ``console``."""
     columns = (TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn())
     return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
