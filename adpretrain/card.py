@@ -38,7 +38,7 @@ TEMPLATE = Path(__file__).with_suffix(".md")
 @dataclass(frozen=True)
 class Result:
     """One measured number: ``metric`` (a key of `METRICS`), ``value`` in %, of a ``method`` on a split of a data set,
-    and the ``command`` that gives it again."""
+    and the ``command`` that reproduces it."""
 
     dataset: str
     split: str
@@ -62,8 +62,8 @@ def card(
     pictures: int = 0,
     curves: bool = False,
 ) -> str:
-    """The whole README.md. ``results``: besides the held-out ones of the pretraining, which the config holds.
-    ``pictures``: how many files assets/heatmap-1.png, ... lie beside it; ``curves``: whether assets/curves.png does."""
+    """The whole README.md. ``results`` are added to the held-out ones of the pretraining, which the config holds.
+    ``pictures``: number of files assets/heatmap-1.png, ... beside it; ``curves``: whether assets/curves.png exists."""
     held_out = held_out_results(config)
     everything = [*held_out, *results]
     template = Template(TEMPLATE.read_text(encoding="utf-8"), undefined=StrictUndefined, keep_trailing_newline=True)
@@ -124,7 +124,7 @@ def held_out_results(config: ExtractorConfig) -> list[Result]:
 
 
 def provenance_of(config: ExtractorConfig, part: str) -> Mapping[str, Any]:
-    """A part of the provenance, which may hold anything; empty if it is no mapping."""
+    """A part of the provenance, which may hold anything; empty if that part is not a mapping."""
     found = config.provenance.get(part)
     return found if isinstance(found, Mapping) else {}
 
@@ -184,7 +184,7 @@ def _results(results: Sequence[Result]) -> str:
 
 
 def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; what a cell holds cannot end it."""
+    """A Markdown table; pipes and line breaks within cells are escaped."""
     lines = [heading, ["---"] * len(heading), *rows]
     return "\n".join(
         "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines

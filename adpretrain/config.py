@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Literal
 
-# The smallest value of each number below.
+# The smallest value that each number below may take.
 LEAST = {
     **dict.fromkeys(["backbone.image_size", "projector.references", "projector.heads", "projector.layers"], 1),
     **dict.fromkeys(["optim.batch_size", "optim.epochs", "eval.shots", "cache.threads"], 1),
@@ -32,17 +32,17 @@ class BackboneConfig:
         name: a name of `adpretrain.backbones.BACKBONES`, or timm/<model name>.
         image_size: side of the square input in pixels.
         resize: "squeeze" makes a square of the whole photograph; "crop" resizes its shorter side to ``crop_from`` and
-            crops the centre (the authors' released code), which cuts the edges of the longer side off.
-        crop_from: for "crop", the shorter side in pixels; null = the released code's for this image_size (224 from 256,
-            320 from 366, 480 from 512; any other size must say).
+            crops the centre (as the authors' released code does), which cuts off the ends of the longer side.
+        crop_from: for "crop", the shorter side in pixels after resizing; null = the released code's value, which exists
+            for image_size 224 (256), 320 (366) and 480 (512) only.
         revision: branch, tag or commit of the weights on the Hugging Face Hub; null = the newest.
-        weights: a local file or folder of weights instead of the Hub's; never part of a saved extractor.
-        levels: numbers of the blocks (vision transformers) or stages (others) that give the features, from 1; null =
-            the paper's.
-        finest: stride in pixels; maps that are finer are averaged down to it, which saves time in every search for
-            nearest references. 0 = as the network gives them.
-        patch: for each level the odd side of the neighbourhood that every token is averaged over, zeros beyond the
-            border included; [] = 1 each.
+        weights: a local file or folder of weights instead of the Hub's; a saved extractor never contains its path.
+        levels: numbers, from 1, of the blocks (vision transformers) or stages (other networks) that give the features;
+            null = the paper's.
+        finest: stride in pixels to which finer maps are averaged down, which saves time in every search for nearest
+            references; 0 leaves the maps as the network gives them.
+        patch: for each level, the odd side (in tokens) of the neighbourhood over which every token is averaged, with
+            zeros beyond the border; [] = 1 for every level.
     """
 
     name: str = "lite0"
@@ -68,7 +68,7 @@ class ProjectorConfig:
         architecture: the paper's learnable key/value attention, or an ablation of its Tab. 2b.
         references: number of learnable references N_r.
         heads: attention heads.
-        mlp_ratio: hidden width of the MLP over the feature width.
+        mlp_ratio: hidden width of the MLP, as a multiple of the feature width.
         layers: attention layers per level.
         form: "paper", or "released" for the exact form of the authors' checkpoints.
     """
@@ -86,19 +86,19 @@ class DataConfig:
     """The pretraining set.
 
     Args:
-        name: layout of the set, a name of `adpretrain.data.DATASETS`, "auto", or "shards" for a stream of what
-            recipes/write_shards.py wrote.
+        name: layout of the data set: a name of `adpretrain.data.DATASETS`, "auto" to detect it, or "shards" to stream
+            the shards that recipes/write_shards.py wrote.
         root: its folder, or "hf://org/name" for a repository of the Hugging Face Hub.
-        columns: names of a Hugging Face set's columns that are not guessed, such as {mask: segmentation}.
-        held_out: categories kept out of training and scored while it runs (names).
-        on_error: what is done about images that cannot be read or contradict their labels; all are checked before
+        columns: those columns of a Hugging Face data set whose names are not guessed, such as {mask: segmentation}.
+        held_out: names of categories that are kept out of training and scored while it runs.
+        on_error: what to do about images that cannot be read or contradict their labels; all are checked before
             training (shards: before they are written). "fail" lists them and stops, "skip" lists them and leaves them
             out.
-        workers: loader processes.
-        reservoir_mb: MiB of encoded photographs that a process may hold (shards only): what references are drawn from,
-            and a buffer that mixes the stream.
-        reduced: decode JPEG files at 1/2, 1/4 or 1/8 of their size where that is enough. Faster, and the pixels differ
-            a little from those of scoring, which decodes whole files.
+        workers: number of loader processes.
+        reservoir_mb: shards only: MiB of encoded photographs that each process may hold, to draw references from and to
+            shuffle the stream.
+        reduced: decode JPEG files at 1/2, 1/4 or 1/8 of their size if that is enough. This is faster, but the pixels
+            differ a little from those of scoring, which decodes whole files.
     """
 
     name: str = "realiad"
@@ -113,21 +113,21 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ReferencesConfig:
-    """How the reference draws of different images are tied together, to save the backbone's forwards of references.
+    """Options by which images share reference draws, so that the backbone encodes fewer references.
 
-    By default every image has its own draw, as in the paper. Each option below keeps what a single image sees over the
-    epochs, every K normal photographs of its category and view being equally likely; what it costs is variety among
-    the images of a batch, or of an epoch.
+    By default every image has its own draw, as in the paper. With any of these options, a single image still sees every
+    set of K normal photographs of its category and view with equal probability over the epochs; the cost is less
+    variety among the images of a batch, or of an epoch.
 
     Args:
-        together: images of one category and view that come one after the other in a batch and share one draw; 1 = each
-            its own. A batch then has fewer categories and fewer reference sets, so its gradient is noisier.
-        pool: photographs of each category and view that serve as references, for ``refresh`` epochs, after which
-            others are drawn; their features are kept. 0 = all photographs, and no features are kept. In these epochs
-            the residuals come from these photographs alone, so a small pool may be overfitted until the next one.
-        refresh: epochs that a pool serves.
-        cache_mb: MiB of features that each process may keep; the least recently used pools make room. It changes the
-            time, not the numbers; 0 = none are kept, which gives the same numbers up to rounding.
+        together: number of consecutive images of one category and view in a batch that share one draw; 1 = each has its
+            own. Above 1 a batch has fewer categories and fewer reference sets, so its gradient is noisier.
+        pool: number of photographs of each category and view that serve as references for ``refresh`` epochs, after
+            which others are drawn; their features are kept. The residuals of these epochs come from the pool alone, so
+            training may overfit a small one. 0 = all photographs, and no features are kept.
+        refresh: number of epochs for which a pool is used.
+        cache_mb: MiB of features that each process may keep; the least recently used pools are dropped first. It
+            changes the running time, not the numbers; 0 keeps none, which changes the numbers by rounding only.
     """
 
     together: int = 1
@@ -141,9 +141,9 @@ class LocalScaleConfig:
     """Residuals divided by how much the product itself varies where the reference was matched.
 
     Args:
-        share: of the scale that comes from the matched token's own neighbourhood; the rest is the mean over all
-            references.
-        weights: of the levels, multiplied into the extractor's output; empty = 1 each.
+        share: fraction of the scale that comes from the matched token's own neighbourhood; the rest is the mean over
+            all references.
+        weights: a factor for each level of the extractor's output; empty = 1 for every level.
     """
 
     share: float = 0.35
@@ -166,17 +166,17 @@ class LossConfig:
         temperature: tau of the angle loss.
         radius: r of the norm loss.
         margin: delta r of the norm loss.
-        angle_form: anchors of the first view (paper) or of both (released).
+        angle_form: whether anchors come from the first view (paper) or from both (released).
         norm_form: Eq. 6 (paper) or the authors' code (released).
-        total_form: Eq. 7 (paper), or its terms summed, which is twice as much (released).
+        total_form: Eq. 7 (paper), or the sum of its terms, which is twice as large (released).
         center: the angle's origin c: "residual" = mean of the unprojected residuals of all normal images, measured
             before training, unaugmented, with up to 4 references each (the released code); "projected" = running mean
             of the projected normal features (the paper's text).
         norm_label: which tokens the norm loss takes for anomalous: those whose mask is marked at the "center" of the
-            patch, or at its top left corner ("nearest", the released norm loss), or those with more than
+            patch, or at its top left corner ("nearest", the released norm loss), or that have more than
             ``token_pixels`` marked "pixels" (the released angle loss).
         angle_label: the same for the angle loss.
-        token_pixels: the count for "pixels", at 224 px.
+        token_pixels: number of marked pixels for "pixels", counted at 224 px.
         cross_process: the angle loss takes its negatives from the batches of all processes, as if one process had the
             whole batch; false = each process from its own batch only, which sends nothing.
     """
@@ -203,12 +203,12 @@ class OptimConfig:
     Args:
         lr: learning rate.
         weight_decay: L2 penalty of Adam. On float32 weights it erases the learnable references, whose gradient is far
-            smaller than the penalty's; the paper names none.
-        weights: precision of the projector's own weights while it is trained. The released run has bfloat16, whose
-            coarse steps hide the decay from all but the smallest weights; it needs precision bf16.
+            smaller than the penalty's; the paper gives no value.
+        weights: precision of the projector's weights during training. The released run has bfloat16, whose coarse
+            rounding cancels the decay of all but the smallest weights; it needs precision bf16.
         batch_size: images per process and step (two views each).
         epochs: passes over the set.
-        steps: number of steps; 0 = as many as ``epochs`` make.
+        steps: number of steps; 0 = computed from ``epochs``.
         milestones: fractions of the training at which the rate is multiplied by 0.1.
         clip: largest gradient norm; 0 = no clipping.
         precision: "no" (float32), "bf16" or "fp16" autocast of backbone and projector.
@@ -232,9 +232,9 @@ class EvalConfig:
     Args:
         every: steps between evaluations; 0 = only at the end.
         shots: references per category.
-        keep: the projector that is published: the "last" one, or the "best" one on the held-out categories (mean of
-            image AUROC and AUPRO), the untrained one included; without such categories the last. A benchmark's test
-            set never chooses.
+        keep: which projector is published: the "last" one, or the "best" one on the held-out categories (mean of image
+            AUROC and AUPRO), which may be the untrained one; without such categories it is the last. A benchmark's test
+            set never decides.
     """
 
     every: int = 0
@@ -247,10 +247,10 @@ class CacheConfig:
     """Residuals computed once before training (`adpretrain.training.batches.CachedBatches`).
 
     Args:
-        draws: reference draws of every image that are kept; 0 = no cache, everything is computed step by step.
+        draws: number of reference draws kept for every image; 0 = no cache, everything is computed step by step.
         folder: where the cache is kept for the next run; "" = in memory only.
-        seed: of the cached draws and views, so that runs with other seeds can share them.
-        threads: images prepared at a time.
+        seed: seed of the cached draws and views; runs with other seeds can share them.
+        threads: number of images prepared at a time.
     """
 
     draws: int = 0
@@ -265,24 +265,24 @@ class PretrainConfig:
 
     Args:
         run: folder of the run; the same command in the same folder resumes.
-        shots: numbers of references K drawn from, per image.
-        references: draws shared by several images, or from a pool whose features are kept.
+        shots: the possible numbers of references K, one of which is drawn for each image.
+        references: whether images share draws, and whether references come from a pool whose features are kept.
         matching: nearest reference by "l2" (paper) or "cosine" (released code); "none" = the features themselves,
             without references (the ablation of Tab. 2a).
         learns: the "projector" on a frozen backbone, or the "backbone" itself, without a projector (the ablation of
-            Tab. 2a, which the paper and its own results advise against).
+            Tab. 2a, which gives worse results in the paper).
         local_scale: divide residuals by how much the product varies at the matched place (`adpretrain.local_scale`);
-            null = take them as they come, like the paper.
+            null = do not, like the paper.
         augment: "epoch" draws new views every epoch; "once" keeps each image's first two views; "none" has one plain
             view (no angle loss).
         cache: keep the residuals of every image in memory instead of computing them step by step.
-        tokens: tokens per image and level that enter the losses (anomalous ones first, up to half); 0 = all.
+        tokens: number of tokens per image and level that enter the losses (anomalous ones first, up to half); 0 = all.
         checkpoint_every: steps between checkpoints.
         log_every: steps between lines of metrics.jsonl.
         tracker: also log to TensorBoard.
-        seed: of everything random.
-        deterministic: let torch use only algorithms that give the same bits every time, which GPUs need (it is slower
-            there) and CPUs do not.
+        seed: seed of all random numbers.
+        deterministic: let torch use only algorithms that give the same bits every time. Only GPUs need this, and it
+            makes them slower.
     """
 
     run: str = "runs/pretrain"
@@ -317,13 +317,13 @@ class PretrainConfig:
             raise ValueError(f"loss.temperature {self.loss.temperature} must be positive")
         if not all(0 < share <= 1 for share in self.optim.milestones):
             raise ValueError(
-                f"optim.milestones {self.optim.milestones} must be shares of the training, above 0 and to 1"
+                f"optim.milestones {self.optim.milestones} must be fractions of the training, above 0 and up to 1"
             )
         needed, shared = max(self.shots) + self.references.together, self.references
         if 0 < shared.pool < needed:
             raise ValueError(
                 f"references.pool {shared.pool} is too small: K = {max(self.shots)} references of "
-                f"{shared.together} images together need {needed} photographs; 0 = all"
+                f"{shared.together} images together need {needed} photographs; 0 takes all"
             )
         if self.cache.draws and (shared.together > 1 or shared.pool):
             raise ValueError("cache.draws keeps the residuals themselves: leave references.together and .pool out")

@@ -57,7 +57,7 @@ def _split_levels(state_dict: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
 
 
 def _check_shapes(level: int, weights: Mapping[str, Tensor]) -> None:
-    """Those that are taken apart; `load_state_dict` checks the others."""
+    """Check the tensors that are split or reshaped; `load_state_dict` checks the others."""
     shape = tuple(weights["x_ref"].shape)
     if len(shape) != 3 or shape[0] != 1:
         raise ValueError(f"l{level}_proj.x_ref is {list(shape)}, expected [1, N_r, C]")
@@ -85,8 +85,8 @@ def _level_from_official(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def projector_from_official(state_dict: Mapping[str, Tensor]) -> FeatureProjector:
     """A released projector (the dict under ``["projectors"]``) as a `FeatureProjector` of form "released".
 
-    Load the file with ``torch.load(path, weights_only=True)``. Raises ValueError that names the first key or shape
-    that such a checkpoint does not have.
+    Load the file with ``torch.load(path, weights_only=True)``. Raises ValueError that names the first key or shape that
+    does not belong to such a checkpoint.
     """
     levels = _split_levels(state_dict)
     config = ProjectorConfig(
@@ -114,9 +114,10 @@ def extractor_from_official(checkpoint: Any, backbone: Backbone, source: Mapping
     Cosine matching, the norm sqrt(||x|| + 1) - 1 and the released projector form; no local scale; the centres stay
     zero (the file has none, and scoring does not use them). A ``backbone`` that squeezes photographs is made to crop
     them as its authors' code does (256 -> 224 pixels). ``source`` (file name, sha256 ...) goes into the
-    provenance, with the file's own metrics, which its authors took, and chose it by, on a test set.
+    provenance, with the file's own metrics, which its authors measured on a test set and chose it by.
 
-    Raises ValueError that names what was expected and found if the content is no such checkpoint or of another width.
+    Raises ValueError that names what was expected and found if the content is not such a checkpoint or has other
+    widths.
     """
     projectors = checkpoint.get("projectors") if isinstance(checkpoint, Mapping) else None
     if not isinstance(projectors, Mapping) or not all(isinstance(value, Tensor) for value in projectors.values()):

@@ -1,4 +1,4 @@
-"""What an accelerator has to be told: products in their own precision, copies that nothing waits for."""
+"""Settings for accelerators: matrix products in full precision, and copies that do not wait."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Matrix products in their own type: no TF32, no bfloat16, no autocast; and no gradients."""
+    """Compute matrix products in the tensors' own dtype (no TF32, bfloat16 or autocast), without gradients."""
     # torch 2.9 replaced one setting by one for each backend, and refuses to read the old one where they differ.
     parts = [getattr(module, "matmul", None) for module in (torch.backends.cuda, torch.backends.mkldnn)]
     backends: list[Any] = [part for part in parts if hasattr(part, "fp32_precision")]
@@ -33,9 +33,9 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """A small tensor of the host on ``device``, without waiting for the work that the device has been given.
+    """Copy a small tensor from the host to ``device`` without waiting for the device's queued work.
 
-    A copy from ordinary memory may wait, so a GPU gets it from pinned memory, which torch keeps for the next copy.
+    A copy from ordinary memory may wait, so a GPU copies from pinned memory, which torch reuses for the next copy.
     """
     if device.type == "cuda" and tensor.device.type == "cpu" and torch.cuda.is_available():
         tensor = tensor.pin_memory()

@@ -40,7 +40,7 @@ from adpretrain.saved import (
 class ADExtractor(nn.Module):
     """Projected residual features: a drop-in for a raw backbone in every detector.
 
-    ``extractor.set_references(images)`` with a few photographs of normal products, then ``extractor(images)``.
+    Call ``extractor.set_references(images)`` with a few photographs of normal products, then ``extractor(images)``.
     Without a projector the features are the (scaled) residuals themselves, the baseline of every comparison.
     The reference features are never saved: they belong to whoever made the photographs.
     """
@@ -86,12 +86,12 @@ class ADExtractor(nn.Module):
 
     @property
     def channels(self) -> list[int]:
-        """C_l of each level."""
+        """The number of channels C_l of each level."""
         return self.backbone.channels
 
     @property
     def references(self) -> ReferenceBank | None:
-        """The bank of `set_references`, or None."""
+        """The bank that `set_references` keeps, or None."""
         return self._references
 
     def without_projector(self) -> ADExtractor:
@@ -118,17 +118,17 @@ class ADExtractor(nn.Module):
         return self.bank_of(self.encode(images.flatten(0, 1)), images.shape[0])
 
     def bank_of(self, features: FeatureMaps, banks: int = 1) -> ReferenceBank:
-        """The bank of photographs that are encoded already: L levels [R * K, C_l, H_l, W_l], R = ``banks``."""
+        """The bank of photographs that are already encoded: L levels [R * K, C_l, H_l, W_l], R = ``banks``."""
         return ReferenceBank.of(features, self.config.matching, self.local_scale, banks)
 
     def set_references(self, images: Tensor | ReferenceBank) -> ADExtractor:
-        """Keep the references of every later call: images [K, 3, S, S], or a bank; ValueError for anything else. A
-        reference's own residuals are zero: fit a detector on other photographs than these, or `leave_one_out`."""
+        """Keep the references for all later calls: images [K, 3, S, S], or a bank; ValueError for anything else. The
+        references' own residuals are zero: fit a detector on other photographs, or on `leave_one_out`."""
         self._references = self._own(self.encode_references(images) if isinstance(images, Tensor) else images)
         return self
 
     def _own(self, bank: ReferenceBank) -> ReferenceBank:
-        """A bank, matched and scaled as this extractor does it, whoever made it."""
+        """The bank with the matching metric and local scale of this extractor, whichever extractor made it."""
         if not isinstance(bank, ReferenceBank):
             raise ValueError(
                 "references must be one tensor of images [K, 3, S, S] or a ReferenceBank from encode_references, got "
@@ -165,8 +165,8 @@ class ADExtractor(nn.Module):
     def forward(self, images: Tensor, references: ReferenceBank | None = None) -> FeatureMaps:
         """Features for anomaly detection: [B, 3, S, S] -> L levels [B, C_l, H_l, W_l], without gradients.
 
-        ``references``: for this call only; otherwise those of `set_references`. Runs under ``torch.autocast`` if the
-        caller asks for it, and under ``torch.compile``; not in inference mode: a detector may train on the results.
+        ``references`` are used for this call only; the default is those of `set_references`. Runs under the caller's
+        ``torch.autocast`` and under ``torch.compile``; not in inference mode, as a detector may train on the results.
         Raises ValueError without references, unless ``matching`` is "none".
         """
         if self.config.matching == "none":
@@ -180,7 +180,7 @@ class ADExtractor(nn.Module):
     @torch.no_grad()
     def leave_one_out(self, images: Tensor) -> FeatureMaps:
         """The features of each of K normal photographs [K, 3, S, S] with the other K - 1 as references: L levels
-        [K, C_l, H_l, W_l]. The references that are set are neither used nor changed. Raises ValueError if K < 2."""
+        [K, C_l, H_l, W_l]. Those of `set_references` are neither used nor changed. Raises ValueError if K < 2."""
         bank = self.encode_references(images)
         if self.config.matching == "none":
             return self(images)
@@ -236,11 +236,11 @@ class ADExtractor(nn.Module):
 
         ``source``: a folder that `save_pretrained` wrote, the id "org/name" of a Hub repository, or "embedded"; with
         ``revision`` (a branch, tag or commit) and ``token`` as in `adpretrain.hub.locate`. ``weights``: a local file
-        or folder of the backbone's weights, for machines without a network. ``backbone``: used instead of loading one,
-        such as a `Backbone` of your own, or with random weights, which no name finds again.
+        or folder of the backbone's weights, for machines without a network. ``backbone``: used instead of loading one;
+        a `Backbone` that you wrote, or one with random weights, cannot be loaded by name.
 
-        Raises ValueError if there is no such extractor, it was written by a newer library, or if its weights, or the
-        backbone's, are not exactly those its config describes.
+        Raises ValueError if there is no such extractor, if a newer library wrote it, or if its weights, or the
+        backbone's, are not exactly those that its config describes.
         """
         folder = locate(source, revision, token=token).folder
         config = read_config(folder)

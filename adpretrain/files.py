@@ -1,4 +1,4 @@
-"""Nothing half-written: everything the toolkit saves appears under its final name only when it is complete."""
+"""Atomic writing: every file and folder appears under its final name only when it is complete."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """An OSError about the temporary file, or about a full disk (which may name none), names ``path`` instead."""
+    """Make an OSError about the temporary file, or about a full disk (which may name no file), name ``path``."""
     try:
         yield
     except OSError as error:
@@ -35,7 +35,7 @@ def _make(folder: Path) -> None:
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Before any work: OSError if nothing can be made beside ``path``, whose folder is made."""
+    """Make the folder of ``path``. Raises OSError if it cannot be written to, so that long work fails at its start."""
     path = Path(path)
     with _naming(path):
         _make(path.parent)
@@ -52,7 +52,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     _make(path.parent)
-    # Not the process's number, which two containers that share a disk often have in common.
+    # A random number, because containers that share a disk often have equal process ids.
     temporary = path.with_name(f".{path.stem}.{secrets.randbelow(10**12)}.tmp{path.suffix}")
     with _naming(path):
         try:
@@ -63,7 +63,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def sweep(folder: str | os.PathLike[str]) -> None:
-    """Delete what `atomic_path` leaves in ``folder`` when its process is killed. Nobody else may be writing there."""
+    """Delete the temporary files of killed processes in ``folder``, to which no other process may be writing."""
     for path in Path(folder).glob(".*.tmp*"):
         if _TEMPORARY.fullmatch(path.name):
             path.unlink(missing_ok=True)
@@ -73,8 +73,8 @@ def sweep(folder: str | os.PathLike[str]) -> None:
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield an empty temporary folder beside ``path``; on success it replaces ``path`` as a whole.
 
-    An existing ``path`` stays untouched until the new folder is complete. A link to a folder stays one: the folder
-    that it points to is replaced. An OSError about the temporary folder names ``path``.
+    An existing ``path`` stays untouched until the new folder is complete. If ``path`` is a link, the folder that it
+    points to is replaced. An OSError about the temporary folder names ``path``.
     """
     path = Path(os.path.realpath(path) if os.path.islink(path) else path)
     with _naming(path), _atomic_folder(path) as temporary:

@@ -1,8 +1,8 @@
 """The local scale: residuals divided by how much the product itself varies where the reference was matched.
 
 ADPretrain feeds residuals to the projector as they come. What varies from one good part to the next (an edge, a print,
-a highlight) then counts as much as the same residual on a calm surface, and with a fixed radius r in the norm loss the
-scale of each backbone, level and product is left to luck. `LocalScale` removes both. It is an option of the extractor
+a highlight) then counts as much as the same residual on a calm surface, and a fixed radius r in the norm loss fits the
+scale of a backbone, level and product only by luck. `LocalScale` solves both. It is an option of the extractor
 and changes residuals only: a photograph that differs from its references everywhere stays different everywhere.
 
 Shapes: L levels, R = 1 or B banks of N = K * T reference tokens, T = H * W tokens per photograph.
@@ -24,16 +24,16 @@ EPS = 1e-6
 
 
 class LocalScale(nn.Module):
-    """Per level and reference token the norm that a normal residual has there.
+    """Estimates, for each level and reference token, the norm of a normal residual there.
 
-    It is a mix: ``config.share`` of the mean leave-one-out residual norm in the token's own 3 x 3 neighbourhood, the
-    rest of the mean over all references. K photographs know little of a single place and much of the whole, so the mix
-    leans on both. A normal residual then has norm about 1 on calm and on busy places and products alike. A single
-    reference has nothing to leave out; its tokens are matched within the photograph and the norms multiplied by
-    ``single`` (a saved tensor, one number a level), the ratio of the two kinds of norm on normal pretraining images
-    (`fit`). The extractor's output, projected or not, is multiplied by ``config.weights``.
+    The estimate mixes the mean leave-one-out residual norm in the token's own 3 x 3 neighbourhood (``config.share``)
+    with the mean over all references (the rest), because K photographs tell little about one place and much about the
+    whole. A scaled normal residual has norm about 1 on calm and busy places and products alike. With a single reference
+    nothing can be left out: its tokens are matched within the photograph, and the norms multiplied by ``single`` (a
+    saved tensor, one number per level), the ratio of the two kinds of norm on normal pretraining images (`fit`). The
+    extractor's output, projected or not, is multiplied by ``config.weights``.
 
-    Raises ValueError if there are weights, but not one for each of the ``levels``.
+    Raises ValueError if there are weights, but not exactly one for each of the ``levels``.
     """
 
     def __init__(self, levels: int, config: LocalScaleConfig | None = None) -> None:

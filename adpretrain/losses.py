@@ -1,11 +1,11 @@
 """Angle- and norm-oriented contrastive losses (ADPretrain Sec. 3.2).
 
 Shapes: N tokens of one view (all images of the batch, one level), D channels; i' is token i in the second view.
-``anomalous_N`` is bool (or 0/1), True where the token's label m_i = 1. Where it lies on the host beside features on a
-device, nothing waits for the device: how many tokens are anomalous is known without asking it.
+``anomalous_N`` is bool (or 0/1), True where the token's label m_i = 1. If it is on the host while the features are on a
+device, no step waits for the device, because the numbers of tokens are known on the host.
 
-Trained by several processes (``group``, see `adpretrain.training.distributed`), the batch is that of all of them: each
-loss is then this process's share, the shares sum to the loss of the whole batch, and so do their gradients.
+With several processes (``group``, see `adpretrain.training.distributed`), the batch is that of all of them: each loss
+is this process's share, and the shares and their gradients sum to those of the whole batch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _check(form: str, features_ND: Tensor, anomalous_N: Tensor, group: Group) ->
         raise ValueError(
             f"expected features [N, D] and labels [N], got {tuple(features_ND.shape)} and {tuple(anomalous_N.shape)}"
         )
-    if group is None and not len(anomalous_N):  # of several processes, one may have none
+    if group is None and not len(anomalous_N):  # one of several processes may have none
         raise ValueError(f"features {tuple(features_ND.shape)} hold no tokens; a loss is a mean over at least one")
     return anomalous_N.to(torch.bool)
 
@@ -88,9 +88,9 @@ def angle_loss(
     may be negative. ``form="paper"``: anchors are the tokens of the first view. ``form="released"``: anchors are
     the tokens of both views, as in the authors' code.
 
-    Only normal x anomalous similarities are computed, by chunks; the 2N x 2N matrix of the formula never exists.
-    With a ``group``, only the anomalous tokens, the few, are sent: every process compares its own normal tokens with
-    all anomalous ones, and the anomalous anchors' sums over normal tokens are added up over the processes.
+    Only normal x anomalous similarities are computed, in chunks; the 2N x 2N matrix of the formula never exists. With a
+    ``group``, only the anomalous tokens, which are few, are sent: every process compares its own normal tokens with all
+    anomalous ones, and the anomalous anchors' sums over normal tokens are added up over the processes.
     A batch without anomalous or without normal tokens has no negatives: its loss is 0 (with zero gradients).
     Raises ValueError for shapes that do not fit, no tokens, an unknown form or a temperature <= 0.
     """
@@ -101,8 +101,8 @@ def angle_loss(
         raise ValueError(f"temperature {temperature} must be positive")
     first = F.normalize(features_ND - center_D, dim=1)
     second = F.normalize(augmented_ND - center_D, dim=1)
-    # Indices, not masks: an accelerator has to be waited for once for each (labels on the host: not at all), and not at
-    # every use.
+    # Indices, not masks, which would wait for the device at every use: making them waits once (not with labels on the
+    # host).
     normal, anomalous = (
         upload(marked_N.nonzero()[:, 0], features_ND.device) for marked_N in (~anomalous_N, anomalous_N)
     )
@@ -153,7 +153,8 @@ def norm_loss(
     radius adapts to the batch, normal tokens below .99 of it are pushed up too, the e^d weights are detached, and
     the means of the groups are added.
 
-    A group without tokens adds nothing. Raises ValueError for shapes that do not fit, no tokens, an unknown form, or a
+    A group of tokens that is empty adds nothing. Raises ValueError for shapes that do not fit, no tokens, an unknown
+    form, or a
     radius or margin below 0.
     """
     anomalous_N = _check(form, features_ND, anomalous_N, group)
@@ -175,7 +176,7 @@ def _detached_contraction(excess_N: Tensor) -> Tensor:
 
 
 def _released_norm_loss(features_ND: Tensor, anomalous_N: Tensor, radius: float, margin: float, group: Group) -> Tensor:
-    """No number of it is asked of the device: the groups are masks, their sizes sums of these."""
+    """It never waits for the device: the groups are masks, and their sizes are sums of masks."""
     norm_N = (features_ND.norm(dim=1) + 1).sqrt() - 1
     # Without anomalies the minimum is infinite, and the radius is the given one.
     nearest = F.pad(norm_N.detach().masked_fill(~anomalous_N, torch.inf), (0, 1), value=torch.inf).amin()
@@ -206,9 +207,9 @@ def total_loss(
     """1/(2N) sum_{i <= 2N} lambda 1[i <= N] L_angle + L_norm (ADPretrain Eq. 7), from the means of its terms.
 
     ``angle``: mean over the N anchors; ``norm`` and ``norm_augmented``: mean over the N tokens of either view.
-    ``norm_weight``: of both norm terms; the paper's is 1, and 0 leaves the angle loss alone (Tab. 2a).
-    ``form="released"``: the authors' code sums the terms instead, twice as much: under Adam the same steps, but half
-    the effect of a weight decay. Raises ValueError for an unknown form.
+    ``norm_weight``: weight of both norm terms; 1 in the paper, and 0 leaves only the angle loss (Tab. 2a).
+    ``form="released"``: the authors' code sums the terms instead, which doubles the loss: Adam's steps stay the same,
+    but a weight decay has half the effect. Raises ValueError for an unknown form.
     """
     if form not in FORMS:
         raise ValueError(f"loss form {form!r} is unknown; choose one of {FORMS}")

@@ -1,7 +1,7 @@
-"""How much memory a fitted detector may take, asked before it is taken, and a memory bank that is never held twice.
+"""Limits on the memory of a fitted detector, checked before it is allocated, and a bank that is never held twice.
 
-A bank that outgrows the machine does not fail: the machine swaps, or the process is killed without a word, after
-hours of extraction. Detectors ask here first, and say what they will hold, or what to change.
+A bank that outgrows the machine raises no error: the machine swaps, or the process is killed without a message, after
+hours of extraction. Detectors check here first, and report what they will hold, or what to change.
 
 Shapes: N rows of D channels.
 """
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
-SHARE = 0.5  # of the machine's memory, where no limit is given
+SHARE = 0.5  # of the machine's memory, if no limit is given
 CGROUP = Path("/sys/fs/cgroup/memory.max")  # what a container may use
-BLOCK_BYTES = 64 << 20  # larger than what C libraries keep for themselves when it is freed
+BLOCK_BYTES = 64 << 20  # large enough that C libraries return it to the system when it is freed
 ADVICE = (
     "fit fewer images, keep a share of every image's patches, set embedding.target_dim, a larger embedding.stride or "
     "fewer levels, or raise max_bank_bytes"
@@ -27,7 +27,7 @@ ADVICE = (
 
 
 def hold(what: str, needed: int, limit: int, advice: str, say: bool = True) -> None:
-    """Tell the logger of this module that ``what`` will hold ``needed`` bytes, if ``say``.
+    """Log that ``what`` will hold ``needed`` bytes, if ``say``.
 
     Raises ValueError with the ``advice`` if that is more than ``limit``.
     """
@@ -38,12 +38,12 @@ def hold(what: str, needed: int, limit: int, advice: str, say: bool = True) -> N
 
 
 def memory_limit(device: torch.device, given: int | None = None) -> int:
-    """Bytes that a bank on this device may take: ``given``, or half of what there is."""
+    """Bytes that a bank on this device may take: ``given``, or half of the device's memory."""
     return given if given is not None else int(SHARE * total_memory(device))
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes of a device, or of the container if it may use less of the machine's."""
+    """Memory of a device in bytes, or of the container if its limit is lower."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 << 30
@@ -53,7 +53,7 @@ def total_memory(device: torch.device) -> int:
 
 
 def readable(size: int) -> str:
-    """A number of bytes for people."""
+    """A number of bytes as text, such as "1.5 GiB"."""
     for unit, width in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
         if size >= 1 << width:
             return f"{size / (1 << width):.1f} {unit}"
@@ -63,12 +63,12 @@ def readable(size: int) -> str:
 class GrowingBank:
     """Rows [n, D] are added batch by batch, then taken as one matrix.
 
-    torch.cat of all batches needs their memory a second time, at the moment when it is most. If the number of rows is
-    known the bank is one allocation that is filled; if not, batches fill blocks that are freed one by one while they
-    are joined. What would outgrow the limit is refused before it is allocated.
+    torch.cat of all batches would need their memory twice. If the number of rows is known, the bank is one allocation
+    that is filled; if not, batches fill blocks that are freed one by one while they are joined. A bank that would
+    exceed the limit is refused before it is allocated.
 
-    ``expected``: at least the number of rows, if it is known. ``max_bytes``: null = half of the memory. ``beside``:
-    bytes that every row will need besides its own, for what is done with the bank next. ``say``: how much it holds.
+    ``expected``: at least the number of rows, if it is known. ``max_bytes``: None = half of the memory. ``beside``:
+    bytes per row that the next use of the bank will need besides the row itself. ``say``: whether to log the size.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class GrowingBank:
         hold(what, needed, memory_limit(like_ND.device, self.max_bytes), ADVICE, say and self.say)
 
     def take(self) -> Tensor:
-        """All rows as one matrix [N, D]; the bank is empty afterwards. Raises ValueError if there are none."""
+        """All rows as one matrix [N, D]; the bank is empty afterwards. Raises ValueError if it has no rows."""
         if not self.rows:
             raise ValueError("an empty memory bank: no normal images were given")
         blocks, rows = self._blocks, self.rows

@@ -1,7 +1,7 @@
 """Configuration dataclasses from YAML, JSON or flags: an unknown key is an error that lists the known ones.
 
-Files come from strangers too: what they hold is checked before it is built (`check_yaml`), so that a small file cannot
-take all memory, overflow the stack, or mean another thing than a reader sees.
+Files may come from strangers, so their content is checked before it is built (`check_yaml`): a small file cannot take
+all memory, overflow the stack, or mean something other than a reader sees.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ import jsonargparse
 import yaml
 
 T = TypeVar("T")
-DEEPEST = 32  # collections within collections
+DEEPEST = 32  # levels of nested collections
 TOO_DEEP = f"more than {DEEPEST} collections"
-LARGEST = 64 << 20  # bytes of a JSON file; the longest lists of images have a tenth of it
-SAID = 2000  # characters of the parser's messages, which repeat what a file holds
+LARGEST = 64 << 20  # bytes of a JSON file; the longest lists of images take a tenth of it
+SAID = 2000  # characters that are kept of a parser's message, which may repeat a whole file
 YAML = "checked-yaml"  # mode of our parsers
 POSITIONAL = {"positional": True}  # metadata of a field, for `parse_flags`
-KINDS = {  # their names of types
+KINDS = {  # the parser's names of types, in words
     "<class 'int'>": "a whole number",
     "<class 'float'>": "a number",
     "<class 'str'>": "a text",
@@ -61,8 +61,8 @@ def check_keys(cls: type, mapping: Any, where: str, prefix: str = "") -> None:
 def check_yaml(text: str) -> None:
     """Raise yaml.YAMLError for aliases, a key given twice, or collections more than `DEEPEST` deep.
 
-    PyYAML follows aliases (nine lines can stand for a billion values), keeps the last of two equal keys without a word,
-    and its C loader crashes on deep nesting. Its stream of events, read here, does none of that.
+    PyYAML follows aliases (nine lines can stand for a billion values), silently keeps the last of two equal keys, and
+    its C loader crashes on deep nesting. Reading its stream of events, as here, does none of that.
     """
     outer: list[set[str] | None] = []  # the keys of every open collection so far; None for a sequence
     at_key: list[bool] = []
@@ -89,9 +89,9 @@ def check_yaml(text: str) -> None:
 
 
 def _events(text: str) -> Iterator[yaml.Event]:
-    """PyYAML's events. Raises yaml.YAMLError, in our words where some versions stop at a nesting depth of their own.
+    """PyYAML's events. Raises yaml.YAMLError, with our message where some versions stop at their own nesting depth.
 
-    They may stop before the first event, since many open brackets are read ahead of it.
+    They may stop before the first event, because they read many open brackets ahead.
     """
     try:
         yield from yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
@@ -133,7 +133,7 @@ def from_dict(cls: type[T], mapping: Mapping[str, Any], where: str = "configurat
     """A dataclass from nested mappings, with types checked. Raises ValueError naming the key that is wrong."""
     parser = _parser(cls)
     found = _instantiate(cls, parser, _checked(cls, parser, mapping, where))
-    # The parser reads every text in a dict of anything as YAML: "none: why" would become a mapping.
+    # The parser reads every text in a dict[str, Any] as YAML: "none: why" would become a mapping.
     free = [key for key, hint in typing.get_type_hints(cls).items() if hint == dict[str, Any] and key in mapping]
     return dataclasses.replace(found, **{key: copy.deepcopy(mapping[key]) for key in free})  # type: ignore[type-var]
 
@@ -144,13 +144,13 @@ def _checked(
     """A mapping with its keys and types checked. Raises ValueError naming the key that is wrong."""
     check_keys(cls, mapping, where)
     try:
-        return parser.parse_object(copy.deepcopy(dict(mapping)))  # it would replace what lists hold
+        return parser.parse_object(copy.deepcopy(dict(mapping)))  # it changes lists in place
     except (jsonargparse.ArgumentError, RecursionError) as error:
         raise ValueError(f"{where}: {_in_words(error)}") from error
 
 
 def _in_words(error: Exception, dashes: str = "") -> str:
-    """A parser's message on one line; of a value of a wrong type: its key, the value, what is expected."""
+    """A parser's message on one line; for a value of a wrong type: its key, the value and what is expected."""
     line = " ".join(str(error)[:SAID].split())
     if wrong := wrong_value(line):
         key, value, expected = wrong
@@ -159,8 +159,8 @@ def _in_words(error: Exception, dashes: str = "") -> str:
 
 
 def wrong_value(line: str) -> tuple[str, str, list[str]] | None:
-    """Of a parser's message about a value of a wrong type: its key, the value and what it may be, such as
-    ["one of even, random"] or ["a number", "null"]. None for another message."""
+    """The key, the value and the valid kinds, such as ["one of even, random"] or ["a number", "null"], from a parser's
+    message about a value of a wrong type. None for other messages."""
     found = re.fullmatch(r'Parser key "([\w.]+)": (.*(?:Got|Given) value: )(.*)', line)
     if not found:
         return None
@@ -175,7 +175,7 @@ def wrong_value(line: str) -> tuple[str, str, list[str]] | None:
 
 
 def _refuse_nulls(cls: type, parsed: Any, prefix: str = "") -> None:
-    """Raise ValueError naming a key that is null and may not be: the parser takes null for a value of any type."""
+    """Raise ValueError naming a key that is null but must not be: the parser accepts null for any type."""
     for key, hint in typing.get_type_hints(cls).items():
         value, kinds = parsed.get(key), typing.get_args(hint) or (hint,)
         if value is None and hint is not Any and type(None) not in kinds:
@@ -221,7 +221,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _text(path: Path) -> str:
-    """A text file, if it is one: a pipe would wait for ever, a device would never end."""
+    """The text of a regular file. Anything else is refused: a pipe would wait for ever, a device would never end."""
     if not path.is_file():
         raise ValueError("it is not a file" if path.exists() else "there is no such file")
     if (size := path.stat().st_size) > LARGEST:
@@ -249,7 +249,7 @@ def parse_command_line(cls: type[T], argv: Sequence[str] | None = None, descript
 
 
 def _check_flags(cls: type, arguments: Sequence[str]) -> None:
-    """Raise ValueError for a flag that is no key, naming the closest one: the parser would only say it is unknown."""
+    """Raise ValueError for an unknown flag, naming the closest key: the parser would only say that it is unknown."""
     known = ["config", "help", *_flags(cls)]
     leaves = [key for key in known if not any(other.startswith(f"{key}.") for other in known)]
     for argument in arguments:
@@ -262,7 +262,7 @@ def _check_flags(cls: type, arguments: Sequence[str]) -> None:
 
 
 def _flags(cls: type, prefix: str = "") -> list[str]:
-    """Every key of a dataclass and of those inside it: ["run", "data", "data.name", ...]."""
+    """Every key of a dataclass and of the dataclasses inside it: ["run", "data", "data.name", ...]."""
     names = []
     for key, hint in typing.get_type_hints(cls).items():
         names.append(f"{prefix}{key}")

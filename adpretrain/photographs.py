@@ -1,7 +1,7 @@
-"""Photographs and masks as files: their pages, size and depth, read as 8-bit pictures.
+"""Read photographs and masks from files (their pages, size and depth) as 8-bit pictures.
 
-A file of more than 8 bits says how wide its numbers are, not how far the camera counts: 10 and 12 bits come in 16-bit
-files. The full scale is the value that becomes 255.
+A file of more than 8 bits does not say how many of them the camera used: 10 and 12 bits come in 16-bit files. The full
+scale is the value that becomes 255.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 TIFF_KIND = 254  # tag NewSubfileType; its lowest bit marks a smaller copy of another page
-FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # none runs another program, as EPS
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # none runs another program, as EPS does
 LOSSY = ("JPEG", "JPEG2000", "WEBP")
-MOST_PIXELS = 178_956_970  # of a picture: Pillow's own limit against decompression bombs
+MOST_PIXELS = 178_956_970  # of one picture: Pillow's own limit against decompression bombs
 INTEGER_SCALES = (255.0, 1023.0, 4095.0, 16383.0, 65535.0)  # of 8, 10, 12, 14 and 16 bits
 FLOAT_SCALES = (1.0, *INTEGER_SCALES)
-OVERSHOOT = 1.25  # of a float picture's full scale: filters and interpolation exceed it at edges
+OVERSHOOT = 1.25  # times a float picture's full scale is allowed: filters and interpolation exceed it at edges
 
 
 @contextlib.contextmanager
@@ -48,9 +48,9 @@ def _opened(path: str | os.PathLike[str] | IO[bytes]) -> Iterator[Image.Image]:
 
 @contextlib.contextmanager
 def pixels_allowed(most: int) -> Iterator[None]:
-    """Within it, pictures of up to ``most`` pixels are read (outside of it, `MOST_PIXELS`), by all threads.
+    """A context in which all threads may read pictures of up to ``most`` pixels (elsewhere, `MOST_PIXELS`).
 
-    Raises ValueError for a limit below `MOST_PIXELS`, which our own pictures need too.
+    Raises ValueError for a limit below `MOST_PIXELS`, because our own pictures may need that many.
     """
     if most < MOST_PIXELS:
         raise ValueError(f"max_pixels {most}; expected at least {MOST_PIXELS}, which is always allowed")
@@ -65,7 +65,7 @@ def pixels_allowed(most: int) -> Iterator[None]:
 
 
 def _pages(image: Image.Image) -> list[int]:
-    """Which frames of an open picture are pictures of their own, from 0: not a TIFF's smaller copies, nor the previews
+    """The frames, from 0, of an open picture that are separate pictures: not a TIFF's smaller copies, nor the previews
     that a camera puts behind a JPEG."""
     frames = getattr(image, "n_frames", 1)
     if image.format == "MPO" or frames == 1:
@@ -95,24 +95,24 @@ def _open(path: str | os.PathLike[str] | IO[bytes], side: int | None = None, pag
         if (frame := pages[(page or 1) - 1]) != 0:
             image.seek(frame)
         if side is not None:
-            image.draft(None, (side, side))  # does nothing to what is not a JPEG
+            image.draft(None, (side, side))  # has an effect on JPEG only
         image.load()
         upright = ImageOps.exif_transpose(image)
-        upright.format = image.format  # which copies lose
+        upright.format = image.format  # copies do not have it
         return upright
 
 
 def picture_size(path: str | os.PathLike[str] | IO[bytes]) -> tuple[int, int]:
     """(width, height) of a photograph, upright, from its header alone. Errors as in `read_image`."""
     with _opened(path) as image:
-        # Pillow turns a TIFF's own size already.
+        # Pillow already gives a TIFF's size upright.
         turned = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation) in range(5, 9)
         return image.size[::-1] if turned else image.size
 
 
 def depth(path: str | os.PathLike[str] | IO[bytes], page: int | None = None) -> tuple[float, bool] | None:
-    """The highest value of a gray picture with more than 8 bits, and whether it holds floats; None for 8 bits, of which
-    only the header is read. Errors as in `read_image`."""
+    """The highest value of a gray picture with more than 8 bits, and whether it holds floats; None for 8 bits (then
+    only the header is read). Errors as in `read_image`."""
     with _opened(path) as image:
         if not is_deep(image):
             return None
@@ -133,7 +133,7 @@ def read_image(
 
     ``side``: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if both sides stay at least that long, which is faster
     and changes the pixels a little. ``page``: which page or frame, from 1. ``full_scale``: the value that becomes 255
-    in gray pictures of more than 8 bits (`full_scale_of`), by default their type's: 65535, and of floats 1 or 255.
+    in gray pictures of more than 8 bits (`full_scale_of`); by default 65535 for integers, and 1 or 255 for floats.
 
     Raises ValueError that names the file if it is missing, truncated, not an image, absurdly large (`pixels_allowed`),
     or holds several pages and ``page`` names none of them.
@@ -160,11 +160,12 @@ def read_mask(path: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
 
 
 def examine_mask(path: str | os.PathLike[str] | IO[bytes]) -> tuple[Image.Image, str]:
-    """A defect mask as 8-bit gray, 255 where a defect is marked, and a remark on a file that is an unusual mask, or "".
+    """A defect mask as 8-bit gray, 255 where a defect is marked, and a remark if the file is unusual, else "".
 
-    Every colour but black marks a defect: some sets store the number of its kind. Lossy formats put a fringe of nearly
-    black around it, so there it takes more than half of white. Where the colours mark everything or nothing, the mask
-    was painted on a transparent layer: then whatever is not wholly transparent is marked. Errors as in `read_image`.
+    Every colour but black marks a defect, as some sets store the number of its kind. Lossy formats add a nearly black
+    fringe around it, so there only pixels brighter than half of white count. If the colours mark everything or nothing,
+    the mask was painted on a transparent layer: then all pixels that are not fully transparent are marked. Errors as in
+    `read_image`.
     """
     image = _open(path)
     lossy = image.format in LOSSY
@@ -186,12 +187,12 @@ def examine_mask(path: str | os.PathLike[str] | IO[bytes]) -> tuple[Image.Image,
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Whether a picture has more than 8 bits, which Pillow keeps of gray ones only."""
+    """Whether a picture has more than 8 bits, which Pillow supports for gray pictures only."""
     return image.mode in ("I", "F") or image.mode.startswith("I;16")
 
 
 def values_of(image: Image.Image) -> NDArray[np.float32]:
-    """Its values as they are. Raises ValueError for NaN."""
+    """The unscaled values of a picture. Raises ValueError for NaN."""
     values = np.asarray(image, dtype=np.float32)
     if np.isnan(values).any():
         raise ValueError("it holds NaN")
@@ -201,9 +202,9 @@ def values_of(image: Image.Image) -> NDArray[np.float32]:
 def to_8_bit(image: Image.Image, full_scale: float | None = None) -> Image.Image:
     """Map 16-bit, 32-bit and float gray images to 8 bit; ``full_scale`` becomes 255.
 
-    By default it is their type's: 65535, and of floats 1 or 255. The range is fixed, never the image's own minimum and
+    By default it is 65535 for integers, and 1 or 255 for floats. The range is fixed, never the image's own minimum and
     maximum: stretching each photograph by itself would hide brightness differences between a part and its references.
-    ``info["saturated"]`` of the result says whether values lay above it.
+    ``info["saturated"]`` of the result says whether values exceeded the full scale.
     """
     if not is_deep(image):
         return image
@@ -219,8 +220,9 @@ def to_8_bit(image: Image.Image, full_scale: float | None = None) -> Image.Image
 def full_scale_of(depths: Iterable[tuple[float, bool] | None]) -> float | None:
     """The full scale of one camera's photographs, from their `depth`; None if all have 8 bits.
 
-    Cameras write 10 or 12 bits into 16-bit files: the smallest usual full scale (`INTEGER_SCALES`, `FLOAT_SCALES`) that
-    holds the highest value of all. Raises ValueError for values above all of them, and for floats beside integers.
+    Cameras write 10 or 12 bits into 16-bit files, so it is the smallest usual full scale (`INTEGER_SCALES`,
+    `FLOAT_SCALES`) that holds the highest value of all. Raises ValueError for values above every scale, and for floats
+    beside integers.
     """
     deep = [found for found in depths if found is not None]
     if not deep:

@@ -20,18 +20,18 @@ from adpretrain.photographs import as_rgb
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-LARGEST_SIDE = 4096  # of a network's input: a config that asks for more would take all memory
+LARGEST_SIDE = 4096  # pixels of a network's input: a config that asks for more would take all memory
 INTERPOLATIONS = ("bilinear", "bicubic")
 RESIZES = ("squeeze", "crop")
 RELEASED_CROPS = {224: 256, 320: 366, 480: 512}  # image_size -> crop_from, in the authors' released code
-THINNEST = 20  # longer side over shorter, of what is cropped: resizing it first would take all memory
+THINNEST = 20  # largest ratio of sides of a picture to crop: resizing a thinner one would take all memory
 
 
 def crop_side(image_size: int, resize: str = "squeeze", crop_from: int | None = None) -> int | None:
-    """The ``crop_from`` of a `Preprocess` that a configuration's ``resize`` and ``crop_from`` ask for.
+    """The ``crop_from`` of `Preprocess` for a configuration's ``resize`` and ``crop_from``.
 
-    Raises ValueError for another ``resize`` than "squeeze" and "crop", for a crop whose ``crop_from`` is neither given
-    nor known from the authors' released code, and for a squeeze with one.
+    Raises ValueError if ``resize`` is neither "squeeze" nor "crop", if a crop's ``crop_from`` is neither given nor
+    known from the authors' released code, or if a squeeze has one.
     """
     if resize not in RESIZES:
         raise ValueError(f"resize {resize!r} is unknown; choose one of {RESIZES}")
@@ -43,7 +43,7 @@ def crop_side(image_size: int, resize: str = "squeeze", crop_from: int | None = 
         known = ", ".join(f"{size} from {side}" for size, side in RELEASED_CROPS.items())
         raise ValueError(
             f"resize 'crop' to {image_size} pixels needs crop_from, the shorter side before the crop; only the sizes "
-            f"of the authors' code have one of their own ({known})"
+            f"of the authors' code have a default ({known})"
         )
     return RELEASED_CROPS[image_size] if crop_from is None else crop_from
 
@@ -77,19 +77,19 @@ class Preprocess:
 
     @property
     def shorter_side(self) -> int:
-        """Pixels of a resized photograph's shorter side, before any crop: a JPEG decoded smaller would lose detail."""
+        """The shorter side in pixels after resizing, before any crop: a JPEG decoded smaller would lose detail."""
         return self.image_size if self.crop_from is None else self.crop_from
 
     @property
     def in_words(self) -> str:
-        """What happens to a photograph's shape, for people."""
+        """A phrase that says how a photograph is resized and cropped."""
         square = f"{self.image_size} x {self.image_size} pixels"
         if self.crop_from is None:
             return f"squeezed to {square}"
         return f"resized to a shorter side of {self.crop_from} pixels and cropped to the central {square}"
 
     def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
-        """(width, height) before the crop of a photograph of ``size``, which is torchvision's Resize(crop_from)."""
+        """(width, height) of a photograph of ``size`` after torchvision's Resize(crop_from), before the crop."""
         width, height = size
         if self.crop_from is None:
             return self.image_size, self.image_size
@@ -106,7 +106,7 @@ class Preprocess:
         width, height = self._resized(size)
         left, top = round((width - self.image_size) / 2), round((height - self.image_size) / 2)
         right, bottom = left + self.image_size, top + self.image_size
-        across, down = size[0] / width, size[1] / height  # the photograph's pixels in one of the resized
+        across, down = size[0] / width, size[1] / height  # photograph pixels per resized pixel
         return left * across, top * down, right * across, bottom * down
 
     def _place(self, image: Image.Image, mode: InterpolationMode) -> Image.Image:
@@ -118,10 +118,10 @@ class Preprocess:
         return self._place(image, InterpolationMode(self.interpolation))
 
     def pixels(self, image: Image.Image) -> Tensor:
-        """Photograph of any size and mode -> uint8 tensor [3, S, S], a quarter of the bytes of what the network takes.
+        """Photograph of any size and mode -> uint8 tensor [3, S, S], a quarter of the bytes of the float input.
 
-        Raises ValueError for what is no picture: `read_image` reads a file, Image.fromarray takes an array; and, where
-        it is to be cropped, for a picture more than `THINNEST` times as long as it is wide.
+        Raises ValueError for anything but a PIL image (`read_image` reads a file, Image.fromarray takes an array), and
+        for a picture to be cropped whose longer side is more than `THINNEST` times the shorter.
         """
         if not isinstance(image, Image.Image):
             raise ValueError(
@@ -134,7 +134,7 @@ class Preprocess:
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 [.., 3, S, S] -> float, (value - mean) / std with value in 0..1.
 
-        By numbers, as F.normalize's tensors are copied to the device, which waits for all that it was given to do.
+        Mean and std stay Python numbers: F.normalize would copy them to the device, waiting for its queued work.
         """
         channels = F.to_dtype(pixels, torch.float32, scale=True).unbind(-3)
         return torch.stack([(c - mean) / std for c, mean, std in zip(channels, self.mean, self.std, strict=True)], -3)
@@ -178,7 +178,7 @@ class TwoViews:
         """Photograph -> uint8 tensor [2, 3, S, S]; the same seed gives the same views."""
         placed = self.preprocess.pixels(image)
         # torchvision draws from torch's global generator: fork it, so that nobody else's numbers change
-        # (torch.manual_seed would reseed the GPUs too, which are not forked). All threads have this one generator.
+        # (torch.manual_seed would reseed the GPUs too, which are not forked). All threads share it.
         with _DRAWING, torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             return torch.stack([self.augment(placed) for _ in range(2)])
@@ -191,12 +191,12 @@ def _odd(size: int) -> int:
 def gaussian_blur(pixels_3SS: Tensor, size: int, sigma: float) -> Tensor:
     """A square uint8 picture blurred with a Gaussian of ``size`` x ``size`` pixels, mirrored at its border.
 
-    One matrix for both axes: 25 times as fast as torchvision's two-dimensional convolution at 224 px, and with the
-    jitter the larger part of what a loader process does. Equal up to rounding (one level of 255).
+    One matrix blurs both axes, 25 times as fast as torchvision's two-dimensional convolution at 224 px: a loader
+    process spends most of its time on blur and jitter. The results are equal up to rounding (one level of 255).
     """
     offsets = torch.arange(size, dtype=torch.float32) - size // 2
     kernel = torch.softmax(-0.5 * (offsets / sigma) ** 2, 0)
     identity_SS = torch.eye(pixels_3SS.shape[-1], dtype=torch.float32)
     mirrored = torch.nn.functional.pad(identity_SS[None], (size // 2, size // 2), mode="reflect")[0]
-    blur_SS = mirrored.unfold(1, size, 1) @ kernel  # column i: what pixel i is made of
+    blur_SS = mirrored.unfold(1, size, 1) @ kernel  # column i: the weights of pixel i
     return (blur_SS.T @ pixels_3SS.float() @ blur_SS).round_().clamp_(0, 255).to(torch.uint8)

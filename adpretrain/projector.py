@@ -38,8 +38,8 @@ class Attention(nn.Module):
 
     @torch.no_grad()
     def start_as_released(self) -> None:
-        """Weights as torch's own multi-head attention draws them: one matrix [3 C, C] for queries, keys and values,
-        whose shape bounds them, and no biases."""
+        """Initialise as torch's multi-head attention does: Xavier's bounds for one matrix [3 C, C] of queries, keys and
+        values, and zero biases."""
         parts = (self.query, self.key_value)
         together = torch.empty(sum(part.out_features for part in parts), self.query.in_features)
         rows = nn.init.xavier_uniform_(together).split([part.out_features for part in parts])
@@ -59,7 +59,7 @@ class Attention(nn.Module):
     def forward(self, x_BTC: Tensor, key_value: tuple[Tensor, Tensor]) -> Tensor:
         query_BTC = self.query(x_BTC)
         key, value = (part.to(query_BTC.dtype) for part in key_value)
-        if key.shape[0] == 1:  # one context for all: the batch is one long row of queries, and is not repeated
+        if key.shape[0] == 1:  # one context for all: the batch becomes one long row of queries
             query_BTC = query_BTC.flatten(0, 1)[None]
         attended = F.scaled_dot_product_attention(self._split(query_BTC), key, value)
         return self.out(attended.transpose(1, 2).flatten(2)).view_as(x_BTC)
@@ -101,8 +101,8 @@ class LearnableKeyValueProjector(nn.Module):
     keys and values, Kaiming's normal ones for the projection of R, and no biases in the attention.
 
     Keys and values do not depend on the image: training projects them once per forward, inference once per set of
-    weights. The cache is dropped by `train`, by loading weights and by moving, and is used only while the very
-    parameter versions it was made from are in place.
+    weights. The cache is dropped by `train`, by loading weights and by moving, and is used only while the parameters
+    that it was made from are unchanged.
     """
 
     def __init__(self, width: int, references: int, heads: int, mlp_ratio: float, layers: int, form: str) -> None:
@@ -123,8 +123,8 @@ class LearnableKeyValueProjector(nn.Module):
 
     @torch.no_grad()
     def vitals(self, x_BTC: Tensor) -> Tensor:
-        """[3]: the standard deviation of the references, the standard deviation over tokens of the (first) attention's
-        output, root mean square over channels, and the root mean square of that output itself.
+        """[3]: the standard deviation of the references; that of the first attention's output over tokens (root mean
+        square over channels); and the root mean square of that output.
 
         An output that hardly varies over tokens has become a constant: the references have died.
         """
@@ -157,7 +157,7 @@ class LearnableKeyValueProjector(nn.Module):
     def _cached(self) -> list[tuple[Tensor, Tensor]]:
         key = self._cache_key()
         if self._cache is None or self._cache[0] != key:
-            # The sources are held so that their addresses, part of the key, cannot be given to newer weights.
+            # The parameters are held so that newer weights cannot get their addresses, which are part of the key.
             # Contiguous heads are faster to attend to, and are made once.
             projected = [(k.contiguous(), v.contiguous()) for k, v in self._project_references()]
             self._cache = (key, projected, [p.detach() for p in self._sources()])
@@ -260,10 +260,10 @@ def _level(width: int, config: ProjectorConfig) -> nn.Module:
 
 
 class FeatureProjector(nn.Module):
-    """One projector per level, residual features in, pretrained AD features of the same shapes out.
+    """One projector per level: residual features -> pretrained AD features of the same shapes.
 
-    Form "released" is the exact form of the authors' checkpoints (squeeze-and-excitation in the MLP) and the weights
-    they start from. Raises ValueError for an unknown architecture or form, or impossible sizes.
+    Form "released" has the exact layers of the authors' checkpoints (squeeze-and-excitation in the MLP) and their
+    initialisation. Raises ValueError for an unknown architecture or form, or impossible sizes.
     """
 
     def __init__(self, channels: Sequence[int], config: ProjectorConfig | None = None) -> None:
@@ -284,7 +284,7 @@ class FeatureProjector(nn.Module):
         self.levels = nn.ModuleList(_level(width, config) for width in channels)
 
     def vitals(self, residuals: FeatureMaps) -> Tensor:
-        """What `LearnableKeyValueProjector.vitals` says of every level: [L, 3]; [0, 3] for the ablations, which have no
+        """`LearnableKeyValueProjector.vitals` of every level: [L, 3]; [0, 3] for the ablations, which have no
         learnable references. ``residuals``: L levels [B, C_l, H_l, W_l]."""
         pairs = zip(self.levels, residuals, strict=True)
         found = [level.vitals(tokens(x)) for level, x in pairs if isinstance(level, LearnableKeyValueProjector)]
@@ -299,7 +299,7 @@ class FeatureProjector(nn.Module):
         """L levels [B, C_l, H_l, W_l] -> the same shapes.
 
         ``reference_residuals``, L levels [R, M_l, C_l] with R = 1 or B, feeds the cross-attention ablations only.
-        Raises ValueError for another number of levels, no images, or reference residuals that are missing.
+        Raises ValueError for a wrong number of levels, an empty batch, or missing reference residuals.
         """
         if len(residuals) != len(self.levels):
             raise ValueError(f"got {len(residuals)} levels of residuals; this projector has {len(self.levels)}")

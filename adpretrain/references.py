@@ -33,10 +33,10 @@ CHUNK_BYTES = 64 << 20
 
 
 class ReferenceBank:
-    """K normal photographs of one product, or K for each of R groups of images, ready to be compared with.
+    """The features of K normal photographs of one product, or of K for each of R groups of images, for matching.
 
     ``levels``: L tensors [R, K * T_l, C_l], the tokens of a photograph together and in order. Bank r belongs to B / R
-    consecutive images of a batch: R = 1 is shared by all, with R = B every image has its own. ``grids``: (H_l, W_l) of
+    consecutive images of a batch: R = 1 is one bank for all, R = B one for each image. ``grids``: (H_l, W_l) of
     each level. ``metric`` finds the nearest reference, and ``local_scale`` scales residuals. Scales, search indices and
     attention context are computed when they are first needed, and kept.
 
@@ -52,7 +52,7 @@ class ReferenceBank:
     ) -> None:
         self.levels, self.grids, self.metric, self.local_scale = list(levels), list(grids), metric, local_scale
         if len(self.levels) != len(self.grids):
-            raise ValueError(f"{len(self.levels)} levels of references on maps of {len(self.grids)} levels")
+            raise ValueError(f"{len(self.levels)} levels of references, but grids of {len(self.grids)} levels")
         for level, (height, width) in zip(self.levels, self.grids, strict=True):
             if not level.shape[1] or level.shape[1] % (height * width):
                 raise ValueError(
@@ -65,19 +65,19 @@ class ReferenceBank:
     def of(
         cls, features: FeatureMaps, metric: str = "l2", local_scale: LocalScale | None = None, banks: int = 1
     ) -> ReferenceBank:
-        """The bank of encoded photographs: L levels [R * K, C_l, H_l, W_l], those of a bank together; R = ``banks``."""
+        """The bank of encoded photographs: L levels [R * K, C_l, H_l, W_l], ordered by bank; R = ``banks``."""
         levels = [tokens(level).reshape(banks, -1, level.shape[1]) for level in features]
         grids = [(int(level.shape[2]), int(level.shape[3])) for level in features]
         return cls(levels, grids, metric, local_scale)
 
     @property
     def banks(self) -> int:
-        """R."""
+        """The number of banks R."""
         return self.levels[0].shape[0]
 
     @property
     def channels(self) -> list[int]:
-        """C_l of each level."""
+        """The number of channels C_l of each level."""
         return [level.shape[2] for level in self.levels]
 
     @cached_property
@@ -87,7 +87,7 @@ class ReferenceBank:
 
     @cached_property
     def indices(self) -> list[SearchIndex] | None:
-        """Every level made ready for searching; None if there is more than one bank."""
+        """The `search_index` of every level; None if there is more than one bank."""
         return [search_index(level[0], self.metric) for level in self.levels] if self.banks == 1 else None
 
     @cached_property
@@ -100,7 +100,7 @@ class ReferenceBank:
         return out
 
     def residuals(self, features: FeatureMaps) -> FeatureMaps:
-        """Features minus their nearest references, over the local scale: L levels [B, C_l, H_l, W_l], like theirs.
+        """Features minus their nearest references, divided by the local scale: L levels [B, C_l, H_l, W_l].
 
         Raises ValueError if metric, levels, channels or batch sizes do not fit.
         """
@@ -120,17 +120,17 @@ class ReferenceBank:
         return out
 
     def without(self, images: Sequence[int]) -> ReferenceBank:
-        """The bank of the other photographs. Raises ValueError if there are none."""
+        """The bank without these photographs. Raises ValueError if none remain."""
         kept = [image for image in range(self.shots) if image not in images]
         levels = [level.unflatten(1, (self.shots, -1))[:, kept].flatten(1, 2) for level in self.levels]
         return ReferenceBank(levels, self.grids, self.metric, self.local_scale)
 
     def leave_one_out(self) -> FeatureMaps:
-        """Residuals of each photograph of a shared bank as if it were new, the other K - 1 being its references: L
-        levels [K, C_l, H_l, W_l]. Raises ValueError if K < 2.
+        """Residuals of each photograph of a shared bank as if it were new, with the other K - 1 as references: L levels
+        [K, C_l, H_l, W_l]. Raises ValueError if K < 2.
 
-        Matching every photograph with `without` itself would compare every pair of tokens K - 1 times, because the
-        scales change with the photograph that is left out; here they are compared once.
+        Matching with `without` for every photograph would compare every pair of tokens K - 1 times, because the scales
+        depend on which photograph is left out; here each pair is compared once.
         """
         assert self.banks == 1
         if self.shots < 2:
@@ -139,7 +139,7 @@ class ReferenceBank:
         for level, (height, width) in zip(self.levels, self.grids, strict=True):
             photographs_KTC = level[0].unflatten(0, (self.shots, -1))
             maps.append(photographs_KTC.transpose(1, 2).unflatten(2, (height, width)))
-        if self.shots == 2:  # the one that is left has a scale of its own kind
+        if self.shots == 2:  # the scale of a single reference is measured in another way
             alone = [self.without([i]).residuals([level[i : i + 1] for level in maps]) for i in range(2)]
             return [torch.cat(level) for level in zip(*alone, strict=True)]
         return [self._left_out(level) for level in maps]
@@ -161,7 +161,7 @@ class ReferenceBank:
         return as_map(torch.stack(parts), feature_KCHW)
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> ReferenceBank:
-        """A bank of changed features, such as ones moved to a device."""
+        """The bank with ``change`` applied to its features, such as a move to a device."""
         return ReferenceBank([change(level) for level in self.levels], self.grids, self.metric, self.local_scale)
 
 
@@ -185,7 +185,7 @@ def kmeans_references(features_PCHW: Tensor, shots: int, clusters: int = 0, seed
     clusters, 0 = K (then one image from each). If a cluster holds fewer images than its share, the rest goes to the
     other clusters in turn (ADPretrain App. C). Raises ValueError if K > P or clusters > P.
     """
-    from sklearn.cluster import KMeans  # a second of imports, which other choices need not wait for
+    from sklearn.cluster import KMeans  # this import takes a second and is needed here only
 
     pool = features_PCHW.shape[0]
     _check_count(shots, pool)
@@ -220,7 +220,7 @@ class AlignedReferences:
     Cosine similarities lie in -1..1; the paper's "cosine distance histogram" must be non-negative to be normalised,
     so a bin is (1 + cosine) / 2.
 
-    Raises ValueError for an empty pool, `TooFewImages` for one of fewer tokens per cell than centres.
+    Raises ValueError for an empty pool, `TooFewImages` for a pool with fewer tokens per cell than centres.
     """
 
     def __init__(self, features_PCHW: Tensor, cells: int = CELLS, centres: int = CENTRES, seed: int = 0) -> None:

@@ -49,11 +49,11 @@ def _check(query_BTC: Tensor, bank_RNC: Tensor, metric: str) -> None:
 
 
 class SearchIndex(NamedTuple):
-    """A bank, or R of them, made ready for searching: all that does not depend on the queries.
+    """A bank, or R banks, prepared for searching: everything that does not depend on the queries.
 
     ``rows``: [N', C + 1] or [R, N', C + 1], float32 (or float64), the bank shifted by its mean (L2) or of unit length
-    (cosine); the last column is what a query's similarity starts from; N' is N rounded up to whole blocks by rows that
-    never win. ``shift``: the mean [1, C] or [R, 1, C], to be subtracted from the queries; None for cosine.
+    (cosine); the last column is added to every similarity; N' is N rounded up to whole blocks by padding rows, which
+    never match. ``shift``: the mean [1, C] or [R, 1, C], to be subtracted from the queries; None for cosine.
     """
 
     rows: Tensor
@@ -61,8 +61,8 @@ class SearchIndex(NamedTuple):
 
 
 def search_index(bank: Tensor, metric: str = "l2", query_dtype: torch.dtype = torch.float32) -> SearchIndex:
-    """Prepare a bank [N, C], or banks [R, N, C], once for many searches: float32, or float64 if they or the queries
-    are."""
+    """Prepare a bank [N, C], or banks [R, N, C], once for many searches: in float32, or in float64 if the bank or the
+    queries are."""
     with torch.no_grad(), torch.autocast(bank.device.type, enabled=False):
         widest = torch.promote_types(bank.dtype, query_dtype)
         bank = bank.to(torch.promote_types(widest, torch.float32))
@@ -74,16 +74,16 @@ def search_index(bank: Tensor, metric: str = "l2", query_dtype: torch.dtype = to
             shift = bank.mean(dim=-2, keepdim=True)
             bank = bank - shift
             offset = -0.5 * bank.square().sum(-1, keepdim=True)
-        # The offset rides along as one more channel, so that a chunk is a single GEMM and no second pass.
+        # The offset is one more channel, so that a chunk is a single GEMM without a second pass.
         rows = F.pad(torch.cat([bank, offset], -1), (0, 0, 0, -size % BLOCK))
         rows[..., size:, -1] = -torch.inf
         return SearchIndex(rows, shift)
 
 
 def similarities(query: Tensor, index: SearchIndex) -> Tensor:
-    """How near each row is to each query, larger being nearer: queries [Q, C] -> [Q, N'], or [R, Q, C] -> [R, Q, N'].
+    """Similarity of each query to each row, larger if nearer: queries [Q, C] -> [Q, N'], or [R, Q, C] -> [R, Q, N'].
 
-    -||x - r||^2 / 2 up to a term of the query alone (L2), or the cosine times ||x||; -inf for the rows that fill up.
+    -||x - r||^2 / 2 up to a term of the query alone (L2), or the cosine times ||x||; -inf for padding rows.
     """
     query = query.to(index.rows.dtype)
     if index.shift is not None:
@@ -92,8 +92,8 @@ def similarities(query: Tensor, index: SearchIndex) -> Tensor:
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """A matrix product that is not rounded to TF32 or bfloat16, which would choose other neighbours."""
-    if torch.compiler.is_compiling():  # a compiled graph is run under the settings of whoever runs it
+    """A matrix product without rounding to TF32 or bfloat16, which would change the neighbours."""
+    if torch.compiler.is_compiling():  # a compiled graph runs under its caller's settings
         return left @ right
     with full_precision(left.device):
         return left @ right
@@ -108,11 +108,11 @@ def nearest_reference(
 ) -> Tensor:
     """Index of the nearest reference of every query token: [B, T] int64, exact search.
 
-    L2: argmin ||x - r|| = argmax (x.r - ||r||^2 / 2); cosine: argmax x.r / ||r||. Either is one GEMM a chunk in
-    float32 (autocast is left out: half precision picks other neighbours), batched where every image has a bank of its
-    own, on features shifted by the bank's mean (L2), which keeps the subtraction of near-equal numbers small. At most
-    ``chunk_bytes`` of similarities exist at a time; None = all at once, which leaves no loop in an exported graph. Ties
-    go to the lowest index. ``index``: a shared bank's `search_index`, if it was made before.
+    L2: argmin ||x - r|| = argmax (x.r - ||r||^2 / 2); cosine: argmax x.r / ||r||. Either is one GEMM per chunk in
+    float32 (autocast is off: half precision picks other neighbours), batched if every image has its own bank. For L2,
+    features are first shifted by the bank's mean, which reduces cancellation. At most ``chunk_bytes`` of similarities
+    exist at a time; None = all at once, which leaves no loop in an exported graph. Ties go to the lowest index.
+    ``index``: a shared bank's `search_index`, if there is one already.
 
     Raises ValueError if metric, channels or batch sizes do not fit.
     """
@@ -150,8 +150,8 @@ def residual_tokens(
     scale_RN: Tensor | None = None,
     index: SearchIndex | None = None,
 ) -> Tensor:
-    """x - x*, with x* the nearest (un-normalised) reference, divided by the scale of x* if given: [B, T, C]. With
-    metric "none" x itself."""
+    """x - x*, with x* the nearest (un-normalised) reference, divided by the scale of x* if given: [B, T, C]. Metric
+    "none" returns x itself."""
     if metric == "none":
         return query_BTC
     index_BT = nearest_reference(query_BTC, bank_RNC, metric, chunk_bytes, index)
@@ -179,12 +179,12 @@ def residual_features(features: FeatureMaps, references: Sequence[Tensor], metri
 
 
 class LeaveOneOut:
-    """Each token of K photographs, and the nearest one in every photograph: one pass over all pairs of tokens answers
-    every question of what a photograph looks like to the others.
+    """The nearest token in every other photograph, for each token of K photographs, found in one pass over all pairs of
+    tokens.
 
     ``bank_NC`` holds the tokens of ``images`` = K photographs, one after the other. Attributes: ``similarity_NK``, -inf
-    for the token's own photograph, and ``index_NK`` into the N tokens. A single photograph has no others: its tokens
-    are matched with its other tokens, never with themselves.
+    for the token's own photograph, and ``index_NK`` into the N tokens. If there is a single photograph, its tokens are
+    matched with its other tokens, never with themselves.
 
     Raises ValueError if N is not a multiple of ``images``.
     """
@@ -218,8 +218,8 @@ class LeaveOneOut:
         self.similarity_NK, self.index_NK = torch.cat(nearest), torch.cat(indices)
 
     def residuals(self, rows: Tensor | slice = slice(None), without: int | None = None) -> tuple[Tensor, Tensor]:
-        """Residuals [n, C] of some of the tokens against all photographs but their own and ``without``, and the
-        matched tokens [n]."""
+        """Residuals [n, C] of the tokens ``rows`` against all photographs except their own and ``without``, and the
+        indices [n] of the matched tokens."""
         similarity = self.similarity_NK[rows]
         if without is not None:
             similarity = similarity.clone()
@@ -229,5 +229,5 @@ class LeaveOneOut:
 
 
 def leave_one_out_residuals(bank_NC: Tensor, images: int, metric: str = "l2") -> Tensor:
-    """Residuals of a bank's own tokens, those of each image against the other images': [N, C]. See `LeaveOneOut`."""
+    """Residuals [N, C] of a bank's own tokens, each against the tokens of the other images. See `LeaveOneOut`."""
     return LeaveOneOut(bank_NC, images, metric).residuals()[0]

@@ -32,7 +32,7 @@ FORMAT_VERSION = 1
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64)  # of weights
 NORMS = ("l2", "released")
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
-CARD_NAME, ASSETS, PICTURE_SUFFIX = "README.md", "assets", ".png"  # what else may lie beside them
+CARD_NAME, ASSETS, PICTURE_SUFFIX = "README.md", "assets", ".png"  # other files that may lie beside them
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class ExtractorConfig:
 
     Args:
         backbone: the frozen network.
-        fingerprint: of its weights (`adpretrain.backbones.weights`), checked on loading; empty = unknown.
+        fingerprint: fingerprint of its weights (`adpretrain.backbones.weights`), checked on loading; empty = unknown.
         channels: its feature widths, checked on loading.
         preprocess: how photographs become its input.
         projector: the projector's sizes; null = none (raw residual features).
@@ -67,7 +67,8 @@ class ExtractorConfig:
 
 
 def backbone_config(backbone: Backbone) -> BackboneConfig:
-    """What it takes to load the same backbone elsewhere: no local path, but the commit of the weights if known."""
+    """The configuration that loads the same backbone elsewhere: without local paths, at the weights' commit if
+    known."""
     prepared, levels = backbone.preprocess, list(backbone.levels)
     config = BackboneConfig(
         backbone.name,
@@ -83,7 +84,7 @@ def backbone_config(backbone: Backbone) -> BackboneConfig:
 
 
 def saved_backbone(config: BackboneConfig, weights: str | os.PathLike[str] | None) -> Backbone:
-    """The backbone of a saved extractor, at its commit, or with the local ``weights`` of whoever loads it."""
+    """The backbone of a saved extractor, at its commit, or with local ``weights`` given by the caller."""
     if weights is None:
         given = dataclasses.replace(config, weights=None)  # no path from somebody else's config is ever opened
     else:
@@ -93,7 +94,7 @@ def saved_backbone(config: BackboneConfig, weights: str | os.PathLike[str] | Non
     except ValueError as error:
         if given.revision or given.weights:
             raise
-        # Nothing tells a network of the user's own, or random weights, from published ones.
+        # A network that the user wrote, or random weights, cannot be told from published ones.
         raise ValueError(
             f"{error}. In a program, the network itself can be given: as backbone= for an extractor, extract= for a "
             "detector"
@@ -108,7 +109,7 @@ def extractor_backbone(
 ) -> Backbone:
     """The ``given`` backbone, or the one that the config of an extractor in ``folder`` names.
 
-    Raises ValueError unless its features are those that the extractor was made on.
+    Raises ValueError if its channels, weights or preprocessing are not those that the extractor was made with.
     """
     backbone = saved_backbone(config.backbone, weights) if given is None else given
     if backbone.channels != config.channels:
@@ -131,15 +132,15 @@ def extractor_backbone(
 
 
 def place(network: nn.Module) -> torch.device:
-    """Where a network works: with its first tensor, or on the CPU if it has none."""
+    """The device of a network's first tensor, or the CPU if it has none."""
     return next((tensor.device for tensor in (*network.parameters(), *network.buffers())), torch.device("cpu"))
 
 
 def saved_parts(config: ExtractorConfig, folder: Path) -> tuple[FeatureProjector | None, LocalScale | None]:
-    """The projector and the local scale of a saved extractor, without memory until their weights are assigned.
+    """The projector and the local scale of a saved extractor, on the meta device until weights are assigned.
 
-    Whatever sizes a config asks for, nothing is taken before the file is seen to hold them. Raises ValueError that
-    names the folder for sizes that make no projector, or level weights that do not fit.
+    So no size in a config takes memory before the weights file is known to hold it. Raises ValueError that names the
+    folder for impossible sizes of the projector, or level weights that do not fit.
     """
     try:
         with torch.device("meta"):
@@ -163,8 +164,8 @@ def saved_tensors(config: ExtractorConfig, folder: Path) -> dict[str, Tensor]:
 
 
 def refuse_others(folder: str | os.PathLike[str], what: str, parts: Iterable[str] = ()) -> None:
-    """Raises ValueError if ``folder`` holds other files than a saved ``what`` with these ``parts`` and its pictures:
-    replacing it would delete them.
+    """Raise ValueError if ``folder`` holds other files than a saved ``what`` with these ``parts`` and its pictures:
+    replacing the folder would delete them.
     """
     target = Path(folder)
     found = {path.name for path in target.iterdir()} if target.is_dir() else set()
@@ -186,7 +187,7 @@ def write_folder(
     """Write a dataclass, tensors and a card; the folder appears, or is replaced, only when complete. Returns its path.
 
     ``what`` names the thing in errors. ``parts``: subfolders, each with the function that writes it. Pictures of the
-    model that was there go with it: they do not show the new one. Other files are refused (`refuse_others`).
+    previous model are deleted with it, as they do not show the new one. Other files are refused (`refuse_others`).
     """
     target, parts = Path(folder), parts or {}
     refuse_others(target, what, parts)
@@ -212,9 +213,9 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def folder_digest(folder: Path) -> str:
-    """SHA-256 of a saved model's configuration and weights: which one some numbers were measured with.
+    """SHA-256 of a saved model's configuration and weights, to record with which model numbers were measured.
 
-    Raises ValueError if one of the two is no file.
+    Raises ValueError if either is not a file.
     """
     found = hashlib.sha256()
     for name in (CONFIG_NAME, WEIGHTS_NAME):
@@ -225,14 +226,14 @@ def folder_digest(folder: Path) -> str:
 
 
 def read_config(folder: Path) -> ExtractorConfig:
-    """config.json of a saved extractor. Raises ValueError if it is none, or of a newer library."""
+    """config.json of a saved extractor. Raises ValueError if it is missing, invalid or from a newer library."""
     return read_folder_config(folder, ExtractorConfig, FORMAT_VERSION, "ADExtractor.save_pretrained")
 
 
 def read_folder_config(folder: Path, cls: type[T], newest: int, writer: str) -> T:
-    """config.json of a folder that ``writer`` wrote, as a dataclass; format versions up to ``newest`` are known.
+    """config.json of a folder that ``writer`` wrote, as a dataclass; reads format versions up to ``newest``.
 
-    Raises ValueError if there is none, or it is of a newer library.
+    Raises ValueError if it is missing, invalid or from a newer library.
     """
     path = folder / CONFIG_NAME
     if not path.is_file():
@@ -245,22 +246,22 @@ def read_folder_config(folder: Path, cls: type[T], newest: int, writer: str) -> 
             f"{folder} has format version {version}, written by adpretrain {content.get('library_version')}; this is "
             f"adpretrain {__version__}, which reads up to version {newest}: upgrade adpretrain"
         )
-    content = _of_today(content, str(path))
+    content = _upgraded(content, str(path))
     try:
         return from_dict(cls, content, str(path))
     except ValueError as error:
         raise ValueError(f"{error}; expected a folder written by {writer}") from error
 
 
-def _of_today(content: Any, where: str) -> Any:
-    """config.json, also of version 0.1: it squeezed every photograph, to a side that it called ``resize``, and knew
-    ``conditioning``, which is gone."""
+def _upgraded(content: Any, where: str) -> Any:
+    """The content of config.json in the current format. Version 0.1 squeezed every photograph to a side that it called
+    ``resize``, and had ``conditioning``, which was removed."""
     if not isinstance(content, dict):
         return content
     if content.get("conditioning") is True:
         raise ValueError(
             f"{where} is of adpretrain 0.1, with conditioning: it centred every photograph on its own median, so that "
-            "whatever was wrong everywhere looked normal. That is gone; pretrain again with local_scale, or use the "
+            "whatever was wrong everywhere looked normal. It was removed; pretrain again with local_scale, or use the "
             "extractor 'embedded'"
         )
     content = {name: value for name, value in content.items() if name != "conditioning"}
@@ -276,10 +277,10 @@ def _of_today(content: Any, where: str) -> Any:
 def read_weights(folder: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
     """model.safetensors of a saved model: exactly the tensors of ``expected``, same shapes, all finite.
 
-    They are copied out of the file, where they lie at any address: some processors' products differ in their last bits
-    with the alignment of what is multiplied, and these are to be the bits of the tensors that were saved.
+    They are copied out of the file, where their alignment is arbitrary: on some processors the last bits of a product
+    depend on it, and results must be the same bits as with the tensors that were saved.
 
-    Raises ValueError that names what differs, or the type of numbers that no saved model has.
+    Raises ValueError that names what differs, or a type of numbers that no saved model has.
     """
     path = folder / WEIGHTS_NAME
     if not path.is_file():

@@ -1,6 +1,6 @@
 """Frozen feature networks by name: one table, one loader; one family per file.
 
-Importing this imports none of their libraries and needs no network.
+Importing this module imports none of their libraries and downloads nothing.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ def load_backbone(
     Args:
         name: a row of `BACKBONES`, or ``timm/<model name>``.
         pretrained: False = random weights, for tests.
-        revision: branch, tag or commit of the weights on the Hugging Face Hub; None = the newest. The commit they turn
-            out to be is the backbone's ``revision``.
+        revision: branch, tag or commit of the weights on the Hugging Face Hub; None = the newest. The backbone's
+            ``revision`` is the commit that was loaded.
         weights: a local file (.safetensors, or .pth, .pt, .bin of plain tensors) or folder instead of the Hub's.
         image_size: S; must fit the network's patch or stride.
-        levels: numbers of the blocks (vision transformers) or stages (others), from 1; None = the paper's.
+        levels: numbers, from 1, of blocks (vision transformers) or stages (other networks); None = the paper's.
         resize: how photographs become square: "squeeze", or "crop" the centre as the authors' released code does.
-        crop_from: for "crop", the shorter side before it; None = the released code's (`adpretrain.preprocess`).
-        finest: stride in pixels; maps that are finer are averaged down to it, which saves time in every search for
-            nearest references. 0 = as the network gives them.
-        patch: for each level the odd side of the neighbourhood that every token is averaged over, after ``finest``;
-            zeros beyond the border count, as in PatchCore, so that tokens know when they lie there. () = 1 each.
+        crop_from: for "crop", the shorter side before the crop; None = the released code's (`adpretrain.preprocess`).
+        finest: stride in pixels to which finer maps are averaged down, which saves time in every search for nearest
+            references; 0 leaves the maps as the network gives them.
+        patch: for each level, the odd side of the neighbourhood over which every token is averaged, after ``finest``;
+            zeros beyond the border count, as in PatchCore, so that tokens at the border differ. () = 1 for every level.
 
     Raises ValueError for an unknown name, a level, size, revision or file that does not fit, or weights that are
-    neither in the local cache nor to be downloaded; it says what would fit, or what to do.
+    neither in the local cache nor can be downloaded; the message says what fits, or what to do.
     """
     if not isinstance(pretrained, bool):
         raise ValueError(f"pretrained must be True or False, got {pretrained!r}; a size is given as image_size=")

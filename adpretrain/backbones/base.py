@@ -1,4 +1,4 @@
-"""The nouns every backbone shares, and what every one of them does around its network.
+"""The base class of all backbones, their types and checks, and the resizing of position embeddings.
 
 Shapes: B images, L levels, C_l channels, H_l x W_l tokens, S input side.
 """
@@ -25,11 +25,11 @@ class Backbone(nn.Module):
         channels: C_l per level.
         preprocess: turns a photograph into the input the network was trained for; fixes S.
         levels: numbers of the blocks or stages that give the levels, from 1.
-        network: what computes them; None if the subclass needs none.
+        network: the module that computes them; None if the subclass needs none.
         revision: commit of the weights on the Hugging Face Hub; None if they come from elsewhere.
 
-    Subclasses implement ``maps(images) -> FeatureMaps``. It does not train: no parameter asks for a gradient, `forward`
-    records none, and `train` keeps evaluation mode. `unfreeze` is for the ablation that trains it all the same.
+    Subclasses implement ``maps(images) -> FeatureMaps``. A backbone does not train: no parameter requires a gradient,
+    `forward` records none, and `train` keeps evaluation mode. `unfreeze` is for the ablation that trains it.
     """
 
     def __init__(
@@ -56,27 +56,28 @@ class Backbone(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights, and of the features whatever the input's dtype or the autocast state."""
+        """The dtype of the weights, and of the features whatever the input's dtype or the autocast state."""
         return next(self.parameters()).dtype
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """What the images are converted to: the weights' dtype unless a subclass knows better."""
+        """The dtype to which images are converted: that of the weights unless a subclass overrides it."""
         return self.dtype
 
     def train(self, mode: bool = True) -> Backbone:
         return super().train(False)
 
     def unfreeze(self) -> None:
-        """From now on `forward` records gradients where its caller does; evaluation mode stays (no dropout, and the
-        statistics of batch norms are kept)."""
+        """Let `forward` record gradients where its caller does; evaluation mode stays (no dropout, and the statistics
+        of batch norms are kept)."""
         self.frozen = False
         self.requires_grad_(True)
 
     def forward(self, images: Tensor) -> FeatureMaps:
         """[B, 3, S, S], normalised by ``preprocess`` -> L levels [B, C_l, H_l, W_l] in the backbone's dtype.
 
-        Raises ValueError for no images, images of another size than the backbone was made for, or of whole numbers.
+        Raises ValueError for an empty batch, images of another size than the backbone was built for, or an integer
+        dtype.
         """
         side = self.image_size
         fitting = images.ndim == 4 and images.shape[0] > 0 and images.shape[1:] == (3, side, side)
@@ -90,7 +91,7 @@ class Backbone(nn.Module):
             return [self._averaged(level, side).to(self.dtype) for level, side in zip(maps, self.patch, strict=True)]
 
     def _averaged(self, level: Tensor, side: int) -> Tensor:
-        """A map no finer than stride ``finest``, each token the mean of ``side`` x ``side``."""
+        """The map, averaged down to stride ``finest`` if it is finer, and then over ``side`` x ``side`` tokens."""
         if self.finest and level.shape[2] * self.finest > self.image_size:
             level = F.adaptive_avg_pool2d(level, self.image_size // self.finest)
         return level if side == 1 else F.avg_pool2d(level, side, stride=1, padding=side // 2)
@@ -136,8 +137,8 @@ def check_image_size(name: str, image_size: int, step: int, what: str) -> None:
 def resize_positions(positions_PC: Tensor, grid: int, offset: float = 0.0, antialias: bool = False) -> Tensor:
     """[1 + M * M, C] (class token first) -> [1 + grid * grid, C] by bicubic interpolation in float32.
 
-    Unchanged if M == grid. Families differ in how they were, or are usually, resized, and block features move by
-    per cents with it: DINOv2 scales by (grid + 0.1) / M (``offset`` 0.1), which samples slightly other places than
+    Unchanged if M == grid. Families resize their grids in different ways, which changes block features by some per
+    cent: DINOv2 scales by (grid + 0.1) / M (``offset`` 0.1), which samples slightly other places than
     the plain grid / M of ImageBind; open_clip antialiases.
 
     Raises ValueError if the tokens do not make a square.

@@ -1,7 +1,7 @@
 """`clip-base`, `clip-large` (OpenAI) and `openclip-huge` (LAION-2B): the vision towers of CLIP, block outputs.
 
 The towers are open_clip's, without the final norm and projection. OpenAI's networks were trained with the quick GELU
-x * sigmoid(1.702 x); with the exact one the features are wrong and nothing would say so.
+x * sigmoid(1.702 x); with the exact one the features are wrong without any error.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ POSITIONS = "positional_embedding"
 
 @dataclass(frozen=True)
 class Tower:
-    """Geometry of a vision tower. ``antialias``: how its position grid is resized for other sizes."""
+    """Geometry of a vision tower. ``antialias``: whether resizing its position grid to other sizes antialiases."""
 
     width: int
     blocks: int
@@ -75,7 +75,7 @@ class VisionTower(Backbone):
             revision=revision,
         )
         self.indices = [level - 1 for level in levels]
-        network.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)  # the last blocks, if unused
+        network.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)  # and unused last blocks
 
     def maps(self, images: Tensor) -> FeatureMaps:
         network: Any = self.network
@@ -86,7 +86,7 @@ class VisionTower(Backbone):
 def build(
     name: str, weights: Weights, image_size: int, levels: Sequence[int], tower: Tower | None = None
 ) -> VisionTower:
-    """A `VisionTower` of the named published geometry, or of ``tower``. Raises ValueError for what does not fit."""
+    """A `VisionTower` of a published geometry, or of ``tower``. Raises ValueError for arguments that do not fit."""
     tower = tower or TOWERS[name]
     chosen = check_tower(name, tower, image_size, levels)
     if weights.random:

@@ -1,7 +1,7 @@
 """`dinov2-small`, `-base`, `-large`, `-giant`: DINOv2 vision transformers, the block outputs that ADPretrain uses.
 
-Patch 14, trained at 518 px (37 x 37 tokens). The position grid of another size is interpolated as the original code
-does (see `resize_positions`); transformers' own interpolation moves the block features by 0.9 %. The network itself is
+Patch 14, trained at 518 px (37 x 37 tokens). For other sizes the position grid is interpolated as in the original code
+(see `resize_positions`); transformers' own interpolation moves the block features by 0.9 %. The network itself is
 transformers'.
 """
 
@@ -79,7 +79,7 @@ class DinoV2(Backbone):
             network=network,
             revision=revision,
         )
-        # Of the size of the input, it is taken as it is by transformers' own code.
+        # transformers uses a position grid of the input's size unchanged.
         positions = network.embeddings.position_embeddings.detach()[0]
         resized = resize_positions(positions, image_size // config.patch_size, OFFSET)
         network.embeddings.position_embeddings = nn.Parameter(resized[None].clone(), requires_grad=False)
@@ -99,7 +99,7 @@ class DinoV2(Backbone):
 def build(
     name: str, weights: Weights, image_size: int, levels: Sequence[int], config: Dinov2Config | None = None
 ) -> DinoV2:
-    """A `DinoV2` of the named published size, or of ``config``. Raises ValueError for what does not fit."""
+    """A `DinoV2` of a published size, or of ``config``. Raises ValueError for arguments that do not fit."""
     need("dinov2", "transformers")
     geometry: Any = config or SIZES[name].config()
     check_image_size(name, image_size, geometry.patch_size, "its patch")
@@ -121,7 +121,7 @@ def load(config: Dinov2Config, state: StateDict, where: str, name: str) -> Dinov
 
     if "pos_embed" in state:
         state = from_original(state)
-    # transformers translates between the layouts of its versions; a state_dict is the way in that needs no network.
+    # transformers translates between the layouts of its versions; given a state_dict, it downloads nothing.
     with quiet():
         loaded: Any = Dinov2Model.from_pretrained(
             None,
@@ -138,7 +138,7 @@ def load(config: Dinov2Config, state: StateDict, where: str, name: str) -> Dinov
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """transformers without its bars and warnings; what is wrong with a file is said by an exception."""
+    """Silence transformers' progress bars and warnings; a faulty file is reported by an exception."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

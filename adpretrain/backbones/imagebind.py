@@ -32,7 +32,7 @@ NAMES = [  # of the released file -> open_clip's tower, as patterns
 
 
 def build(name: str, weights: Weights, image_size: int, levels: Sequence[int], tower: Tower = HUGE) -> VisionTower:
-    """ImageBind's `VisionTower`. Raises ValueError for what does not fit."""
+    """ImageBind's `VisionTower`. Raises ValueError for arguments that do not fit."""
     chosen = check_tower(name, tower, image_size, levels)
     if weights.random:
         return VisionTower(tower.network(image_size), name, image_size, chosen)

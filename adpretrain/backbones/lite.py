@@ -1,8 +1,8 @@
 """`lite0`, `lite1`, `lite2`: EfficientNet-Lite up to stride 16, small networks trained on photographs (ImageNet).
 
-The weights of `lite0` ship with the library, so that everything works without a download; those of the larger two are
-given as ``weights=``. The network is timm's ``tf_efficientnet_lite*``, its batch norms folded into the convolutions
-before them, which a processor computes in two thirds of the time.
+The weights of `lite0` ship with the library, so that everything works without a download; those of the other two must
+be given as ``weights=``. The network is timm's ``tf_efficientnet_lite*``, its batch norms folded into the convolutions
+before them, which saves a third of the time on a CPU.
 
 Levels are numbered by stride: 1 = stride 4, 2 = stride 8, 3 = stride 16.
 """
@@ -23,7 +23,7 @@ from adpretrain.preprocess import Preprocess
 
 STRIDES = (4, 8, 16)
 HALF = (0.5, 0.5, 0.5)  # mean and std of the pixels that the network was trained on
-BLOCKS = {  # what a batch norm follows in each of timm's blocks
+BLOCKS = {  # each convolution of timm's blocks, with the batch norm after it
     "DepthwiseSeparableConv": (("conv_dw", "bn1"), ("conv_pw", "bn2")),
     "InvertedResidual": (("conv_pw", "bn1"), ("conv_dw", "bn2"), ("conv_pwl", "bn3")),
 }
@@ -32,8 +32,8 @@ BLOCKS = {  # what a batch norm follows in each of timm's blocks
 def build(name: str, weights: Weights, image_size: int, levels: Sequence[int]) -> Stages:
     """The network up to the last of ``levels``. Raises ValueError for levels, a size or weights that do not fit.
 
-    Weights are those of the whole network or of a part that is long enough, by timm's names or in the original file's
-    order; or, with the batch norms folded, just the part that is built, as a run that trains the backbone leaves it.
+    Weights are those of the whole network or of a part that is long enough, with timm's names or in the original file's
+    order; or, with the batch norms folded, just those of the part that is built, as saved by a run that trains it.
     """
     chosen = check_levels(name, levels, len(STRIDES), "stages (of strides 4, 8 and 16)")
     check_image_size(name, image_size, STRIDES[chosen[-1] - 1], "its coarsest stride")
@@ -57,13 +57,13 @@ def features(name: str, levels: Sequence[int]) -> Any:
 
     model = f"tf_efficientnet_{name}"
     network: Any = timm.create_model(model, pretrained=False, features_only=True, out_indices=list(levels)).eval()
-    network.blocks = network.blocks[: network.feature_info.get_dicts()[-1]["stage"]]  # timm runs all that follow
+    network.blocks = network.blocks[: network.feature_info.get_dicts()[-1]["stage"]]  # timm runs later ones too
     return network
 
 
 def part(state: StateDict, name: str, network: Any) -> StateDict | None:
-    """The tensors that a network up to some stage takes from those of a longer one: timm's own, or the original file's,
-    which names them otherwise but holds them in the same order. None if ``state`` is neither."""
+    """The tensors of ``network``, which ends at some stage, from those of a longer one: timm's, or the original file's,
+    which have other names in the same order. None if ``state`` is neither."""
     import timm
 
     with torch.device("meta"):
@@ -76,7 +76,7 @@ def part(state: StateDict, name: str, network: Any) -> StateDict | None:
 
 
 def fold(network: Any) -> None:
-    """Fold every batch norm of a network in evaluation mode into its convolution; what remains is its activation."""
+    """Fold every batch norm of a network in evaluation mode into its convolution; only its activation remains."""
     _fold(network, "conv_stem", "bn1")
     for block in list(network.modules()):
         for convolution, norm in BLOCKS.get(type(block).__name__, ()):

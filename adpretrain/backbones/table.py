@@ -1,4 +1,4 @@
-"""The backbones by name: what builds them, where their weights are, under which licence."""
+"""The table of backbones by name: how each is built, where its weights are, and under which licence."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class BackboneEntry:
 
     Args:
         build: makes the backbone; imports its library only when called.
-        levels: default levels (the paper's), numbered from 1; empty = known when built.
+        levels: default levels (the paper's), numbered from 1; empty if they are known only once it is built.
         channels: widths of the default levels.
-        licence: of the weights.
+        licence: licence of the weights.
         source: where the weights are published.
     """
 
@@ -34,7 +34,8 @@ class BackboneEntry:
 
 @dataclass(frozen=True)
 class BackboneInfo:
-    """A backbone as it is listed. ``cached``: its weights ship with the library, or lie in the local cache."""
+    """A backbone as `list_backbones` describes it. ``cached``: its weights ship with the library, or lie in the local
+    cache."""
 
     name: str
     levels: tuple[int, ...]
@@ -96,7 +97,7 @@ BACKBONES: dict[str, BackboneEntry] = {
 
 
 def find_entry(name: str) -> BackboneEntry:
-    """The row of a name; any ``timm/<model name>`` has one. Raises ValueError listing the known names."""
+    """The row of a name, which may be any ``timm/<model name>``. Raises ValueError listing the known names."""
     if name in BACKBONES:
         return BACKBONES[name]
     if name.startswith(timm.PREFIX) and len(name) > len(timm.PREFIX):

@@ -97,7 +97,7 @@ def build(name: str, weights: Weights, image_size: int, levels: Sequence[int]) -
 
 
 def full_name(name: str, weights: Weights) -> str:
-    """The model name with the tag of its weights. ValueError if timm has none such, or several to choose from."""
+    """The model name with the tag of its weights. Raises ValueError if timm has no such weights, or several."""
     import timm
 
     model = name.removeprefix(PREFIX)
@@ -118,7 +118,7 @@ def full_name(name: str, weights: Weights) -> str:
 
 
 def _feature_info(model: str) -> list[dict[str, Any]]:
-    """What the network can give, in order: num_chs and reduction (stride) of every feature."""
+    """The features that a network offers, in order: num_chs and reduction (stride) of each."""
     import timm
 
     try:
@@ -153,15 +153,15 @@ def _loaded(
     except (RuntimeError, KeyError) as error:
         reason = " ".join(line.strip() for line in str(error).splitlines()[:3])
         raise ValueError(f"{where} is not a weights file of {name}: {reason}") from error
-    network.pretrained_cfg.pop("state_dict", None)  # timm keeps a copy of them
+    network.pretrained_cfg.pop("state_dict", None)  # timm keeps a copy of the weights
     return network, revision
 
 
 def _features(
     name: str, model: str, weights: Weights, sized: dict[str, Any], indices: list[int]
 ) -> tuple[Any, str | None]:
-    """The network up to its last wanted stage. timm loads such a part without checking, hence the detour. A file may
-    also hold just that part, as a run that trains the backbone leaves it."""
+    """The network up to its last wanted stage. timm loads such a part unchecked, so the whole network is loaded first,
+    unless the file holds just that part, as saved by a run that trains the backbone."""
     import timm
 
     network: Any = timm.create_model(model, pretrained=False, features_only=True, out_indices=indices, **sized)

@@ -1,5 +1,5 @@
-"""Where a backbone's weights come from, how a file of them is read (never by running code that is in it), and what
-tells one set of them from another."""
+"""Where a backbone's weights come from, how a weights file is read (without ever running code in it), and fingerprints
+that tell sets of weights apart."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-PROJECTED = 8  # tensors, evenly spaced over the network
+PROJECTED = 8  # number of projected tensors, evenly spaced over the network
 ROUNDING = 0.02  # rounding to bfloat16 moves a projection by about .002, other weights move it by about 1
 GOLDEN = 0.6180339887498949
 PICKLED = (".pth", ".pt", ".bin")
@@ -25,7 +25,7 @@ StateDict = dict[str, Tensor]
 @dataclass(frozen=True)
 class Source:
     """Where weights are published: ``filename`` of the Hub repository ``repo_id``, of the address ``url``, or of the
-    Python package ``package``. With ``shipped`` a copy of what is needed of that file lies there in this library."""
+    Python package ``package``. ``shipped``: where this library has a copy of the needed part of that file."""
 
     filename: str
     repo_id: str = ""
@@ -55,7 +55,7 @@ class Source:
     def fetch(self, backbone: str, revision: str | None = None) -> tuple[Path, str | None]:
         """The file, downloaded unless it is cached, and the commit it belongs to (None for a plain address).
 
-        Raises ValueError that says what to do if it is neither cached nor to be had.
+        Raises ValueError that says what to do if it is neither cached nor can be downloaded.
         """
         if self.shipped is not None:
             return self.shipped, None
@@ -91,7 +91,7 @@ class Source:
 
     def _advice(self, backbone: str, revision: str | None, error: Exception) -> str:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        what = f"the weights of backbone {backbone!r} are not to be had: {reason}."
+        what = f"the weights of backbone {backbone!r} cannot be downloaded: {reason}."
         if self.url:
             return (
                 f"{what} Download {self.url} (for example with `curl -LO {self.url}`) to {self._torch_cache()}, "
@@ -143,7 +143,7 @@ class Weights:
     def read(self) -> tuple[StateDict, str, str | None]:
         """The tensors by name, where they were read (for messages), and their commit on the Hub if known.
 
-        Raises ValueError if they cannot be had or read.
+        Raises ValueError if they cannot be downloaded or read.
         """
         assert self.source is not None
         if self.path is None:
@@ -172,7 +172,7 @@ def read_state_dict(path: Path) -> StateDict:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        # Mapped, so that the parts of a large file that are not wanted are never read.
+        # Mapped, so that the unneeded parts of a large file are never read.
         content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (OSError, SafetensorError, EOFError) as error:
         raise ValueError(f"cannot read weights {path}: {error}") from error
@@ -212,7 +212,7 @@ def load_strictly(network: nn.Module, state: Mapping[str, Tensor], where: str, b
 
 
 def as_float32(state: Mapping[str, Tensor]) -> StateDict:
-    """Copies of the tensors (a mapped file is let go), the floating ones as float32."""
+    """Copies of the tensors (which releases a mapped file), the floating ones as float32."""
     dtypes = {name: torch.float32 if value.is_floating_point() else value.dtype for name, value in state.items()}
     return {name: value.detach().to(dtypes[name], copy=True) for name, value in state.items()}
 
@@ -236,8 +236,8 @@ def some(names: list[str]) -> str:
 
 
 def fingerprint(network: nn.Module | None) -> list[float]:
-    """A few numbers that tell one set of network weights from another, whatever their dtype and device: projections
-    of some weight matrices on fixed signs, over their norms: about normal with deviation 1.
+    """A few numbers that tell one set of network weights from another, whatever their dtype and device: projections of
+    some weight matrices on fixed signs, divided by their norms, so that they are about standard normal.
 
     Empty for a network without weights, or without values (on the meta device).
     """
@@ -257,7 +257,7 @@ def _projection(weight: Tensor) -> float:
 
 
 def same_weights(first: list[float], second: list[float]) -> bool:
-    """Whether two fingerprints are of the same weights; an empty one, of unknown weights, agrees with any."""
+    """Whether two fingerprints belong to the same weights; an empty one (unknown weights) matches any."""
     if not first or not second:
         return True
     pairs = zip(first, second, strict=False)

@@ -1,1 +1,1 @@
-"""Pretraining: what a step is made of, from photographs to gradients."""
+"""Pretraining, from photographs to gradients."""

@@ -30,9 +30,9 @@ class ResidualBatch:
     """Residuals of B images.
 
     ``views``: V lists of L levels [B, C_l, H_l, W_l]; ``masks``: bool [B, S, S], on the host, where labels are counted
-    without waiting for the device; ``keys``: (epoch, index) of each;
+    without waiting for the device; ``keys``: (epoch, index) of each image;
     ``contexts``: for cross attention, (b, residuals of the references) of consecutive images with equal K, L levels of
-    [b, K * T_l, C_l]; else empty. ``encoded``: images that went through the backbone.
+    [b, K * T_l, C_l]; else empty. ``encoded``: number of images that went through the backbone.
     """
 
     views: list[FeatureMaps]
@@ -43,7 +43,7 @@ class ResidualBatch:
 
 
 def encode(extractor: ADExtractor, pixels: Tensor) -> FeatureMaps:
-    """uint8 [B, 3, S, S] -> L levels of features, in as few forwards as the device is fastest with."""
+    """uint8 [B, 3, S, S] -> L levels of features, in batches of the size at which the device is fastest."""
     parts = pixels.split(16 if pixels.device.type == "cpu" else 128)  # more than 16 outgrow a CPU's caches
     encoded = [extractor.encode(extractor.preprocess.normalise(part)) for part in parts]
     return [torch.cat(level) for level in zip(*encoded, strict=True)]
@@ -55,11 +55,11 @@ def encode_batch(
     features: dict[Any, list[Tensor]],
     watch: Callable[[str], object] = lambda phase: None,
 ) -> ResidualBatch:
-    """A batch of images -> residuals of every view against each image's own references, with gradients of the views
-    where the backbone is not frozen.
+    """A batch of images -> residuals of every view against each image's own references; the views have gradients if the
+    backbone is not frozen.
 
-    ``features``: of photographs by name, L levels [T_l, C_l]; those of the batch are added. A photograph is encoded
-    with those of its unit, so that its features never depend on which others were known already.
+    ``features``: the known features of photographs by name, L levels [T_l, C_l]; those of the batch are added. A
+    photograph is always encoded together with its unit, so that its features do not depend on which ones were known.
     """
     watch("backbone")
     count, views = batch.views.shape[:2]
@@ -82,8 +82,8 @@ def encode_batch(
 def _match(
     extractor: ADExtractor, batch: ImageBatch, encoded: FeatureMaps, features: Mapping[Any, list[Tensor]]
 ) -> tuple[FeatureMaps, list[tuple[int, list[Tensor]]]]:
-    """Residuals of all views, in order, and the contexts of `ResidualBatch`. Images with equally many references are
-    matched together, one batched product a level, however many they are."""
+    """Residuals of all views, in order, and the contexts of `ResidualBatch`. Images with equal K are matched together,
+    with one batched product per level."""
     if extractor.config.matching == "none":
         return encoded, []
     crossed = extractor.projector is not None and extractor.projector.needs_reference_residuals
@@ -105,8 +105,8 @@ def _match(
 class OnlineBatches:
     """Images loaded by worker processes, encoded and matched step by step: new views and references every epoch.
 
-    With a pool of references (`adpretrain.config.ReferencesConfig`) their features are kept, as many as fit.
-    ``watch`` is told what the time is spent on: "data" (waiting for images), "backbone", "references", "matching".
+    With a pool of references (`adpretrain.config.ReferencesConfig`), as many of their features as fit are kept.
+    ``watch`` is called with the phase that begins: "data" (waiting for images), "backbone", "references" or "matching".
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class OnlineBatches:
         self.extractor, self.data, self.workers, self.device, self.watch = extractor, data, workers, device, watch
 
     def _room(self, config: ReferencesConfig) -> int:
-        """Pools that fit into the limit."""
+        """The number of pools that fit into the memory limit."""
         side = self.extractor.preprocess.image_size
         with torch.no_grad():
             levels = self.extractor.encode(torch.zeros(1, 3, side, side, device=self.device))
@@ -146,11 +146,11 @@ LABELS = ("center", "nearest", "pixels")
 
 
 def token_labels(masks_BSS: Tensor, grid: tuple[int, int], rule: str = "center", pixels: int = 32) -> Tensor:
-    """Pixel masks -> bool token labels [B, H, W]. The paper only says that masks are downsampled; the ``rule``:
+    """Pixel masks -> bool token labels [B, H, W]. The paper says only that masks are downsampled. Rules:
 
     "center": the pixel at the centre of the token's patch is marked (torch's "nearest-exact"). "nearest": the pixel at
-    its top left corner is, which torch calls "nearest" (the released norm loss). "pixels": more than ``pixels`` marked
-    pixels lie in the patch, counted as at 224 px (the released angle loss).
+    its top left corner is marked (torch's "nearest", the released norm loss). "pixels": more than ``pixels`` marked
+    pixels lie in the patch, scaled to 224 px (the released angle loss).
 
     Raises ValueError for an unknown rule.
     """
@@ -166,7 +166,7 @@ def token_labels(masks_BSS: Tensor, grid: tuple[int, int], rule: str = "center",
 
 @dataclass(frozen=True)
 class LabelledBatch:
-    """What the losses see: ``views`` and ``contexts`` as in `ResidualBatch`; ``labels`` for the norm loss and
+    """The input of the losses: ``views`` and ``contexts`` as in `ResidualBatch`; ``labels`` for the norm loss and
     ``angle_labels`` for the angle loss, L levels of bool [B, H_l, W_l], on the host."""
 
     views: list[FeatureMaps]

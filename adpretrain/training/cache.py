@@ -1,7 +1,7 @@
-"""Residuals of a pretraining set computed once, before training, and kept.
+"""A cache of the residuals of a pretraining set, computed once before training.
 
-The processes of one machine fill the cache together and hold it once: its tensors are mapped from a file that has no
-name any more once all have opened it, so that nothing is left behind.
+The processes of one machine fill the cache together and share one copy: its tensors are mapped from a file that is
+unlinked once all have opened it, so that nothing is left behind.
 
 Shapes: V views, L levels, C channels, H x W tokens, D reference draws, n images.
 """
@@ -38,10 +38,10 @@ from adpretrain.training.distributed import Group, everyone, processes
 
 @dataclass(frozen=True)
 class LocalProcesses:
-    """The processes of this machine: this one is ``rank`` of ``count``, by default alone.
+    """The processes of this machine, of which this one is ``rank`` of ``count`` (by default it is alone).
 
-    ``group``: those of all machines, which wait for each other here. ``folder`` takes the file, called after ``first``,
-    the lowest rank of this machine in the group.
+    ``group``: the processes of all machines, which wait for each other here. ``folder`` holds the shared file, named
+    after ``first``, the lowest rank of this machine in the group.
     """
 
     rank: int = 0
@@ -51,27 +51,27 @@ class LocalProcesses:
     group: Group = None
 
     def share(self, total: int) -> range:
-        """This process's part of ``total`` items; the parts of the machine's processes make up the whole."""
+        """This process's part of ``total`` items, which are divided among the processes of the machine."""
         return range(self.rank, total, self.count)
 
     def everywhere(self, fact: bool) -> bool:
-        """Whether it holds in all processes of the group. All have come here when this returns."""
+        """Whether ``fact`` holds in all processes of the group. Returns only after all of them have called it."""
         return all(holds for (holds,) in everyone([int(fact)], self.group))
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor in the memory of all processes of this machine; all of the group must ask for one at a time.
+        """A tensor in memory shared by the processes of this machine; all of the group must call this together.
 
-        Raises OSError if the folder has no room for it, or is not the same one for the machine's processes.
+        Raises OSError if the folder has no room for it, or is not the same folder for all processes of the machine.
         """
         if self.count == 1:
-            self.everywhere(True)  # other machines may have several, which wait twice
+            self.everywhere(True)  # machines with several processes wait twice
             self.everywhere(True)
             return torch.empty(*shape, dtype=dtype)
-        path = self.folder / f".shared.{self.first}.tmp"  # as `adpretrain.files.sweep` knows them
+        path = self.folder / f".shared.{self.first}.tmp"  # a name that `adpretrain.files.sweep` deletes
         if self.rank == 0:
             _make(path, math.prod(shape) * dtype.itemsize)
         self.everywhere(True)
-        path.stat()  # torch would make the file where it is missing
+        path.stat()  # raises if it is missing, where torch would make it
         tensor = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype).view(*shape)
         self.everywhere(True)
         if self.rank == 0:
@@ -83,7 +83,7 @@ ALONE = LocalProcesses()
 
 
 def local_processes(folder: Path, group: Group) -> LocalProcesses:
-    """Those of this machine, told by its name and network address; all processes of the group must ask together."""
+    """The processes with this machine's name and network address; all of the group must call this together."""
     if group is None:
         return ALONE
     machines: list[tuple[str, int] | None] = [None] * processes(group)
@@ -94,8 +94,8 @@ def local_processes(folder: Path, group: Group) -> LocalProcesses:
 
 
 def _make(path: Path, size: int) -> None:
-    """A file of ``size`` bytes whose room on the disk is taken: to find it full at a later write kills a process."""
-    path.unlink(missing_ok=True)  # of a process that was killed
+    """Make a file of ``size`` bytes and reserve its disk space: a full disk at a later write would kill a process."""
+    path.unlink(missing_ok=True)  # left by a killed process
     with path.open("wb") as file:
         try:
             if hasattr(os, "posix_fallocate"):
@@ -110,10 +110,10 @@ def _make(path: Path, size: int) -> None:
 class CachedBatches:
     """Residuals of every image against D reference draws, computed once and kept in memory (half precision).
 
-    Epoch e uses draw e mod D. The views of an image stay the same (augment "once" or "none"), so a step costs only
-    the projector: the way to pretrain a small projector on a CPU. ``folder`` keeps the cache on disk for the next run
-    with the same images and settings. ``threads`` images are prepared at a time. Of several processes on a machine
-    (``local``), each computes its share of the images, and all of them map the result.
+    Epoch e uses draw e mod D. The views of an image stay the same (augment "once" or "none"), so a step computes only
+    the projector, which makes it possible to pretrain a small one on a CPU. ``folder`` keeps the cache on disk for the
+    next run with the same images and settings. ``threads`` images are prepared at a time. If a machine has several
+    processes (``local``), each computes its share of the images, and all map the result.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class CachedBatches:
         self.masks = stored["masks"]
 
     def _fingerprint(self, extractor: ADExtractor) -> str:
-        """Identifies images (path, size, time), backbone, local scale, matching and draws."""
+        """A digest of images (path, size, time), backbone, local scale, matching and draws."""
         digest = hashlib.sha256()
         files = [(str(s.image), s.image.stat().st_size, s.image.stat().st_mtime_ns) for s in self.data.samples]
         data = [self.data.shots, self.data.seed, self.data.augment, self.draws, extractor.config.matching]
@@ -148,7 +148,7 @@ class CachedBatches:
         backbone: list[Any] = [network.name, extractor.preprocess.to_dict(), network.levels, network.revision]
         backbone += [network.finest, network.patch]
         digest.update(json.dumps([files, data, backbone]).encode())
-        if network.revision is None:  # local or random weights: told apart by every bit
+        if network.revision is None:  # local or random weights: compare every bit
             for parameter in network.parameters():
                 plain = parameter.detach().cpu().contiguous(memory_format=torch.contiguous_format).flatten()
                 digest.update(plain.view(torch.uint8).numpy().tobytes())
@@ -159,7 +159,7 @@ class CachedBatches:
 
     def _compute(self, extractor: ADExtractor, threads: int, track: Any, local: LocalProcesses) -> dict[str, Tensor]:
         def fill(compute: Callable[[int], list[Tensor]]) -> list[Tensor]:
-            """What is computed of every image, stacked; each process computes that of its share."""
+            """The results of ``compute`` for all images, stacked; each process computes those of its share."""
             own = local.share(len(self.data))
             with ThreadPoolExecutor(threads) as pool:
                 rows = iter(track(pool.map(compute, own), len(own)))

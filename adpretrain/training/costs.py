@@ -1,5 +1,5 @@
-"""What a pretraining run costs, counted on its configuration's real networks, made without weights or memory: bytes,
-FLOPs, messages. What a run will hold is said before it starts, and refused with a remedy where it cannot fit.
+"""The cost of a pretraining run in bytes, FLOPs and messages, counted on the networks of its configuration, built on
+the meta device. A run reports its memory before it starts, and is refused with a remedy if it cannot fit.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from adpretrain.training.speed import count_flops
 
 ADAM = 2  # moments per parameter
 FLOAT = 4  # bytes
-PROCESS = 1 << 30  # bytes of the smallest run there is, its libraries for the most part (measured)
-WORKER = 450 << 20  # of a loader process (measured)
-ANOMALOUS = 0.1  # share of the tokens, for the rows that processes send each other
+PROCESS = 1 << 30  # bytes of the smallest run, mostly its libraries (measured)
+WORKER = 450 << 20  # bytes of a loader process (measured)
+ANOMALOUS = 0.1  # assumed share of anomalous tokens, whose rows processes send each other
 QUEUED = 3  # batches that a loader process has read or is reading
 
 REMEDIES = {
@@ -45,8 +45,9 @@ REMEDIES = {
 
 @dataclass(frozen=True)
 class Counts:
-    """Of the configuration's networks: ``tokens`` and ``widths`` of every level, of which ``entering`` are projected;
-    FLOPs of one image's forward; ``saved``: bytes that the projector keeps of a step for its backward pass."""
+    """Counts of the configuration's networks: ``tokens`` and ``widths`` of every level; ``entering``: tokens that are
+    projected; FLOPs of one image's forward; ``saved``: bytes that the projector keeps of a step for its backward
+    pass."""
 
     backbone_bytes: int
     projector_parameters: int
@@ -59,7 +60,7 @@ class Counts:
 
 
 def count(config: PretrainConfig) -> Counts:
-    """Build the networks without memory, and count."""
+    """Count on networks that are built on the meta device."""
     with torch.device("meta"):
         backbone = load_backbone(**(dataclasses.asdict(config.backbone) | {"weights": None}), pretrained=False)
         image = torch.zeros(1, 3, config.backbone.image_size, config.backbone.image_size)
@@ -69,7 +70,7 @@ def count(config: PretrainConfig) -> Counts:
     tokens = [level.shape[2] * level.shape[3] for level in maps]
     entering = [min(number, config.tokens or number) for number in tokens]
     shapes = [(images, level.shape[1], 1, number) for level, number in zip(maps, entering, strict=True)]
-    among = round(mean(config.shots))  # whose residuals cross attention takes
+    among = round(mean(config.shots))  # references whose residuals cross attention takes
     contexts = [(images, among * number, level.shape[1]) for level, number in zip(maps, tokens, strict=True)]
     inputs = [[maps[0].new_zeros(*shape) for shape in levels] for levels in (shapes, contexts)]
     return Counts(
@@ -85,10 +86,10 @@ def count(config: PretrainConfig) -> Counts:
 
 
 def saved_bytes(config: PretrainConfig, shapes: Sequence[Sequence[int]], contexts: Sequence[Sequence[int]]) -> int:
-    """Bytes of all tensors that autograd keeps of the projector's forward pass on maps of these ``shapes``, with cross
-    attention to ``contexts``, the parameters left out.
+    """Bytes of all tensors, except parameters, that autograd keeps of the projector's forward pass on maps of these
+    ``shapes``, with cross attention to ``contexts``.
 
-    On fake tensors of the CPU, whose attention keeps what a GPU's keeps; the meta device's keeps all weights.
+    It runs on fake CPU tensors, whose attention keeps what a GPU's keeps; on the meta device it would keep all weights.
     """
     half = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.optim.precision]
     with FakeTensorMode(), torch.autocast("cpu", half, enabled=half != torch.float32):
@@ -96,7 +97,7 @@ def saved_bytes(config: PretrainConfig, shapes: Sequence[Sequence[int]], context
         kept: dict[int, Any] = {p.untyped_storage()._cdata: None for p in projector.parameters()}
 
         def note(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()  # held, so that no other gets its address
+            storage = tensor.untyped_storage()  # held, so that no other storage gets its address
             kept.setdefault(storage._cdata, storage)
             return tensor
 
@@ -106,29 +107,30 @@ def saved_bytes(config: PretrainConfig, shapes: Sequence[Sequence[int]], context
 
 
 def anomalous_tokens(counts: Counts, share: float) -> list[float]:
-    """Those of an image and view that enter, per level, as `training.batches.thin` chooses: all, up to half of what
-    enters, more if normal ones are too few. An upper limit: as if every image had the same ``share`` of all tokens."""
+    """Anomalous tokens of an image and view that `training.batches.thin` keeps, per level: all, up to half of what
+    enters, or more if normal ones are too few. An upper limit, as if every image had the same ``share`` of anomalous
+    tokens."""
     sizes = zip(counts.tokens, counts.entering, strict=True)
     return [min(share * n, max(entering // 2, entering - (1 - share) * n)) for n, entering in sizes]
 
 
 def gathered_rows(config: PretrainConfig, counts: Counts, share: float, gpus: int) -> list[int]:
-    """Anomalous tokens of both views, of all processes whose negatives are shared; per level."""
+    """Anomalous tokens per level, of both views and of all processes that share negatives."""
     sharing = gpus if config.loss.cross_process else 1
     return [round(2 * config.optim.batch_size * number) * sharing for number in anomalous_tokens(counts, share)]
 
 
 def gather_bytes(config: PretrainConfig, counts: Counts, share: float, gpus: int) -> int:
-    """What every process gets in a step's forward pass, its own part included: rows, and two numbers of each for its
-    log-sum-exp. Backwards come the rows' gradients and one number of each."""
+    """Bytes that every process receives in a step's forward pass, its own part included: rows, and two numbers per row
+    for its log-sum-exp. The backward pass sends the rows' gradients and one number per row."""
     rows = gathered_rows(config, counts, share, gpus)
     alone = gpus == 1 or not (config.loss.cross_process and config.loss.lambda_)
     return 0 if alone else sum(FLOAT * n * (width + 2) for n, width in zip(rows, counts.widths, strict=True))
 
 
 def loss_flops(config: PretrainConfig, counts: Counts, share: float, gpus: int) -> int:
-    """Of the angle loss in one process: normal x anomalous similarities, once forward and once again backward, and two
-    products for the gradients."""
+    """FLOPs of the angle loss in one process: normal x anomalous similarities, computed in the forward and again in the
+    backward pass, and two products for the gradients."""
     if not config.loss.lambda_:
         return 0
     anomalous, own = (gathered_rows(config, counts, share, number) for number in (gpus, 1))
@@ -137,7 +139,7 @@ def loss_flops(config: PretrainConfig, counts: Counts, share: float, gpus: int) 
 
 
 def memory(config: PretrainConfig, counts: Counts, share: float, gpus: int) -> dict[str, float]:
-    """Bytes on every GPU."""
+    """Bytes on every GPU, by purpose."""
     images, parameters = config.optim.batch_size, counts.projector_parameters
     features = FLOAT * sum(tokens * width for tokens, width in zip(counts.tokens, counts.widths, strict=True))
     return {
@@ -151,18 +153,18 @@ def memory(config: PretrainConfig, counts: Counts, share: float, gpus: int) -> d
 
 
 def checkpoint_bytes(counts: Counts) -> int:
-    """Weights and Adam's moments; the frozen backbone is not in it."""
+    """Bytes of a checkpoint: weights and Adam's moments, without the frozen backbone."""
     return FLOAT * counts.projector_parameters * (1 + ADAM)
 
 
 def on_device(config: PretrainConfig, counts: Counts, processes: int) -> dict[str, float]:
-    """Bytes of the networks and of a step, by the names of `REMEDIES`."""
+    """Bytes of the networks and of a step, by the keys of `REMEDIES`."""
     planned = memory(config, counts, ANOMALOUS, processes)
     kinds = {"backbone": "backbone", "projector:": "projector", "reference": "references"}
     parts = dict.fromkeys(("backbone", "projector", "references", "step"), 0.0)
     for name, value in planned.items():
         parts[next((part for start, part in kinds.items() if name.startswith(start)), "step")] += value
-    # Projected features and their gradients; for the angle loss, their normalised copies too.
+    # Projected features and their gradients, and normalised copies of both for the angle loss.
     copies = 6 if config.loss.lambda_ else 3
     values = sum(entering * width for entering, width in zip(counts.entering, counts.widths, strict=True))
     parts["step"] += copies * 4 * 2 * config.optim.batch_size * values
@@ -176,15 +178,15 @@ def on_device(config: PretrainConfig, counts: Counts, processes: int) -> dict[st
 
 
 def on_host(config: PretrainConfig, counts: Counts, images: int) -> dict[str, float]:
-    """Bytes of a process beside the device: the residual cache of ``images`` photographs while it is made, the stream's
-    reservoir, and the loader."""
+    """Bytes of a process in the host's memory: the residual cache of ``images`` photographs while it is made, the
+    stream's reservoir, and the loader."""
     values = sum(tokens * width for tokens, width in zip(counts.tokens, counts.widths, strict=True))
     views, draws = (1 if config.augment == "none" else 2), config.cache.draws
     pictures = views + max(config.shots)
     batch = config.optim.batch_size * pictures * 3 * config.backbone.image_size**2  # 8-bit
     workers = 0 if draws else config.data.workers
     return {
-        # Half precision, beside the plain features it is made of.
+        # In half precision, besides the plain features it is computed from.
         "residual cache": images * values * (4 + 2 * draws * views) if draws else 0,
         "loader": workers * (WORKER + QUEUED * batch),
         "reservoir": config.data.reservoir_mb << 20 if config.data.name == SHARDS else 0,
@@ -195,19 +197,19 @@ def on_host(config: PretrainConfig, counts: Counts, images: int) -> dict[str, fl
 def check_memory(
     config: PretrainConfig, images: int, held_out: int, processes: int, device: torch.device, console: Console
 ) -> None:
-    """Print what the run of ``images``, with ``held_out`` others scored by its first process, will hold. Raises
-    ValueError, with what to change, if that is more than there is."""
+    """Print how much memory a run on ``images`` will hold, with ``held_out`` others scored by its first process. Raises
+    ValueError, with what to change, if the memory is too small."""
     counts = count(config)
     device_parts, host_parts = on_device(config, counts, processes), on_host(config, counts, images)
     values = sum(tokens * width for tokens, width in zip(counts.tokens, counts.widths, strict=True))
     first_parts = {"held-out features": 4 * held_out * values}
-    shared_parts = {"residual cache": host_parts.pop("residual cache")}  # by the processes of a machine
+    shared_parts = {"residual cache": host_parts.pop("residual cache")}  # shared by the processes of a machine
     if device.type == "cuda":
         _check(device_parts | first_parts, "the GPU", total_memory(device), console)
         first_parts = {}
     else:
         host_parts |= device_parts
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine, by its launcher
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine, as its launcher says
     together = {name: here * part for name, part in host_parts.items()} | first_parts | shared_parts
     _check(together, "the machine", total_memory(torch.device("cpu")), console, here)
 

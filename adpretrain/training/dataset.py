@@ -1,12 +1,12 @@
-"""What one pretraining image needs: its views, its mask, and K normal references of its category and camera view.
+"""The pretraining images, each with its views, its mask, and K normal references of its category and camera view.
 
 Over epochs, the K references of an image are uniformly drawn among all K-subsets of the other normal photographs of its
 category and view; the options of `adpretrain.config.ReferencesConfig` only tie the draws of different images together.
 
-Unmarked views of defective parts (`Sample.of_defective_part`) are no pretraining images and nobody's references. The
-authors' released code draws its references from good parts alone too.
+Unmarked views of defective parts (`Sample.of_defective_part`) are neither pretraining images nor references. The
+authors' released code also draws its references from good parts alone.
 
-Everything random derives from (seed, epoch, index), so any step of a run can be repeated alone.
+All random numbers derive from (seed, epoch, index), so any step of a run can be repeated alone.
 
 Shapes: V views (2, or 1 without augmentation), S side in pixels.
 """
@@ -29,18 +29,18 @@ from adpretrain.photographs import picture_size, read_image
 from adpretrain.preprocess import Preprocess, TwoViews
 from adpretrain.training.loader import ImageBatch, Item, Request, assemble
 
-# Streams of random numbers that pretraining draws from; the last part of a generator's key.
+# Streams of random numbers for pretraining: the last part of a generator's key.
 SHUFFLE, REFERENCES, VIEWS, SHARDS, ROWS, HEAD, BLOCKS, POOL = range(8)
 AUGMENTATIONS = ("epoch", "once", "none")
 
 
 def generator(*key: int) -> np.random.Generator:
-    """The random numbers of a key such as (seed, epoch, index, stream)."""
+    """The random generator of a key such as (seed, epoch, index, stream)."""
     return np.random.default_rng(np.random.SeedSequence(key))
 
 
 def refuse_short(short: Sequence[str], shots: Sequence[int], needed: int) -> None:
-    """Raise ValueError that names the groups with fewer normal images than the largest K needs, if there are any."""
+    """Raise ValueError that names the groups in ``short``, which have fewer normal images than the largest K needs."""
     if short:
         raise ValueError(
             f"K = {max(shots)} references need {needed} normal images in every category and view; too few in "
@@ -69,12 +69,13 @@ class ReferenceDraws:
 
     def _check(self, names: Sequence[str]) -> None:
         largest, together = max(self.shots), self.config.together
-        needed = largest + together  # the images of a block are no references of theirs
+        needed = largest + together  # the images of a block cannot be its references
         short = [name for name, normals in zip(names, self.normals, strict=True) if len(normals) < needed]
         refuse_short(short, self.shots, needed)
 
     def blocks(self, epoch: int) -> list[list[int]]:
-        """Every image once; those of a block share their references in this epoch and come one after the other."""
+        """Blocks that hold every image once. The images of a block share references in this epoch and stay
+        consecutive."""
         if self.config.together == 1:
             return [[index] for index in range(len(self.group_of))]
         return self._shared(epoch)[0]
@@ -105,10 +106,10 @@ class ReferenceDraws:
 
 
 class Requests:
-    """The requests of some steps, where ``room`` pools of features are kept: the least recently used make room.
+    """The requests of some steps while the features of ``room`` pools are kept and the least recently used are dropped.
 
-    It is known beforehand which features a step will find, so that workers read only what has to be encoded. Raises
-    ValueError if a step needs more pools than there is room for.
+    Which features a step will find is computed beforehand, so that workers read only images that must be encoded.
+    Raises ValueError if a step needs more than ``room`` pools.
     """
 
     def __init__(self, steps: Iterable[list[tuple[int, int]]], draws: ReferenceDraws, room: int) -> None:
@@ -151,12 +152,12 @@ def draw_views(image: Image.Image, two_views: TwoViews, augment: str, seed: int,
 
 
 class PretrainingSet:
-    """Pretraining samples with their references; what a step needs is loaded by `load`.
+    """Pretraining samples with their references; `load` reads the images of a step.
 
     K is drawn per image from ``shots`` (ADPretrain Tab. 13: Rand(1, 4, 8)); the references are distinct normal images
-    of the same category and view, never the image itself. ``references``: how the draws of different images are tied
-    together. ``reduced``: JPEG files are decoded near the size that is needed. The attribute ``samples`` is without the
-    unmarked views of defective parts.
+    of the same category and view, never the image itself. ``references``: how images share draws. ``reduced``: JPEG
+    files are decoded near the size that is needed. The attribute ``samples`` excludes unmarked views of defective
+    parts.
 
     Raises ValueError if a category's view has too few normal images for the largest K, or a defect has no mask.
     """
@@ -191,7 +192,7 @@ class PretrainingSet:
         return {sample.category for sample in self.samples}
 
     def digest(self) -> str:
-        """The same for the same images in the same order, wherever they lie: what a step's batch is drawn from."""
+        """A digest of the images and their order, from which batches are drawn; it does not depend on their folder."""
         facts = [(s.category, s.defect, s.view, s.split, s.image.name) for s in self.samples]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
@@ -211,12 +212,12 @@ class PretrainingSet:
         return draw_views(self._picture(index), self.two_views, self.augment, self.seed, epoch, index)
 
     def mask(self, index: int) -> Tensor:
-        """bool [S, S]."""
+        """The image's defect mask: bool [S, S]."""
         sample = self.samples[index]
         return load_mask(sample, picture_size(sample.image) if sample.mask is not None else (0, 0), self.preprocess)
 
     def load(self, request: Request) -> ImageBatch:
-        """The images of a step, as `adpretrain.training.loader` asks for them; keys are (epoch, index)."""
+        """The images of a step that `adpretrain.training.loader` requests; keys are (epoch, index)."""
         items = [
             Item((epoch, index), self.views(index, epoch), self.mask(index), tuple(self.draw_references(index, epoch)))
             for epoch, index in request.keys
@@ -232,10 +233,9 @@ class PretrainingSet:
 class StepBatches:
     """The batches of one process from ``start`` to ``stop`` (steps of the whole run), as lists of (epoch, index).
 
-    Every epoch is one seeded permutation of all images, cut into global batches (the incomplete last one is
-    dropped), of which each process has a consecutive part. A resumed run starts at any step without replaying the
-    others. ``blocks``: of an epoch, lists of images that stay side by side, every image once; without it each image
-    stands alone.
+    Every epoch is one seeded permutation of all images, cut into global batches (the incomplete last one is dropped),
+    of which each process has a consecutive part. A resumed run starts at any step without replaying the others.
+    ``blocks`` gives an epoch's lists of images that stay side by side, every image once; without it no images do.
     """
 
     def __init__(

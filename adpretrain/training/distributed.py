@@ -1,7 +1,7 @@
-"""What the processes of a training run tell each other (torch.distributed).
+"""Communication between the processes of a training run (torch.distributed).
 
-``group``: the processes whose batches together make one batch, `torch.distributed.group.WORLD` in a run of several;
-None, which is what `WORLD` is in a run of one, stands for this process alone: nothing is sent then.
+``group``: the processes whose batches together make one batch: `torch.distributed.group.WORLD` in a run of several. In
+a run of one process `WORLD` is None, and nothing is sent.
 
 Gradients are summed, not averaged: every process differentiates its share of the global batch's loss.
 
@@ -21,8 +21,8 @@ from torch import Tensor
 
 T = TypeVar("T")
 Group = dist.ProcessGroup | None
-# How long the processes wait for one that is still there but silent, as while it checks images or scores held-out
-# products. That one has died is noticed otherwise (`adpretrain.training.launch.Lifeline`).
+# How long processes wait for a silent but living one, which may be checking images or scoring held-out products. A dead
+# process is noticed by `adpretrain.training.launch.Lifeline`.
 PATIENCE = timedelta(hours=1)
 
 
@@ -33,7 +33,7 @@ def processes(group: Group) -> int:
 
 @functools.cache
 def _on_the_host(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """The same processes, whose messages pass through the host's memory: no device is waited for."""
+    """A group of the same processes that sends messages through the host's memory, without waiting for devices."""
     if dist.get_backend(group) == "gloo":
         return group
     made = dist.new_group(dist.get_process_group_ranks(group), PATIENCE, backend="gloo")
@@ -42,7 +42,7 @@ def _on_the_host(group: dist.ProcessGroup) -> dist.ProcessGroup:
 
 
 def everyone(numbers: Sequence[int], group: Group) -> list[list[int]]:
-    """A few whole numbers of every process, in the order of their ranks. Only hosts wait for each other."""
+    """Gather a few integers from every process, in the order of ranks. Only hosts wait for each other."""
     if group is None:
         return [list(numbers)]
     found = [torch.empty(len(numbers), dtype=torch.int64) for _ in range(processes(group))]
@@ -51,7 +51,7 @@ def everyone(numbers: Sequence[int], group: Group) -> list[list[int]]:
 
 
 def from_first(value: T, group: Group) -> T:
-    """The first process's value, in all of them; it is pickled. Only hosts wait for each other."""
+    """The first process's value, sent (pickled) to all processes. Only hosts wait for each other."""
     box = [value]
     if group is not None:
         dist.broadcast_object_list(box, 0, group=_on_the_host(group))
@@ -71,7 +71,7 @@ def smallest(value: Tensor, group: Group) -> Tensor:
 
 
 def gather_rows(rows_QD: Tensor, counts: Sequence[int], group: Group) -> tuple[Tensor, slice]:
-    """Rows of all processes [A, D], in the order of their ranks, and where this one's lie; gradients flow back.
+    """Rows of all processes [A, D], in the order of ranks, and the slice of this process's rows; gradients flow back.
 
     ``counts``: the numbers of rows, one for each process (`everyone`), which may differ or be 0.
     """
@@ -83,7 +83,7 @@ def gather_rows(rows_QD: Tensor, counts: Sequence[int], group: Group) -> tuple[T
 
 
 def log_sum_exp(part_A: Tensor, group: Group) -> Tensor:
-    """log of the sum over processes of exp(part): [A] -> [A], the same on each; gradients flow back."""
+    """log of the sum over processes of exp(part): [A] -> [A], equal on all processes; gradients flow back."""
     return part_A if group is None else _LogSumExp.apply(part_A, group)
 
 
@@ -91,8 +91,8 @@ def log_sum_exp(part_A: Tensor, group: Group) -> Tensor:
 def sum_gradients(parameters: Iterable[Tensor], group: Group) -> None:
     """Replace every gradient by its sum over the processes, in one message.
 
-    Not DistributedDataParallel: that lays its buckets out anew after the first step, so that a resumed run of three or
-    more processes would add the same numbers in another order, and end with other bits.
+    DistributedDataParallel would rearrange its buckets after the first step, so that a resumed run of three or more
+    processes would add the same numbers in another order, and end with other bits.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if group is None or not gradients:
@@ -118,8 +118,8 @@ def _reduced(value: Tensor, operation: Any, group: Group) -> Tensor:
 
 
 class _GatherRows(torch.autograd.Function):
-    """Ragged all-gather. Backward: every process has used all rows, so their gradients are summed and each keeps its
-    own."""
+    """Ragged all-gather. Every process uses all rows, so the backward pass sums their gradients over the processes, and
+    each keeps those of its own rows."""
 
     @staticmethod
     def forward(ctx: Any, rows_QD: Tensor, counts: list[int], rank: int, group: Group) -> Tensor:
@@ -141,7 +141,7 @@ class _LogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, part_A: Tensor, group: Group) -> Tensor:
         largest_A = _reduced(part_A, dist.ReduceOp.MAX, group)
-        shift_A = largest_A.where(largest_A.isfinite(), 0.0)  # -inf where nobody has a term
+        shift_A = largest_A.where(largest_A.isfinite(), 0.0)  # -inf where no process has a term
         whole_A = shift_A + _reduced((part_A - shift_A).exp(), dist.ReduceOp.SUM, group).log()
         ctx.save_for_backward(part_A, whole_A)
         ctx.group = group

@@ -1,10 +1,10 @@
-"""How the processes of a run begin and end together.
+"""Start and stop the processes of a run together.
 
-They are refused where fewer were started than were asked for, and they stop together: at one step when any of them is
-asked to, and soon after one of them has died, also where no launcher watches over them. For the latter each holds a
-connection to the first process. When one dies, the system closes its connection; when a machine is lost, unanswered
-probes tell within half a minute. A process that is busy for an hour, or stopped in a debugger, keeps its connection:
-nobody is dead because he is slow.
+A run is refused if fewer processes were started than were asked for. All processes stop together: at the same step when
+any of them is asked to stop, and soon after one of them has died, even if no launcher watches over them. To notice a
+death, each holds a connection to the first process. When a process dies, the system closes its connection; when a
+machine is lost, unanswered probes show it within half a minute. A process that is busy for an hour, or stopped in a
+debugger, keeps its connection, so slow processes are not taken for dead ones.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ FIX = (
     "without GPUs too; --cpu gives one process) or `torchrun --nproc_per_node N`. If one process is what you want: "
     "--num_processes 1, or WORLD_SIZE=1 in the environment"
 )
-GRACE = 10.0  # seconds in which a survivor may end with an error of its own, which says more
+GRACE = 10.0  # seconds in which a survivor may end with its own error, which says more
 PROBES = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # a lost machine is noticed after 25 s
 JOINING = 60.0  # seconds to connect
 RELEASED = b"."
-SECRET = 16  # bytes that tell our processes from whoever else connects
+SECRET = 16  # bytes that tell our processes from strangers that connect
 
 
 def start(config: PretrainConfig) -> Accelerator:
@@ -70,7 +70,7 @@ def start(config: PretrainConfig) -> Accelerator:
 
 
 def refuse_rankless(environment: Mapping[str, str]) -> None:
-    """Raise ValueError for a WORLD_SIZE without ranks: all would be the first and wait for the others."""
+    """Raise ValueError for a WORLD_SIZE without ranks: every process would be the first and wait for the others."""
     size = environment.get("WORLD_SIZE", "1")
     if int(size) > 1 and not any(name in environment for name in RANKS):
         raise ValueError(f"WORLD_SIZE={size} but no RANK: nothing tells the {size} processes apart; {FIX}")
@@ -79,7 +79,7 @@ def refuse_rankless(environment: Mapping[str, str]) -> None:
 def refuse_other_precision(configured: str, environment: Mapping[str, str]) -> None:
     """Raise ValueError if the launcher asks for another precision than the run computes in.
 
-    ``accelerate launch`` says "no" also where nobody asked for anything, so that "no" leaves the configuration alone.
+    ``accelerate launch`` passes "no" also if no precision was given, so "no" leaves the configuration unchanged.
     """
     launched = environment.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in ("no", configured):
@@ -91,14 +91,14 @@ def refuse_other_precision(configured: str, environment: Mapping[str, str]) -> N
 
 
 def refuse_lost(processes: int, environment: Mapping[str, str]) -> None:
-    """Raise ValueError if the environment speaks of more processes or machines than train together."""
+    """Raise ValueError if the environment announces more processes or machines than train together."""
     named = {name: int(environment[name]) for name in COUNTS if name in environment}
-    if "WORLD_SIZE" in named:  # says it best: SLURM's tasks may each be a launcher, or one may do for a while
+    if "WORLD_SIZE" in named:  # it is reliable; a SLURM task may be a launcher, and not all may be used
         named = {"WORLD_SIZE": named["WORLD_SIZE"]}
     for name, asked in named.items():
         if asked > processes:
             raise ValueError(f"{name}={asked} processes were asked for, but this one trains with {processes}: {FIX}")
-    if not named and "MASTER_ADDR" in environment:  # what accelerate's launcher of one process leaves of several
+    if not named and "MASTER_ADDR" in environment:  # the only sign of several, if accelerate launched one
         raise ValueError(f"several processes were asked for (MASTER_ADDR is set), but one was started: {FIX}")
     machines = int(environment.get("SLURM_NNODES", 1))
     agents = int(environment.get("GROUP_WORLD_SIZE", machines))
@@ -110,7 +110,7 @@ def refuse_lost(processes: int, environment: Mapping[str, str]) -> None:
 
 
 def complain(console: Console, what: str, error: Exception) -> None:
-    """Say an error: the first process all of it, the others a line each, as most errors meet every process."""
+    """Print an error: all of it in the first process, one line in the others, as most errors occur in all of them."""
     rank, text = int(os.environ.get("RANK", 0)), str(error)
     console.quiet = False
     where = f"process {rank}: " if rank else ""
@@ -122,7 +122,7 @@ def complain(console: Console, what: str, error: Exception) -> None:
 
 
 class Interruption:
-    """Set by Ctrl-C or SIGTERM; the loop then saves and leaves. A second Ctrl-C ends at once."""
+    """Notes Ctrl-C or SIGTERM, after which the loop saves and stops. A second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -139,10 +139,10 @@ class Interruption:
 
 
 class Lifeline:
-    """Ends this process, with exit code 1 and a message, soon after another one has died; until `release`.
+    """Ends this process, with exit code 1 and a message, soon after another one has died, unless `release` was called.
 
-    Must be made by all ``processes``, in a process group of theirs; does nothing for one process. The first one sees
-    every death, the others see the first one end. Raises OSError if the first process cannot be reached.
+    All ``processes`` must make one, within their process group; for one process it does nothing. The first process
+    notices every death, the others notice that of the first. Raises OSError if the first process cannot be reached.
     """
 
     def __init__(self, rank: int, processes: int, grace: float = GRACE) -> None:
@@ -158,7 +158,7 @@ class Lifeline:
         """Tell the others that this process ends because its work is done."""
         self.released.set()
         for connection in self.others.values():
-            with contextlib.suppress(OSError):  # that one has ended already
+            with contextlib.suppress(OSError):  # it has ended already
                 connection.sendall(RELEASED)
 
     def _watch(self, other: int, connection: socket.socket) -> None:
@@ -178,7 +178,7 @@ class Lifeline:
 
 
 def _accept(processes: int) -> dict[int, socket.socket]:
-    """The first process's connections by rank."""
+    """Accept the connections of all other processes to the first; returns them by rank."""
     secret = secrets.token_bytes(SECRET)
     others: dict[int, socket.socket] = {}
     with _listen(os.environ["MASTER_ADDR"], processes) as server:
@@ -188,7 +188,7 @@ def _accept(processes: int) -> dict[int, socket.socket]:
             connection, _ = server.accept()
             connection.settimeout(JOINING)
             greeting = b""
-            with contextlib.suppress(OSError):  # of a stranger who says nothing
+            with contextlib.suppress(OSError):  # a stranger may send nothing
                 greeting = connection.recv(SECRET + 4, socket.MSG_WAITALL)
             if greeting[:SECRET] == secret:
                 others[int.from_bytes(greeting[SECRET:], "big")] = _probed(connection)
@@ -198,7 +198,7 @@ def _accept(processes: int) -> dict[int, socket.socket]:
 
 
 def _listen(address: str, processes: int) -> socket.socket:
-    """Where the processes meet: on this machine alone if all of them are here, else wherever others can reach it."""
+    """A listening socket: reachable on this machine only if all processes run here, else from other machines too."""
     known = socket.gethostbyname(address)
     if ipaddress.ip_address(known).is_loopback:
         return socket.create_server((known, 0), backlog=processes)
@@ -208,7 +208,7 @@ def _listen(address: str, processes: int) -> socket.socket:
 
 
 def _connect(rank: int) -> socket.socket:
-    """Another process's connection to the first."""
+    """Connect this process to the first."""
     port, secret = from_first((0, b""), dist.group.WORLD)
     connection = socket.create_connection((os.environ["MASTER_ADDR"], port), JOINING)
     connection.sendall(secret + rank.to_bytes(4, "big"))
@@ -219,6 +219,6 @@ def _probed(connection: socket.socket) -> socket.socket:
     connection.settimeout(None)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in PROBES.items():
-        if hasattr(socket, name):  # not everywhere
+        if hasattr(socket, name):  # absent on some systems
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
     return connection

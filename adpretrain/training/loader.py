@@ -23,12 +23,13 @@ from torch.utils.data import DataLoader, Dataset
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """The images of one step as 8-bit pixels, a quarter of what the networks take to copy.
+    """The images of one step as 8-bit pixels, a quarter of the bytes of the networks' input.
 
-    ``views``: uint8 [B, V, 3, S, S]; ``masks``: bool [B, S, S]; ``keys``: (epoch, index) of each; ``sets``: how many
-    of the B images, in order, have which references, by name: equal numbers of both side by side, few first;
-    ``units``: names of photographs and their pixels, uint8 [P, 3, S, S], to be encoded together; ``forget``: names of
-    features that are not needed again. The masks stay on the host: labels are counted there without waiting.
+    ``views``: uint8 [B, V, 3, S, S]; ``masks``: bool [B, S, S]; ``keys``: (epoch, index) of each image; ``sets``: (n,
+    names of references) for each run of n consecutive images that share references, sorted by the numbers of references
+    and images; ``units``: names of photographs and their pixels, uint8 [P, 3, S, S], to be encoded together;
+    ``forget``: names of features that are not needed again. The masks stay on the host, where labels are counted
+    without waiting.
     """
 
     views: Tensor
@@ -43,11 +44,11 @@ class ImageBatch:
         return replace(self, views=change(self.views), units=units)
 
     def pin_memory(self) -> ImageBatch:
-        """In memory that a GPU can copy from by itself; the DataLoader calls this."""
+        """The batch in pinned memory, from which a GPU copies by itself; the DataLoader calls this."""
         return self._each(Tensor.pin_memory)
 
     def to(self, device: torch.device) -> ImageBatch:
-        """On a device."""
+        """The batch with its pixels on ``device``."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
 
@@ -62,8 +63,8 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class Request:
-    """What one step needs. ``keys``: its images, as the data set names them; ``pools``: groups whose pools are encoded
-    and kept, None where no features are; ``forget``: names of features that make room."""
+    """The images that one step needs. ``keys``: its images, as the data set names them; ``pools``: groups whose pools
+    are encoded and kept, or None if no features are kept; ``forget``: names of features to be dropped."""
 
     keys: list[Any]
     pools: list[int] | None = None
@@ -76,10 +77,10 @@ def assemble(
     units: Sequence[Sequence[Hashable]] | None = None,
     forget: Sequence[Hashable] = (),
 ) -> ImageBatch:
-    """Items -> a batch, and each reference ``read`` only once. Images with the same references lie side by side, and so
-    do sets of as many references for as many images: they can be matched together.
+    """Items -> a batch; each reference is read once. Images with the same references lie side by side, and so do sets
+    with equal numbers of references and images, which can be matched together.
 
-    ``units``: photographs to be read instead of the references of the items.
+    ``units``: photographs to read instead of the items' references.
     """
     first: dict[tuple[Hashable, ...], int] = {}
     for position, item in enumerate(items):
@@ -109,8 +110,8 @@ class _Loads(Dataset[ImageBatch]):
 def load_ahead(
     load: Callable[[Request], ImageBatch], requests: Iterable[Request], workers: int, device: torch.device
 ) -> Iterator[ImageBatch]:
-    """What ``load`` gives for each of ``requests``, on ``device``. Each of ``workers`` processes reads two batches
-    ahead; 0 = none."""
+    """Call ``load`` for each of ``requests`` and yield the batches on ``device``. Each of ``workers`` processes reads
+    two batches ahead; with 0 workers this process reads."""
     loader = DataLoader(
         _Loads(load),
         batch_size=None,
@@ -126,15 +127,16 @@ def load_ahead(
 
 
 def _work_on(worker: int) -> None:
-    """A request to stop, which a terminal, SLURM or a launcher sends to all processes, is for the one that trains: it
-    finishes its step, and its workers end when it tells them to, or when it is gone."""
+    """Start a worker, which ignores requests to stop. A terminal, SLURM or a launcher sends them to all processes, but
+    only the training process reacts: it finishes its step, and workers end when it tells them to, or when it is
+    gone."""
     for request in (signal.SIGINT, signal.SIGTERM):
         signal.signal(request, signal.SIG_IGN)
     threading.Thread(target=_end_without_trainer, daemon=True).start()
 
 
 def _end_without_trainer() -> None:
-    # torch looks at the parent's number for this, which is the fork server's where one starts the workers.
+    # torch watches the parent's process id for this, but that may be the fork server's.
     trains = multiprocessing.parent_process()
     assert trains is not None
     trains.join()
@@ -142,11 +144,11 @@ def _end_without_trainer() -> None:
 
 
 def _until_exit(loader: DataLoader[ImageBatch]) -> Iterator[ImageBatch]:
-    """The loader's batches. Its workers are told to end when nobody asks for more, and, should this process end in the
-    middle of them, before Python sends them the request to stop that they do not obey and waits for them."""
+    """The loader's batches. Its workers are ended when no more are requested. If this process exits in between, they
+    are ended before Python sends them a request to stop, which they ignore, and waits for them."""
     batches = iter(loader)
     end = getattr(batches, "_shutdown_workers", lambda: None)  # without workers there is nothing to end
-    atexit.register(end)  # later than torch's own and Python's, so it comes first
+    atexit.register(end)  # registered after torch's and Python's handlers, so it runs first
     try:
         yield from batches
     finally:
@@ -155,7 +157,7 @@ def _until_exit(loader: DataLoader[ImageBatch]) -> Iterator[ImageBatch]:
 
 
 def _copied_ahead(batches: Iterable[ImageBatch], device: torch.device) -> Iterator[ImageBatch]:
-    """Each batch, while the next one is copied beside the work on it."""
+    """The batches on ``device``, each yielded while the next one is copied."""
     copies, ready = torch.cuda.Stream(device), None
     for batch in batches:
         with torch.cuda.stream(copies):
@@ -164,7 +166,7 @@ def _copied_ahead(batches: Iterable[ImageBatch], device: torch.device) -> Iterat
             yield ready
         work = torch.cuda.current_stream(device)
         work.wait_stream(copies)
-        # The memory belongs to the other stream, which must not use it again before this one is done.
+        # The memory belongs to the copying stream, which must not reuse it before this one is done.
         for tensor in (coming.views, *(pixels for _, pixels in coming.units)):
             tensor.record_stream(work)
         ready = coming

@@ -1,4 +1,4 @@
-"""What a run is watched for while it trains: losses, the projector's health, held-out products."""
+"""Monitor a run while it trains: losses, the projector's health, held-out products."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from adpretrain.training.batches import LabelledBatch
 from adpretrain.training.objective import Losses
 from adpretrain.training.state import Run
 
-ERASED = 0.1  # standard deviation of learnable references, which start at 1, below which they are all alike
-CONSTANT = 1e-3  # an attention output that varies less than this share of its own size over tokens says nothing
+ERASED = 0.1  # learnable references, whose standard deviation starts at 1, are all alike below this one
+CONSTANT = 1e-3  # an attention output that varies over tokens by less than this share of its size is useless
 EXPLODES = 8.0  # the norm loss of a token this far beyond the radius is in the thousands
-VARIED = 1e-2  # one that has varied more than this has had something to say
-SEEN = 4  # images of a batch whose attention is looked at for this
+VARIED = 1e-2  # an attention output that varies by more than this share is useful
+SEEN = 4  # images of a batch whose attention is measured
 
 
 def settle(steps: list[tuple[int, Losses]]) -> tuple[float, float, float]:
-    """(total, angle, norm) of the last of some steps, whose losses are all read now: this waits for the device.
+    """Read the losses of some steps, waiting for the device; returns (total, angle, norm) of the last step.
 
-    Raises FloatingPointError naming the step and the level if one is not finite.
+    Raises FloatingPointError naming the step and the level if a loss is not finite.
     """
     for step, losses in steps:
         try:
@@ -35,8 +35,8 @@ def settle(steps: list[tuple[int, Losses]]) -> tuple[float, float, float]:
 
 def vitals(run: Run, batch: LabelledBatch) -> dict[str, float]:
     """Per level, the standard deviation of the learnable references, and how much the attention's output varies over
-    tokens, as a share of its size. Warns once where the references have been erased, or an output that did vary has
-    become a constant: they add nothing then."""
+    tokens, as a share of its size. Warns once per level if the references have been erased, or an output that did vary
+    has become a constant, because the references then add nothing."""
     if run.extractor.projector is None:
         return {}
     with run.accelerator.autocast():
@@ -60,7 +60,7 @@ def vitals(run: Run, batch: LabelledBatch) -> dict[str, float]:
 
 
 def warn_of_lengths(run: Run, batch: LabelledBatch) -> None:
-    """Say so where normal residuals, which a fresh projector passes on, are so long that the norm loss explodes."""
+    """Warn if normal residuals, which a fresh projector returns unchanged, are so long that the norm loss explodes."""
     config = run.config.loss
     if not config.norm_weight or config.norm_form != "paper":  # the released form adapts its radius
         return
@@ -72,13 +72,13 @@ def warn_of_lengths(run: Run, batch: LabelledBatch) -> None:
         return
     run.console.print(
         f"[yellow]the normal residuals' mean lengths are {', '.join(f'{mean:.3g}' for mean in means)} (by level) where "
-        f"loss.radius is {config.radius:g}: the norm loss grows exponentially beyond it, so that a few tokens rule the "
+        f"loss.radius is {config.radius:g}: the norm loss grows exponentially beyond it, so a few tokens dominate the "
         "training, or it overflows; set local_scale (--local_scale.share 0.35) or --loss.norm_form released"
     )
 
 
 def log(run: Run, step: int, values: tuple[float, float, float], batch: LabelledBatch) -> str:
-    """Write a line of metrics since the last one; its gist for the progress bar."""
+    """Write a line of metrics since the last line; returns a summary of it for the progress bar."""
     measured = {**vitals(run, batch), **run.speed.line()}
     line = dict(zip(("loss", "angle", "norm"), values, strict=True))
     line["lr"] = float(run.scheduler.get_last_lr()[0])
@@ -90,14 +90,14 @@ def log(run: Run, step: int, values: tuple[float, float, float], batch: Labelled
 
 
 def published(run: Run) -> ADExtractor:
-    """The extractor as it would be saved: with float32 weights, whatever it is trained with."""
+    """The extractor as it would be saved, with float32 weights whatever the precision of training."""
     if run.config.optim.weights == "float32":
         return run.extractor
     return copy.deepcopy(run.extractor).float()
 
 
 def report_held_out(run: Run, step: int) -> None:
-    """Score the held-out products, log the result, say it, and keep the projector if it is the best one so far."""
+    """Score the held-out products, log and print the result, and keep the projector if it is the best so far."""
     assert run.held_out is not None
     run.extractor.eval()
     extractor = published(run)

@@ -26,7 +26,7 @@ CENTER_MOMENTUM = 0.99
 @dataclass(frozen=True)
 class Losses:
     """``share``: this process's part of the loss, to be differentiated; ``levels`` [L, 3]: (total, angle, norm) of the
-    batch of all processes, without gradient and still on the device, as to read it is to wait for the step."""
+    batch of all processes, without gradient and still on the device, because reading them waits for the step."""
 
     share: Tensor
     levels: Tensor
@@ -46,7 +46,7 @@ class Losses:
 
 
 class Objective:
-    """Angle and norm losses of projected views; keeps the extractor's centres up to date if they are running means.
+    """Angle and norm losses of projected views; updates the extractor's centres if they are running means.
 
     ``group``: the processes that train together.
     """

@@ -1,4 +1,4 @@
-"""Pretraining, from a configuration to a saved extractor; `training_step` is what everything else is for."""
+"""Pretraining, from a configuration to a saved extractor, around one `training_step`."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ PLOT_EVERY = 60.0  # seconds
 
 
 def prepare(run: Run, batch: ResidualBatch) -> LabelledBatch:
-    """Token labels, and as many tokens per image as the configuration asks for."""
+    """Label the tokens of a batch, and keep as many per image as the configuration asks for."""
     loss = run.config.loss
     labelled = label(batch, loss.norm_label, loss.angle_label, loss.token_pixels)
     return thin(labelled, batch.keys, run.config.tokens, run.config.seed) if run.config.tokens else labelled
 
 
 def project(run: Run, batch: LabelledBatch) -> list[FeatureMaps]:
-    """All views' residuals through the projector, at once: keys and values do not depend on the images. With cross
-    attention view by view and group by group, each with its context. Where the backbone learns, nothing follows it."""
+    """Project the residuals of all views at once, as keys and values do not depend on the images. With cross attention,
+    views and groups are projected one by one, each with its context. Without a projector, residuals are returned."""
     if run.extractor.projector is None:
         return batch.views
     if not batch.contexts:
@@ -55,12 +55,13 @@ def project(run: Run, batch: LabelledBatch) -> list[FeatureMaps]:
 
 
 def training_step(run: Run, batch: LabelledBatch) -> Losses:
-    """Forward, backward, update. Nothing here waits for the device (fp16 apart, whose scaler asks for overflows)."""
+    """Forward, backward, update. Nothing here waits for the device, except fp16's scaler, which checks for
+    overflows."""
     watch = run.speed.watch
     watch("projector")
     with run.accelerator.autocast():
         projected = project(run, batch)
-    for level in projected[-1]:  # the backward pass reaches the projector where the gradient of its output is known
+    for level in projected[-1]:  # the backward pass reaches the projector when its output has a gradient
         level.register_hook(lambda gradient: watch("projector"))
     watch("loss")
     losses = run.objective(projected, batch)
@@ -76,7 +77,7 @@ def training_step(run: Run, batch: LabelledBatch) -> Losses:
 
 
 def advance(run: Run, batch: ResidualBatch, first: bool) -> tuple[LabelledBatch, Losses]:
-    """One step of the training, counted: what it was made on, and its losses."""
+    """Do one training step and count its images; returns the labelled batch and its losses."""
     run.speed.watch("loss")
     labelled = prepare(run, batch)
     if first:
@@ -90,8 +91,8 @@ def advance(run: Run, batch: ResidualBatch, first: bool) -> tuple[LabelledBatch,
 
 
 def record(run: Run, step: int, stopping: bool, unread: list[tuple[int, Losses]], batch: LabelledBatch) -> str | None:
-    """Log a line, score the held-out products and write a checkpoint, where each is due after ``step`` steps. Returns
-    the line's gist, None without one. Nothing is saved before every unread loss is known to be finite."""
+    """Log a line, score the held-out products and write a checkpoint, if each is due after ``step`` steps. Returns a
+    summary of the line, or None. Nothing is saved before every unread loss is known to be finite."""
     config, last = run.config, step == run.steps
     logged = last or step % config.log_every == 0
     scored = run.held_out is not None and (last or bool(config.eval.every and step % config.eval.every == 0))
@@ -118,7 +119,7 @@ def begin(run: Run) -> int:
         done = checkpoint["step"]
         run.console.print(f"resuming {run.folder.path} at step {done} of {run.steps}", markup=False)
     if run.accelerator.is_main_process:
-        run.folder.drop_metrics_after(-1 if checkpoint is None else done)  # without one, step 0 is scored again
+        run.folder.drop_metrics_after(-1 if checkpoint is None else done)  # step 0 is scored again without one
     return done
 
 
@@ -131,10 +132,10 @@ def train(run: Run) -> bool:
             measure_centers(run.extractor, normal_batches(run), dist.group.WORLD)
     if done == 0 and run.held_out:
         report_held_out(run, 0)
-    # They are equal already, unless the machines compute differently.
+    # The processes hold equal values already, unless the machines compute differently.
     copy_from_first(run.trained_state().values(), dist.group.WORLD)
     run.extractor.train()
-    interruption = Interruption()  # only from here on is there something to save
+    interruption = Interruption()  # before this there is nothing to save
     source = iter(batches(run.schedule(done, run.steps)))
     unread: list[tuple[int, Losses]] = []
     run.speed.restart()
@@ -157,10 +158,10 @@ def train(run: Run) -> bool:
 
 
 def pretrain(config: PretrainConfig, console: Console, evaluation: Evaluation | None = None) -> None:
-    """One run, or what is left of it, in every process that was launched; ``evaluation`` scores the held-out products.
+    """Start or resume a run; every launched process calls this. ``evaluation`` scores the held-out products.
 
-    Raises ValueError or OSError for what cannot be done as it was asked, FloatingPointError for a loss that is not
-    finite, KeyboardInterrupt where it is stopped before there is something to save, or at once.
+    Raises ValueError or OSError if the run is not possible as configured, FloatingPointError if a loss is not finite,
+    and KeyboardInterrupt if it is stopped before there is something to save, or by a second Ctrl-C.
     """
     accelerator = start(config)
     lifeline = Lifeline(accelerator.process_index, accelerator.num_processes)
@@ -193,8 +194,8 @@ def finish(run: Run) -> None:
 
 
 def save_backbone(run: Run, extractor: ADExtractor) -> Path:
-    """Write the weights of a backbone that has learnt beside the extractor, which names it but never holds it, and
-    let the extractor know them. They are under the licence of the published ones they started from."""
+    """Write the weights of a trained backbone beside the extractor, which never contains them, and put their
+    fingerprint into its config. They are under the licence of the published weights that training started from."""
     network, path = extractor.backbone.network, run.folder.path / "backbone.safetensors"
     assert network is not None
     with atomic_path(path) as temporary:
@@ -234,12 +235,12 @@ def provenance(run: Run) -> dict[str, Any]:
 
 
 def public_name(root: str) -> str:
-    """Of a data set: its Hub name, or the last part of its path; the whole path is nobody's business."""
+    """A data set's Hub name, or the last part of its path: the whole path is private."""
     return root if root.startswith("hf://") else Path(root).name
 
 
 def git_commit() -> str | None:
-    """The commit this file stands at, None outside a checkout of the toolkit."""
+    """The commit of the checkout that contains this file, or None outside a checkout of the toolkit."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():  # an environment may lie in another project's checkout
         return None

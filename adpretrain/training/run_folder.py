@@ -26,7 +26,7 @@ from adpretrain.files import atomic_path, sweep
 from adpretrain.parsing import from_dict, read_yaml, to_yaml
 from adpretrain.training.distributed import from_first
 
-KEEP = 2  # checkpoints
+KEEP = 2  # number of checkpoints
 FREE_KEYS = (
     "run",
     "tracker",
@@ -50,7 +50,7 @@ class RunFolder:
         written = self.path / "config.yaml"
         if main:
             for folder in (self.path, self.path / "checkpoints"):
-                sweep(folder)  # a killed process leaves what it was writing
+                sweep(folder)  # delete the temporary files of killed processes
         if written.exists():
             _refuse_other(written, config)
         elif main:
@@ -58,12 +58,12 @@ class RunFolder:
                 temporary.write_text(to_yaml(config), encoding="utf-8")
 
     def checkpoints(self) -> list[Path]:
-        """Newest first."""
+        """The paths of all checkpoints, newest first."""
         return sorted((self.path / "checkpoints").glob("step_*.pt"), reverse=True)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
-        """The newest readable checkpoint, or None. An unreadable one is named and the one before it is tried; the first
-        process chooses, so that all load the same one.
+        """The newest readable checkpoint, or None. An unreadable one is reported and the one before it is tried. The
+        first process chooses, so that all load the same checkpoint.
 
         Raises OSError if this process cannot read the first one's choice.
         """
@@ -93,17 +93,17 @@ class RunFolder:
 
     def save_checkpoint(self, step: int, state: dict[str, Any]) -> None:
         """Write ``step_{step}.pt`` under a temporary name, rename it, then delete the oldest beyond `KEEP`."""
-        content = io.BytesIO()  # torch.save tells of a full disk only that its writer is in disorder
+        content = io.BytesIO()  # on a full disk, torch.save's own error would not say so
         torch.save({"step": step, **state}, content)
         with atomic_path(self._checkpoint(step)) as temporary:
             temporary.write_bytes(content.getbuffer())
-        before = [path for path in self.checkpoints() if path < self._checkpoint(step)]  # those after it are unreadable
+        before = [path for path in self.checkpoints() if path < self._checkpoint(step)]  # later ones are unreadable
         for old in before[KEEP - 1 :]:
             old.unlink()
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Whatever cannot be written inside raises OSError with what is left and what to do."""
+        """A context in which every failed write raises an OSError that says what is saved and what to do."""
         try:
             yield
         except OSError as error:
@@ -115,7 +115,7 @@ class RunFolder:
             ) from error
 
     def drop_metrics_after(self, step: int) -> None:
-        """Forget what an interrupted run logged beyond its last checkpoint: those steps are run again."""
+        """Delete what an interrupted run logged after its last checkpoint, because those steps are run again."""
         lines = [line for line in self.read_metrics() if line["step"] <= step]
         if self.metrics_path.exists():
             with atomic_path(self.metrics_path) as temporary:
@@ -139,7 +139,7 @@ class RunFolder:
         return lines
 
     def plot(self, every: float = 0.0) -> None:
-        """Loss and held-out curves: curves.png; nothing if that was done less than ``every`` seconds ago."""
+        """Draw loss and held-out curves to curves.png, unless that was done less than ``every`` seconds ago."""
         if time.monotonic() - self.plotted < every:
             return
         self.plotted = time.monotonic()
@@ -174,19 +174,19 @@ class RunFolder:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A checkpoint, its checksums compared: torch.load takes a hole in the middle, as a lost machine leaves it, for
-    weights of zero. Raises OSError if it is torn."""
+    """A checkpoint, after its checksums are verified: torch.load would read a hole in the file, as a lost machine
+    leaves it, as zero weights. Raises OSError if it is damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
                 raise OSError(f"{damaged} in it is damaged")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zipfile and torch.load have many words for a torn file
+    except Exception as error:  # zipfile and torch.load raise many kinds for a damaged file
         raise OSError(str(error)) from error
 
 
 def _refuse_other(written: Path, config: PretrainConfig) -> None:
-    before = from_dict(PretrainConfig, read_yaml(str(written)), str(written))  # a key that is newer has its default
+    before = from_dict(PretrainConfig, read_yaml(str(written)), str(written))  # newer keys get their default
     old, new = _flat(dataclasses.asdict(before)), _flat(dataclasses.asdict(config))
     changed = [key for key in new if key not in FREE_KEYS and old[key] != new[key]]
     if changed:

@@ -1,6 +1,6 @@
-"""What a run trains on: photographs on disk, or a stream of shards (``data.name: shards``).
+"""The images that a run trains on: photographs on disk, or a stream of shards (``data.name: shards``).
 
-All photographs are checked once before training: an unreadable one found later costs what was trained.
+All photographs are checked once before training, so that no unreadable one stops a run half-way.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from adpretrain.training.distributed import from_first
 from adpretrain.training.streamed import StreamedBatches, StreamedSet
 
 SHARDS = "shards"  # the data.name that streams
-STAMP = "checked.json"  # in the run's folder: what was checked, and what was wrong
-COMMITS = "data_commits.json"  # in the run's folder: data.root -> the same at the commit of the run's start
-CENTER_SHOTS = 4  # references of an image whose residuals measure the centres, as in the released run
+STAMP = "checked.json"  # in the run's folder: a digest of the checked files, and their problems
+COMMITS = "data_commits.json"  # in the run's folder: data.root -> data.root at its commit when the run began
+CENTER_SHOTS = 4  # references per image when the centres are measured, as in the released run
 SCALE_IMAGES = 2  # normal images of every product that the local scale is measured on
 
 
 def checked_samples(config: DataConfig, run: Path, console: Console, main: bool) -> list[Sample]:
-    """The samples of a data set, `checked`."""
+    """The samples of a data set after `checked`."""
     return checked(config, *index_with_bare(config.name, config.root, config.columns), run, console, main)
 
 
 def checked(
     config: DataConfig, samples: list[Sample], missing: Mapping[Path, str], run: Path, console: Console, main: bool
 ) -> list[Sample]:
-    """Check images and masks as `adpretrain check-data` does; the first process does for all.
+    """Check images and masks as `adpretrain check-data` does; the first process does this for all.
 
     A check is remembered in the run's folder and not repeated while paths, sizes, times and labels stay the same.
-    Raises ValueError with the whole list of bad images, or leaves them out, as ``config.on_error`` says: they are
-    listed when they are found, and counted when the run is resumed.
+    Raises ValueError with the whole list of bad images, or leaves them out, as ``config.on_error`` says. Images that
+    are left out are listed when they are found, and only counted when the run is resumed.
     """
     found = _problems(samples, missing, config.root, run, console) if main else ([], False)
     problems, remembered = from_first(found, dist.group.WORLD)
@@ -71,8 +71,8 @@ def checked(
 def _problems(
     samples: Sequence[Sample], missing: Mapping[Path, str], root: str, run: Path, console: Console
 ) -> tuple[list[list[str]], bool]:
-    """[image, reason] pairs, and whether they are those of the run's stamp: if not, the files were other ones, and the
-    pairs are those of a new check."""
+    """[image, reason] pairs, and whether they come from the run's stamp. They come from a new check if there is no
+    stamp or the files have changed."""
     stamp, digest = run / STAMP, _digest(samples, root)
     known = read_stamp(stamp)
     if known.get("files") == digest:
@@ -108,10 +108,10 @@ def _relative(file: Path, root: str) -> str:
 
 
 def read_stamp(stamp: Path) -> dict[str, Any]:
-    """What a run has written down for when it is resumed."""
+    """The content of a JSON file that a run wrote for resuming; empty if it is missing or damaged."""
     try:
         return json.loads(stamp.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none yet, or torn
+    except (OSError, ValueError):  # missing or damaged
         return {}
 
 
@@ -126,7 +126,7 @@ def held_out_names(names: Sequence[str], patterns: Sequence[str]) -> set[str]:
 def split_samples(samples: Sequence[Sample], patterns: Sequence[str]) -> tuple[list[Sample], list[Sample]]:
     """(training, held-out) samples; ``patterns`` are category names or patterns such as "p09*".
 
-    A benchmark's own validation split is left alone.
+    A benchmark's own validation split is in neither.
     """
     samples = [sample for sample in samples if sample.split != "validation"]
     held = held_out_names(sorted({sample.category for sample in samples}), patterns)
@@ -134,7 +134,7 @@ def split_samples(samples: Sequence[Sample], patterns: Sequence[str]) -> tuple[l
 
 
 def samples_of_shards(shards: Shards, patterns: Sequence[str], main: bool) -> tuple[list[Sample], list[Sample]]:
-    """(a few normal photographs of every product, the held-out samples of the first process) as files.
+    """(a few normal photographs of every product, the held-out samples, in the first process only) as files.
 
     Raises ValueError if a held-out category is among the training shards.
     """
@@ -150,8 +150,8 @@ def samples_of_shards(shards: Shards, patterns: Sequence[str], main: bool) -> tu
 
 
 def root_of_run(config: PretrainConfig, main: bool) -> str:
-    """data.root; one of the Hub at the commit that it was at when the run started, for all processes and however often
-    the run is resumed. Raises ValueError if it cannot be reached."""
+    """data.root. A Hub repository is pinned to its commit at the start of the run, for all processes and every
+    resumption. Raises ValueError if it cannot be reached."""
     root, stamp = config.data.root, Path(config.run) / COMMITS
     if not root.startswith(HUB):
         return root
@@ -162,8 +162,8 @@ def root_of_run(config: PretrainConfig, main: bool) -> str:
 
 
 def _commit(root: str, stamp: Path) -> str | ValueError:
-    """The root at its commit, or why it has none: an error raised here would leave the other processes waiting."""
-    begun = stamp.with_name("config.yaml").exists()  # what stopped an earlier start may have been mended since
+    """The root at its commit, or the error, which would leave the other processes waiting if it were raised here."""
+    begun = stamp.with_name("config.yaml").exists()  # a start that failed earlier does not count
     known = read_stamp(stamp) if begun else {}
     try:
         if root not in known:
@@ -171,14 +171,14 @@ def _commit(root: str, stamp: Path) -> str | ValueError:
             with atomic_path(stamp) as temporary:
                 temporary.write_text(json.dumps(known), encoding="utf-8")
     except ValueError as error:
-        return ValueError(str(error))  # without its cause, which cannot be sent
+        return ValueError(str(error))  # without its cause, which cannot be sent to other processes
     return known[root]
 
 
 def find_samples(
     config: PretrainConfig, console: Console, main: bool
 ) -> tuple[Shards | None, list[Sample], list[Sample]]:
-    """(shards if the set is streamed, samples, held-out samples)."""
+    """(the shards if the set is streamed, training samples, held-out samples)."""
     if config.data.name == SHARDS:
         shards = Shards(root_of_run(config, main))
         return shards, *samples_of_shards(shards, config.data.held_out, main)
@@ -187,8 +187,8 @@ def find_samples(
 
 
 def held_out_products(samples: Sequence[Sample], shots: int, console: Console) -> dict[str, list[Sample]]:
-    """The held-out samples by product, those left out and named that have no metrics: a product needs normal and
-    defective images beside its ``shots`` references.
+    """The held-out samples by product, without products that cannot be scored, which are printed: a product needs
+    normal and defective images besides its ``shots`` references.
 
     Raises ValueError naming a product with fewer normal images than shots, or if no product has metrics.
     """
@@ -210,10 +210,10 @@ def held_out_products(samples: Sequence[Sample], shots: int, console: Console) -
 def training_set(
     config: PretrainConfig, shards: Shards | None, samples: Sequence[Sample], preprocess: Preprocess
 ) -> PretrainingSet | StreamedSet:
-    """The images of the steps.
+    """The training images.
 
-    Raises ValueError for a set without a single defect: both losses tell anomalies from normal tokens, and without any
-    the norm loss alone is left, which shrinks all features alike.
+    Raises ValueError for a set without any defect: both losses separate anomalous from normal tokens, and without
+    anomalies only the norm loss is left, which shrinks all features alike.
     """
     seed = config.cache.seed if config.cache.draws else config.seed
     shots = config.shots if config.matching != "none" else [0]
@@ -235,7 +235,7 @@ def training_set(
 def step_batches(
     data: PretrainingSet | StreamedSet, config: PretrainConfig, start: int, stop: int, rank: int, processes: int
 ) -> StepBatches | StreamedBatches:
-    """One process's batches of the steps from ``start`` to ``stop``."""
+    """The batches of one process for the steps from ``start`` to ``stop``."""
     size = config.optim.batch_size
     if isinstance(data, StreamedSet):
         return StreamedBatches(data, size, start, stop, rank, processes)
@@ -245,8 +245,8 @@ def step_batches(
 def normal_images(
     data: PretrainingSet | StreamedSet, config: PretrainConfig, rank: int, processes: int
 ) -> tuple[PretrainingSet | StreamedSet, Iterable[list[Any]], int]:
-    """The normal images of a set, plain and with `CENTER_SHOTS` references each (fewer where ``shots`` are); one
-    process's batches of them, and how many these are (at most, of a stream, which drops what is less than a batch)."""
+    """The normal images of a set, without augmentation and with `CENTER_SHOTS` references each (or the largest of
+    ``shots``, if lower); one process's batches of them, and the number of batches (of a stream, at most so many)."""
     shots, size = [min(CENTER_SHOTS, max(data.shots))], config.optim.batch_size
     if isinstance(data, StreamedSet):
         coming = StreamedSet(data.shards, data.preprocess, shots, data.seed, "none", config.data.reservoir_mb << 20)

