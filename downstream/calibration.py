@@ -114,7 +114,7 @@ def calibrate(
     """Compute thresholds for the false-alarm rate `rate` in (0, 1).
 
     leave_one_out: [K] scores of the references, each against the other K - 1 (may be empty). extra: [M] scores of
-    normal photographs that are not references, against all K. If M is enough for `rate`, only ``extra`` is used, because
+    normal photographs that are not references, against all K. If M is enough for `rate`, only ``extra`` is used, as
     the promise is then exact; otherwise both are pooled. If even n = K + M is too few, the smallest possible rate
     1 / (n + 1) is used instead and `warnings` says so. ``unlike`` holds the [K] and [M] unlike values of the same
     photographs; the rate is then that of both together. Raises ValueError if there are no scores, for a rate outside

@@ -193,7 +193,7 @@ class _Search:
         return self.rounding.bounds(left_KD, right_PD, biases_P, side), biases_K
 
     def behind(self, rows_K: Tensor, known_N: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield blocks of rows that have not been compared with all chosen rows, each with a block of the missing ones."""
+        """Yield blocks of rows not yet compared with all chosen rows, each with a block of chosen rows to compare."""
         known_K = known_N.index_select(0, rows_K)
         # A row at distance 0 cannot get closer.
         late = (known_K < self.count) & (self.distance_N.index_select(0, rows_K) > 0)

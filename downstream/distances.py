@@ -59,7 +59,7 @@ def sums_of_squares(rows_MD: Tensor) -> Tensor:
 
 
 def squared_distances(left_ND: Tensor, left_M: Tensor, right_ND: Tensor, right_M: Tensor) -> Tensor:
-    """Return squared distances of M pairs: the bits of ``(left_ND[left_M] - right_ND[right_M]).square().sum(1)``, [M]."""
+    """Return exactly ``(left_ND[left_M] - right_ND[right_M]).square().sum(1)``, squared distances [M] of pairs."""
     dtype = compute_type(left_ND)
     out_M = torch.empty(len(left_M), dtype=dtype, device=left_ND.device)
     step = rows_per_block(left_ND.shape[1])
@@ -76,7 +76,7 @@ class Rounding:
     """Bounds of `squared_distances` from a matrix product, for any order of additions.
 
     With z = fl(x - m) for any fixed m and n = fl(||z||^2), fl(n_i + n_j - 2 z_i.z_j) differs from ||x_i - x_j||^2 by at
-    most ``norms`` (n_i + n_j) + ``tiny``, and the computed distance by at most a factor of 1 +- ``total``, and ``tiny``.
+    most ``norms`` (n_i + n_j) + ``tiny``, the computed distance by a factor of at most 1 +- ``total``, and ``tiny``.
     """
 
     norms: float

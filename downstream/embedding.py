@@ -136,7 +136,7 @@ def chosen_levels(features: FeatureMaps, levels: Sequence[int] | Literal["paper"
 
 
 def aggregate(feature_BCHW: Tensor, config: EmbeddingConfig) -> Tensor:
-    """Average neighbourhoods of a level, P_{s,p} (PatchCore Eq. 3), and pool channels: [B, level_dim or C, H/s, W/s]."""
+    """Average neighbourhoods of a level, P_{s,p} (PatchCore Eq. 3), pool channels: [B, level_dim or C, H/s, W/s]."""
     if not feature_BCHW.is_floating_point() or feature_BCHW.ndim != 4 or 0 in feature_BCHW.shape[1:]:
         raise ValueError(
             f"features must be [B, C, H, W] floats, C, H and W at least 1, got {tuple(feature_BCHW.shape)} "

@@ -6,8 +6,7 @@ largest temporary tensor takes only some MiB, whatever the grid.
 With covariance C + eps I, two forms give the same distance:
 - more images than channels: C + eps I = L L^T (Cholesky) and d^2 = ||L^-1 delta||^2, by a triangular solve;
 - else: C = A^T A with the centred images A [n, D] / sqrt(n - 1), and by Woodbury's identity
-  d^2 = (||delta||^2 - ||V delta||^2) / eps with V = K^-1 A and eps I + A A^T = K K^T; this takes n / D of the memory
-  and the time.
+  d^2 = (||delta||^2 - ||V delta||^2) / eps with V = K^-1 A, eps I + A A^T = K K^T: n / D of the memory and the time.
 No matrix is inverted, because batched `torch.linalg.inv` and `solve` have given wrong numbers on CPUs.
 
 Shapes: B images of a batch, n images in all, P positions, p positions of a chunk, D channels, F = n or D rows.
@@ -86,13 +85,13 @@ def size_bytes(images: int, positions: int, width: int) -> int:
 
 
 class Moments:
-    """Means and covariances of P positions, image batch by image batch.
+    """Means and covariances of P positions, computed batch by batch.
 
-    Up to D images are kept as they are, 4 n P D bytes; more are added up to the lower triangles of their products,
-    about 4.5 P D^2 bytes however many they are. The factors take the place of either. ``expected``: at least the
-    number of images, if it is known: kept images are then stored where they stay. If it is not, or they are more after
-    all, they are put together at the end, where memory is needed for one batch more, if the system takes back what is
-    freed.
+    Up to D images are kept, in 4 n P D bytes; of more, the lower triangles of their products are summed, in about
+    4.5 P D^2 bytes for any number. The factors overwrite either. ``expected`` is an upper bound of the number of
+    images, if it is known: they are then stored in one tensor from the beginning. If it is None or turns out too small,
+    the batches are joined at the end, which needs memory for one more batch, provided that the system takes back freed
+    memory.
     """
 
     def __init__(self, expected: int | None = None) -> None:

@@ -29,7 +29,7 @@ def upsample(grid_BHW: Tensor, size: int, align_corners: bool = False) -> Tensor
     """Upsample bilinearly: [B, H, W] -> [B, S, S]. Raises ValueError for a grid or a map without pixels."""
     if size < 1 or min(grid_BHW.shape[1:]) < 1:
         raise ValueError(
-            f"cannot upsample a grid of {tuple(grid_BHW.shape[1:])} to a map of {size} pixels: both need at least 1"
+            f"cannot upsample a grid of {tuple(grid_BHW.shape[1:])} patches to a map of {size} pixels: need at least 1"
         )
     return F.interpolate(grid_BHW[:, None], (size, size), mode="bilinear", align_corners=align_corners)[:, 0]
 

@@ -394,7 +394,7 @@ def push_folder(folder: Path, repo_id: str, *, private: bool | None = None, **op
 
 
 def is_detector(folder: Path) -> bool:
-    """Say whether a saved model is a fitted detector or else an extractor. Raises ValueError if it is no saved model."""
+    """Say whether a saved model is a fitted detector or else an extractor. Raises ValueError for any other folder."""
     if not (folder / CONFIG_NAME).is_file():
         what = f"has no {CONFIG_NAME}" if folder.is_dir() else "is not a folder"
         raise ValueError(f"{folder} {what}: expected a folder written by save_pretrained")

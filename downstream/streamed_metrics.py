@@ -68,7 +68,7 @@ class StreamingMetrics:
     scores are in the same bin, so that the bounds hold for the maps as given.
 
     Args:
-        bits: number of leading bits of a float32 that define a bin, 10 to 32; fewer need less memory and give wider bounds.
+        bits: leading bits of a float32 that define a bin, 10 to 32; fewer need less memory and give wider bounds.
     """
 
     def __init__(self, bits: int = BITS) -> None:

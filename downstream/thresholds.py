@@ -1,4 +1,4 @@
-"""Input checks of metrics, counts at all relevant thresholds, and metrics from these counts; use them through `metrics`.
+"""Input checks, counts at all relevant thresholds, and metrics computed from these counts, for use by `metrics`.
 
 The thresholds are the distinct scores of the *anomalous* items, in descending order: between two of them recall and
 PRO cannot change, and only false positives accumulate. So the normal scores are sorted once (plain values, no index),
@@ -110,7 +110,7 @@ def roc_curve(counts: Thresholds) -> tuple[NDArray[np.float64], NDArray[np.float
 
 
 def pro_curve(counts: Thresholds) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the corners of the per-region-overlap curve: pixel false positive rates and PRO, ascending, up to FPR 1."""
+    """Return the corners of the per-region-overlap curve: pixel false positive rates and PRO, ascending, to FPR 1."""
     return _corners(counts, counts.overlap_T)
 
 
@@ -188,7 +188,7 @@ def region_shares(masks_NHW: NDArray[np.bool_]) -> tuple[NDArray[np.float64], in
 
 
 def image_labels(masks_NHW: NDArray[np.bool_], labels: ArrayLike | None) -> NDArray[np.bool_]:
-    """Return which images are anomalous, [N]. Raises ValueError if a mask contradicts a label, or for a wrong number."""
+    """Return which images are anomalous, [N]. Raises ValueError if a mask contradicts a label or the shape is wrong."""
     marked = np.asarray(masks_NHW.reshape(len(masks_NHW), -1).any(axis=1))
     if labels is None:
         return marked

@@ -125,7 +125,7 @@ def test_help_shows_what_is_done_by_default(
     import plan
 
     for main, shown in (
-        (recipe.main, ["of the first draw; every further one has the next number (default: 0)", "(default: few-shot)"]),
+        (recipe.main, ["random seed of the first draw; each further draw adds 1 (default: 0)", "(default: few-shot)"]),
         (plan.main, ["trained on (default: 64)", "of the set (Real-IAD) (default: 151050)"]),
     ):
         with contextlib.suppress(SystemExit):

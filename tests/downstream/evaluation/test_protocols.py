@@ -89,7 +89,9 @@ def test_few_shot_never_scores_what_it_learnt_from_even_where_all_images_are_of_
     part = only(trials(samples, ProtocolOptions("few-shot", shots=(4,))))
     assert not names(part.train) & names(part.test)
     assert len(part.test) == len(samples) - 4
-    assert part.notes == ("all normal images are in the test split: those used for fitting come from it and are not scored",)
+    assert part.notes == (
+        "all normal images are in the test split: those used for fitting come from it and are not scored",
+    )
     assert not only(trials(product("cap"), ProtocolOptions("few-shot", shots=(4,)))).notes
 
 
