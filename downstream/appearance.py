@@ -1,19 +1,19 @@
-"""How a photograph looks as a whole, compared with the normals: brightness, contrast, colour, sharpness, layout.
+"""Compare a photograph as a whole with the normals: brightness, contrast, colour, sharpness, layout.
 
-Features that are compared place by place, and scaled by what is usual there, are blind to much that is wrong
-everywhere: another exposure, a lens out of focus, a camera upside down. So each photograph is measured as a whole,
-before any network, and its nonconformity `unlike` is the largest of these distances, each in units of its spread:
+Features that are compared patch by patch, and scaled by what is usual there, miss much that is wrong everywhere, such
+as another exposure, a lens out of focus or a camera upside down. So each photograph is also measured as a whole,
+without a network, and its nonconformity `unlike` is the largest of these distances, each in units of its spread:
 
 - brightness: the mean of the gray values; contrast: the logarithm of their standard deviation;
 - colour: the means of two opponent axes, red - green and (red + green) / 2 - blue;
-- sharpness (and noise, its other side): the logarithm of the mean absolute Laplacian of the gray values;
-- layout: the root mean square distance between thumbnails of 8 x 8 gray values less their mean, to the nearest normal.
+- sharpness (which noise also raises): the logarithm of the mean absolute Laplacian of the gray values;
+- layout: the root mean square distance to the nearest normal between thumbnails of 8 x 8 gray values minus their mean.
 
-A distance is measured from the median of the normals. Its spread is sqrt(s^2 + f^2 (1 + 8 / n)), with s = 1.2533 times
-the mean absolute deviation (the standard deviation, if normal; one odd photograph counts for less) and a floor f, below
-which nobody should be alarmed: a lamp or an exposure control that is said to be constant still drifts by a few per cent
-(`FLOORS`). Of few normals s says little, so that the floor counts for more: twice as much with n = 3. The layout's
-spread is made in the same way from every normal's distance to its nearest other one.
+All but the layout are measured from the median of the normals. The spread is sqrt(s^2 + f^2 (1 + 8 / n)), where s is
+1.2533 times the mean absolute deviation (for a normal distribution the standard deviation, but less sensitive to one
+odd photograph) and f is a floor below which there should be no alarm: even a lamp or an exposure control that is said
+to be constant drifts by a few per cent (`FLOORS`). With few normals s is uncertain, and the floor counts more: about
+twice as much for n = 3. The spread of the layout is computed likewise, from distances of normals to their nearest one.
 
 Shape legend: N normals, B photographs, S side in pixels, F numbers of a photograph, C measured values.
 """
@@ -29,17 +29,17 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 MEASURES = ("brightness", "contrast", "colour", "colour", "sharpness", "layout")
-# Of brightness 3 % of the range, of layout half of that, of each colour axis 1 % (people see half of that in pairs); of
-# contrast 10 %, of sharpness 15 %, as compression and the sensor's noise give by the kind of picture.
+# Brightness: 3 % of the range; layout: half of that; each colour axis: 1 % (side by side, people see half of that);
+# contrast: 10 % and sharpness: 15 %, which compression and sensor noise cause, depending on the kind of picture.
 FLOORS = np.array([0.03, 0.10, 0.01, 0.01, 0.15, 0.015])
-FEW = 8.0  # normals, at which the floor's square counts twice
+FEW = 8.0  # with this number of normals, the squared floor counts twice
 THUMBNAIL = 8
-_STEP = 1 / 255  # added before a logarithm: one gray level is nothing
+_STEP = 1 / 255  # one gray level, added before taking a logarithm
 _LUMA = (0.299, 0.587, 0.114)
 
 
 def appearance(pixels: Tensor) -> NDArray[np.float64]:
-    """A photograph as the network sees it, uint8 [3, S, S] -> [F]: five values and the thumbnail's 64."""
+    """Measure a photograph as the network sees it, uint8 [3, S, S]: five values and the 64 of the thumbnail, [F]."""
     red, green, blue = pixels.float().div(255)
     gray_SS = _LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue
     inner = gray_SS[1:-1, 1:-1]
@@ -60,14 +60,14 @@ def appearance(pixels: Tensor) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class Unlike:
-    """How much photographs are unlike the normals: ``values`` [B], and the measure that is furthest off in each."""
+    """How far photographs are from the normals: ``values`` [B], and for each the measure with the largest distance."""
 
     values: NDArray[np.float64]
     measures: tuple[str, ...]
 
 
 class Normals:
-    """What the appearance of N normals, rows [N, F] of `appearance`, is. Raises ValueError without any."""
+    """The appearance of N normals, rows [N, F] of `appearance`. Raises ValueError if there are none."""
 
     def __init__(self, rows: ArrayLike) -> None:
         self.rows_NF = np.atleast_2d(np.asarray(rows, dtype=np.float64))
@@ -75,13 +75,13 @@ class Normals:
             raise ValueError("no normal photographs to compare the appearance with")
 
     def unlike(self, rows: ArrayLike) -> Unlike:
-        """Of photographs that are not among the normals: rows [B, F]."""
+        """Compare photographs, rows [B, F], that are not among the normals."""
         rows_BF = np.asarray(rows, dtype=np.float64).reshape(-1, self.rows_NF.shape[1])
         distances_BC = _distances(rows_BF, self.rows_NF)
         return Unlike(distances_BC.max(1), tuple(MEASURES[worst] for worst in distances_BC.argmax(1)))
 
     def leave_one_out(self) -> NDArray[np.float64]:
-        """[N]: every normal against the N - 1 others; empty if there is one only."""
+        """Compare every normal with the N - 1 others: values [N], empty if there is only one."""
         count = len(self.rows_NF)
         if count < 2:
             return np.empty(0)
@@ -89,7 +89,7 @@ class Normals:
 
 
 def _distances(rows_BF: NDArray[np.float64], normals_NF: NDArray[np.float64]) -> NDArray[np.float64]:
-    """[B, C] in units of the normals' spread."""
+    """Return the distances of every measure, [B, C], in units of the normals' spread."""
     few = len(MEASURES) - 1
     centre_C, values_NC = np.median(normals_NF[:, :few], axis=0), normals_NF[:, :few]
     away_BC = np.abs(rows_BF[:, :few] - centre_C)
@@ -107,6 +107,6 @@ def _spread(deviation: ArrayLike, floor: ArrayLike, count: int) -> NDArray[np.fl
 
 
 def _apart(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Root mean square distance of every thumbnail in ``a`` from every one in ``b``."""
+    """Return the root mean square distance of every thumbnail in ``a`` from every one in ``b``."""
     squares = (a**2).mean(1)[:, None] + (b**2).mean(1)[None] - 2 * a @ b.T / a.shape[1]
     return np.sqrt(np.clip(squares, 0, None))

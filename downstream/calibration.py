@@ -4,28 +4,27 @@ Given the scores c_1..c_n of n normal photographs, a new photograph with score s
 
     p(s) = (1 + #{i : c_i >= s}) / (n + 1)
 
-and is called anomalous when p <= alpha, which is the same as s > (the k-th largest c_i), k = floor(alpha (n +
-1)). The smallest p-value there is equals 1 / (n + 1): a rate below that cannot be promised by n photographs.
+and is called anomalous when p <= alpha, which is the same as s > (the k-th largest c_i) with k = floor(alpha (n + 1)).
+The smallest possible p-value is 1 / (n + 1), so that n photographs cannot promise a lower rate.
 
-What the promise rests on
-- *Exchangeability*: the next normal photograph must be as if drawn from the same pot as the calibration
-  photographs (same product, camera, light, and no selection: hand-picked good shots, or all shots of one
-  morning, are not). Drift breaks it, and nothing computed here can notice.
-- *Extra photographs*, not used as references, scored exactly as the new ones: the rate is then exact (split
+What the promise depends on
+- *Exchangeability*: new normal photographs and the calibration photographs must come from the same distribution (same
+  product, camera and light, and no selection such as hand-picked good shots, or all shots of one morning). Drift
+  violates it, and no computation here can detect that.
+- *Extra photographs* that are not references and are scored exactly like new ones make the rate exact (split
   conformal): P(p <= alpha) <= alpha for a normal photograph, on average over the draw of the calibration set.
-- *Leave-one-out* scores of the K references, each scored against the other K - 1: a new photograph meets K
-  references, one more, so it tends to score lower, and the rate tends to stay below the promise. If adding a
-  reference can never raise a score (the raw residual norm to the nearest reference: a minimum over a larger
-  set) the promise holds exactly: all K + 1 leave-one-out scores within the joint set would be exchangeable,
-  and the calibration scores can only be larger than those. With a projector, or a scale estimated from the
-  references, a score may rise, and leave-one-out is an approximation, as in the jackknife: usually
-  conservative, without a proof.
-- *Both pooled*: the mixture inherits the weaker statement, an approximation.
-- *Two things at once*, the score a and how much a photograph is unlike the normals as a whole, u
-  (`downstream.appearance`): a photograph is anomalous when one of them is above its threshold, and the promise holds
-  for both together. See `joint_thresholds`.
-- The rate is an average over calibration sets. For the one at hand it is spread like Beta(k, n + 1 - k);
-  `Calibration.rate_upper` is its 95 % quantile, and for four photographs that is far above the average.
+- *Leave-one-out* scores compare each of the K references with the other K - 1. A new photograph is compared with K
+  references, one more, so it tends to score lower, and the rate tends to stay below the promise. If adding a reference
+  can never raise a score (as for the norm of the raw residual to the nearest reference, a minimum over a larger set),
+  the promise holds exactly: all K + 1 leave-one-out scores within the joint set would be exchangeable, and the
+  calibration scores can only be larger than those. With a projector, or a scale estimated from the references, a score
+  may rise, and leave-one-out is an approximation, as in the jackknife: usually conservative, but without a proof.
+- *Both kinds pooled* give the weaker of the two guarantees, an approximation.
+- *Two measures*: the score a, and u, which says how far the photograph as a whole is from the normals
+  (`downstream.appearance`). A photograph is anomalous when one of them is above its threshold, and the promise holds
+  for both together; see `joint_thresholds`.
+- The rate is an average over calibration sets. For a given set it is distributed like Beta(k, n + 1 - k);
+  `Calibration.rate_upper` is the 95 % quantile, which for four photographs is far above the average.
 """
 
 from __future__ import annotations
@@ -40,18 +39,17 @@ from scipy import special  # scipy.stats takes a second to import
 
 from downstream.metric_counts import real_numbers
 
-# floor(alpha (n + 1)) must not lose a step to the rounding of, say, 0.07 * 100 = 7.000000000000001 or 0.29 *
-# 100.
+# Added before floor, since alpha (n + 1) can be rounded down to just below an integer, such as 0.29 * 100.
 _ROUNDING = 1e-9
 TAU, ODD = 3.0, 2.0  # see joint_thresholds
 DRIFT_LEVEL = 0.01
-_LARGEST_LOG = 700.0  # whose exponential is still a float
+_LARGEST_LOG = 700.0  # its exponential is still a finite float
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Thresholds and what they promise. A photograph is anomalous when its score is strictly greater than `threshold`,
-    or its `unlike` value strictly greater than `unlike_threshold` (infinite where that was not measured)."""
+    """Thresholds and the rate they promise. A photograph is anomalous when its score is strictly greater than
+    `threshold`, or its `unlike` value is strictly greater than `unlike_threshold` (infinite if not measured)."""
 
     threshold: float
     rate: float  # the promised false-alarm rate, at most `asked_rate` unless `warnings` says so
@@ -63,13 +61,11 @@ class Calibration:
     unlike: tuple[float, ...] = ()  # the unlike values of the same n photographs, in the order of `scores`
 
     def p_values(self, scores: ArrayLike) -> NDArray[np.float64]:
-        """scores [B] -> p-values [B] in [1 / (n + 1), 1]; ValueError for NaN (it would pass as normal or
-        worse).
-        """
+        """scores [B] -> p-values [B] in [1 / (n + 1), 1]. Raises ValueError for NaN, which could pass as normal."""
         return conformal_p_values(self.scores, scores)
 
     def unlike_p_values(self, unlike: ArrayLike) -> NDArray[np.float64]:
-        """The same of unlike values [B]. ValueError where the normals' were not measured."""
+        """unlike values [B] -> p-values [B]. Raises ValueError if those of the normals were not measured."""
         return conformal_p_values(self.unlike, unlike)
 
     def is_anomalous(self, scores: ArrayLike) -> NDArray[np.bool_]:
@@ -77,15 +73,15 @@ class Calibration:
         return _finite(scores, "scores") > self.threshold
 
     def exceeds(self, alarms: int, photographs: int) -> bool:
-        """Whether so many alarms among so many photographs are more than normal photographs give, at the 1 % level.
+        """Test at the 1 % level whether there are more alarms than normal photographs would give.
 
-        One-sided test: of m exchangeable normal photographs at least ``alarms`` are above the k-th largest of n with
-        the beta-binomial probability of (m, k, n + 1 - k). That is the binomial one at the promised rate, averaged over
-        calibration sets: with few normals the rate of the set at hand may lie well above the promise.
+        The test is one-sided: the probability that at least ``alarms`` of m exchangeable normal photographs are above
+        the k-th largest of n is beta-binomial with (m, k, n + 1 - k). It is the binomial probability averaged over
+        calibration sets, because with few normals the rate of a given set may be well above the promise.
         """
         n = len(self.scores)
         rank = round(self.rate * (n + 1))
-        more = np.arange(alarms, photographs + 1)  # alarms as many, or more
+        more = np.arange(alarms, photographs + 1)  # numbers of alarms that are at least as high
         rest = photographs - more
         ways = special.gammaln(photographs + 1) - special.gammaln(more + 1) - special.gammaln(rest + 1)
         log_p = ways + special.betaln(more + rank, rest + n + 1 - rank) - special.betaln(rank, n + 1 - rank)
@@ -93,19 +89,19 @@ class Calibration:
 
 
 def conformal_p_values(calibration: ArrayLike, scores: ArrayLike) -> NDArray[np.float64]:
-    """p = (1 + #{calibration >= s}) / (n + 1) for every s of scores [B] -> [B], in O((n + B) log n).
+    """Return p = (1 + #{calibration >= s}) / (n + 1) for every s of scores [B]: [B], in O((n + B) log n).
 
-    calibration: [n], n > 0. Raises ValueError without any, and for NaN or infinite ones on either side.
+    calibration: [n], n > 0. Raises ValueError if it is empty, and for NaN or infinite values in either argument.
     """
     ascending = np.sort(_several(calibration, "calibration scores"))
     if len(ascending) == 0:
-        raise ValueError("no calibration scores: a p-value compares with those of at least one normal photograph")
+        raise ValueError("no calibration scores: a p-value needs the score of at least one normal photograph")
     below = np.searchsorted(ascending, _finite(scores, "scores"), side="left")
     return np.asarray(1.0 + len(ascending) - below, dtype=np.float64) / (len(ascending) + 1)
 
 
 def photographs_needed(rate: float) -> int:
-    """The smallest n with 1 / (n + 1) <= rate: 19 for 5 %, 99 for 1 %."""
+    """Return the smallest n with 1 / (n + 1) <= rate: 19 for 5 %, 99 for 1 %."""
     return math.ceil(1.0 / _rate(rate) - 1.0 - _ROUNDING)
 
 
@@ -115,14 +111,14 @@ def calibrate(
     extra: ArrayLike = (),
     unlike: tuple[ArrayLike, ArrayLike] | None = None,
 ) -> Calibration:
-    """Thresholds for the false-alarm rate `rate` in (0, 1).
+    """Compute thresholds for the false-alarm rate `rate` in (0, 1).
 
-    leave_one_out: [K] scores of the references, each against the other K - 1 (may be empty). extra: [M]
-    scores of normal photographs that are not references, against all K. When the M alone are enough for
-    `rate` they are used alone, because their promise is exact; otherwise both are pooled. When even n = K + M
-    is too few, the smallest possible rate 1 / (n + 1) is used instead and `warnings` says so. ``unlike``: the
-    [K] and [M] unlike values of the same photographs; the rate is then that of both together. Raises
-    ValueError without any score, for a rate outside (0, 1) and for NaN or infinite scores.
+    leave_one_out: [K] scores of the references, each against the other K - 1 (may be empty). extra: [M] scores of
+    normal photographs that are not references, against all K. If M is enough for `rate`, only ``extra`` is used, as
+    the promise is then exact; otherwise both are pooled. If even n = K + M is too few, the smallest possible rate
+    1 / (n + 1) is used instead and `warnings` says so. ``unlike`` holds the [K] and [M] unlike values of the same
+    photographs; the rate is then that of both together. Raises ValueError if there are no scores, for a rate outside
+    (0, 1), and for NaN or infinite scores.
     """
     needed = photographs_needed(rate)
     loo, more = _several(leave_one_out, "leave-one-out scores"), _several(extra, "extra scores")
@@ -167,26 +163,25 @@ def calibrate(
 
 
 def joint_thresholds(scores: ArrayLike, unlike: ArrayLike, rank: int) -> tuple[float, float]:
-    """Thresholds (of the score, of the unlike value) that at most ``rank`` of n + 1 exchangeable photographs exceed.
+    """Return thresholds (of score and unlike value) that at most ``rank`` of n + 1 exchangeable photographs exceed.
 
-    One conformal score for both is c = max(a / m_a, f(u / (TAU m_u))), with m_a and m_u the medians of all n + 1
-    photographs, the new one included: every order of them is then equally likely, and at most k of the n + 1 rank
-    among the k highest. The new photograph's values are not known yet, but can move a median by one place at most. In
-    the unit of a, the threshold of c grows with m_a and falls with m_u; in the unit of u, the other way round. So the
-    neighbouring order statistics give two plain numbers, fixed by the n normals: whoever exceeds one of them has c
-    among the k highest, and the promise holds without approximation (the price: thresholds a little too high with few
-    normals).
+    Both are combined in one conformal score c = max(a / m_a, f(u / (TAU m_u))), where m_a and m_u are the medians of
+    all n + 1 photographs, including the new one. Every order of the n + 1 is then equally likely, and at most k of them
+    rank among the k highest. The values of the new photograph are not known yet, but can move a median by at most one
+    place. In the unit of a, the threshold of c grows with m_a and falls with m_u; in the unit of u, it is the other way
+    round. So the neighbouring order statistics give two fixed numbers that depend only on the n normals: a photograph
+    that exceeds one of them has c among the k highest, and the promise holds without approximation. (With few normals,
+    the thresholds are a little too high.)
 
-    f(x) is 0 up to x = 1: a photograph as like the normals as they are to each other is judged by its score alone, and
-    the score's threshold is the one it has without u. Beyond, f(x) = ODD (1 + log(x)): that far from the normals is as
-    odd as a score of ODD times the median, and one odd normal does not move the score's threshold as far as it is odd.
-    m_u counts as 1 at least, the floor of a normal spread: what nobody sees need not alarm where products hardly vary.
-    TAU = 3 and ODD = 2: of 238 good Magnetic Tiles held out in each of six draws 0 to 1.7 % had u > 2.4 m_u, few
-    scores exceed 2 m_a, and in nine draws of 5 to 36 normals no threshold of the score moved (TAU = 2.5 cost half of
+    f(x) is 0 up to x = 1, so that a photograph that resembles the normals as they resemble each other is judged only by
+    its score, with the same threshold as without u. Beyond, f(x) = ODD (1 + log(x)): x = 1 counts like a score of ODD
+    times the median, and the logarithm limits how far one odd normal moves the threshold of the score. m_u is at least
+    1, the floor of the normal spread, so that invisible differences raise no alarm where products hardly vary.
+    TAU = 3 and ODD = 2: of 238 good Magnetic Tiles held out in each of six draws, 0 to 1.7 % had u > 2.4 m_u, few
+    scores exceeded 2 m_a, and in nine draws of 5 to 36 normals no threshold of the score moved (TAU = 2.5 cost half of
     the defects found with five normals).
-
-    scores, unlike: [n], n > 0. Where scores may be negative (an ensemble's) the unit of a starts at the lowest less the
-    range, and the promise is approximate. Raises ValueError if the two have different lengths.
+    scores, unlike: [n], n > 0. If scores may be negative (as of an ensemble), the zero of a is the lowest score minus
+    the range, and the promise is approximate. Raises ValueError if the two have different lengths.
     """
     score_n, unlike_n = _several(scores, "scores"), _several(unlike, "unlike values")
     if score_n.shape != unlike_n.shape:
@@ -208,7 +203,7 @@ def joint_thresholds(scores: ArrayLike, unlike: ArrayLike, rank: int) -> tuple[f
 
 
 def _median_range(values: NDArray[np.float64]) -> tuple[float, float]:
-    """The (upper) median of n + 1 numbers, of which n are known, if the last one is the lowest and the highest."""
+    """Return the (upper) median of n + 1 numbers, n of them known, if the unknown one is the lowest or the highest."""
     ascending, middle = np.sort(values), (len(values) + 1) // 2
     return float(ascending[middle - 1]), float(ascending[min(middle, len(values) - 1)])
 
@@ -225,7 +220,7 @@ def _rate(rate: float) -> float:
 
 
 def _several(scores: ArrayLike | Sequence[float], name: str) -> NDArray[np.float64]:
-    """Finite scores, none or more, where a single number would be a mistake."""
+    """Return finite scores [n], n >= 0. Raises ValueError for a single number."""
     array = _finite(scores, name)
     if array.ndim == 0:
         raise ValueError(f"{name} are the single number {array}; expected a list of one score per photograph")

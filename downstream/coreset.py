@@ -1,10 +1,10 @@
-"""A few rows that stand for all: PatchCore's greedy k-centre coreset (PatchCore Alg. 1), exact and by blocks.
+"""Subsampling of rows: PatchCore's greedy k-centre coreset (PatchCore Alg. 1), computed exactly and in blocks.
 
-The plain loop meets all N rows for every pick. Here a row's distance to the chosen rows is an upper bound that is
-brought up to date only when the row could be picked next: distances can only fall, so a row whose exact distance is
-beyond all bounds is the farthest of all. Rows are brought up to date in blocks, by one matrix product with the rows
-chosen since. Products are rounded; every pair that decides is computed again (`downstream.distances`), hence the picks
-are those of the plain loop.
+The plain loop computes distances to all N rows for every pick. Here each row has an upper bound of its distance to the
+chosen rows, which is updated only when the row could be picked next: distances can only fall, so a row whose exact
+distance exceeds all bounds is the farthest. Rows are updated in blocks, by one matrix product with the rows chosen
+since their last update. Products are rounded, so every pair that decides is computed again (`downstream.distances`),
+and the picks are those of the plain loop.
 
 Shapes: N rows of D channels, K of them in a block, P chosen rows, T candidates for the next picks, k rows to choose.
 """
@@ -33,10 +33,10 @@ from downstream.distances import (
 )
 
 METHODS = ("greedy", "random", "none")
-REFRESHED = 1024  # rows brought up to date at once, at least
-SETTLED = 256  # rows made exact at once, at least; as many, at most, among which picks are made without the others
+REFRESHED = 1024  # bounds are updated for at least this many rows at once
+SETTLED = 256  # at least this many rows are made exact at once, and at most this many are picked among
 CHUNK = 2048  # the largest matrix product is CHUNK x CHUNK
-CHOSEN = -1.0
+CHOSEN = -1.0  # the distance of a row that is chosen
 
 
 def subsample(
@@ -48,13 +48,13 @@ def subsample(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Indices of the rows to keep: [k] int64, on the features' device.
+    """Return the indices of the rows to keep: [k] int64, on the device of the features.
 
-    ``amount``: a share of the rows, if it is a float in (0, 1] (PatchCore-1% is 0.01; at least one row is kept), or
-    their number, if it is an int. ``method``: "greedy" (`greedy_coreset`, in the order of choice), "random" (uniform,
-    without replacement, from ``seed``; ascending) or "none" (every row, whatever the amount).
+    ``amount`` is a share of the rows if it is a float in (0, 1] (PatchCore-1% is 0.01; at least one row is kept), or
+    their number if it is an int. ``method`` is "greedy" (`greedy_coreset`, in the order of choice), "random" (uniform,
+    without replacement, from ``seed``; ascending) or "none" (all rows, whatever the amount).
 
-    Raises ValueError for another method or an amount that is neither.
+    Raises ValueError for any other method or amount.
     """
     if method not in METHODS:
         raise ValueError(f"subsampling method {method!r}; choose one of {', '.join(METHODS)}")
@@ -70,7 +70,7 @@ def subsample(
 
 
 def check_amount(amount: float) -> None:
-    """Raises ValueError unless it is a share in (0, 1], if it is a float, or a number of rows, at least 1."""
+    """Raise ValueError unless ``amount`` is a float in (0, 1], a share, or an int of at least 1, a number of rows."""
     if isinstance(amount, bool) or not (0 < amount <= 1 or (isinstance(amount, int) and amount > 0)):
         raise ValueError(f"amount {amount!r}; expected a share in (0, 1] as a float or a number of rows as an int")
 
@@ -79,7 +79,7 @@ def _count(amount: float, rows: int) -> int:
     check_amount(amount)
     if isinstance(amount, int):
         if not 1 <= amount <= rows:
-            raise ValueError(f"{amount} rows of {rows}; choose 1 to {rows}, or a share such as 0.1")
+            raise ValueError(f"cannot keep {amount} rows of {rows}; choose 1 to {rows}, or a share such as 0.1")
         return amount
     return max(1, round(amount * rows))
 
@@ -92,7 +92,7 @@ def greedy_coreset(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Tensor:
-    """The greedy k-centre choice (PatchCore Alg. 1): row ``start``, then always the row farthest from those chosen.
+    """Choose greedy k-centres (PatchCore Alg. 1): row ``start``, then always the row farthest from those chosen.
 
     Returns k distinct indices in the order of choice: [k] int64. They are exactly those of the plain loop
 
@@ -100,24 +100,23 @@ def greedy_coreset(
         repeat: nearest = minimum(nearest, (features - features[last]).square().sum(1))
                 nearest[chosen] = -1;  last = nearest.argmax()
 
-    with distances in the features' type (half precision: float32), ties going to the lowest index; when every
-    remaining row equals a chosen one, the remaining indices follow in ascending order. Exact means that torch's sum
-    of a row does not depend on the number of rows: true on a CPU; on an accelerator, rows whose distances agree but
-    for the last bits may come in another order.
+    with distances in the type of the features (float32 for half precision); of ties, the lowest index is taken. When
+    every remaining row equals a chosen one, the remaining indices follow in ascending order. This assumes that torch's
+    sum of a row does not depend on the number of rows. That is true on a CPU; on an accelerator, rows whose distances
+    differ only in the last bits may be chosen in another order.
 
-    ``projection_dim``: choose by distances after a Gaussian random projection to so many channels, drawn from
-    ``seed`` (Johnson-Lindenstrauss; PatchCore Sec. 3.2): faster, no longer the plain loop's choice in D channels.
-    ``progress(what, done, total)`` is told how many rows are chosen. Memory beyond the features: about 30 N bytes,
-    some tens of MiB, and the projected features.
-
-    Raises ValueError if the features are no finite [N, D] matrix, or k, start or projection_dim are out of range.
+    With ``projection_dim``, distances are computed after a Gaussian random projection to so many channels, drawn from
+    ``seed`` (Johnson-Lindenstrauss; PatchCore Sec. 3.2), which is faster but changes the choice. ``progress(what, done,
+    total)`` gets the number of chosen rows. Memory besides the features: about 30 N bytes, some tens of MiB, and the
+    projected features.
+    Raises ValueError if the features are not a finite [N, D] matrix, or k, start or projection_dim are out of range.
     """
-    check_matrix(features_ND, "features")  # that they are finite is seen by their norms
+    check_matrix(features_ND, "features")  # their norms show later whether they are finite
     rows = features_ND.shape[0]
     if not 1 <= k <= rows:
-        raise ValueError(f"a coreset of {k} rows from {rows}; choose 1 to {rows}")
+        raise ValueError(f"cannot choose a coreset of {k} rows from {rows}; choose 1 to {rows}")
     if not 0 <= start < rows:
-        raise ValueError(f"start {start} is no row; choose 0 to {rows - 1}")
+        raise ValueError(f"start {start} is not the index of a row; choose 0 to {rows - 1}")
     with full_precision(features_ND.device):
         features_ND = features_ND.detach().contiguous()
         if projection_dim is not None:
@@ -133,8 +132,8 @@ def greedy_coreset(
 
 
 def project(features_ND: Tensor, dim: int, seed: int = 0) -> Tensor:
-    """Gaussian random projection that keeps squared distances in expectation: [N, dim]. The matrix depends on the seed,
-    D and dim only. Raises ValueError if ``dim`` is not in 1..D."""
+    """Apply a Gaussian random projection that keeps squared distances in expectation: [N, dim]. Its matrix depends only
+    on the seed, D and dim. Raises ValueError if ``dim`` is not in 1..D."""
     width = features_ND.shape[1]
     if not 1 <= dim <= width:
         raise ValueError(
@@ -149,8 +148,8 @@ def project(features_ND: Tensor, dim: int, seed: int = 0) -> Tensor:
 class _Search:
     """The state of a greedy choice.
 
-    ``distance_N`` (of a row to the chosen ones) is an upper bound of what `squared_distances` gives. It takes the first
-    ``bounded_N`` chosen rows into account, and the first ``exact_N`` of them exactly. Chosen rows have -1.
+    ``distance_N`` holds upper bounds of each row's squared distance (as `squared_distances` computes it) to the chosen
+    rows, of which the first ``bounded_N`` are considered, and the first ``exact_N`` exactly. Chosen rows have -1.
     """
 
     def __init__(self, features_ND: Tensor, k: int, start: int) -> None:
@@ -162,12 +161,12 @@ class _Search:
         self.chosen = torch.empty(k, dtype=torch.int64, device=device)
         self.chosen[0] = start
         self.count = 1
-        self.block, self.settled = rows, SETTLED  # how many rows to bring up to date, and to make exact, next
+        self.block, self.settled = rows, SETTLED  # numbers of rows to update, and to make exact, next
         self.bounded_N = torch.ones(rows, dtype=torch.int64, device=device)
         self.exact_N = torch.zeros_like(self.bounded_N)
         self.distance_N = torch.empty(rows, dtype=self.dtype, device=device)
         self.norm_N = torch.empty_like(self.distance_N)
-        # Near the mean the norms are small, and with them the rounding. A sample's mean does as well.
+        # Subtracting the mean (of a sample is enough) makes norms small, and with them the rounding errors.
         self.centre_D = features_ND[:: max(1, rows // CHUNK)].mean(0, dtype=self.dtype)
         first_1D = self.shifted(self.chosen[:1])
         first_1 = self.rounding.biases(sums_of_squares(first_1D.clone()), UPPER)
@@ -187,15 +186,15 @@ class _Search:
         return self.features_ND.index_select(0, rows_K).to(self.dtype).sub_(self.centre_D)
 
     def bounds(self, rows_K: Tensor, others_P: Tensor, side: int) -> tuple[Tensor, Tensor]:
-        """Bounds of the distances of all pairs less the rows' biases, and these: [K, P], [K]."""
+        """Return bounds of the distances of all pairs, minus the rows' biases, and these biases: [K, P], [K]."""
         left_KD, right_PD = self.shifted(rows_K), self.shifted(others_P)
         biases_K, biases_P = (self.biases_N[side].index_select(0, i) for i in (rows_K, others_P))
         return self.rounding.bounds(left_KD, right_PD, biases_P, side), biases_K
 
     def behind(self, rows_K: Tensor, known_N: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Blocks of those rows that do not know all chosen rows, each with a block of chosen rows to meet."""
+        """Yield blocks of rows not yet compared with all chosen rows, each with a block of chosen rows to compare."""
         known_K = known_N.index_select(0, rows_K)
-        # A row at distance 0 cannot come closer.
+        # A row at distance 0 cannot get closer.
         late = (known_K < self.count) & (self.distance_N.index_select(0, rows_K) > 0)
         known_K, order = known_K.masked_fill_(~late, self.count).sort()
         rows_K = rows_K.index_select(0, order)
@@ -204,17 +203,17 @@ class _Search:
                 yield rows_K[first : first + CHUNK], others
 
     def bound(self, rows_K: Tensor) -> None:
-        """Lower the distances of these rows to bounds that know all chosen rows."""
+        """Update the bounds of these rows, so that they take all chosen rows into account."""
         for rows, others in self.behind(rows_K, self.bounded_N):
             upper_KP, biases_K = self.bounds(rows, others, UPPER)
             self.distance_N.scatter_reduce_(0, rows, upper_KP.amin(1).add_(biases_K), "amin")
         self.bounded_N.index_fill_(0, rows_K, self.count)
 
     def settle(self, rows_K: Tensor) -> None:
-        """Make the distances of these rows, which are bounds that know all chosen rows, exact."""
+        """Make the distances of these rows, whose bounds are up to date, exact."""
         for rows, others in self.behind(rows_K, self.exact_N):
             lower_KP, biases_K = self.bounds(rows, others, LOWER)
-            # Who is farther than the bound for certain need not be computed.
+            # A pair that is certainly farther apart than the bound need not be computed.
             near_KP = lower_KP.add_(biases_K[:, None]) <= self.distance_N.index_select(0, rows)[:, None]
             i, j = near_KP.nonzero(as_tuple=True)
             pairs = squared_distances(self.features_ND, rows[i], self.features_ND, others[j])
@@ -222,7 +221,7 @@ class _Search:
         self.exact_N.index_fill_(0, rows_K, self.count)
 
     def farthest(self, number: int, among_M: Tensor | None = None) -> tuple[Tensor, float]:
-        """So many of the rows, those farthest by ``distance_N``, and a distance that no other of the rows exceeds."""
+        """Return the ``number`` farthest rows by ``distance_N``, and a distance that none of the others exceeds."""
         distance_M = self.distance_N if among_M is None else self.distance_N[among_M]
         if number < len(distance_M):
             values, best = distance_M.topk(number + 1, sorted=False)
@@ -235,7 +234,7 @@ class _Search:
         return best if among_M is None else among_M[best], limit
 
     def choose_more(self) -> None:
-        """Look closer and closer at the farthest rows, and pick as long as no other row could be farther."""
+        """Update the farthest rows, make the farthest of these exact, and pick while no other row could be farther."""
         rows, outer = self.farthest(self.block)
         self.bound(rows)
         rows, inner = self.farthest(self.settled, rows)
@@ -243,7 +242,7 @@ class _Search:
         distances = self.distance_N[rows]
         farthest = float(distances.amax())
         more = min(2 * self.block, len(self.distance_N))
-        if farthest <= max(outer, inner):  # another row may be as far: look at more
+        if farthest <= max(outer, inner):  # another row may be as far, so more must be updated
             self.block, self.settled = more, 2 * self.settled
             return
         if farthest == 0:
@@ -257,7 +256,7 @@ class _Search:
             rows, inner = torch.cat([rows[rows != first], first[None]]), max(inner, next_best)
         before = self.count
         self.pick(rows.sort().values, max(outer, inner))
-        # Whose bounds ended the picks? No more rows than before are needed for no more picks.
+        # Adapt the numbers of rows to whichever bound ended the picks.
         if outer <= inner:
             self.block = max(REFRESHED, self.block // 2)
         elif len(self.chosen) - self.count > self.count - before:
@@ -265,11 +264,11 @@ class _Search:
         self.settled = max(SETTLED, self.settled // 2)
 
     def pick(self, rows_T: Tensor, limit: float) -> None:
-        """Pick among ascending rows whose distances are exact: the farthest, then more while they are beyond `limit`.
+        """Pick among ascending rows whose distances are exact: the farthest, then more while they exceed `limit`.
 
-        A pick leaves the others' distances between two bounds; one is made exact where these do not tell who is next.
+        After a pick, distances of the others are known within two bounds; they are made exact only if that decides.
         """
-        # Small arrays: NumPy's calls are several times shorter than torch's, and no device is asked at every pick.
+        # NumPy is several times faster than torch for small arrays, and needs no device synchronisation at every pick.
         rows_TD, biases_T = self.features_ND.index_select(0, rows_T).to(self.dtype), self.biases_N[LOWER][rows_T]
         shifted_TD, features = rows_TD - self.centre_D, rows_TD.cpu().numpy()
         lower_TT = self.rounding.bounds(shifted_TD, shifted_TD, biases_T, LOWER).add_(biases_T[:, None])

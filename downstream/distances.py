@@ -1,8 +1,8 @@
-"""What a squared distance is, to the last bit, and how far a matrix product may be from it.
+"""Squared distances that are reproducible to the last bit, and bounds of the rounding errors of a matrix product.
 
 A search over many pairs takes its distances from one matrix product, ||a - b||^2 = ||a||^2 + ||b||^2 - 2 a.b, which is
-fast and rounded; the pairs that decide are computed again as sum (a - b)^2. `rounding` bounds the difference of the
-two, whatever the order in which the hardware adds, so that no pair that could decide is left out.
+fast but has rounding errors; the pairs that decide are computed again as sum (a - b)^2. `rounding` bounds the
+difference for any order of additions in hardware, so that no pair that could decide is left out.
 
 Shapes: N rows of D channels, M pairs.
 """
@@ -16,22 +16,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LOWER, UPPER = -1, 1  # sides of a bound
-BLOCK_ELEMENTS = 1 << 17  # rows are gathered and subtracted in blocks that stay in a core's cache
+BLOCK_ELEMENTS = 1 << 17  # rows are gathered and subtracted in blocks that fit in a core's cache
 
 
 def check_matrix(rows_ND: Tensor, name: str) -> None:
-    """Raises ValueError unless `rows_ND` is a floating-point matrix with at least one element."""
+    """Raise ValueError unless `rows_ND` is a floating-point matrix with at least one element."""
     if rows_ND.ndim != 2 or rows_ND.numel() == 0:
-        raise ValueError(f"{name} of shape {tuple(rows_ND.shape)}; expected [N, D] with N, D > 0 (one row a token)")
+        raise ValueError(f"{name} of shape {tuple(rows_ND.shape)}; expected [N, D] with N, D > 0 (one row per token)")
     if not rows_ND.is_floating_point():
         raise ValueError(f"{name} of type {rows_ND.dtype}; expected floating-point numbers, e.g. {name}.float()")
 
 
 def check_rows(rows_ND: Tensor, name: str) -> None:
-    """Raises ValueError unless `rows_ND` is a floating-point matrix with at least one element, all of them finite."""
+    """Raise ValueError unless `rows_ND` is a floating-point matrix with at least one element, all of them finite."""
     check_matrix(rows_ND, name)
     step = rows_per_block(rows_ND.shape[1])
-    # The sum of a block is finite only if all of it is; a sum that overflows is looked at again.
+    # The sum of a block is finite only if all elements are; a sum that is not may also have overflowed.
     for start, block in zip(range(0, rows_ND.shape[0], step), rows_ND.split(step), strict=True):
         if not block.sum(dtype=compute_type(rows_ND)).isfinite():
             bad = (~block.isfinite()).any(1).nonzero()[:, 0]
@@ -40,7 +40,7 @@ def check_rows(rows_ND: Tensor, name: str) -> None:
 
 
 def compute_type(rows_ND: Tensor) -> torch.dtype:
-    """The type distances are computed in: the rows' own, and float32 for half precision."""
+    """Return the type in which distances are computed: that of the rows, or float32 for half precision."""
     return torch.promote_types(rows_ND.dtype, torch.float32)
 
 
@@ -49,9 +49,9 @@ def rows_per_block(width: int) -> int:
 
 
 def sums_of_squares(rows_MD: Tensor) -> Tensor:
-    """[M, D], which is overwritten, -> [M]: the same bits as ``rows_MD.square().sum(1)`` of any number of rows.
+    """Sum the squares of rows [M, D], which are overwritten: [M], the same bits for any number of rows.
 
-    torch adds up a row of a contiguous matrix in an order that depends on its width alone (on a CPU; on an accelerator
+    torch adds up a row of a contiguous matrix in an order that depends only on its width (on a CPU; on an accelerator
     it may depend on M), but threads may share the sum of a single row.
     """
     squares_MD = torch.mul(rows_MD, rows_MD, out=rows_MD)
@@ -59,7 +59,7 @@ def sums_of_squares(rows_MD: Tensor) -> Tensor:
 
 
 def squared_distances(left_ND: Tensor, left_M: Tensor, right_ND: Tensor, right_M: Tensor) -> Tensor:
-    """Of M pairs of rows: the same bits as ``(left_ND[left_M] - right_ND[right_M]).square().sum(1)``, [M]."""
+    """Return exactly ``(left_ND[left_M] - right_ND[right_M]).square().sum(1)``, squared distances [M] of pairs."""
     dtype = compute_type(left_ND)
     out_M = torch.empty(len(left_M), dtype=dtype, device=left_ND.device)
     step = rows_per_block(left_ND.shape[1])
@@ -75,7 +75,7 @@ def squared_distances(left_ND: Tensor, left_M: Tensor, right_ND: Tensor, right_M
 class Rounding:
     """Bounds of `squared_distances` from a matrix product, for any order of additions.
 
-    With z = fl(x - m) for any fixed m and n = fl(||z||^2): fl(n_i + n_j - 2 z_i.z_j) is off from ||x_i - x_j||^2 by at
+    With z = fl(x - m) for any fixed m and n = fl(||z||^2), fl(n_i + n_j - 2 z_i.z_j) differs from ||x_i - x_j||^2 by at
     most ``norms`` (n_i + n_j) + ``tiny``, the computed distance by a factor of at most 1 +- ``total``, and ``tiny``.
     """
 
@@ -84,31 +84,31 @@ class Rounding:
     tiny: float
 
     def biases(self, norms_N: Tensor, side: int) -> Tensor:
-        """The squared norms, shrunk (side LOWER) or grown (UPPER) so that `bounds` are on that side: [N]."""
+        """Decrease (side LOWER) or increase (UPPER) the squared norms, so that `bounds` are on that side: [N]."""
         return norms_N * ((1 + side * self.norms) * (1 + side * self.total)) + side * self.tiny
 
     def widths(self, norms_N: Tensor) -> Tensor:
-        """What to add to a pair's lower bound, once for each of its rows, for an upper one: [N].
+        """Return what to add to the lower bound of a pair, for each of its two rows, to get an upper bound: [N].
 
-        The margin below is spent once more, and once above; the distance itself is at most 2 (n_i + n_j).
+        It covers the margins below and above; the distance itself is at most 2 (n_i + n_j).
         """
         return norms_N * (2.2 * self.norms + 4.4 * self.total) + 3 * self.tiny
 
     def bounds(self, left_KD: Tensor, right_PD: Tensor, right_P: Tensor, side: int) -> Tensor:
-        """Bounds of all pairs' computed distances, less the left rows' biases, from shifted rows: [K, P]."""
+        """Bound the computed distances of all pairs of shifted rows, minus the biases of the left rows: [K, P]."""
         return torch.addmm(right_P, left_KD, right_PD.T, alpha=-2 * (1 + side * self.total))
 
     def factor(self, left_KD: Tensor, side: int) -> Tensor:
-        """A matrix whose product with [right_PD, right_P].T is the same, for right rows met often: [K, D + 1]."""
+        """Return a matrix whose product with [right_PD, right_P].T equals `bounds`, for repeated use: [K, D + 1]."""
         return F.pad(left_KD * (-2 * (1 + side * self.total)), (0, 1), value=1.0)
 
 
 def rounding(width: int, dtype: torch.dtype) -> Rounding:
-    """The bounds for rows of `width` channels. Raises ValueError if `dtype` is too coarse for so many.
+    """Return the bounds for rows of `width` channels. Raises ValueError if `dtype` is too coarse for that many.
 
-    With unit roundoff u, a sum of D products is off by at most D u sum |a_c b_c|. Both norms: D u (n_i + n_j); the
-    product with n_j added to it: (D + 2) u (n_i + 2 n_j); the shift by m moves the distance by 4.2 u (n_i + n_j), the
-    remaining operations by less than 12 u (n_i + n_j). Second-order terms are within 5 %.
+    With unit roundoff u, the error of a sum of D products is at most D u sum |a_c b_c|. Both norms contribute
+    D u (n_i + n_j); the product with n_j added, (D + 2) u (n_i + 2 n_j); the shift by m, 4.2 u (n_i + n_j); and the
+    remaining operations, less than 12 u (n_i + n_j). Second-order terms are within 5 %.
     """
     unit = torch.finfo(dtype).eps / 2
     if width * unit > 0.01:

@@ -1,13 +1,13 @@
-"""Feature maps -> one vector per patch: the memory of PatchCore, PaDiM, SPADE and their kin is made of these.
+"""Turn feature maps into one vector per patch, as PatchCore, PaDiM, SPADE and ReConPatch need them.
 
 Chosen levels -> average over the p x p neighbourhood (PatchCore Eq. 1-3) -> fewer channels per level -> the grid of
 the finest chosen level (bilinear) -> concatenated -> fewer channels.
 
-The order differs from ReConPatch Sec. 3.1, which brings the levels to one grid first, concatenates them and averages
-the p x p neighbourhoods of that grid last. PatchCore Sec. 3.2 and its released code average every level on its own grid
-before they upsample it, and so do we, for all detectors: p patches of a coarse level reach farther than p patches of
-the finest grid. Within that order, the channels are pooled before the upsampling: both are linear and act on different
-axes, so the numbers are the same up to rounding, on smaller maps.
+The order differs from ReConPatch Sec. 3.1, which first brings the levels to one grid, then concatenates them and last
+averages the p x p neighbourhoods of that grid. PatchCore Sec. 3.2 and its released code average every level on its own
+grid before upsampling it, and so do we for all detectors, because p patches of a coarse level cover more of the image
+than p patches of the finest grid. We pool channels before upsampling: both are linear and act on different axes, so the
+result is the same up to rounding, but the maps are smaller.
 
 Shapes: B images, L levels, C_l channels, H_l x W_l tokens, H x W the embedding's grid, D its channels.
 """
@@ -34,21 +34,20 @@ class EmbeddingConfig:
     """How feature maps become patch embeddings.
 
     Args:
-        levels: which of the extract's levels, counted from 0 (-1 = the last); null = all. "paper" = on a backbone of
-            timm with stages (ResNet and its kin), or an extractor on one, the stages that the detector's paper takes:
-            2 and 3 for PatchCore and ReConPatch, 1 to 3 for PaDiM and SPADE, as far as the backbone gives them. On
-            every other network (vision transformers, a function of yours) it means all levels: the
-            papers used none of these.
-        patch: side p of the neighbourhood that is averaged, odd; 1 = none. Beyond the border there are zeros, which
-            count, as in the released PatchCore.
-        stride: s, every s-th position in both directions (Eq. 3).
-        level_dim: channels of each level after adaptive average pooling; null = its own.
-        target_dim: channels of the concatenation after ``reduction``; null = all.
+        levels: levels of the extract, counted from 0 (-1 = the last); null = all. "paper" means, for a timm backbone
+            with stages (such as a ResNet) or an extractor on one, the stages that the detector's paper uses: 2 and 3
+            for PatchCore and ReConPatch, 1 to 3 for PaDiM and SPADE, as far as the backbone has them. For any other
+            network (vision transformers, your own functions), which the papers do not cover, it means all levels.
+        patch: side p of the neighbourhood that is averaged, odd; 1 = no averaging. Outside the border there are zeros,
+            which count in the average, as in the released PatchCore.
+        stride: s; every s-th position in both directions is kept (Eq. 3).
+        level_dim: channels of each level after adaptive average pooling; null = no pooling.
+        target_dim: channels of the concatenation after ``reduction``; null = no reduction.
         reduction: "pool" (adaptive average pooling, PatchCore), "project" (Gaussian random projection), "choose"
             (random channels, PaDiM) or "orthogonal" (random semi-orthogonal matrix).
         form: "paper" averages the neighbourhood, then pools channels; "released" pools the p * p * C_l values of a
             neighbourhood together, as the authors' code does. Equal wherever level_dim divides C_l or is null.
-        seed: of the random reductions.
+        seed: random seed of the reductions.
     """
 
     levels: list[int] | Literal["paper"] | None = "paper"
@@ -62,7 +61,7 @@ class EmbeddingConfig:
 
     def __post_init__(self) -> None:
         if self.patch < 1 or self.patch % 2 == 0:
-            raise ValueError(f"patch {self.patch} must be odd and at least 1, such as 3: it has a centre")
+            raise ValueError(f"patch {self.patch} must be odd and at least 1, such as 3: it needs a centre")
         if self.stride < 1:
             raise ValueError(f"stride {self.stride} must be at least 1")
         for name, value in (("level_dim", self.level_dim), ("target_dim", self.target_dim)):
@@ -80,11 +79,10 @@ DEFAULT = EmbeddingConfig()
 
 
 class Embedding(nn.Module):
-    """Feature maps -> patch embeddings [B, H, W, D], float32 (float64 if the features are), without gradients of its
-    own parameters: it has none.
+    """Feature maps -> patch embeddings [B, H, W, D], float32 (float64 if the features are). It has no parameters.
 
-    A random reduction is drawn at the first call, when the number of channels is known, and is the buffer
-    ``reducer`` from then on: [D'] indices for "choose", a matrix [C, D] otherwise.
+    A random reduction is drawn in the first call, when the number of channels is known, and then kept as the buffer
+    ``reducer``: [D'] indices for "choose", a matrix [C, D] otherwise.
     """
 
     def __init__(self, config: EmbeddingConfig = DEFAULT) -> None:
@@ -108,7 +106,7 @@ class Embedding(nn.Module):
             self.reducer = reducer.to(joined_BCHW.device)
         if config.reduction == "choose":
             if int(self.reducer.amax()) >= width:
-                raise ValueError(f"features have {width} channels, fewer than those the chosen ones came from")
+                raise ValueError(f"features have {width} channels, fewer than those that channels were chosen from")
             return joined_BCHW[:, self.reducer].permute(0, 2, 3, 1).contiguous()
         if self.reducer.shape[0] != width:
             raise ValueError(f"features have {width} channels, the projection was drawn for {self.reducer.shape[0]}")
@@ -116,7 +114,7 @@ class Embedding(nn.Module):
 
 
 def settle_levels(config: EmbeddingConfig, extract: Extract, stages: Sequence[int]) -> EmbeddingConfig:
-    """``config`` with the levels that "paper" means on this extract; ``stages``: those of the detector's paper."""
+    """Replace "paper" by the levels that it means on this extract; ``stages`` are those that the paper uses."""
     if config.levels != "paper":
         return config
     backbone = getattr(extract, "backbone", extract)
@@ -125,11 +123,11 @@ def settle_levels(config: EmbeddingConfig, extract: Extract, stages: Sequence[in
 
 
 def chosen_levels(features: FeatureMaps, levels: Sequence[int] | Literal["paper"] | None) -> FeatureMaps:
-    """Some of the levels, in the order given; all for null, and for "paper", which nobody has settled: the network is
-    not known here. Raises ValueError naming the valid numbers."""
+    """Return the chosen levels, in the given order; all for null, and for a "paper" that `settle_levels` has not
+    replaced. Raises ValueError that names the valid numbers."""
     count = len(features)
     if count == 0:
-        raise ValueError("features of no level: an embedding is made of at least one")
+        raise ValueError("there are no levels of features: an embedding needs at least one")
     if levels is None or levels == "paper":
         return list(features)
     if not levels or any(not -count <= level < count for level in levels):
@@ -138,7 +136,7 @@ def chosen_levels(features: FeatureMaps, levels: Sequence[int] | Literal["paper"
 
 
 def aggregate(feature_BCHW: Tensor, config: EmbeddingConfig) -> Tensor:
-    """Neighbourhoods of one level, P_{s,p} (PatchCore Eq. 3), and its channels: [B, level_dim or C, H / s, W / s]."""
+    """Average neighbourhoods of a level, P_{s,p} (PatchCore Eq. 3), pool channels: [B, level_dim or C, H/s, W/s]."""
     if not feature_BCHW.is_floating_point() or feature_BCHW.ndim != 4 or 0 in feature_BCHW.shape[1:]:
         raise ValueError(
             f"features must be [B, C, H, W] floats, C, H and W at least 1, got {tuple(feature_BCHW.shape)} "
@@ -148,7 +146,7 @@ def aggregate(feature_BCHW: Tensor, config: EmbeddingConfig) -> Tensor:
     patch, stride, dim, width = config.patch, config.stride, config.level_dim, feature_BCHW.shape[1]
     if config.form == "released" and dim is not None and width % dim and patch > 1:
         height = (feature_BCHW.shape[2] - 1) // stride + 1
-        # One image at a time: unfolded maps are p * p times larger.
+        # Images are handled one at a time, because unfolded maps are p * p times larger.
         unfolded = (F.unfold(one[None], patch, padding=patch // 2, stride=stride) for one in feature_BCHW)
         return torch.cat([pool_channels(one.unflatten(2, (height, -1)), dim) for one in unfolded])
     if patch > 1:
@@ -159,9 +157,9 @@ def aggregate(feature_BCHW: Tensor, config: EmbeddingConfig) -> Tensor:
 
 
 def pool_channels(feature_BCHW: Tensor, dim: int) -> Tensor:
-    """Adaptive average pooling of the channels (repeating some if dim > C): [B, dim, H, W]. ValueError for dim < 1."""
+    """Pool channels by adaptive averaging (which repeats some if dim > C): [B, dim, H, W]. ValueError for dim < 1."""
     if dim < 1:
-        raise ValueError(f"{feature_BCHW.shape[1]} channels pooled to {dim}: expected at least 1")
+        raise ValueError(f"cannot pool {feature_BCHW.shape[1]} channels to {dim}: expected at least 1")
     if feature_BCHW.shape[1] == dim:
         return feature_BCHW
     height, width = feature_BCHW.shape[2:]
@@ -170,7 +168,7 @@ def pool_channels(feature_BCHW: Tensor, dim: int) -> Tensor:
 
 
 def on_one_grid(levels: FeatureMaps) -> Tensor:
-    """Levels upsampled bilinearly to the largest grid among them, concatenated: [B, C, H, W]."""
+    """Upsample levels bilinearly to the largest grid among them and concatenate them: [B, C, H, W]."""
     largest = max(levels, key=lambda level: level.shape[2] * level.shape[3])
     size = (int(largest.shape[2]), int(largest.shape[3]))
     same = [
@@ -181,14 +179,14 @@ def on_one_grid(levels: FeatureMaps) -> Tensor:
 
 
 def random_reducer(width: int, dim: int, reduction: str, seed: int = 0) -> Tensor:
-    """What a random reduction of ``width`` channels to ``dim`` applies, from the seed alone.
+    """Draw the indices or the matrix of a random reduction of ``width`` channels to ``dim``, from the seed alone.
 
     "choose": [dim] ascending channel numbers; "project": Gaussian [width, dim] with entries of variance 1 / dim, which
     keeps squared distances in expectation; "orthogonal": [width, dim] with orthonormal columns. Raises ValueError if
     ``dim`` is larger than ``width``, or below 1.
     """
     if not 1 <= dim <= width:
-        found = f"is more than the {width} channels there are" if dim > width else "keeps no channel"
+        found = f"exceeds the {width} channels of the features" if dim > width else "keeps no channel"
         raise ValueError(f"target_dim {dim} {found}; choose 1 to {width}")
     generator = torch.Generator().manual_seed(seed)
     if reduction == "choose":
@@ -197,5 +195,5 @@ def random_reducer(width: int, dim: int, reduction: str, seed: int = 0) -> Tenso
     if reduction == "project":
         return (matrix / dim**0.5).float()
     basis, triangle = torch.linalg.qr(matrix)
-    # QR's matrix lies column by column, a loaded one row by row, and products of the two differ in their last bits.
+    # The matrix from QR is stored by columns and a loaded one by rows, and their products differ in the last bits.
     return (basis * triangle.diagonal().sign()).float().contiguous()

@@ -1,4 +1,4 @@
-"""The extract under a detector: what it must give, where it works, and whether it is the one it was fitted on.
+"""The extract of a detector: checks of its features, its device, and whether it is the one the detector was fitted on.
 
 Shapes: B images, S side of the images as given, S' side that the backbone takes, L levels.
 """
@@ -17,13 +17,13 @@ from adpretrain.backbones import Backbone, Extract, FeatureMaps
 from adpretrain.extractor import ADExtractor
 from adpretrain.preprocess import LARGEST_SIDE, Preprocess
 
-PARTS, TOLERANCE = 8, 0.05  # numbers per level of the probe, and how much they may differ (devices, precisions)
+PARTS, TOLERANCE = 8, 0.05  # numbers per level of the probe, and their tolerated difference between devices
 
 
 @torch.no_grad()
 def checked_features(extract: Callable[[Tensor], FeatureMaps], images: Tensor) -> FeatureMaps:
-    """Images -> L levels [B, C_l, H_l, W_l], finite. Raises ValueError for bad features, and for a module in training
-    mode."""
+    """Extract L levels [B, C_l, H_l, W_l] and check them. Raises ValueError if they are malformed or not finite, and
+    for a module in training mode."""
     if isinstance(extract, nn.Module) and any(module.training for module in extract.modules()):
         raise ValueError(
             f"the {type(extract).__name__} is in training mode: features would depend on the rest of the batch and "
@@ -40,11 +40,11 @@ def checked_features(extract: Callable[[Tensor], FeatureMaps], images: Tensor) -
 
 
 def _check_features(features: Any, batch: int) -> None:
-    """Raises ValueError unless these are levels [B, C, H, W] of floats, which a function of the user's may not give."""
+    """Raise ValueError unless features are levels [B, C, H, W] of floats, as a user's function may return others."""
     if not isinstance(features, list | tuple) or not features:
         raise ValueError(
             f"the extract must give a list of at least one level [B, C, H, W], got {type(features).__name__}: put a "
-            "single map in a list, and of a dictionary list the values"
+            "single map in a list, and the values of a dictionary too"
         )
     for number, level in enumerate(features):
         if not isinstance(level, Tensor):
@@ -54,7 +54,7 @@ def _check_features(features: Any, batch: int) -> None:
                 f"level {number} of the features of {batch} images must be floats [{batch}, C, H, W], got "
                 f"{tuple(level.shape)} of {level.dtype}"
             )
-        # Images are square, and so are their maps: two equal sides before an unequal one are height and width.
+        # Images and maps are square, so two equal sizes before a different one must be height and width.
         if level.shape[1] == level.shape[2] != level.shape[3]:
             raise ValueError(
                 f"level {number} of the features is {tuple(level.shape)}, channels last: give [B, C, H, W], such as "
@@ -63,15 +63,15 @@ def _check_features(features: Any, batch: int) -> None:
 
 
 def keeping_references(extract: Extract) -> Extract:
-    """An `ADExtractor` with the same parts whose references stay when the given one gets others; any other extract as
-    it is. Otherwise two detectors of one extractor would change each other's scores."""
+    """Copy an `ADExtractor`, without its weights, so that two detectors on one extractor do not change each other's
+    references; any other extract is returned as it is."""
     return copy.copy(extract) if isinstance(extract, ADExtractor) else extract
 
 
 def device_of(
     extract: Extract | None, fitted: Mapping[str, Tensor] = {}, otherwise: str | torch.device = "cpu"
 ) -> torch.device:
-    """Where an extract works: with its own tensors; a plain function, with those that were fitted on its features."""
+    """Return the device of an extract's tensors or, for a plain function, of the tensors fitted on its features."""
     own = (*extract.parameters(), *extract.buffers()) if isinstance(extract, nn.Module) else ()
     for tensor in (*own, *fitted.values()):
         return tensor.device
@@ -79,7 +79,7 @@ def device_of(
 
 
 def fixed_picture(side: int, device: torch.device) -> Tensor:
-    """[1, 3, S, S] with values in 0..1. Raises ValueError for a side that no network takes."""
+    """Draw a fixed picture [1, 3, S, S] with values in 0..1. Raises ValueError for a side outside 1..LARGEST_SIDE."""
     if not 0 < side <= LARGEST_SIDE:
         raise ValueError(f"image_size {side}; expected 1 to {LARGEST_SIDE}")
     ramp = torch.linspace(0, 6, side)
@@ -89,7 +89,7 @@ def fixed_picture(side: int, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def probe(extract: Extract, image_size: int, device: torch.device) -> list[list[float]]:
-    """The features of the fixed picture, averaged over positions and groups of channels: up to `PARTS` per level."""
+    """Average the features of the fixed picture over positions and groups of channels: up to `PARTS` per level."""
     picture = fixed_picture(image_size, device)
     encode = extract.encode if isinstance(extract, ADExtractor) and extract.references is None else extract
     features = encode(picture)
@@ -98,9 +98,9 @@ def probe(extract: Extract, image_size: int, device: torch.device) -> list[list[
 
 
 def refuse_other_features(found: list[list[float]], saved: list[list[float]], folder: object) -> None:
-    """Raises ValueError if a probe is not the one that was saved in ``folder``."""
+    """Raise ValueError if the probe ``found`` differs from that saved in ``folder``."""
     if [len(level) for level in found] != [len(level) for level in saved]:
-        raise ValueError(f"{folder} was fitted on features of {len(saved)} levels, these are of {len(found)} or others")
+        raise ValueError(f"{folder} was fitted on features of {len(saved)} levels, not on these of {len(found)} levels")
     for number, pair in enumerate(zip(found, saved, strict=True)):
         ours, theirs = (torch.tensor(values, dtype=torch.float64) for values in pair)
         difference = float((ours - theirs).norm() / theirs.norm().clamp_min(1e-9))
@@ -112,11 +112,11 @@ def refuse_other_features(found: list[list[float]], saved: list[list[float]], fo
 
 
 class Adapted(nn.Module):
-    """A backbone as an `Extract` for images that were prepared by ``images`` instead of its own preprocessing, so that
-    the members of an ensemble see the same images (PatchCore Tab. 4).
+    """A backbone as an `Extract` of images that were prepared by the preprocessing ``images`` instead of its own, so
+    that all members of an ensemble get the same images (PatchCore Tab. 4).
 
     [B, 3, S, S] -> normalisation undone, resized to S' (bilinear, antialiased), normalised for ``backbone`` -> its
-    levels. Both see the same part of a photograph, the one that ``images`` crops. Enlarging adds nothing: prepare the
+    levels. The backbone sees the part of a photograph that ``images`` crops. Enlarging adds no detail, so prepare the
     images for the largest network of an ensemble.
     """
 
@@ -127,12 +127,12 @@ class Adapted(nn.Module):
 
     @property
     def channels(self) -> list[int]:
-        """C_l of each level."""
+        """C_l, the channels of each level."""
         return self.backbone.channels
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> FeatureMaps:
-        """Raises ValueError for images of another size than ``images`` makes."""
+        """Extract levels. Raises ValueError for images of another size than that of ``images``."""
         given, wanted = self.preprocess, self.backbone.preprocess
         if images.shape[-1] != given.image_size:
             raise ValueError(f"expected images of {given.image_size} pixels, got {tuple(images.shape)}")

@@ -1,13 +1,13 @@
 """A multivariate Gaussian for every position, from one pass over the images (PaDiM Sec. III-B), and distances to it.
 
-Sums are shifted by the first batch's mean and kept in float64. Positions are handled a few at a time, so that the
-largest temporary is some MiB whatever the grid.
+Sums are shifted by the mean of the first batch and kept in float64. Positions are handled a few at a time, so that the
+largest temporary tensor takes only some MiB, whatever the grid.
 
 With covariance C + eps I, two forms give the same distance:
 - more images than channels: C + eps I = L L^T (Cholesky) and d^2 = ||L^-1 delta||^2, by a triangular solve;
-- else C = A^T A with the centred images A [n, D] / sqrt(n - 1), and by Woodbury's identity
-  d^2 = (||delta||^2 - ||V delta||^2) / eps with V = K^-1 A, eps I + A A^T = K K^T: n / D of the memory and the work.
-Nothing is inverted: batched `torch.linalg.inv` and `solve` have given wrong numbers on CPUs, Cholesky has not.
+- else: C = A^T A with the centred images A [n, D] / sqrt(n - 1), and by Woodbury's identity
+  d^2 = (||delta||^2 - ||V delta||^2) / eps with V = K^-1 A, eps I + A A^T = K K^T: n / D of the memory and the time.
+No matrix is inverted, because batched `torch.linalg.inv` and `solve` have given wrong numbers on CPUs.
 
 Shapes: B images of a batch, n images in all, P positions, p positions of a chunk, D channels, F = n or D rows.
 """
@@ -22,15 +22,15 @@ from torch import Tensor
 
 from adpretrain.data.samples import TooFewImages
 
-CHUNK_BYTES = 8 << 20  # of float64 covariances handled at once
-CANCELLED = 1e-3  # share of ||delta||^2: below it, float32 leaves less than four digits of a difference
-FOLD = 64  # images whose products are added up together
-PANELS = 8  # parts of a lower triangle; above the panels' diagonal blocks nothing is computed or kept
+CHUNK_BYTES = 8 << 20  # size of the float64 covariances handled at once
+CANCELLED = 1e-3  # a difference below this share of ||delta||^2 has fewer than four correct digits in float32
+FOLD = 64  # number of images whose products are added up together
+PANELS = 8  # a lower triangle is computed and kept in so many panels; what is above their diagonal blocks is left out
 
 
 @dataclass(frozen=True)
 class Gaussians:
-    """``mean_PD`` and ``factor_PFD``, float32: V [P, n, D] if ``low_rank``, else L [P, D, D]; eps of both."""
+    """Means and factors, float32: ``factor_PFD`` is V [P, n, D] if ``low_rank``, else L [P, D, D]."""
 
     mean_PD: Tensor
     factor_PFD: Tensor
@@ -39,7 +39,7 @@ class Gaussians:
 
     @torch.no_grad()
     def distances(self, rows_BPD: Tensor) -> Tensor:
-        """Mahalanobis distances of every position: [B, P]. Raises ValueError if positions or channels do not fit."""
+        """Return Mahalanobis distances for every position: [B, P]. ValueError if positions or channels do not fit."""
         positions, width = self.mean_PD.shape
         if rows_BPD.ndim != 3 or tuple(rows_BPD.shape[1:]) != (positions, width):
             raise ValueError(f"expected rows of {positions} positions x {width} channels, got {tuple(rows_BPD.shape)}")
@@ -53,11 +53,11 @@ class Gaussians:
         return torch.cat(parts).T
 
     def _low_rank_distances(self, rows_PBD: Tensor) -> Tensor:
-        """[P, B], those positions in float64 where the two squares of Woodbury's form nearly cancel.
+        """Return distances [P, B]; positions where the two squares of Woodbury's form nearly cancel use float64.
 
-        They do so for the fitted images, not for others. What is left is V's own rounding: with features of deviation
-        s, d of a fitted image is off by up to about 5e-8 s^2 / eps of itself, or by 3e-4 if that is more; it is 3 % for
-        s = 100 and eps = 0.01, where float32 alone leaves nothing of it.
+        They cancel only for the images of the fit. The remaining error is the rounding of V: with features of standard
+        deviation s, the relative error of d of such an image is up to about 5e-8 s^2 / eps, or 3e-4 if that is more.
+        It is 3 % for s = 100 and eps = 0.01, for which float32 alone would give no correct digit.
         """
         whole = torch.cat([self._squares(rows_PBD, chunk) for chunk in _chunks(*self.mean_PD.shape)], 1)
         squared_PB = whole[0] - whole[1]
@@ -68,7 +68,7 @@ class Gaussians:
         return (squared_PB.clamp_min(0) / self.eps).sqrt()
 
     def _squares(self, rows_PBD: Tensor, chunk: slice | Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """||delta||^2 and ||V delta||^2 of some positions: [2, p, B]."""
+        """Return ||delta||^2 and ||V delta||^2 of some positions: [2, p, B]."""
         delta_pBD = rows_PBD[chunk].to(dtype) - self.mean_PD[chunk, None].to(dtype)
         inside_pBn = delta_pBD @ self.factor_PFD[chunk].to(dtype).mT
         return torch.stack([delta_pBD.square().sum(2), inside_pBn.square().sum(2)])
@@ -80,18 +80,18 @@ def _chunks(positions: int, width: int) -> Iterator[slice]:
 
 
 def size_bytes(images: int, positions: int, width: int) -> int:
-    """What the `Moments` of so many images take, and the factors they become."""
+    """Return the bytes of the `Moments` of so many images, and of the factors computed from them."""
     return 4 * images * positions * width if images <= width else 8 * positions * _panels(width)[1]
 
 
 class Moments:
-    """Means and covariances of P positions, image batch by image batch.
+    """Means and covariances of P positions, computed batch by batch.
 
-    Up to D images are kept as they are, 4 n P D bytes; more are added up to the lower triangles of their products,
-    about 4.5 P D^2 bytes however many they are. The factors take the place of either. ``expected``: at least the
-    number of images, if it is known: kept images are then stored where they stay. If it is not, or they are more after
-    all, they are put together at the end, where memory is needed for one batch more, if the system takes back what is
-    freed.
+    Up to D images are kept, in 4 n P D bytes; of more, the lower triangles of their products are summed, in about
+    4.5 P D^2 bytes for any number. The factors overwrite either. ``expected`` is an upper bound of the number of
+    images, if it is known: they are then stored in one tensor from the beginning. If it is None or turns out too small,
+    the batches are joined at the end, which needs memory for one more batch, provided that the system takes back freed
+    memory.
     """
 
     def __init__(self, expected: int | None = None) -> None:
@@ -105,9 +105,9 @@ class Moments:
 
     @torch.no_grad()
     def add(self, rows_BPD: Tensor) -> None:
-        """Take in a batch. Raises ValueError for one on MPS, which has no float64 to add up in."""
+        """Add a batch. Raises ValueError for one on MPS, which does not support the float64 of the sums."""
         if rows_BPD.device.type == "mps":
-            raise ValueError("PaDiM adds up in float64, which MPS has not: choose device 'cpu'")
+            raise ValueError("PaDiM computes sums in float64, which MPS does not support: choose device 'cpu'")
         images, positions, width = rows_BPD.shape
         if not self.count:
             self._shift_PD = rows_BPD.mean(0, dtype=torch.float64).float()
@@ -136,8 +136,8 @@ class Moments:
         self._batches, self._pending = [], 0
 
     def gaussians(self, eps: float) -> Gaussians:
-        """The Gaussians of all images so far; the sums are used up. Raises `TooFewImages` for fewer than 2, ValueError
-        if ``eps`` is too small for the covariance to be positive definite in float64."""
+        """Compute the Gaussians of all images so far, which destroys the sums. Raises `TooFewImages` for fewer than 2,
+        ValueError if ``eps`` is too small for the covariance to be positive definite in float64."""
         if self.count < 2:
             raise TooFewImages(f"a covariance needs at least 2 images, got {self.count}")
         if self._sums is not None:
@@ -150,7 +150,7 @@ class Moments:
         return Gaussians(self._shift_PD + mean_PD, factor_PFD, eps, low_rank)
 
     def _kept(self) -> Tensor:
-        """Room for all images [P, at least n, D], of which the first n are in it."""
+        """Return a tensor [P, at least n, D], whose first n rows are the images."""
         if self._room_PND is None:
             positions, width = self._shift_PD.shape
             self._room_PND = self._shift_PD.new_empty(positions, self.count, width)
@@ -163,9 +163,9 @@ class Moments:
 
 
 def _low_rank(room_PND: Tensor, count: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Mean [P, D] and V [P, n, D] of the first n = ``count`` rows of every position.
+    """Return mean [P, D] and V [P, n, D] of the first n = ``count`` rows of every position.
 
-    V takes the place of the rows, without the gaps that unused room leaves: as it will be after loading.
+    V overwrites the rows, without the gaps of unused rows, so that its layout is the same as after loading.
     """
     positions, _, width = room_PND.shape
     mean_PD = room_PND.new_empty(positions, width)
@@ -180,8 +180,8 @@ def _low_rank(room_PND: Tensor, count: int, eps: float) -> tuple[Tensor, Tensor]
 
 
 def _panels(width: int) -> tuple[list[tuple[int, int, slice]], int]:
-    """Columns of a lower triangle that are multiplied together: (start, stop, where its numbers are kept), and how
-    many numbers all of them are."""
+    """Return panels of columns of a lower triangle, each as (start, stop, slice of its stored numbers), and the total
+    number of stored numbers."""
     panels, total, step = [], 0, max(64, -(-width // PANELS))
     for start in range(0, width, step):
         stop = min(start + step, width)
@@ -192,7 +192,7 @@ def _panels(width: int) -> tuple[list[tuple[int, int, slice]], int]:
 
 
 class _Sums:
-    """Sums of rows and of their products, lower triangles only, in float64."""
+    """Sums of rows and lower triangles of sums of their products, in float64."""
 
     def __init__(self, shift_PD: Tensor) -> None:
         positions, self.width = shift_PD.shape
@@ -213,9 +213,9 @@ class _Sums:
                 product.baddbmm_(rows[:, :, start:].mT, rows[:, :, start:stop])
 
     def cholesky(self, count: int, eps: float) -> tuple[Tensor, Tensor]:
-        """Mean [P, D] and L [P, D, D], float32, which takes the place of the products.
+        """Return mean [P, D] and L [P, D, D], float32, which overwrites the products.
 
-        That of the first positions lies over the first products: 4 D^2 bytes a position are less than its products'.
+        Products that are still needed are not overwritten, because the 4 D^2 bytes of L per position are fewer.
         """
         positions, width = self.total_PD.shape
         numbers = self.products_PT.flatten().view(torch.float32)[: positions * width * width]
@@ -223,7 +223,7 @@ class _Sums:
         mean_PD = self.total_PD / count
         for chunk in _chunks(len(mean_PD), width):
             mean = mean_PD[chunk]
-            lower = mean.new_zeros(len(mean), width, width)  # all that Cholesky reads
+            lower = mean.new_zeros(len(mean), width, width)  # Cholesky reads only the lower triangle
             for start, stop, product in self._products(chunk):
                 lower[:, start:, start:stop] = product
             lower.baddbmm_(mean[:, :, None], mean[:, None], alpha=-count).div_(count - 1)
@@ -232,7 +232,7 @@ class _Sums:
 
 
 def _cholesky(matrix: Tensor, eps: float) -> Tensor:
-    """Lower Cholesky factors of matrix + eps I. Raises ValueError if one is not positive definite."""
+    """Return lower Cholesky factors of matrix + eps I. Raises ValueError if one is not positive definite."""
     matrix.diagonal(dim1=1, dim2=2).add_(eps)
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if bool(failed.any()):

@@ -1,4 +1,4 @@
-"""From a score per patch to a score per pixel: bilinear upsampling, then Gaussian smoothing (PatchCore Sec. 3.3).
+"""Turn patch scores into pixel scores by bilinear upsampling, then Gaussian smoothing (PatchCore Sec. 3.3).
 
 Shapes: B images, H x W patches, S side of the network's input in pixels.
 """
@@ -15,27 +15,27 @@ SIGMA = 4.0  # pixels; PatchCore, PaDiM, SPADE and ADPretrain all use it
 
 
 def check_sigma(sigma: float) -> None:
-    """Raises ValueError unless ``sigma`` is a number of pixels: 0 (no smoothing) or more."""
+    """Raise ValueError unless ``sigma`` is a number of pixels, 0 (no smoothing) or more."""
     if not 0 <= sigma < math.inf:
         raise ValueError(f"sigma {sigma} must be a number of pixels, such as 4, or 0 for no smoothing")
 
 
 def pixel_maps(grid_BHW: Tensor, size: int, sigma: float = SIGMA, align_corners: bool = False) -> Tensor:
-    """Patch scores -> smoothed maps: [B, H, W] -> [B, S, S]. ``sigma`` is in pixels; 0 = no smoothing."""
+    """Turn patch scores [B, H, W] into smoothed maps [B, S, S]. ``sigma`` is in pixels; 0 = no smoothing."""
     return gaussian_blur(upsample(grid_BHW, size, align_corners), sigma)
 
 
 def upsample(grid_BHW: Tensor, size: int, align_corners: bool = False) -> Tensor:
-    """Bilinear upsampling: [B, H, W] -> [B, S, S]. Raises ValueError for a grid or a map without pixels."""
+    """Upsample bilinearly: [B, H, W] -> [B, S, S]. Raises ValueError for a grid or a map without pixels."""
     if size < 1 or min(grid_BHW.shape[1:]) < 1:
         raise ValueError(
-            f"a grid of {tuple(grid_BHW.shape[1:])} patches to a map of {size} pixels: both need at least 1"
+            f"cannot upsample a grid of {tuple(grid_BHW.shape[1:])} patches to a map of {size} pixels: need at least 1"
         )
     return F.interpolate(grid_BHW[:, None], (size, size), mode="bilinear", align_corners=align_corners)[:, 0]
 
 
 def gaussian_blur(maps_BSS: Tensor, sigma: float) -> Tensor:
-    """Gaussian smoothing in pixels, truncated at 4 sigma with reflected borders, as scipy.ndimage does: [B, S, S].
+    """Smooth with a Gaussian, truncated at 4 sigma with reflected borders, as scipy.ndimage does: [B, S, S].
 
     Raises ValueError for a sigma larger than the map, negative or NaN.
     """

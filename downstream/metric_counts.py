@@ -1,10 +1,9 @@
-"""What metrics accept, counts at every threshold that matters, and the metrics that follow; `metrics` is the front
-door.
+"""Input checks, counts at all relevant thresholds, and metrics computed from these counts, for use by `metrics`.
 
-Let the distinct scores of the *anomalous* items, in descending order, be the thresholds: between two of them recall
-and PRO cannot change, only false positives accumulate. So the normal scores are sorted once (plain values, no index),
-the few anomalous ones once with their weights, and the false positives at each threshold come from a binary search.
-Nothing is quantised and no loop runs over thresholds: O(n log n) for n pixels, one copy of the scores in memory.
+The thresholds are the distinct scores of the *anomalous* items, in descending order: between two of them recall and
+PRO cannot change, and only false positives accumulate. So the normal scores are sorted once (plain values, no index),
+the few anomalous ones once with their weights, and a binary search gives the false positives at each threshold.
+Nothing is quantised, and there is no loop over thresholds: O(n log n) for n pixels, one copy of the scores in memory.
 
 Shapes: A anomalous and G normal items, T distinct anomalous scores.
 """
@@ -33,7 +32,7 @@ class Thresholds:
 
 
 def count(scores: NDArray[Any], labels: NDArray[np.bool_], weights_A: NDArray[np.float64] | None = None) -> Thresholds:
-    """Counts of scores against labels of the same shape; ``weights_A``: of the anomalous items, in C order."""
+    """Count scores against labels of the same shape; ``weights_A`` weights the anomalous items, in C order."""
     normal_G = scores[~labels]  # boolean indexing copies: the sort may be in place
     normal_G.sort()
     threshold_T, hits_T, overlap_T = anomalous_table(scores[labels], weights_A)
@@ -52,7 +51,7 @@ def count(scores: NDArray[Any], labels: NDArray[np.bool_], weights_A: NDArray[np
 def anomalous_table(
     anomalous_A: NDArray[Any], weights_A: NDArray[np.float64] | None = None
 ) -> tuple[NDArray[Any], NDArray[np.float64], NDArray[np.float64]]:
-    """The T distinct scores, descending, and at each the number and the summed weight of the items not below it."""
+    """Return the T distinct scores, descending, and for each the number and summed weight of the items not below it."""
     order_A = np.argsort(anomalous_A, kind="stable")[::-1]
     anomalous_A = anomalous_A[order_A]
     last_of_tie = np.flatnonzero(np.append(anomalous_A[1:] != anomalous_A[:-1], True)[: len(anomalous_A)])
@@ -61,7 +60,7 @@ def anomalous_table(
 
 
 def missing(counts: Thresholds, item: str) -> str | None:
-    """Why this item's metrics are undefined, or None."""
+    """Say why the metrics of images or pixels (``item``) are undefined, or None if they are defined."""
     if counts.n_anomalous and counts.n_normal:
         return None
     absent = "anomalous" if counts.n_normal else "normal"
@@ -70,7 +69,7 @@ def missing(counts: Thresholds, item: str) -> str | None:
 
 
 def auroc(counts: Thresholds) -> float:
-    """Area under the ROC curve; nan without both classes, as all below."""
+    """Return the area under the ROC curve; like the metrics below, it is nan unless both classes are present."""
     if not (counts.n_anomalous and counts.n_normal):
         return math.nan
     new_hits_T = np.diff(counts.hits_T, prepend=0.0)
@@ -79,7 +78,7 @@ def auroc(counts: Thresholds) -> float:
 
 
 def average_precision(counts: Thresholds) -> float:
-    """The step sum of (R_t - R_{t-1}) * P_t."""
+    """Return the average precision, the step sum of (R_t - R_{t-1}) * P_t."""
     if not (counts.n_anomalous and counts.n_normal):
         return math.nan
     precision_T = counts.hits_T / (counts.hits_T + counts.false_T)
@@ -87,7 +86,7 @@ def average_precision(counts: Thresholds) -> float:
 
 
 def max_f1(counts: Thresholds) -> float:
-    """The best F1 over all thresholds."""
+    """Return the best F1 over all thresholds."""
     # A threshold between two anomalous scores only adds false positives, so the maximum is at one of the T.
     if not (counts.n_anomalous and counts.n_normal):
         return math.nan
@@ -95,8 +94,8 @@ def max_f1(counts: Thresholds) -> float:
 
 
 def errors_at_best_f1(counts: Thresholds) -> tuple[int, int] | None:
-    """False positives and false negatives at the threshold with the best F1, the fewest of those that tie; None without
-    both classes."""
+    """Return false positives and false negatives at the threshold with the best F1 (of ties, that with the fewest
+    errors); None unless both classes are present."""
     if not (counts.n_anomalous and counts.n_normal):
         return None
     missed_T = counts.n_anomalous - counts.hits_T
@@ -106,12 +105,12 @@ def errors_at_best_f1(counts: Thresholds) -> tuple[int, int] | None:
 
 
 def roc_curve(counts: Thresholds) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The corners of the ROC curve, from (0, 0) to (1, 1): false and true positive rates, ascending."""
+    """Return the corners of the ROC curve, from (0, 0) to (1, 1): false and true positive rates, ascending."""
     return _corners(counts, counts.hits_T / counts.n_anomalous)
 
 
 def pro_curve(counts: Thresholds) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The corners of the per-region-overlap curve: pixel false positive rates and PRO, ascending, up to FPR 1."""
+    """Return the corners of the per-region-overlap curve: pixel false positive rates and PRO, ascending, to FPR 1."""
     return _corners(counts, counts.overlap_T)
 
 
@@ -124,7 +123,7 @@ def _corners(counts: Thresholds, share_T: NDArray[np.float64]) -> tuple[NDArray[
 
 
 def area_under_pro(counts: Thresholds, limit: float) -> float:
-    """Area under the PRO curve up to the false positive rate ``limit``, divided by it."""
+    """Return the area under the PRO curve up to the false positive rate ``limit``, divided by ``limit``."""
     if not (counts.n_anomalous and counts.n_normal):
         return math.nan
     fpr, pro = pro_curve(counts)
@@ -140,13 +139,13 @@ def area_under_pro(counts: Thresholds, limit: float) -> float:
 def official_area_under_pro(
     maps: NDArray[Any], masks: NDArray[np.bool_], weights_A: NDArray[np.float64], limit: float, steps: int
 ) -> float:
-    """AUPRO as the code released with ADPretrain sweeps it, from sorted scores instead of a loop over images.
+    """Return AUPRO as computed by ADPretrain's released code, but from sorted scores instead of a loop over images.
 
-    Thresholds at ``steps`` even steps from the lowest to the highest value of all maps; an item is a hit when its
-    score is greater than the threshold; only thresholds with FPR < limit count. Compared with the exact area it has
-    few points where maps have a long tail, starts at the smallest FPR found instead of 0, and is divided by the
-    largest FPR found instead of the limit: it depends on the highest single pixel of the set. nan without both classes,
-    for constant maps, and if fewer than two thresholds lie below the limit.
+    Thresholds are ``steps`` even steps from the lowest to the highest value of all maps; a score is a hit if it is
+    greater than the threshold; only thresholds with FPR < limit count. Unlike the exact area, it has few points if maps
+    have a long tail, starts at the smallest FPR found instead of 0, and is divided by the largest FPR found instead of
+    the limit, so that it depends on the highest single pixel of the set. It is nan unless both classes are present, for
+    constant maps, and if fewer than two thresholds are below the limit.
     """
     low, high = maps.min(), maps.max()
     if masks.all() or not masks.any() or low == high:
@@ -167,16 +166,16 @@ _EIGHT_CONNECTED = np.ones((3, 3), dtype=bool)
 
 
 def region_weights(masks_NHW: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """[A] weights of the anomalous pixels in C order: 1 / (pixels in its region x number of regions).
+    """Return weights [A] of the anomalous pixels in C order: 1 / (pixels in the region x number of regions).
 
-    The covered weight at a threshold is then that threshold's PRO. Regions are 8-connected and never cross images.
+    The summed weight of the hits at a threshold is its PRO. Regions are 8-connected and never cross images.
     """
     shares, regions = region_shares(masks_NHW)
     return shares / max(regions, 1)
 
 
 def region_shares(masks_NHW: NDArray[np.bool_]) -> tuple[NDArray[np.float64], int]:
-    """[A] shares of the anomalous pixels in their regions, in C order: 1 / pixels; and the number of regions."""
+    """Return 1 / (pixels in the region) for every anomalous pixel, [A] in C order, and the number of regions."""
     shares, regions = [np.empty(0)], 0
     for mask in masks_NHW:
         if not mask.any():
@@ -189,7 +188,7 @@ def region_shares(masks_NHW: NDArray[np.bool_]) -> tuple[NDArray[np.float64], in
 
 
 def image_labels(masks_NHW: NDArray[np.bool_], labels: ArrayLike | None) -> NDArray[np.bool_]:
-    """[N] which images are anomalous. Raises ValueError for a label that a mask contradicts, or a wrong number."""
+    """Return which images are anomalous, [N]. Raises ValueError if a mask contradicts a label or the shape is wrong."""
     marked = np.asarray(masks_NHW.reshape(len(masks_NHW), -1).any(axis=1))
     if labels is None:
         return marked
@@ -202,12 +201,12 @@ def image_labels(masks_NHW: NDArray[np.bool_], labels: ArrayLike | None) -> NDAr
 
 
 def unmarked(masks_NHW: NDArray[np.bool_], labels_N: NDArray[np.bool_]) -> int:
-    """How many anomalous images have no marked pixel: their masks are empty, or lost the defect when made smaller."""
+    """Count the anomalous images without a marked pixel, whose masks are empty or lost the defect in resizing."""
     return int((labels_N & ~masks_NHW.any(axis=(1, 2))).sum())
 
 
 def paired(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-    """Scores and labels of one shape, not empty; ValueError otherwise."""
+    """Return scores and labels as arrays. Raises ValueError unless they have the same shape and are not empty."""
     values, truth = real_numbers(scores, "scores"), binary_masks(labels)
     if values.shape != truth.shape or values.size == 0:
         raise ValueError(f"scores have shape {values.shape}, labels {truth.shape}; expected equal, not empty")
@@ -222,7 +221,7 @@ def _array(values: Any) -> NDArray[Any]:
 
 
 def real_numbers(values: ArrayLike, name: str) -> NDArray[Any]:
-    """A float array. Raises ValueError for NaN and infinite values, and for what is no number."""
+    """Convert to a float array. Raises ValueError for NaN, infinite values, and anything that is not a real number."""
     array = _array(values)
     if array.dtype.kind not in "fiub":
         raise ValueError(f"{name} have dtype {array.dtype}; expected real numbers")
@@ -235,7 +234,7 @@ def real_numbers(values: ArrayLike, name: str) -> NDArray[Any]:
 
 
 def binary_masks(values: ArrayLike) -> NDArray[np.bool_]:
-    """A bool array: bool, integers (> 0 is a defect) or floats of only 0 and 1; anything else raises ValueError."""
+    """Convert bool, integers (> 0 is a defect) or floats of only 0 and 1 to bool; ValueError for anything else."""
     array = _array(values)
     if array.dtype.kind == "b":
         return array

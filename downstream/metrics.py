@@ -1,19 +1,18 @@
-"""How well anomaly maps and scores separate defects from good product: AUROC, AP, max-F1 and AUPRO, all
-exact.
+"""Metrics of how well anomaly maps and scores separate defects from good product: exact AUROC, AP, max-F1 and AUPRO.
 
-Counts at every distinct score (`thresholds`) give them all: nothing is quantised. Sets whose maps do not fit in memory
-are measured batch by batch, with bounds of the error, by `streaming.StreamingMetrics`.
+They are computed from counts at every distinct score (`thresholds`), without quantisation. Sets whose maps do not fit
+in memory are measured batch by batch, with bounds of the error, by `streamed_metrics.StreamingMetrics`.
 
 Shape legend: N images, H x W pixels, A anomalous items.
 
 Conventions
-- a score is higher for a more anomalous item; an item is called anomalous at threshold t when score >= t;
-- tied scores are taken together (AUROC counts a tie as one half, the mid-rank rule);
+- a higher score means more anomalous; an item is called anomalous at threshold t when score >= t;
+- tied scores are treated together (AUROC counts a tie as one half, the mid-rank rule);
 - AP is the step sum of (R_t - R_{t-1}) * P_t, as in scikit-learn, with no interpolation;
-- AUPRO (Bergmann et al. 2020): a threshold's PRO is the mean, over all 8-connected defect regions of all
-  images, of the covered share of the region; its area over pixel FPR is a trapezoid from FPR 0 to the limit,
-  interpolated at the limit, divided by the limit, so that it lies in [0, 1];
-- an image is anomalous when its label says so, or else when its mask has a positive pixel;
+- AUPRO (Bergmann et al. 2020): the PRO at a threshold is the mean, over all 8-connected defect regions of all
+  images, of the covered share of the region; AUPRO is the area under PRO over the pixel FPR, by the trapezoidal
+  rule from FPR 0 to the limit (interpolated there), divided by the limit, so that it lies in [0, 1];
+- an image is anomalous if its label says so or, without labels, if its mask has a positive pixel;
 - a defective image whose mask is empty counts in image metrics; its pixels count as normal, and a note says so;
 - a metric that the data does not define is nan and `Metrics.notes` says why (AUROC, AP, F1 and AUPRO all need
   both classes); input that cannot be right (NaN, shapes that disagree, fractional masks) raises ValueError.
@@ -32,13 +31,13 @@ from downstream import metric_counts as thresholds
 from downstream.metric_counts import binary_masks, count, image_labels, paired, real_numbers, region_weights, unmarked
 
 FORMS = ("exact", "official")
-LIMIT = 0.3  # false positive rate up to which PRO counts
-STEPS = 200  # thresholds of the released code
+LIMIT = 0.3  # AUPRO integrates up to this false positive rate
+STEPS = 200  # number of thresholds in the released code
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """All in [0, 1], higher is better; nan where undefined, with the reason in `notes`."""
+    """Metrics in [0, 1], where higher is better; an undefined one is nan, with the reason in `notes`."""
 
     image_auroc: float
     image_ap: float
@@ -70,7 +69,7 @@ def evaluate_maps(
 def checked(
     maps_NHW: ArrayLike, masks_NHW: ArrayLike, scores: ArrayLike | None, labels: ArrayLike | None
 ) -> tuple[NDArray[Any], NDArray[np.bool_], NDArray[Any], NDArray[np.bool_]]:
-    """The four as arrays that fit each other, as `evaluate_maps` says: [N, H, W], [N, H, W], [N], [N]."""
+    """Check the arguments of `evaluate_maps` and return them as arrays: [N, H, W], [N, H, W], [N], [N]."""
     maps, masks = real_numbers(maps_NHW, "maps"), binary_masks(masks_NHW)
     if maps.ndim != 3 or maps.size == 0:
         raise ValueError(f"maps have shape {maps.shape}; expected [N, H, W] with at least one image and pixel")
@@ -83,7 +82,7 @@ def checked(
 
 
 def from_counts(images: thresholds.Thresholds, pixels: thresholds.Thresholds, bare: int = 0) -> Metrics:
-    """All metrics of images and pixels that are counted already; ``bare``: defective images without a marked pixel."""
+    """Compute all metrics from counts of images and pixels; ``bare`` is the number of defective images without mask."""
     found = [thresholds.missing(images, "image"), thresholds.missing(pixels, "pixel")]
     if bare:
         found.append(f"{bare} defective image(s) with an empty mask: their pixels count as normal")
@@ -101,37 +100,37 @@ def from_counts(images: thresholds.Thresholds, pixels: thresholds.Thresholds, ba
 
 
 def auroc(scores: ArrayLike, labels: ArrayLike) -> float:
-    """Area under the ROC curve of scores against labels (equal shapes; labels as masks); nan without both
-    classes.
+    """Return the area under the ROC curve of scores and labels (equal shapes; labels like masks); nan unless both
+    classes are present.
     """
     return thresholds.auroc(count(*paired(scores, labels)))
 
 
 def average_precision(scores: ArrayLike, labels: ArrayLike) -> float:
-    """Average precision of scores against labels (equal shapes); nan without both classes."""
+    """Return the average precision of scores and labels (equal shapes); nan unless both classes are present."""
     return thresholds.average_precision(count(*paired(scores, labels)))
 
 
 def max_f1(scores: ArrayLike, labels: ArrayLike) -> float:
-    """The best F1 over all thresholds (an oracle threshold); nan without both classes."""
+    """Return the best F1 over all thresholds (an oracle threshold); nan unless both classes are present."""
     return thresholds.max_f1(count(*paired(scores, labels)))
 
 
 def errors_at_best_f1(scores: ArrayLike, labels: ArrayLike) -> tuple[int, int] | None:
-    """False positives and false negatives at the threshold with the best F1 on these very scores, as PatchCore counts
-    its misclassified images (Tab. 1, suppl. C.4).
+    """Return false positives and false negatives at the threshold with the best F1 on these same scores, as PatchCore
+    counts misclassified images (Tab. 1, suppl. C.4).
 
-    The threshold is chosen on labelled test data: a number to compare with the paper's, not what a threshold from
-    normal images (`calibration`) gives. Equal shapes; None without both classes.
+    The threshold is chosen on labelled test data, so use the numbers only to compare with the paper; a threshold from
+    normal images (`calibration`) gives others. Shapes must be equal; None unless both classes are present.
     """
     return thresholds.errors_at_best_f1(count(*paired(scores, labels)))
 
 
 def aupro(maps_NHW: ArrayLike, masks_NHW: ArrayLike, limit: float = LIMIT, form: str = "exact") -> float:
-    """Area under the per-region-overlap curve up to the pixel false-positive rate ``limit``, divided by it.
+    """Return the area under the per-region-overlap curve up to the pixel false-positive rate ``limit``, divided by it.
 
     ``form``: "exact", or "official", the sweep of the released code (`thresholds.official_area_under_pro`) for
-    comparison with published numbers. nan without both classes, and where the sweep finds no curve below the limit.
+    comparison with published numbers. nan unless both classes are present, and if the sweep has no curve below limit.
     """
     if not 0 < limit <= 1:
         raise ValueError(f"limit={limit}; expected a false-positive rate in (0, 1], usually 0.3")
@@ -146,11 +145,11 @@ def aupro(maps_NHW: ArrayLike, masks_NHW: ArrayLike, limit: float = LIMIT, form:
 
 
 def d_prime(scores: ArrayLike, labels: ArrayLike) -> float:
-    """How many standard deviations apart: |mu_a - mu_n| / sqrt((var_a + var_n) / 2), ReConPatch Eq. 12.
+    """Return d' = |mu_a - mu_n| / sqrt((var_a + var_n) / 2) of anomalous and normal scores, ReConPatch Eq. 12.
 
-    scores, labels: equal shapes, labels as masks. Variances divide by the count. Unlike AUROC it keeps growing when the
-    classes are already apart, and it changes under a non-linear change of the unit. nan without both classes; inf, or
-    nan for equal means, if neither class varies.
+    scores, labels: equal shapes, labels like masks. Variances divide by the count. Unlike AUROC, d' keeps growing when
+    the classes are already separate, and it changes under a non-linear transformation of the scores. nan unless both
+    classes are present; if neither class varies, inf, or nan for equal means.
     """
     values, truth = paired(scores, labels)
     if truth.all() or not truth.any():

@@ -1,9 +1,9 @@
-"""Nearest neighbours in a bank of features: exact ones, with torch or faiss, and approximate ones with faiss.
+"""Nearest neighbours in a bank of features: exact ones with torch or faiss, and approximate ones with faiss.
 
-Exact distances and indices are the same to the last bit with torch and faiss. Either proposes a few candidates from
-rounded distances, together with a lower bound of everything it did not propose. Their distances are then computed again
-(`downstream.distances`); where the k-th of them does not lie below that bound (nearly equal rows), the query is
-compared with every row that could be as near. Ties go to the lowest index.
+Exact distances and indices are the same to the last bit with torch and faiss. Both propose a few candidates from
+rounded distances, and a lower bound for the distances of all other rows. The distances of the candidates are then
+computed again (`downstream.distances`); if the k-th is not below that bound (nearly equal rows), the query is compared
+with every row that could be as near. Of ties, the lowest index is taken.
 
 Shapes: Q queries and N bank rows of D channels, c candidates, k neighbours, M pairs.
 """
@@ -28,20 +28,20 @@ from downstream.distances import (
 )
 
 BACKENDS = ("auto", "torch", "faiss")
-CHUNK_BYTES = 64 << 20  # the largest [queries x bank] block of distances held at once
-QUERIES = {"torch": 512, "faiss": 4096}  # queries in a block; faiss is ten times slower with a few hundred
-UNPROVEN = 64  # the same, for queries compared with every row that could be as near
-BLOCK = 32
-SPARE = 7  # candidates beyond the k-th
-CODES = 256  # a part of an approximated row is stored as one byte
+CHUNK_BYTES = 64 << 20  # largest [queries x bank] block of distances in memory
+QUERIES = {"torch": 512, "faiss": 4096}  # queries per block; faiss is ten times slower with a few hundred
+UNPROVEN = 64  # queries per block, if they are compared with every row that could be as near
+BLOCK = 32  # columns whose minimum is searched together
+SPARE = 7  # number of candidates besides the k nearest
+CODES = 256  # each part of an approximated row is stored as one byte
 
 
 def nearest(
     query_QD: Tensor, bank_ND: Tensor, k: int = 1, backend: str = "auto", chunk_bytes: int = CHUNK_BYTES
 ) -> tuple[Tensor, Tensor]:
-    """Euclidean distances to the k nearest rows of the bank, ascending, and their indices: [Q, k], [Q, k] int64.
+    """Return Euclidean distances to the k nearest rows, ascending, and their indices: [Q, k], [Q, k] int64.
 
-    See `Neighbours`, which prepares a bank once for many searches.
+    `Neighbours` prepares a bank once for many searches.
     """
     return Neighbours(bank_ND, backend, chunk_bytes).search(query_QD, k)
 
@@ -49,11 +49,11 @@ def nearest(
 class Neighbours:
     """A bank prepared for exact searches.
 
-    ``bank_ND``: finite floats; half precision is searched in float32. ``backend``: "torch" (any device), "faiss" (on
-    the CPU, in float32; needs the package) or "auto": faiss where it can be used. The results are equal.
-    ``chunk_bytes`` bounds the block of distances that exists at a time. Memory: the bank and one shifted copy.
+    ``bank_ND`` must be finite; half precision is searched in float32. ``backend`` is "torch" (any device), "faiss" (on
+    the CPU, in float32; needs the package) or "auto" (faiss if it can be used); the results are equal. ``chunk_bytes``
+    limits the block of distances in memory. Memory: the bank and a shifted copy.
 
-    Raises ValueError for a bank that is no finite matrix, an unknown backend or one that cannot search this bank.
+    Raises ValueError for a bank that is not a finite matrix, an unknown backend or one that cannot search this bank.
     """
 
     def __init__(self, bank_ND: Tensor, backend: str = "auto", chunk_bytes: int = CHUNK_BYTES) -> None:
@@ -65,7 +65,7 @@ class Neighbours:
         self.rounding = rounding(bank_ND.shape[1], self.dtype)
         rows, width = bank_ND.shape
         self.index: Any = import_faiss().IndexFlatL2(width) if self.backend == "faiss" else None
-        # Shifted rows and their biases, as `Rounding.factor` wants them; rows that fill a block are infinitely far.
+        # Shifted rows and their biases, as `Rounding.factor` needs them; rows that pad a block are infinitely far.
         filled = -(-rows // BLOCK) * BLOCK if self.index is None else 0
         self.factor_ND = torch.zeros(filled, width + 1, dtype=self.dtype, device=bank_ND.device)
         norm_N = torch.empty(rows, dtype=self.dtype, device=bank_ND.device)
@@ -87,8 +87,8 @@ class Neighbours:
             self.factor_ND[rows:, -1] = torch.inf
 
     def search(self, query_QD: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
-        """Distances to the k nearest rows, ascending, and their indices: [Q, k] in the bank's type (half precision:
-        float32) and [Q, k] int64. Raises ValueError if k or the queries do not fit the bank."""
+        """Return distances to the k nearest rows, ascending, and their indices: [Q, k] in the type of the bank (float32
+        for half precision) and [Q, k] int64. Raises ValueError if k or the queries do not fit the bank."""
         rows, width = self.bank_ND.shape
         if not 1 <= k <= rows:
             raise ValueError(f"{k} neighbours from a bank of {rows} rows; choose 1 to {rows}")
@@ -103,7 +103,7 @@ class Neighbours:
             return empty.to(self.dtype), empty.to(torch.int64)
         check_rows(query_QD, "queries")
         with full_precision(query_QD.device):
-            # A query in another type is first rounded to the bank's.
+            # A query of another type is first rounded to that of the bank.
             query_QD = query_QD.detach().to(self.dtype).contiguous()
             blocks = query_QD.split(QUERIES[self.backend])
             buffer = self._buffer(len(blocks[0]))
@@ -112,12 +112,12 @@ class Neighbours:
         return distance_Qk.sqrt(), index_Qk
 
     def _buffer(self, queries: int) -> Tensor:
-        """One block of distances for a whole search: fresh memory for every block would cost as much as the product."""
+        """Allocate one block for a whole search; new memory for every block would take as long as the product."""
         columns = max(BLOCK, self.chunk_bytes // (queries * self.bias_N.element_size()))
         return self.bias_N.new_empty(queries * min(columns, len(self.bias_N) + BLOCK) if self.backend == "torch" else 0)
 
     def _search(self, query_QD: Tensor, k: int, buffer: Tensor) -> tuple[Tensor, Tensor]:
-        """Squared distances and indices of a block of queries."""
+        """Return squared distances and indices for a block of queries."""
         shifted_QD = query_QD - self.centre_D
         norm_Q = sums_of_squares(shifted_QD.clone())
         if not bool(norm_Q.amax() * 8 < torch.finfo(self.dtype).max):
@@ -150,7 +150,7 @@ class Neighbours:
         return squared_distances(query_QD, row, self.bank_ND, index_Qk.flatten()).view(index_Qk.shape)
 
     def _propose_torch(self, shifted_QD: Tensor, norm_Q: Tensor, number: int, buffer: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows with the smallest lower bounds: these bounds, ascending, and indices, [Q, c] each."""
+        """Return the smallest lower bounds, ascending, and the indices of their rows: [Q, c] each."""
         queries = len(norm_Q)
         columns = buffer.numel() // queries // BLOCK * BLOCK
         best: tuple[Tensor, Tensor] | None = None
@@ -168,7 +168,7 @@ class Neighbours:
         return best[0] + self.rounding.biases(norm_Q, LOWER)[:, None], best[1]
 
     def _propose_faiss(self, shifted_QD: Tensor, norm_Q: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        """The same from faiss, whose distances are products with norms too, or more precise."""
+        """Return the same from faiss, whose distances also come from products and norms, or are more precise."""
         values, index = (torch.from_numpy(array) for array in self.index.search(shifted_QD.numpy(), number))
         slack_Q = self.rounding.norms * (norm_Q + self.largest)
         lower_Qc = (values - slack_Q[:, None]) * (1 - self.rounding.total) - self.rounding.tiny
@@ -177,7 +177,7 @@ class Neighbours:
     def _compare_all(
         self, query_QD: Tensor, shifted_QD: Tensor, bias_Q: Tensor, kth_Q: Tensor, k: int
     ) -> tuple[Tensor, Tensor]:
-        """The k nearest among all rows that are not farther than `kth_Q` for certain."""
+        """Return the k nearest among all rows that are not certainly farther than `kth_Q`."""
         columns = max(BLOCK, self.chunk_bytes // (len(query_QD) * query_QD.element_size()))
         distance_Qk = query_QD.new_full((len(query_QD), k), torch.inf)
         index_Qk = torch.full_like(distance_Qk, len(self.bank_ND), dtype=torch.int64)
@@ -186,7 +186,7 @@ class Neighbours:
             lower = self.rounding.bounds(shifted_QD, block, self.bias_N[start : start + columns], LOWER)
             row, column = (lower <= (kth_Q - bias_Q)[:, None]).nonzero(as_tuple=True)
             distance_M = squared_distances(query_QD, row, self.bank_ND, column + start)
-            # By query, then distance, then index: stable sorts, the last key first.
+            # Sort by query, then distance, then index, with stable sorts of the last key first.
             distance_M, order = distance_M.sort(stable=True)
             row, by_row = row[order].sort(stable=True)
             column = column[order][by_row]
@@ -202,17 +202,17 @@ class Neighbours:
 
 
 def _first(distance_Qc: Tensor, index_Qc: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k nearest, ascending; equal distances by ascending index."""
+    """Return the k nearest candidates by ascending distance, then ascending index."""
     index_Qc, order = index_Qc.sort(dim=1)
     distance_Qc, nearest_first = distance_Qc.gather(1, order).sort(dim=1, stable=True)
     return distance_Qc[:, :k], index_Qc.gather(1, nearest_first[:, :k])
 
 
 def _smallest(lower_QN: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """The smallest values of every row, ascending, and their columns: [Q, c] each.
+    """Return the smallest values of every row, ascending, and their columns: [Q, c] each.
 
-    One pass over blocks of columns, then a search among as many blocks as there are values: torch's topk of long rows
-    takes as long as the matrix product. (The idea of `adpretrain.residual`'s search for one value.)
+    One pass finds the blocks of columns with the smallest minima, and only these are searched, because torch's topk of
+    long rows takes as long as the matrix product. (`adpretrain.residual` searches for one value in the same way.)
     """
     blocks = lower_QN.unflatten(1, (-1, BLOCK))
     number = min(number, lower_QN.shape[1])
@@ -226,12 +226,12 @@ def _smallest(lower_QN: Tensor, number: int) -> tuple[Tensor, Tensor]:
 class ApproximateNeighbours:
     """A bank quantised for approximate searches: faiss's inverted lists of product-quantised rows (IVFPQ).
 
-    For banks that are too large to be searched exactly (PatchCore-100%, PatchCore Sec. 4.3). ``bank_ND``: floats on
-    the CPU. Its rows are divided into about 4 sqrt(N) cells, at least 39 rows to one (faiss's advice), of which a
-    query looks into ``nprobe``, by default an eighth; a row is cut into parts of one byte, a divisor of D next to
-    D / 8. ``refine`` * k candidates have their distances computed from the bank itself, which is kept for it.
+    It is for banks that are too large for exact searches (PatchCore-100%, PatchCore Sec. 4.3). ``bank_ND`` holds floats
+    on the CPU. Rows are divided into about 4 sqrt(N) cells with at least 39 rows each (faiss's advice); a query visits
+    ``nprobe`` of them, by default an eighth. A row is stored in parts of one byte, whose number is the divisor of D
+    nearest to D / 8. The distances of ``refine`` * k candidates are computed from the bank, which is kept for that.
 
-    Raises ValueError without faiss, or where the bank is too small.
+    Raises ValueError if faiss is missing or the bank is too small.
     """
 
     def __init__(self, bank_ND: Tensor, nprobe: int | None = None, refine: int = 4, seed: int = 0) -> None:
@@ -241,7 +241,7 @@ class ApproximateNeighbours:
         if bank_ND.device.type != "cpu" or bank_ND.dtype == torch.float64:
             raise ValueError(f"IVFPQ needs a float32 bank on the CPU, this one is {bank_ND.dtype} on {bank_ND.device}")
         if rows < CODES:
-            raise ValueError(f"IVFPQ learns {CODES} codes and needs as many rows, the bank has {rows}; use Neighbours")
+            raise ValueError(f"IVFPQ needs at least {CODES} rows for its codes, the bank has {rows}; use Neighbours")
         cells = max(1, min(round(4 * math.sqrt(rows)), rows // 39))
         parts = min((p for p in range(1, width + 1) if width % p == 0), key=lambda p: abs(p - width / 8))
         self.bank_ND = bank_ND.detach().float().contiguous()
@@ -249,7 +249,7 @@ class ApproximateNeighbours:
         self.refine = refine
         self.index = faiss.IndexIVFPQ(faiss.IndexFlatL2(width), width, cells, parts, 8)
         self.index.cp.seed = self.index.pq.cp.seed = seed
-        # Few rows to a centre are the caller's choice, not worth a warning on the terminal.
+        # The caller chose a small bank, so faiss need not warn about few rows per centre.
         self.index.cp.min_points_per_centroid = self.index.pq.cp.min_points_per_centroid = 1
         shifted = (self.bank_ND - self.centre_D).numpy()
         self.index.train(shifted)
@@ -257,9 +257,9 @@ class ApproximateNeighbours:
         self.index.nprobe = max(1, cells // 8) if nprobe is None else nprobe
 
     def search(self, query_QD: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
-        """Euclidean distances to k near rows, ascending, and their indices: [Q, k] float32, [Q, k] int64. The distances
-        are those of the rows; the rows may not be the nearest. Where the visited cells hold fewer than k rows, the
-        rest is infinity and -1. Raises ValueError if k or the queries do not fit the bank.
+        """Return Euclidean distances to k near rows, ascending, and their indices: [Q, k] float32, [Q, k] int64. The
+        distances are exact, but the rows may not be the nearest. If the visited cells hold fewer than k rows, the rest
+        is infinity and -1. Raises ValueError if k or the queries do not fit the bank.
         """
         rows, width = self.bank_ND.shape
         if not 1 <= k <= rows:
@@ -280,7 +280,7 @@ class ApproximateNeighbours:
 
 
 def import_faiss() -> Any:
-    """faiss, imported when it is needed. Raises ValueError with the extra to install if it is missing."""
+    """Import faiss. Raises ValueError with the extra to install if it is missing."""
     try:
         import faiss
     except ImportError as error:

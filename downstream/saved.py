@@ -64,7 +64,7 @@ _USAGE = """```python
 from downstream import detector_from_pretrained
 
 detector = detector_from_pretrained("{repo_id}")
-prediction = detector.predict(images)  # [B, 3, {side}, {side}], through detector.extract's preprocess
+prediction = detector.predict(images)  # [B, 3, {side}, {side}], prepared by detector.extract.preprocess
 print(prediction.scores)  # one score per image; prediction.maps holds one map each
 ```"""
 
@@ -80,15 +80,15 @@ class DetectorConfig:
             ("given"), which must be passed again on loading; "members" for a detector made of others.
         image_size: side of the images it was fitted on, in pixels.
         tensors: shapes of the tensors in model.safetensors, checked on loading.
-        facts: what else the detector remembers, in numbers.
-        probe: the features of a fixed picture, a few averages per level.
-        backbone: the network, for "backbone".
-        preprocess: how photographs become images, if known; for "backbone", its own.
-        images: how they do where a backbone is fed with another network's images (`Adapted`).
+        facts: further numbers of the fitted state.
+        probe: features of a fixed picture, a few averages per level.
+        backbone: the network, if ``extract`` is "backbone".
+        preprocess: preprocessing of photographs, if known; for "backbone", that of the backbone.
+        images: preprocessing of photographs if the backbone is given another network's images (`Adapted`).
         dtype: precision of the network.
         photographs: digests of the photographs that it was fitted on and of its references (`Photo.digest`), so that
-            it is not calibrated on them; empty where a program fitted it on tensors, and before this was remembered.
-        full_scale: of those photographs, where they have more than 8 bits (`adpretrain.photographs`).
+            it is not calibrated on them; empty if it was fitted on tensors in Python, or by an old version.
+        full_scale: full scale of those photographs, if they have more than 8 bits (`adpretrain.photographs`).
         format_version: version of this file's format.
         library_version: version of adpretrain that wrote it.
     """
@@ -111,7 +111,7 @@ class DetectorConfig:
 
 
 class HubOptions(TypedDict, total=False):
-    """For a detector that is "org/name" on the Hugging Face Hub: which ``revision`` of it, and whose ``token``."""
+    """``revision`` and access ``token`` of a detector that is "org/name" on the Hugging Face Hub."""
 
     revision: str | None
     token: str | bool | None
@@ -119,8 +119,8 @@ class HubOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Loaded:
-    """A detector's folder, read: ``options`` as its own dataclass, tensors on the device, the extract or the members
-    ready."""
+    """The content of a detector's folder: ``options`` as the detector's dataclass, tensors on the device, and the
+    loaded extract or members."""
 
     folder: Path
     options: Any
@@ -141,10 +141,10 @@ def save_detector(
     image_size: int,
     facts: dict[str, Any],
 ) -> Path:
-    """Write a fitted detector; the folder appears, or is replaced, only when complete. Returns its path.
+    """Write a fitted detector and return its path; the folder appears, or is replaced, only when complete.
 
-    ``made_of``: the extract, or the functions that save its members. THE FOLDER HOLDS FEATURES OF THE PRODUCT,
-    reference banks of an extractor included; see the top of this file.
+    ``made_of`` is the extract, or the functions that save the members. THE FOLDER HOLDS FEATURES OF THE PRODUCT,
+    including the references of an extractor; see the top of this file.
 
     Raises ValueError if ``folder`` holds other files, or an extractor has a bank of references for every image.
     """
@@ -182,7 +182,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def remember_photographs(folder: Path, digests: Iterable[str], full_scale: float | None) -> None:
-    """Write into the config.json of a saved detector which photographs it was fitted on, and their full scale."""
+    """Add the photographs that a saved detector was fitted on, and their full scale, to its config.json."""
     config = read_detector_config(folder)
     config = dataclasses.replace(config, photographs=sorted(set(digests)), full_scale=full_scale)
     with atomic_path(folder / CONFIG_NAME) as temporary:
@@ -394,7 +394,7 @@ def push_folder(folder: Path, repo_id: str, *, private: bool | None = None, **op
 
 
 def is_detector(folder: Path) -> bool:
-    """Whether a saved model is a fitted detector; else it is taken for an extractor. Raises ValueError for neither."""
+    """Say whether a saved model is a fitted detector or else an extractor. Raises ValueError for any other folder."""
     if not (folder / CONFIG_NAME).is_file():
         what = f"has no {CONFIG_NAME}" if folder.is_dir() else "is not a folder"
         raise ValueError(f"{folder} {what}: expected a folder written by save_pretrained")

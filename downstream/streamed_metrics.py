@@ -1,15 +1,14 @@
-"""The metrics of a set that does not fit in memory, batch by batch, with bounds of what was lost.
+"""Metrics of a set that does not fit in memory, computed batch by batch, with bounds of the error.
 
 Image scores and the scores of the few anomalous pixels are kept. Normal pixels are counted in bins, each with its
-lowest and highest score: for an anomalous score outside a bin's range, or equal to all in it, the bin's pixels are
-counted exactly; for one within it, all or none of them may lie above. Taking all and then none gives two tables of
-counts, and as every metric falls with every false positive, two values that the true one lies between. Nothing is
-assumed about the scores, and the bounds are those of this set.
+lowest and highest score. If an anomalous score is outside the range of a bin, or equal to all scores in it, the bin's
+pixels are counted exactly; if it is inside, anything from none to all of them may be above. Counting all and then none
+gives two tables of counts and, because every metric falls with every false positive, a lower and an upper bound of each
+metric. They assume nothing about the scores, and are computed for this set.
 
 A bin holds the float32 numbers that agree in their first ``bits`` bits: 26 bits (sign, exponent and 17 of 23 bits of
-the fraction) tell scores apart that differ by 1 part in 131,072, whatever their unit. Memory: 20 bytes per occupied
-bin, 2.6 MB for every factor of two between the lowest and the highest score, plus 12 bytes per anomalous pixel, plus
-`PENDING` pixels.
+the fraction) separate scores that differ by 1 part in 131,072, whatever their unit. Memory: 20 bytes per occupied bin
+(2.6 MB for every factor of two between the lowest and the highest score), 12 bytes per anomalous pixel, and `PENDING`.
 
 Shapes: N images, H x W pixels, A anomalous and G normal pixels, K occupied bins, T distinct anomalous scores.
 """
@@ -38,14 +37,14 @@ class Bounds:
 
     @property
     def middle(self) -> Metrics:
-        """Half way between; at most `error` from the truth."""
+        """The mean of both bounds, which is at most `error` from the true metrics."""
         low, high = asdict(self.lower), asdict(self.upper)
         notes = low.pop("notes")
         return Metrics(**{name: (value + high[name]) / 2 for name, value in low.items()}, notes=notes)
 
     @property
     def error(self) -> float:
-        """The largest possible error of any metric of `middle`; 0 if none is defined."""
+        """The largest possible error of any metric of `middle`; 0 if no metric is defined."""
         pairs = [(asdict(self.lower)[name], asdict(self.upper)[name]) for name in ("pixel_auroc", "pixel_ap")]
         pairs += [(self.lower.pixel_f1, self.upper.pixel_f1), (self.lower.aupro, self.upper.aupro)]
         widths = [(high - low) / 2 for low, high in pairs]
@@ -54,7 +53,7 @@ class Bounds:
 
 @dataclass(frozen=True)
 class _Bins:
-    """K bins, ascending: their keys, how many pixels each holds, and the lowest and highest of them."""
+    """K bins in ascending order: keys, numbers of pixels, and the lowest and highest score in each."""
 
     key_K: NDArray[np.uint32]
     count_K: NDArray[np.int64]
@@ -63,25 +62,25 @@ class _Bins:
 
 
 class StreamingMetrics:
-    """`evaluate_maps` for batches: ``add`` each, then ask for ``result``.
+    """`evaluate_maps` for batches: call ``add`` for each, then ``result``.
 
-    Normal pixels wider than float32 are rounded to it: rounding may join scores but never swaps them, and joined
-    scores are in one bin, so that the bounds hold for the maps as they were given.
+    Normal pixels wider than float32 are rounded to it. Rounding may make scores equal but never swaps them, and equal
+    scores are in the same bin, so that the bounds hold for the maps as given.
 
     Args:
-        bits: of a float32 that tell bins apart, 10 to 32; fewer take less memory and give wider bounds.
+        bits: leading bits of a float32 that define a bin, 10 to 32; fewer need less memory and give wider bounds.
     """
 
     def __init__(self, bits: int = BITS) -> None:
         if not 10 <= bits <= 32:
-            raise ValueError(f"bits {bits}; choose 10 (sign and exponent, and one more) to 32 (every float32 a bin)")
+            raise ValueError(f"bits {bits}; choose 10 (sign, exponent and one more) to 32 (a bin for every float32)")
         self.bits = bits
         self._scores: list[NDArray[Any]] = []
         self._labels: list[NDArray[np.bool_]] = []
         self._anomalous: list[NDArray[Any]] = []
         self._shares: list[NDArray[np.float64]] = []
         self._regions = self._bare = 0
-        self._float32 = True  # nothing was rounded
+        self._float32 = True  # whether nothing was rounded
         self._pending: list[NDArray[np.float32]] = []
         none = np.empty(0, np.float32)
         self._bins = _Bins(np.empty(0, np.uint32), np.empty(0, np.int64), none, none)
@@ -93,7 +92,7 @@ class StreamingMetrics:
         scores: ArrayLike | None = None,
         labels: ArrayLike | None = None,
     ) -> None:
-        """One batch; arguments and errors as in `evaluate_maps`. All batches need scores in one unit."""
+        """Add a batch; arguments and errors are those of `evaluate_maps`. Scores of all batches must have one unit."""
         maps, masks, image_scores, anomalous = checked(maps_NHW, masks_NHW, scores, labels)
         self._float32 &= maps.dtype.itemsize <= 4
         shares, regions = region_shares(masks)
@@ -108,7 +107,7 @@ class StreamingMetrics:
             self._bins = self._sorted_in()
 
     def result(self) -> Bounds:
-        """Bounds of the metrics of all batches so far. Raises ValueError before the first."""
+        """Return bounds of the metrics of all batches so far. Raises ValueError before the first."""
         if not self._scores:
             raise ValueError("no batch was added: there is nothing to measure")
         self._bins = self._sorted_in()
@@ -124,7 +123,7 @@ class StreamingMetrics:
         return Bounds(*found)
 
     def _sorted_in(self) -> _Bins:
-        """The bins with all pending pixels."""
+        """Return the bins with all pending pixels added."""
         if not self._pending:
             return self._bins
         normal_G = np.sort(np.concatenate(self._pending))
@@ -149,14 +148,14 @@ class StreamingMetrics:
         return _Bins(key[order][start], *joined)
 
     def _keys(self, scores: NDArray[np.float32]) -> NDArray[np.uint32]:
-        """Bin of each score; the order of keys is that of scores."""
-        pattern = (scores + np.float32(0)).view(np.uint32)  # + 0: minus zero is zero
-        # Positive floats are ordered as their bits are; negative ones the other way round, and below.
+        """Return the key of each score's bin; keys have the same order as scores."""
+        pattern = (scores + np.float32(0)).view(np.uint32)  # adding 0 turns minus zero into zero
+        # Positive floats have the order of their bits; negative ones the reverse order, and are below.
         ordered = np.where(pattern >> 31, ~pattern, pattern | np.uint32(1 << 31))
         return ordered >> np.uint32(32 - self.bits)
 
     def _false(self, threshold_T: NDArray[Any], pessimistic: bool) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Normal pixels above, and not below, each threshold: the most or the fewest that there can be."""
+        """Count normal pixels above, and not below, each threshold: the largest or smallest possible numbers."""
         bins, threshold_T = self._bins, _single(threshold_T)
         beyond_K = np.append(np.cumsum(bins.count_K[::-1])[::-1], 0)  # pixels in this bin and all higher ones
         at_T = np.searchsorted(bins.key_K, self._keys(threshold_T))
@@ -168,7 +167,7 @@ class StreamingMetrics:
         if self._float32:
             above_T[own_T] += held * np.where(pessimistic, threshold < high, threshold < low)
             not_below_T[own_T] += held * np.where(pessimistic, threshold <= high, threshold <= low)
-        else:  # equal float32 numbers may have been different
+        else:  # scores that are equal in float32 may have been different before
             undecided = threshold <= high if pessimistic else threshold < low
             above_T[own_T] += held * undecided
             not_below_T[own_T] += held * undecided
@@ -176,5 +175,5 @@ class StreamingMetrics:
 
 
 def _single(scores: NDArray[Any]) -> NDArray[np.float32]:
-    with np.errstate(over="ignore"):  # beyond float32's range: infinite, and in one bin
+    with np.errstate(over="ignore"):  # values beyond the range of float32 become infinite and share a bin
         return scores.astype(np.float32, copy=False)

@@ -140,7 +140,7 @@ class Inspector:
         notes = []
         if overlap := sum(path.resolve() in used for path in more):
             notes = [
-                f"{overlap} calibration photograph(s) were left out: they are references too and would score too low."
+                f"{overlap} calibration photograph(s) are references too and were left out: they would score too low."
             ]
         references = read_all(chosen, extractor.preprocess, options.batch_size, scale)
         paths = sorted(further.values())

@@ -84,8 +84,7 @@ def uploads(paths: Sequence[str | Path]) -> list[Upload]:
 
 
 def clean_name(name: str) -> str:
-    """Return the last part of a file name, without characters that could act as path, markup or formula, or are
-    invisible:
+    """Return the last part of a file name without invisible characters or any that act as path, markup or formula.
 
     ``../../<x>.png`` -> ``x-.png``, ``=1+1.png`` -> ``1+1.png``. Never empty, at most NAME_LENGTH characters.
     """

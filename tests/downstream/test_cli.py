@@ -359,7 +359,7 @@ def test_help_tells_the_exit_codes_and_loads_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0
     assert "  1  at least one image is anomalous" in done.stdout
-    assert "  3  no anomaly found, but none can be" in done.stdout
+    assert "  3  no anomaly was found, but none can be" in done.stdout
 
 
 def test_a_score_enters_few_of_our_modules(write_tiles: Write, extractor_dir: Path, tmp_path: Path) -> None:

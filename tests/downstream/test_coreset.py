@@ -224,7 +224,7 @@ def test_subsample() -> None:
     [
         (torch.zeros(4, 2), {"k": 5}, "a coreset of 5 rows from 4; choose 1 to 4"),
         (torch.zeros(4, 2), {"k": 0}, "choose 1 to 4"),
-        (torch.zeros(4, 2), {"k": 1, "start": 4}, "start 4 is no row; choose 0 to 3"),
+        (torch.zeros(4, 2), {"k": 1, "start": 4}, "start 4 is not the index of a row; choose 0 to 3"),
         (torch.zeros(4, 2), {"k": 1, "start": -1}, "start -1"),
         (torch.zeros(4, 2), {"k": 1, "projection_dim": 3}, "projection_dim 3; choose 1 to 2"),
         (torch.zeros(2, 4, 2), {"k": 1}, r"\(2, 4, 2\); expected \[N, D\]"),

@@ -156,7 +156,7 @@ def test_random_reductions() -> None:
     ratio = (moved[::2] - moved[1::2]).square().sum(1) / (points[::2] - points[1::2]).square().sum(1)
     assert (ratio - 1).abs().max() < 6 / 512**0.5
     assert abs(float(ratio.mean()) - 1) < 0.02
-    with pytest.raises(ValueError, match="target_dim 33 is more than the 32 channels"):
+    with pytest.raises(ValueError, match="target_dim 33 exceeds the 32 channels"):
         Embedding(EmbeddingConfig(target_dim=33, reduction="choose"))(features)
 
 

@@ -148,5 +148,5 @@ def test_mistakes_are_named() -> None:
 
 
 def test_a_device_without_float64_is_refused() -> None:
-    with FakeTensorMode(), pytest.raises(ValueError, match="MPS has not: choose device 'cpu'"):
+    with FakeTensorMode(), pytest.raises(ValueError, match="MPS does not support: choose device 'cpu'"):
         Moments().add(torch.empty(2, 3, 4, device="mps"))

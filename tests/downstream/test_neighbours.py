@@ -169,5 +169,5 @@ def test_approximate_defaults_fit_the_bank() -> None:
 
 
 def test_too_small_a_bank_is_named() -> None:
-    with pytest.raises(ValueError, match="needs as many rows, the bank has 200; use Neighbours"):
+    with pytest.raises(ValueError, match="needs at least 256 rows for its codes, the bank has 200; use Neighbours"):
         ApproximateNeighbours(draw("isotropic", 200, 12))

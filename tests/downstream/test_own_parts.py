@@ -88,7 +88,7 @@ def test_features_of_another_form_are_named(backbone: Backbone, name: str, wrong
 @pytest.mark.parametrize("name", DETECTORS)
 def test_batches_of_another_form_are_named(backbone: Backbone, name: str) -> None:
     images, extractor = photographs(4, 0), ADExtractor(backbone).set_references(photographs(2, 1))
-    with pytest.raises(ValueError, match=r"got a list: .* of a data loader's pairs or dictionaries give the images"):
+    with pytest.raises(ValueError, match=r"got a list: .* take only the images out of a data loader's pairs"):
         DETECTORS[name](extractor).fit(DataLoader(TensorDataset(images), batch_size=2))
     with pytest.raises(ValueError, match=r"got \(3, 64, 64\): .* fit a list of batches, such as \[images\]"):
         DETECTORS[name](extractor).fit(images)

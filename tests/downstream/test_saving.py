@@ -262,7 +262,7 @@ def test_any_function_is_an_extract(tmp_path: Path) -> None:
 
     detector = PatchCore(mine).fit([photographs(3, 0)])
     folder = detector.save_pretrained(tmp_path / "mine")
-    with pytest.raises(ValueError, match="pass the same as extract="):
+    with pytest.raises(ValueError, match="pass the same one as extract="):
         PatchCore.from_pretrained(folder)
     again = PatchCore.from_pretrained(folder, extract=mine)
     assert torch.equal(again.predict(photographs(1, 1)).maps, detector.predict(photographs(1, 1)).maps)

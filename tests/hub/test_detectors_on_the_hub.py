@@ -80,7 +80,7 @@ def test_an_unfitted_one_sends_nothing(hub: Hub) -> None:
 
 
 def test_an_absurd_number_of_members_is_refused() -> None:
-    with pytest.raises(ValueError, match="a detector of 1000000000 members; expected 0 to 64"):
+    with pytest.raises(ValueError, match="a detector with 1000000000 members; expected 0 to 64"):
         parts_of({"extract": "members", "facts": {"members": 10**9}})
     assert parts_of({"extract": "extractor"}) == ["extractor"]
     assert parts_of({"backbone": {}}) == []

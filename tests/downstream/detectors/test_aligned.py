@@ -97,5 +97,5 @@ def test_mistakes_are_named(extractor: ADExtractor) -> None:
     pool = photographs(5, seed=0)
     with pytest.raises(ValueError, match="needs a pool of at least 6 images"):
         detector.fit([pool]).leave_one_out(pool)
-    with pytest.raises(ValueError, match="the pool's own 5 images, got 3"):
+    with pytest.raises(ValueError, match="the 5 images of the pool, got 3"):
         detector.leave_one_out(pool[:3])

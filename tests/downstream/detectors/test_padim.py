@@ -97,7 +97,7 @@ def test_mistakes_are_named(backbone: Backbone) -> None:
         PaDiMConfig(eps=0)
     with pytest.raises(ValueError, match="at least 2 images, got 1"):
         PaDiM(backbone).fit([photographs(1, 0)])
-    with pytest.raises(ValueError, match="target_dim 200 is more than the 152 channels"):
+    with pytest.raises(ValueError, match="target_dim 200 exceeds the 152 channels"):
         PaDiM(backbone, PaDiMConfig(EmbeddingConfig(target_dim=200, reduction="choose"))).fit([photographs(2, 0)])
     # 64 positions x 100 channels: 25,600 bytes an image.
     small = PaDiM(backbone, PaDiMConfig(max_bytes=100_000))

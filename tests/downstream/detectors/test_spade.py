@@ -50,7 +50,7 @@ def test_only_the_nearest_images_are_searched(backbone: Backbone) -> None:
 def test_mistakes_are_named(backbone: Backbone) -> None:
     with pytest.raises(ValueError, match="images 0 must be at least 1"):
         SPADEConfig(images=0)
-    with pytest.raises(ValueError, match="65 nearest patches of 64 that there are"):
+    with pytest.raises(ValueError, match="65 nearest patches cannot be found among 64"):
         SPADE(backbone, SPADEConfig(patches=65)).fit([photographs(1, 0)])
     with pytest.raises(ValueError, match=r"memory bank of 192 patches .* raise max_bank_bytes"):
         SPADE(backbone, SPADEConfig(max_bank_bytes=50_000)).fit(photographs(3, 0).split(1))

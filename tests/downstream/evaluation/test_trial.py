@@ -265,7 +265,7 @@ def test_the_report_is_self_contained_and_escapes_names(
     assert "script" not in parsed.tags
     assert "b" not in parsed.tags
     assert "<b>tile</b>" in parsed.text
-    assert "d' is no share: by how many standard deviations" in parsed.text
+    assert "d' is a ratio: the number of standard deviations" in parsed.text
     # Curves, histograms, and four pictures: photograph, defect and two heatmaps.
     assert len(parsed.sources) == 6
     assert all(source.startswith(("data:image/png;base64,", "data:image/jpeg;base64,")) for source in parsed.sources)

@@ -145,7 +145,7 @@ def test_mistakes_are_named(
         (scene[1], ["--detector", folder, "--shots", "2", "--seed", "1"], "--shots and --seed cannot be given with"),
         (scene[1], ["--detector", str(extractor_dir)], "key detector is missing; expected a folder written by a det"),
         (scene[1], ["--extractor", folder], "expected a folder written by ADExtractor.save_pretrained"),
-        (scene[1], ["--detector", str(own)], "how photographs are prepared for them is not known"),
+        (scene[1], ["--detector", str(own)], "it is not known how to prepare photographs for it"),
         (tmp_path / "bad", ["--detector", folder], "no normal photograph can be used: "),
     ):
         assert score(normal, scene[2], tmp_path / "out", *flags) == 2, flags

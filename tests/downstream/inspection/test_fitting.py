@@ -143,9 +143,9 @@ def test_mistakes_are_one_line(
         ([*raw, "--set", "keep=2"], "keep 2.0 must be a share"),
         ([*raw, "--detector", "aligned-featurenorm"], "aligned-featurenorm needs an extractor"),
         ([*raw, "--detector", "ensemble", "--set", "members=[{levels: [1]}]"], "name the backbone too"),
-        ([*raw, "--detector", "ensemble", "--set", "members=[]"], "an ensemble of no detectors"),
+        ([*raw, "--detector", "ensemble", "--set", "members=[]"], "an ensemble needs detectors"),
         ([*raw, "--detector", "refined", "--set", "detector=unet"], "detector 'unet' is unknown"),
-        (["--extractor", str(extractor_dir), "--detector", "ensemble"], "a backbone of its own, timm/wide_resnet101"),
+        (["--extractor", str(extractor_dir), "--detector", "ensemble"], "its own backbone, timm/wide_resnet101"),
         (["--extractor", str(extractor_dir)], "3 normal photographs, of which 8 are references"),
         (["--extractor", str(extractor_dir), "--levels", "[1]"], "--levels cannot be given with --extractor"),
     ):

@@ -106,7 +106,7 @@ def test_it_ends_cleanly_and_leaves_nothing(extractor_dir: Path, tmp_path: Path)
         assert any(path.name == "photo.png" for path in server.folder.rglob("*"))
         assert server.stop(signal.SIGINT) == 0
         assert not [path for path in server.folder.rglob("*") if "adpretrain" in path.name]
-        warned = "warning: listening on 0.0.0.0: everybody who reaches this machine can use the demo"
+        warned = "warning: listening on 0.0.0.0: everybody who can reach this machine can use the demo"
         assert warned in server.log.read_text()
         assert "Traceback" not in server.log.read_text()
 

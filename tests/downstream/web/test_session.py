@@ -110,7 +110,7 @@ def test_an_unreadable_photograph_is_listed_and_a_bad_good_one_stops(
     assert "not a photograph" in showing.table(scored, found, 0)
     assert str(tmp_path) not in showing.table(scored, found, 0)
     (good / "zero.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"good photographs, and zero\.png is bad: the content is not a photograph"):
+    with pytest.raises(ValueError, match=r"good photographs, but zero\.png is bad: the content is not a photograph"):
         scored_of(extractor, good, new)
 
 
