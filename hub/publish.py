@@ -4,9 +4,8 @@
   python hub/publish.py --run runs/mine --repo-id org/adpretrain-dinov2-base --results runs/compare --tag v1
   python hub/publish.py --space --repo-id org/adpretrain-demo
 
-Everything is published in one commit, or nothing is changed; the same command may be run again. --run also takes the
-folder of an
-extractor, as hub/convert_official.py writes it. --results takes output folders of recipes/evaluate.py for this
+One commit publishes everything, or nothing is changed; the same command may be run again. --run also takes the folder
+of an extractor, as hub/convert_official.py writes it. --results takes output folders of recipes/evaluate.py for this
 extractor: their numbers, and the command that reproduces them, go into the card and its metadata.
 """
 

@@ -41,8 +41,7 @@ def photograph(side: int) -> bytes:
 
 @dataclass(frozen=True)
 class Assumed:
-    """The run to plan, and assumptions about its data and machines. Raises ValueError for numbers that are not
-    positive.
+    """The run to plan, and assumptions about its data and machines. Raises ValueError for numbers up to 0.
 
     Args:
         config: a pretraining configuration, recipes/configs/*.yaml.

@@ -34,8 +34,7 @@ class ShardConfig:
         data: the data set, as for pretraining; its files are checked first.
         out: folder of the shards; shards that are already there are replaced when the new ones are complete.
         shards: number of files; a multiple of the processes that will train.
-        references: number of normal photographs of every category and view set aside for the start; more than the
-            largest K.
+        references: normal photographs of every category and view to set aside for the start; more than the largest K.
         seed: seed of the order.
     """
 

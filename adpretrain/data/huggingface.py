@@ -32,10 +32,9 @@ def index_hf(
 ) -> list[Sample]:
     """Samples of a local folder or of "hf://org/name" (or "hf://org/name@revision").
 
-    ``columns`` maps image, mask, label, category and split to the set's own names ("" = not used); roles that it leaves
-    out are guessed by usual names (`adpretrain.data.layouts.metadata.GUESSES`). Without a label column an image is
-    anomalous
-    if its mask has a marked pixel. Without a category column the category is the subset's name, or the set's if it has
+    ``columns`` maps image, mask, label, category and split to the set's own names ("" = not used); missing roles are
+    guessed by usual names (`adpretrain.data.layouts.metadata.GUESSES`). Without a label column an image is anomalous if
+    its mask has a marked pixel. Without a category column the category is the subset's name, or the set's if it has
     only one. A set without splits is of split "train". ``cache``: folder for images that are not files.
 
     Raises ValueError if the set cannot be loaded, a column is missing or of another type, a label is not understood,

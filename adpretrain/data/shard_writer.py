@@ -38,9 +38,8 @@ def write_shards(
 
     Unmarked views of defective parts are left out of the training shards.
 
-    The files' bytes are copied without decoding them (`adpretrain.data.checking` does that); several masks of one image
-    become one PNG. ``references``: number of normal photographs of every category and view that are set aside. Two row
-    groups of
+    The files' bytes are copied without decoding (`adpretrain.data.checking` decodes them); several masks of one image
+    become one PNG. ``references``: normal photographs of every category and view to set aside. Two row groups of
     `ROW_GROUP_BYTES` are in memory. ``track`` wraps the rows of all files.
 
     Raises ValueError as `check_target` does, or if an image is listed twice or a defect has no mask.
@@ -90,8 +89,7 @@ def check_target(out: str | Path, shards: int, images: int) -> None:
 
 
 def deal(samples: Sequence[Sample], shards: int, seed: int) -> list[list[Sample]]:
-    """Samples of every shard: each kind (category, view, defect) is shuffled and dealt out, then each shard is
-    shuffled.
+    """Samples of every shard: each kind (category, view, defect) is shuffled and dealt, then each shard shuffled.
 
     The shards' sizes, and their numbers of any kind, differ by one at most.
     """

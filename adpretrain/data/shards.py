@@ -87,9 +87,8 @@ class ShardIndex:
     """The content of index.json.
 
     ``files``: rows and bytes of each file. ``normals``: number of normal photographs of each group. ``largest``: bytes
-    of the largest of these. ``longest``: bytes of the largest photograph of all, mask included. ``references``: number
-    of photographs of each group set aside. ``categories`` are trained on, ``held_out`` are not. ``seed``: seed of the
-    order.
+    of the largest of these. ``longest``: bytes of the largest photograph of all, mask included. ``references``:
+    photographs set aside per group. ``categories`` are trained on, ``held_out`` are not. ``seed`` gives the order.
     """
 
     format: int

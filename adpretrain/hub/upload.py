@@ -41,7 +41,7 @@ PICTURE = r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.png"
 OURS = re.compile(rf"(?:{PART.pattern}/)*(?:config\.json|model\.safetensors|README\.md)|(?:assets/)?{PICTURE}")
 HOUSEKEEPING = re.compile(r"\.gitattributes|\.gitignore|LICENSE(?:\.[a-z]+)?|[A-Za-z0-9_-]+\.md")
 SPACE = re.compile(r"(?:[A-Za-z0-9_-]+/)*[A-Za-z0-9_-]+\.(?:py|md|txt|png|css)")
-BLANK = {"model": {".gitattributes"}, "space": {".gitattributes", "README.md"}}  # files of a new one
+BLANK = {"model": {".gitattributes"}, "space": {".gitattributes", "README.md"}}  # a new one has these
 STALE = (409, 412)  # the Hub's answers if the branch is no longer at the parent commit
 
 
@@ -229,8 +229,7 @@ def _some(names: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class _State:
-    """The present state of a repository: ``files`` at the head; ``private`` and ``head`` are None if it does not
-    exist."""
+    """A repository's present state: ``files`` at the head; ``private`` and ``head`` are None if it does not exist."""
 
     private: bool | None = None
     head: str | None = None
@@ -276,8 +275,7 @@ class _Repository:
         return Published(url, commit, self.tag, sizes, changed, deleted, steps)
 
     def _is_anonymous(self, dry_run: bool) -> bool:
-        """Whether no token is set, which only a dry run allows. Raises the client's error for a missing or wrong
-        token."""
+        """Whether no token is set, which only a dry run allows. Raises the client's error for a wrong one."""
         from huggingface_hub.errors import LocalTokenNotFoundError
 
         try:
