@@ -116,8 +116,7 @@ def extractor_from_official(checkpoint: Any, backbone: Backbone, source: Mapping
     them as its authors' code does (256 -> 224 pixels). ``source`` (file name, sha256 ...) goes into the
     provenance, with the file's own metrics, which its authors measured on a test set and chose it by.
 
-    Raises ValueError that names what was expected and found if the content is not such a checkpoint or has other
-    widths.
+    Raises ValueError, with what was expected and found, if the content is not such a checkpoint or has other widths.
     """
     projectors = checkpoint.get("projectors") if isinstance(checkpoint, Mapping) else None
     if not isinstance(projectors, Mapping) or not all(isinstance(value, Tensor) for value in projectors.values()):

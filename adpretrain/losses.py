@@ -153,8 +153,7 @@ def norm_loss(
     radius adapts to the batch, normal tokens below .99 of it are pushed up too, the e^d weights are detached, and
     the means of the groups are added.
 
-    A group of tokens that is empty adds nothing. Raises ValueError for shapes that do not fit, no tokens, an unknown
-    form, or a
+    Empty groups of tokens add nothing. Raises ValueError for shapes that do not fit, no tokens, an unknown form, or a
     radius or margin below 0.
     """
     anomalous_N = _check(form, features_ND, anomalous_N, group)

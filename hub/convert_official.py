@@ -49,9 +49,9 @@ def sha256(path: Path) -> str:
 
 
 def convert(path: Path, backbone: str, out: Path, image_size: int = 224, crop_from: int | None = None) -> Path:
-    """Checkpoint file -> extractor folder; the folder's path. Photographs are cropped from a shorter side of
-    ``crop_from`` pixels, by default the authors' for this ``image_size``. Raises ValueError as `read_checkpoint` and
-    the conversion do.
+    """Checkpoint file -> extractor folder, whose path is returned. Photographs are cropped from a shorter side of
+    ``crop_from`` pixels, by default the authors' value for this ``image_size``. Raises ValueError as `read_checkpoint`
+    and the conversion do.
     """
     checkpoint = read_checkpoint(path)
     with torch.device("meta"):  # widths and preprocessing are needed, weights are not
@@ -62,14 +62,14 @@ def convert(path: Path, backbone: str, out: Path, image_size: int = 224, crop_fr
 
 @dataclass(frozen=True)
 class Options:
-    """What is converted into what.
+    """Options of the conversion.
 
     Args:
-        checkpoint: checkpoints_{img,pix,pro}_{angle,norm}.pth.
+        checkpoint: the authors' file checkpoints_{img,pix,pro}_{angle,norm}.pth.
         backbone: the backbone it was trained on: dinov2-base, ...
         out: folder of the extractor; must be new or an extractor.
         image_size: side of the network's input in pixels.
-        crop_from: shorter side before the crop; the authors' 256 for 224 pixels.
+        crop_from: shorter side before the crop; by default the authors' value, 256 for 224 pixels.
     """
 
     checkpoint: Path = field(metadata=POSITIONAL)

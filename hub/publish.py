@@ -4,9 +4,9 @@
   python hub/publish.py --run runs/mine --repo-id org/adpretrain-dinov2-base --results runs/compare --tag v1
   python hub/publish.py --space --repo-id org/adpretrain-demo
 
-One commit holds everything, or nothing is changed; the same command may be run again. --run also takes the folder of an
-extractor, as hub/convert_official.py writes it. --results takes folders of recipes/evaluate.py made with this
-extractor: their numbers, with the command that gives them, go into the card and its metadata.
+One commit publishes everything, or nothing is changed; the same command may be run again. --run also takes the folder
+of an extractor, as hub/convert_official.py writes it. --results takes output folders of recipes/evaluate.py for this
+extractor: their numbers, and the command that reproduces them, go into the card and its metadata.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from adpretrain.saved import CONFIG_NAME, WEIGHTS_NAME, folder_digest, read_conf
 
 HUB = Path(__file__).resolve().parent
 EXAMPLES = 3  # heatmaps on the page, at most
-OMITTED = ("--out", "--device")  # of a command: they change no number
+OMITTED = ("--out", "--device")  # flags that change no number
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is published as what.
+    """Options of the publication.
 
     Args:
         repo_id: org/name on the Hub.
         run: folder of a run, or of an extractor.
         space: publish the demo (hub/space) as a Space instead.
-        results: folders of recipes/evaluate.py.
-        licence: of the weights, such as apache-2.0.
-        private: only for you and your organisation.
+        results: output folders of recipes/evaluate.py.
+        licence: licence of the weights, such as apache-2.0.
+        private: let only you and your organisation see it.
         tag: a version, such as v1, put on the commit.
-        message: of the commit.
+        message: message of the commit.
         dry_run: say what would be published; change nothing.
     """
 
@@ -58,7 +58,7 @@ class Options:
 
 
 def extractor_folder(run: Path) -> Path:
-    """Of a run, or of an extractor. Raises ValueError if it is neither."""
+    """The extractor's folder, given it or its run's folder. Raises ValueError if it is neither."""
     for folder in (run / "extractor", run):
         if (folder / CONFIG_NAME).is_file() and (folder / WEIGHTS_NAME).is_file():
             return folder
@@ -66,7 +66,7 @@ def extractor_folder(run: Path) -> Path:
 
 
 def stage(run: Path, folder: Path, repo_id: str, results: Sequence[Path] = (), licence: str | None = None) -> None:
-    """Everything that is published, in an empty ``folder``. Raises ValueError where `results_of` does."""
+    """Write all files to publish into an empty ``folder``. Raises ValueError as `results_of` does."""
     source = extractor_folder(run)
     config = read_config(source)
     for name in (CONFIG_NAME, WEIGHTS_NAME):
@@ -94,7 +94,7 @@ def results_of(folder: Path, extractor: Path, repo_id: str) -> list[Result]:
         made_with = [entry["sha256"] for entry in configuration["extractors"]]
         command = _command(configuration, repo_id)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no table of recipes/evaluate.py ({error or type(error).__name__})") from error
+        raise ValueError(f"{path} is not a table of recipes/evaluate.py ({error or type(error).__name__})") from error
     if made_with != [folder_digest(extractor)]:
         raise ValueError(f"{folder} was made with other extractors than {extractor}: its numbers are not this one's")
     return [
@@ -113,7 +113,7 @@ def results_of(folder: Path, extractor: Path, repo_id: str) -> list[Result]:
 
 
 def _command(configuration: Mapping[str, Any], repo_id: str) -> str:
-    """The command without this machine's paths: they would be published."""
+    """The command without this machine's paths, which would be published."""
     folders = {str(entry["folder"]): repo_id for entry in configuration["extractors"]}
     words = shlex.split(configuration["command"])
     kept = [word for word, before in zip(words, ["", *words], strict=False) if not {word, before} & set(OMITTED)]

@@ -24,11 +24,11 @@ the set is kept as it is. Example, a small set to look at (a few seconds):
 
 @dataclass(frozen=True)
 class Options:
-    """What is drawn.
+    """Options of the drawn set.
 
     Args:
         out: folder to write; it must not exist, be empty, or hold this set.
-        products: how many products; pretraining wants 70 or more.
+        products: number of products; pretraining needs 70 or more.
         samples: normal samples per product; half of them are the train split.
         defects: defective samples per product.
         views: cameras per sample, 1 to 5; C1 is frontal, the others are tilted.

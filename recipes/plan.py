@@ -1,9 +1,9 @@
-"""What a pretraining run on many GPUs needs, before it is paid for: bytes, FLOPs, messages, images per second.
+"""Plan a pretraining run on many GPUs before paying for it: bytes, FLOPs, messages, images per second.
 
   python recipes/plan.py --config recipes/configs/dinov2-base.yaml --gpus 64
 
-Parameters, FLOPs and activations are counted on the configuration's real networks, made without weights or memory; the
-decode time is measured on this machine; what is assumed is a flag, and is said at the end.
+Parameters, FLOPs and activations are counted on the configuration's networks, built on the meta device; the decode time
+is measured on this machine; assumptions are flags, and are listed at the end.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from adpretrain.photographs import read_image
 from adpretrain.preprocess import Preprocess, TwoViews, crop_side
 from adpretrain.training.costs import FLOAT, Counts, checkpoint_bytes, count, gather_bytes, loss_flops, memory
 
-REPEATS = 15  # of a measurement, whose median counts
+REPEATS = 15  # of a measurement, of which the median is taken
 
 
 def photograph(side: int) -> bytes:
@@ -41,19 +41,19 @@ def photograph(side: int) -> bytes:
 
 @dataclass(frozen=True)
 class Assumed:
-    """What is planned, and what no machine here can say. Raises ValueError for a number that is not more than 0.
+    """The run to plan, and assumptions about its data and machines. Raises ValueError for numbers up to 0.
 
     Args:
         config: a pretraining configuration, recipes/configs/*.yaml.
-        gpus: GPUs that are trained on.
-        gpus_per_node: GPUs of a machine.
-        images: images of the set (Real-IAD).
+        gpus: number of GPUs.
+        gpus_per_node: number of GPUs per machine.
+        images: number of images in the set (default: Real-IAD).
         image_kb: assumed mean size of a file.
         image_side: side of the photograph whose decoding is measured.
-        peak_tflops: of a GPU, half precision (H100 SXM, dense).
-        peak_float_tflops: of a GPU, float32 without TF32.
+        peak_tflops: peak of a GPU in half precision (default: H100 SXM, dense).
+        peak_float_tflops: peak of a GPU in float32 without TF32.
         mfu: assumed share of the peak that is reached.
-        node_gbit: assumed network of a node, Gbit/s.
+        node_gbit: assumed network bandwidth of a node, Gbit/s.
         shares: assumed shares of anomalous tokens.
     """
 
@@ -76,11 +76,11 @@ class Assumed:
 
 
 def step_seconds(config: PretrainConfig, counts: Counts, share: float, assumed: Assumed) -> dict[str, float]:
-    """Where a step's time goes, nothing overlapping."""
+    """Seconds of every part of a step, if nothing overlaps."""
     images, nodes = config.optim.batch_size, assumed.gpus / assumed.gpus_per_node
     full = assumed.peak_float_tflops * 1e12 * assumed.mfu
     peak = full if config.optim.precision == "no" else assumed.peak_tflops * 1e12 * assumed.mfu
-    # A ring's sum passes 2 (n - 1) / n of the bytes over every node's link, a gather half of that.
+    # A ring all-reduce sends 2 (n - 1) / n of the bytes over every node's link, an all-gather half of that.
     seconds_per_byte = 2 * (nodes - 1) / nodes / (assumed.node_gbit * 1e9 / 8) if nodes > 1 else 0.0
     return {
         "backbone": images * (2 + mean(config.shots)) * counts.backbone_flops / peak,
@@ -107,7 +107,7 @@ def steps_table(config: PretrainConfig, counts: Counts, assumed: Assumed) -> lis
 
 
 def host_lines(config: PretrainConfig, rate: float, assumed: Assumed) -> list[str]:
-    """What the processors, disks and network of a node must give for ``rate`` images/s a GPU."""
+    """What the processors, disks and network of a node must deliver for ``rate`` images/s per GPU."""
     size = config.backbone.image_size
     preprocess = Preprocess(size, crop_side(size, config.backbone.resize, config.backbone.crop_from))
     content = photograph(assumed.image_side)

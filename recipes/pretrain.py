@@ -22,7 +22,7 @@ from downstream.evaluation.few_shot import HeldOut
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 = finished or stopped on request (resumable), 1 = the training failed, 2 = a mistake in what was asked, 130 =
+    """Exit code: 0 = finished or stopped on request (resumable), 1 = the training failed, 2 = a user's mistake, 130 =
     stopped at once, before training began or at a second Ctrl-C."""
     console = Console(stderr=True)
     try:
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(console, "error", error)
         return 2
     except KeyboardInterrupt:
-        console.print("stopped at once; the same command goes on from the newest checkpoint, if there is one")
+        console.print("stopped at once; the same command resumes from the newest checkpoint, if there is one")
         return 130
     except FloatingPointError as error:
         complain(console, "training failed", error)

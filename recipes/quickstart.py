@@ -18,7 +18,7 @@ from adpretrain.parsing import parse_flags
 
 CAVEAT = (
     "Note: drawn products show the whole path, but teach a projector little that carries over to photographs (see\n"
-    "docs/carry_over.md). For photographs, pretrain on real defects, or use the embedded extractor, which has none."
+    "docs/carry_over.md). For photographs, pretrain on real defects, or use the embedded extractor (no projector)."
 )
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "recipes" / "configs" / "demo.yaml"
@@ -38,14 +38,14 @@ def run(*command: object, allowed: tuple[int, ...] = (0,)) -> None:
 
 @dataclass(frozen=True)
 class Options:
-    """What is drawn, trained and scored.
+    """Options of the demo.
 
     Args:
-        out: folder of everything the demo makes.
+        out: folder for everything that the demo makes.
         data: real photographs to score too, in any layout the toolkit reads.
-        products: fewer synthetic products, for a quick look (0 = as many as usual).
-        seeds: pretraining runs, for the spread between seeds.
-        steps: steps of each run (0 = as the configuration says).
+        products: number of synthetic products, for a quicker look (0 = the usual number).
+        seeds: number of pretraining runs, which give the spread between seeds.
+        steps: number of steps of each run (0 = that of the configuration).
     """
 
     out: Path = Path("runs/demo")
@@ -91,7 +91,7 @@ def pretrain(out: Path, seeds: int, steps: int) -> list[Path]:
 
 
 def inspect(out: Path, extractor: Path) -> Path:
-    """What an inspection engineer does: 8 good photographs of one unseen product, then a batch of new ones."""
+    """Inspect as an engineer does: with 8 good photographs of one unseen product, then a batch of new ones."""
     product = min((out / "unseen").glob("realiad_*/*"))
     shots, batch, report = (out / "inspection" / name for name in ("shots", "batch", "report"))
     good, bad = sorted(product.glob("OK/*/*.jpg")), sorted(product.glob("NG/*/*/*.jpg"))

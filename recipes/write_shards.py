@@ -28,14 +28,14 @@ from adpretrain.training.sources import checked, split_samples
 
 @dataclass(frozen=True)
 class ShardConfig:
-    """What is written where.
+    """Options of the shards.
 
     Args:
-        data: the set, as for pretraining; its files are checked first.
-        out: folder of the shards; an earlier one's is replaced when all is written.
+        data: the data set, as for pretraining; its files are checked first.
+        out: folder of the shards; shards that are already there are replaced when the new ones are complete.
         shards: number of files; a multiple of the processes that will train.
-        references: normal photographs of every category and view set aside for the start; more than the largest K.
-        seed: of the order.
+        references: normal photographs of every category and view to set aside for the start; more than the largest K.
+        seed: seed of the order.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -46,7 +46,7 @@ class ShardConfig:
 
 
 def write(config: ShardConfig, console: Console) -> None:
-    """Check every file, then write. Raises ValueError for what cannot be used, unless it is to be skipped."""
+    """Check every file, then write. Raises ValueError for unusable images, unless they are to be skipped."""
     samples, missing = index_with_bare(config.data.name, config.data.root, config.data.columns)
     training, _ = split_samples(samples, config.data.held_out)
     check_target(config.out, config.shards, len(to_learn_from(training)))  # before hours of reading
@@ -61,7 +61,7 @@ def write(config: ShardConfig, console: Console) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 = written, 2 = a mistake in what was asked, 130 = stopped; nothing half-written stays."""
+    """Exit code: 0 = written, 2 = a user's mistake, 130 = stopped; incomplete shards are deleted."""
     console = Console(stderr=True)
     try:
         write(parse_command_line(ShardConfig, argv, __doc__), console)

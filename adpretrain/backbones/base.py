@@ -76,8 +76,7 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor) -> FeatureMaps:
         """[B, 3, S, S], normalised by ``preprocess`` -> L levels [B, C_l, H_l, W_l] in the backbone's dtype.
 
-        Raises ValueError for an empty batch, images of another size than the backbone was built for, or an integer
-        dtype.
+        Raises ValueError for an empty batch, images of another size than the backbone's, or an integer dtype.
         """
         side = self.image_size
         fitting = images.ndim == 4 and images.shape[0] > 0 and images.shape[1:] == (3, side, side)

@@ -34,8 +34,7 @@ class BackboneEntry:
 
 @dataclass(frozen=True)
 class BackboneInfo:
-    """A backbone as `list_backbones` describes it. ``cached``: its weights ship with the library, or lie in the local
-    cache."""
+    """A backbone in `list_backbones`. ``cached``: its weights ship with the library, or are in the local cache."""
 
     name: str
     levels: tuple[int, ...]

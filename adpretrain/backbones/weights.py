@@ -84,7 +84,7 @@ class Source:
         path = self._torch_cache()
         if not path.is_file():
             if constants.HF_HUB_OFFLINE:
-                raise OSError(f"{path} does not exist and HF_HUB_OFFLINE forbids to download it")
+                raise OSError(f"{path} does not exist and HF_HUB_OFFLINE forbids downloading it")
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(self.url, str(path))
         return path

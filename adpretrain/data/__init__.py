@@ -48,7 +48,7 @@ DATASETS: dict[str, Callable[..., list[Sample]]] = {
 }
 
 
-SPLIT_LISTINGS = {"realiad": "realiad_jsons", "visa": "1cls"}  # layouts whose splits are listed in files, with one
+SPLIT_LISTINGS = {"realiad": "realiad_jsons", "visa": "1cls"}  # layouts that list splits in files -> an example
 
 
 def index_dataset(
@@ -56,12 +56,12 @@ def index_dataset(
 ) -> list[Sample]:
     """The samples of a data set on disk, or of "hf://org/name"; "auto" finds the layout.
 
-    ``columns`` names the columns of a Hugging Face data set where they cannot be guessed (`index_hf`). ``split`` names
-    a listing of what is learnt from and what is scored, where a layout has several (`SPLIT_LISTINGS`: ``protocol`` of
-    `index_realiad` and `index_visa`); "" = the index function's own choice.
+    ``columns`` names the columns of a Hugging Face data set that cannot be guessed (`index_hf`). ``split`` names the
+    file or folder that lists training and test images, if a layout has several (`SPLIT_LISTINGS`: ``protocol`` of
+    `index_realiad` and `index_visa`); "" = the index function's default.
 
-    Raises ValueError for an unknown name, a folder of another layout, ``columns`` or a ``split`` of a set that has
-    none, or a ``split`` that is not there.
+    Raises ValueError for an unknown name, a folder of another layout, ``columns`` or ``split`` for a layout that has
+    none, or a ``split`` that does not exist.
     """
     if name != "auto" and name not in DATASETS:
         raise ValueError(f"data set {name!r} is unknown; choose one of: auto, {', '.join(DATASETS)}")

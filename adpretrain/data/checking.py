@@ -1,4 +1,4 @@
-"""Every file of a data set decoded and compared with its label, in parallel."""
+"""Decode every file of a data set and compare it with its label, in parallel."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NO_MASKS = "no defect has a mask: there are image metrics, but no pixel metrics,
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with one image; ``doubtful``: it can be used as it is, but should be looked at."""
+    """A problem of one image; ``doubtful``: the image can be used as it is, but a person should look at it."""
 
     image: Path
     reason: str
@@ -25,7 +25,7 @@ class Problem:
 
 
 def inverted(files: Sequence[Path], share: float) -> str:
-    """What to say of masks that mark ``share`` of an image's pixels: "" if it can be a defect."""
+    """A warning about masks that mark ``share`` of an image's pixels; "" if that can be a defect."""
     if share <= 0.5:
         return ""
     names = ", ".join(str(file) for file in files)
@@ -33,18 +33,18 @@ def inverted(files: Sequence[Path], share: float) -> str:
 
 
 def check_sample(sample: Sample, no_mask: str = "", mask_needed: bool = True) -> list[Problem]:
-    """Whatever is wrong with a sample's files: unreadable, of two sizes, marks that contradict the label.
+    """All problems of a sample's files: unreadable, of different sizes, or with marks that contradict the label.
 
-    If nothing is, what is doubtful about its masks: an unusual file, or more than half of the pixels marked.
+    Without problems, the doubts about its masks: an unusual file, or more than half of the pixels marked.
 
-    ``no_mask`` says what its missing mask should have been, if its layout knows. Without ``mask_needed`` a defect may
-    have none.
+    ``no_mask``: the message for a missing mask, if the layout knows where it should be. Without ``mask_needed`` a
+    defect may have no mask.
     """
     return _check(sample, no_mask, mask_needed)[0]
 
 
 def _check(sample: Sample, no_mask: str, mask_needed: bool) -> tuple[list[Problem], bytes | None]:
-    """`check_sample`, and a digest of the image's pixels, which copies share in any lossless format."""
+    """The result of `check_sample`, and a digest of the image's pixels, which is equal for lossless copies."""
     reasons, doubts = [], []
     size = digest = None
     try:
@@ -85,12 +85,12 @@ def check_samples(
     missing: Mapping[Path, str] | None = None,
     masks_needed: bool = True,
 ) -> list[Problem]:
-    """`check_sample` of all, in ``workers`` threads (decoding frees the interpreter), in the samples' order; then the
-    images that are listed in more than one split or copied into another one under any name, as a test image must not be
-    a training image.
+    """`check_sample` for all samples, in order, in ``workers`` threads (decoding releases the GIL); then images that
+    are listed in several splits, or whose copy under any name is a training image, as a test image must not be trained
+    on.
 
-    Without ``masks_needed``, a category whose defects have no masks at all has one doubt instead of a problem for each:
-    it can be scored image by image.
+    Without ``masks_needed``, a category whose defects have no masks at all gives one doubt instead of a problem for
+    each defect, because its images can still be scored.
 
     At most ``workers`` images are in memory. ``progress`` gets (what, done, total) after every image; ``missing`` is
     that of a `MissingMasks`. Raises ValueError for fewer than one worker.
@@ -109,7 +109,7 @@ def check_samples(
             digests.append(digest)
             progress("checking images", done, len(samples))
     finally:
-        pool.shutdown(cancel_futures=True)  # at Ctrl+C the images that wait are not read any more
+        pool.shutdown(cancel_futures=True)  # at Ctrl+C the waiting images are not read
     splits: dict[Path, list[str]] = defaultdict(list)
     for sample in samples:
         if sample.split not in splits[sample.image]:
@@ -120,7 +120,7 @@ def check_samples(
 
 
 def _copies(samples: Sequence[Sample], digests: Sequence[bytes | None]) -> list[Problem]:
-    """Images of a split that have the pixels of an image with another path in the training split."""
+    """Images outside the training split whose pixels equal those of a training image with another path."""
     pairs = [(sample, digest) for sample, digest in zip(samples, digests, strict=True) if digest is not None]
     train = {digest: sample.image for sample, digest in reversed(pairs) if sample.split == "train"}
     return [

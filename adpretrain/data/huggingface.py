@@ -1,7 +1,7 @@
-"""Hugging Face data sets: repositories of the Hub, folders of `save_to_disk`, of parquet files or of images.
+"""Hugging Face data sets: Hub repositories, and folders of `save_to_disk`, of parquet files or of images.
 
-A `Sample` is always a file. Images that a set holds as bytes are written, one at a time and unchanged, under the hash
-of their content (folder "adpretrain" of the datasets cache); those that are files already are used where they lie.
+A `Sample` is always a file. Images that a set holds as bytes are written, one at a time and unchanged, to files named
+by the hash of their content (folder "adpretrain" of the datasets cache); images that are files are used in place.
 No code of a repository is ever run.
 """
 
@@ -32,10 +32,10 @@ def index_hf(
 ) -> list[Sample]:
     """Samples of a local folder or of "hf://org/name" (or "hf://org/name@revision").
 
-    ``columns`` maps image, mask, label, category and split to the set's own names ("" = not used); what it leaves out
-    is guessed by usual names (`adpretrain.data.layouts.metadata.GUESSES`). Without a label column an image is anomalous
-    if its mask has a marked pixel. Without a category column the category is the subset's name, or the set's if it has
-    only one. A set without splits is of split "train". ``cache`` is where images are written that are not files.
+    ``columns`` maps image, mask, label, category and split to the set's own names ("" = not used); missing roles are
+    guessed by usual names (`adpretrain.data.layouts.metadata.GUESSES`). Without a label column an image is anomalous if
+    its mask has a marked pixel. Without a category column the category is the subset's name, or the set's if it has
+    only one. A set without splits is of split "train". ``cache``: folder for images that are not files.
 
     Raises ValueError if the set cannot be loaded, a column is missing or of another type, a label is not understood,
     no image is normal, or a row's file lies outside the set; `MissingMasks` if a defect has no mask though others
@@ -59,7 +59,7 @@ def index_hf(
 
 
 def _index_tables(root: str | Path, columns: Mapping[str, str], files: _Files) -> Iterator[tuple[Sample, str]]:
-    """(sample, where it is) for every row of every subset and split."""
+    """(sample, its place in words) for every row of every subset and split."""
     for table in _tables(root):
         kinds = {name: _kind(feature) for name, feature in table.data.features.items()}
         chosen = choose_columns(kinds, columns, table.name)
@@ -74,7 +74,7 @@ def _index_tables(root: str | Path, columns: Mapping[str, str], files: _Files) -
 
 
 def _kind(feature: Any) -> str:
-    """ "image" for what `datasets.Image` can hold: encoded bytes, also as other libraries write them."""
+    """ "image" for columns that `datasets.Image` can read: encoded bytes, also as other libraries write them."""
     if isinstance(feature, dict) and {"bytes", "path"} <= set(feature):
         return "image"
     kind = str(getattr(feature, "dtype", type(feature).__name__))
@@ -121,7 +121,7 @@ def _load(path: str, name: str, revision: str | None) -> Any:
     from pyarrow.dataset import ParquetFragmentScanOptions
 
     builder = datasets.load_dataset_builder(path, name, revision=revision)
-    if "references" in (builder.config.data_files or ()):  # a split of `adpretrain.data.shards` only
+    if "references" in (builder.config.data_files or ()):  # only `adpretrain.data.shards` has this split
         raise ValueError("these are shards for pretraining, which data.name shards streams")
     if hasattr(builder.config, "fragment_scan_options"):
         builder.config.fragment_scan_options = ParquetFragmentScanOptions(use_buffered_stream=True, pre_buffer=False)
@@ -131,7 +131,7 @@ def _load(path: str, name: str, revision: str | None) -> Any:
 
 
 def address(root: str | Path) -> tuple[str, str | None]:
-    """What `load_dataset` understands: a local folder's absolute path, or a repository and its revision."""
+    """The arguments of `load_dataset`: a local folder's absolute path, or a repository and its revision."""
     if not str(root).startswith(HUB):
         return str(existing_folder(root).resolve()), None  # a relative path could be taken for a repository
     match = _REPOSITORY.fullmatch(str(root))
@@ -172,7 +172,7 @@ def _sample(row: Mapping[str, Any], table: _Table, files: _Files, where: str) ->
 
 @dataclass(frozen=True)
 class _Files:
-    """Images as files: those below the ``allowed`` folders where they lie, bytes written to ``store``."""
+    """Provides images as files: those in the ``allowed`` folders in place, bytes as new files in ``store``."""
 
     allowed: tuple[Path, ...]
     store: Path
@@ -182,7 +182,7 @@ class _Files:
             return None
         content, name = cell["bytes"], cell["path"]
         if content is None:
-            # A row may name any file of this computer: only the set's own are read.
+            # A row may name any file of this computer, so only files inside the set are read.
             if not any(Path(name).resolve().is_relative_to(folder) for folder in self.allowed):
                 fix = "move it inside, or write the set with save_to_disk, which embeds images"
                 raise ValueError(f"path {name!r} in {where} leaves the data set; {fix}")
@@ -196,7 +196,7 @@ class _Files:
 
 
 def stored_files(root: str | Path, cache: str | Path | None = None) -> _Files:
-    """Where the images of a set lie or are written."""
+    """The folders in which the images of a set are read and written."""
     need("datasets", "datasets")
     import datasets
     from huggingface_hub.constants import HF_HUB_CACHE
@@ -212,5 +212,5 @@ def _suffix(content: bytes) -> str:
     try:
         with Image.open(io.BytesIO(content)) as image:
             return f".{(image.format or 'unknown').lower()}"
-    except Exception:  # reported with the file's name when it is read
+    except Exception:  # reading the file reports the error
         return ".unknown"

@@ -1,4 +1,4 @@
-"""The samples of a product: which are learnt from, which are scored, and what is told of their masks."""
+"""The samples of a product: which are learnt from, which are scored, and warnings about their masks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from adpretrain.references import random_references
 
 
 def product_of(sample: Sample) -> str:
-    """The name of what shares references: its category and, if it has several, its camera view."""
+    """The name of a sample's product, which shares references: its category and, if there are several, its view."""
     return f"{sample.category}/{sample.view}" if sample.view else sample.category
 
 
@@ -24,9 +24,9 @@ def by_product(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
 
 
 def normals(samples: Sequence[Sample]) -> list[int]:
-    """Indices that may be learnt from: the normal images, of the train split where there is one, else of the
-    validation split where there is one; not the unmarked views of defective parts, nor a test image that a listing (or
-    the hash of its bytes) gives to another split too."""
+    """Indices that may be learnt from: the normal images of the train split if there are any, else of the validation
+    split, else all normal images. Unmarked views of defective parts are excluded, and so are test images that a listing
+    (or the hash of their bytes) also puts into another split."""
     tested = {sample.image for sample in samples if sample.split == "test"}
     good = [
         index
@@ -38,7 +38,7 @@ def normals(samples: Sequence[Sample]) -> list[int]:
 
 
 def queries(samples: Sequence[Sample], references: Sequence[int]) -> list[int]:
-    """Indices to score: the test split where there is one, else everything but the validation split; no references.
+    """Indices to score, without the references: the test split if there is one, else all but the validation split.
 
     Raises ValueError if nothing is left.
     """
@@ -51,7 +51,7 @@ def queries(samples: Sequence[Sample], references: Sequence[int]) -> list[int]:
 
 
 def draw_shots(samples: Sequence[Sample], shots: int, seed: int = 0) -> tuple[list[int], list[int]]:
-    """Indices of K random references of one product, and of the images to score against them.
+    """Indices of K random references of one product, and indices of the images to score against them.
 
     Raises ValueError naming the product if it has fewer than K normal images, or if nothing is left to score.
     """
@@ -69,7 +69,7 @@ def draw_shots(samples: Sequence[Sample], shots: int, seed: int = 0) -> tuple[li
 
 
 def about_bare(samples: Sequence[Sample]) -> str:
-    """Why the samples have no pixel metrics: a defect without a mask would count as normal pixels. "" if they have."""
+    """Why the samples have no pixel metrics: defects without a mask would count as normal pixels. "" if they have."""
     bare = [sample.image.name for sample in samples if sample.anomalous and not sample.mask_files]
     if not bare:
         return ""
@@ -77,8 +77,8 @@ def about_bare(samples: Sequence[Sample]) -> str:
 
 
 def about_inverted(samples: Sequence[Sample], shares: Sequence[float]) -> str:
-    """What `adpretrain check-data` says of masks that mark more than half of their image, which are ``shares`` of its
-    pixels; "" if none does."""
+    """The warning of `adpretrain check-data` about masks that mark more than half of their image, given the ``shares``
+    of marked pixels; "" if there is none."""
     told = [line for s, share in zip(samples, shares, strict=True) if (line := inverted(s.mask_files, share))]
     more = f" ({len(told)} of such masks; `adpretrain check-data` lists all)" if len(told) > 1 else ""
     return told[0] + more if told else ""

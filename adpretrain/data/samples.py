@@ -21,17 +21,17 @@ IMAGE_SUFFIXES = (
     *(".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
     *(".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
 )
-FOREIGN_SUFFIXES = (".avif", ".heic", ".heif")  # of photographs too: found, and called unreadable, not passed over
+FOREIGN_SUFFIXES = (".avif", ".heic", ".heif")  # also photographs: reported as unreadable instead of ignored
 
 
 @dataclass(frozen=True)
 class Sample:
     """One photograph.
 
-    ``defect`` is "good" for a normal one; ``mask`` is None where nothing is marked, and a tuple where several files
-    together mark the defect; ``split`` is "train", "validation" or "test". ``of_defective_part``: an unmarked view of a
-    part that is defective elsewhere, as no line that makes good parts gives it; nothing learns from it, but it is
-    scored, as normal.
+    ``defect`` is "good" for a normal one; ``mask`` is None if nothing is marked, and a tuple if several files together
+    mark the defect; ``split`` is "train", "validation" or "test". ``of_defective_part``: an unmarked view of a part
+    that is defective in another view, which a line that makes good parts would not show; it is never learnt from, but
+    it is scored as normal.
     """
 
     image: Path
@@ -57,16 +57,16 @@ class LeftOut(UserWarning):
 
 
 class Junk(LeftOut):
-    """Files among a data set's masks that are hidden (also of hidden folders) or no pictures: nobody misses them."""
+    """Files among a data set's masks that are hidden, in hidden folders, or not pictures, and can be ignored."""
 
 
 class TooFewImages(ValueError):
-    """Fewer normal images than a method needs: more of them mend it, no other mistake does."""
+    """Fewer normal images than a method needs; raised only if more images would help."""
 
 
 class MissingMasks(ValueError):
-    """Defects without a mask, where others of their category have one: ``missing`` has a line for each image,
-    ``samples`` is the set as it is on disk."""
+    """Defects without a mask, in categories where other defects have one. ``missing`` has a line for each image;
+    ``samples`` are all samples of the data set."""
 
     def __init__(self, samples: Sequence[Sample], missing: Mapping[Path, str]) -> None:
         self.samples, self.missing = list(samples), dict(missing)
@@ -76,7 +76,7 @@ class MissingMasks(ValueError):
 
 
 def without_masks(samples: Iterable[Sample]) -> list[str]:
-    """Categories that have defects and not a single mask: they can be scored image by image, and nothing is missing."""
+    """Categories that have defects but not a single mask: their images can be scored, and no mask is missing."""
     found: dict[str, bool] = {}
     for sample in samples:
         if sample.anomalous:
@@ -85,8 +85,8 @@ def without_masks(samples: Iterable[Sample]) -> list[str]:
 
 
 def refuse_missing(samples: Sequence[Sample], missing: Mapping[Path, str]) -> None:
-    """Raise `MissingMasks` for those of ``missing`` (a line for each defect without a mask) that are of a category in
-    which other defects have one."""
+    """Raise `MissingMasks` for the images of ``missing`` (a line for each defect without a mask) in whose category
+    other defects have a mask."""
     bare = set(without_masks(samples))
     lost = {s.image: missing[s.image] for s in samples if s.image in missing and s.category not in bare}
     if lost:
@@ -99,8 +99,8 @@ def is_image(path: Path) -> bool:
 
 
 def to_learn_from(samples: Iterable[Sample]) -> list[Sample]:
-    """The samples without the unmarked views of defective parts: they may show a defect that nobody marked, or its
-    shadow, and would be learnt as normal."""
+    """The samples without unmarked views of defective parts, which may show an unmarked defect, or its shadow, and
+    would be learnt as normal."""
     return [sample for sample in samples if not sample.of_defective_part]
 
 
@@ -110,7 +110,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
     An item is a dict: ``image`` float [3, S, S], ``mask`` bool [S, S] (all False for a normal image), ``label``
     (1 = anomalous), ``category``, ``defect``, ``view`` ("" if none), ``path`` and ``index``.
 
-    A missing or corrupted file raises ValueError naming it, when it is read; `adpretrain.data.checking` finds all.
+    Reading a missing or corrupted file raises ValueError naming it; `adpretrain.data.checking` finds all of them.
     """
 
     def __init__(self, samples: Sequence[Sample], preprocess: Preprocess) -> None:
@@ -151,7 +151,7 @@ def load_mask(sample: Sample, image_size: tuple[int, int], preprocess: Preproces
 
 
 def check_size(file: Path, mask: Image.Image, image: Path, image_size: tuple[int, int]) -> None:
-    """Raise ValueError if a mask read from ``file`` has not the size (width, height) of its image."""
+    """Raise ValueError if a mask read from ``file`` does not have the size (width, height) of its image."""
     if mask.size != image_size:
         raise ValueError(
             f"mask {file} is {mask.size[0]}x{mask.size[1]} but its image {image} is "

@@ -1,4 +1,4 @@
-"""Writing a data set as Parquet shards (`adpretrain.data.shards` says what is in them)."""
+"""Write a data set as Parquet shards, in the format that `adpretrain.data.shards` describes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from adpretrain.extras import need
 from adpretrain.files import atomic_folder
 from adpretrain.photographs import read_mask
 
-ROW_GROUP_BYTES = 16 << 20  # what a reader holds of a shard at a time, and what is written at once
+ROW_GROUP_BYTES = 16 << 20  # read and written at a time
 
 
 def write_shards(
@@ -36,10 +36,10 @@ def write_shards(
 ) -> Path:
     """Write ``samples`` as ``shards`` files and return ``out``, which appears only when all is written.
 
-    Unmarked views of defective parts are left out of what is trained on.
+    Unmarked views of defective parts are left out of the training shards.
 
-    The files' bytes are kept as they are, unread (`adpretrain.data.checking` reads them); several masks of one image
-    become one PNG. ``references``: normal photographs of every category and view that are set aside. Two row groups of
+    The files' bytes are copied without decoding (`adpretrain.data.checking` decodes them); several masks of one image
+    become one PNG. ``references``: normal photographs of every category and view to set aside. Two row groups of
     `ROW_GROUP_BYTES` are in memory. ``track`` wraps the rows of all files.
 
     Raises ValueError as `check_target` does, or if an image is listed twice or a defect has no mask.
@@ -80,16 +80,16 @@ def write_shards(
 
 
 def check_target(out: str | Path, shards: int, images: int) -> None:
-    """Raise ValueError if ``out`` is a folder of something else, or there are fewer images than shards."""
+    """Raise ValueError if ``out`` holds other files than shards, or if there are fewer images than shards."""
     target = Path(out)
     if target.exists() and any(target.iterdir()) and not (target / INDEX).is_file():
-        raise ValueError(f"{target} holds something else than shards: choose another folder")
+        raise ValueError(f"{target} holds other files than shards: choose another folder")
     if not 1 <= shards <= images:
         raise ValueError(f"{shards} shards for {images} images: choose a number in 1..{images}")
 
 
 def deal(samples: Sequence[Sample], shards: int, seed: int) -> list[list[Sample]]:
-    """Samples of every shard: each kind (category, view, defect) shuffled and dealt round, then each shard shuffled.
+    """Samples of every shard: each kind (category, view, defect) is shuffled and dealt, then each shard shuffled.
 
     The shards' sizes, and their numbers of any kind, differ by one at most.
     """
@@ -103,7 +103,7 @@ def deal(samples: Sequence[Sample], shards: int, seed: int) -> list[list[Sample]
 
 
 def choose_references(samples: Sequence[Sample], count: int, seed: int) -> list[Sample]:
-    """``count`` random normal photographs of every category and view, or all where there are fewer."""
+    """``count`` random normal photographs of every category and view, or all if there are fewer."""
     rng = np.random.default_rng(np.random.SeedSequence((seed, 1)))
     groups: dict[str, list[Sample]] = defaultdict(list)
     for sample in samples:
@@ -113,7 +113,7 @@ def choose_references(samples: Sequence[Sample], count: int, seed: int) -> list[
 
 
 class _Counts:
-    """What index.json says of the training photographs."""
+    """The counts of training photographs for index.json."""
 
     def __init__(self) -> None:
         self.normals: dict[str, int] = defaultdict(int)
@@ -123,7 +123,7 @@ class _Counts:
 
     def add(self, row: Photograph) -> Photograph:
         if row.key in self.keys:
-            raise ValueError(f"{row.key} is in the set twice: every image must have a path of its own")
+            raise ValueError(f"{row.key} is in the set twice: every image must have its own path")
         self.keys.add(row.key)
         self.longest = max(self.longest, row.size)
         self.normals[row.group] += row.normal
@@ -132,7 +132,7 @@ class _Counts:
 
 
 def photograph(sample: Sample, root: Path) -> Photograph:
-    """A sample's row, its key being its path below ``root``."""
+    """A sample's row; the key is its path below ``root``."""
     key = Path(os.path.abspath(sample.image)).relative_to(root).as_posix()
     labels = (sample.category, sample.defect, sample.view, sample.split, sample.of_defective_part)
     return Photograph(sample.image.read_bytes(), _mask_bytes(sample), *labels, key)
@@ -147,7 +147,7 @@ def _mask_bytes(sample: Sample) -> bytes | None:
 
 
 def _write(path: Path, rows: Iterable[Photograph]) -> None:
-    """One file, row group by row group; images are neither compressed again nor put into a dictionary."""
+    """Write one file, row group by row group, without compression or dictionaries, which do not help images."""
     need("datasets", "pyarrow")
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -1,11 +1,11 @@
-"""A pretraining set as Parquet shards, in a folder or a repository of the Hugging Face Hub: what lies where.
+"""A pretraining set as Parquet shards, in a folder or a repository of the Hugging Face Hub.
 
-``data/train-00000-of-00192.parquet`` ... hold every photograph once, in random order, each shard as many of every
-category, view and defect as the others (to within one). ``data/references-00000-of-00001.parquet`` holds some normal
-photographs of every category and view again, to draw references from before the stream has brought others.
+``data/train-00000-of-00192.parquet`` ... hold every photograph once, in random order; the shards' numbers of every
+category, view and defect differ by at most one. ``data/references-00000-of-00001.parquet`` holds some normal
+photographs of every category and view again, from which references are drawn until the stream has brought others.
 ``data/held_out-00000-of-00001.parquet``, if any, holds whole categories that are never trained on. A row is an image's
-file (bytes, as it was), its mask's file or null, category, defect ("good" = normal), view, split, of_defective_part
-and key, the path it had, which only names it. ``index.json`` counts, so that nothing must be scanned.
+file (unchanged bytes), its mask's file or null, category, defect ("good" = normal), view, split, of_defective_part and
+key, its former path, used only as a name. ``index.json`` has all counts, so that no file must be scanned.
 
 No code of a repository is run, nothing is unpickled, and no name in a row is used as a path.
 """
@@ -28,7 +28,7 @@ from adpretrain.extras import need
 from adpretrain.parsing import LARGEST, from_dict
 
 INDEX = "index.json"
-FORMAT = 2  # 1 trained on unmarked views of defective parts
+FORMAT = 2  # format 1 trained on unmarked views of defective parts
 PARTS = ("train", "references", "held_out")
 FILE = re.compile(rf"data/({'|'.join(PARTS)})-\d{{5}}-of-\d{{5}}\.parquet")
 
@@ -52,17 +52,17 @@ class Photograph:
 
     @property
     def size(self) -> int:
-        """Bytes of its files."""
+        """Bytes of its image and mask files."""
         return len(self.image) + len(self.mask or b"")
 
     @property
     def group(self) -> str:
-        """What shares references: "category/view", or the category where there are no views."""
+        """The group that shares references: "category/view", or the category if there are no views."""
         return group_name(self.category, self.view)
 
     @property
     def index(self) -> int:
-        """A number of its own, from the key: below 2^60."""
+        """A number below 2^60 that is derived from the key, to identify the photograph."""
         return int.from_bytes(hashlib.sha256(self.key.encode()).digest()[:8], "big") >> 4
 
 
@@ -70,7 +70,7 @@ COLUMNS = [field.name for field in dataclasses.fields(Photograph)]
 
 
 def schema() -> Any:
-    """Of the files; only mask and view may be null."""
+    """The schema of the files; only mask and view may be null."""
     import pyarrow as pa
 
     kinds = dict.fromkeys(COLUMNS, pa.string()) | dict.fromkeys(("image", "mask"), pa.binary())
@@ -84,11 +84,11 @@ def group_name(category: str, view: str | None) -> str:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """index.json.
+    """The content of index.json.
 
-    ``files``: rows and bytes of each. ``normals``: normal photographs of each group. ``largest``: bytes of its largest
-    one. ``longest``: bytes of the largest photograph of all, mask included. ``references``: photographs of each group
-    set aside. ``categories`` are trained on, ``held_out`` are not. ``seed``: of the order.
+    ``files``: rows and bytes of each file. ``normals``: number of normal photographs of each group. ``largest``: bytes
+    of the largest of these. ``longest``: bytes of the largest photograph of all, mask included. ``references``:
+    photographs set aside per group. ``categories`` are trained on, ``held_out`` are not. ``seed`` gives the order.
     """
 
     format: int
@@ -105,8 +105,8 @@ class ShardIndex:
 class Shards:
     """Shards found at ``root``: a folder, "hf://org/name" or "hf://org/name@revision".
 
-    Raises ValueError if there are none, if index.json is not what `write_shards` writes, or if a file is missing or
-    has another size than when it was written.
+    Raises ValueError if there are no shards, if index.json is not as `write_shards` writes it, or if a file is missing
+    or has another size than index.json says.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -122,7 +122,7 @@ class Shards:
             found = json.loads(self.files.cat_file(f"{self.path}/{INDEX}"))
             listing = self.files.ls(f"{self.path}/data", detail=True)
             present = {file["name"].removeprefix(f"{self.path}/"): file["size"] for file in listing}
-        except Exception as error:  # that of a file system, of a network, or of the JSON
+        except Exception as error:  # from a file system, a network, or the JSON parser
             reason = _reason(f"{self.address}/{INDEX} and data/", error)
             what = f"{root} holds no shards: {INDEX} and data/ cannot be read ({reason})"
             raise ValueError(f"{what}; recipes/write_shards.py writes them") from error
@@ -163,9 +163,9 @@ class Shards:
             yield Photograph(**row)
 
     def samples(self, part: str, per_group: int | None = None) -> list[Sample]:
-        """The photographs of a part as files, for what needs files: the first ``per_group`` of every group, or all.
+        """The photographs of a part as samples on disk: the first ``per_group`` of every group, or all.
 
-        They are written, unchanged, under the hash of their content (`adpretrain.data.huggingface`).
+        They are written unchanged to files named by the hash of their content (`adpretrain.data.huggingface`).
         """
         store, taken, samples = stored_files(self.root), dict[str, int](), []
         for row in self.rows(self.names(part)) if self.names(part) else ():
@@ -180,7 +180,7 @@ class Shards:
 
 
 def _read(urls: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Rows of Parquet files. `datasets.load_dataset` would do, but for reading whole files ahead of a slow consumer."""
+    """Rows of Parquet files. `datasets.load_dataset` would read whole files ahead of a slow consumer."""
     import fsspec
     import pyarrow.parquet as pq
 
@@ -192,12 +192,12 @@ def _read(urls: Sequence[str]) -> Iterator[dict[str, Any]]:
                     raise ValueError(f"columns {parquet.schema_arrow.names}, not {COLUMNS}, or of other types")
                 for group in range(parquet.num_row_groups):
                     yield from parquet.read_row_group(group, COLUMNS).to_pylist()
-        except Exception as error:  # that of a file system, of a network, or of Arrow
+        except Exception as error:  # from a file system, a network, or Arrow
             raise ValueError(f"{url} cannot be read ({_reason(url, error)}): copy it again") from error
 
 
 def pinned(root: str | Path) -> str:
-    """``root`` of the Hub at the commit that it is at now: it may change while we read.
+    """``root``, a Hub address, pinned to its present commit, because it may change while we read.
 
     Raises ValueError if it cannot be reached.
     """
@@ -221,7 +221,7 @@ def _on_hub(root: str | Path) -> bool:
 
 
 def _reason(url: str, error: Exception) -> str:
-    """What an error says, in one line. Raises ValueError if not the file but the Hub is to blame."""
+    """An error's message in one line. Raises ValueError if the Hub failed and not the file."""
     from adpretrain.hub.download import explain, on_the_way
 
     if on_the_way(error):

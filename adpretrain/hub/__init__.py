@@ -1,7 +1,7 @@
 """Saved models on the Hugging Face Hub: found by name and fetched at one commit, published as one commit.
 
-`huggingface_hub` does the talking. Here is what it leaves open: which files are ours, that every file is of the same
-commit and has the content its digest says, what is tried again, and errors that name the fix.
+`huggingface_hub` sends the requests. This package chooses our files, checks that all are of one commit and match their
+digests, retries failures that may pass, and raises errors that name the fix.
 """
 
 from adpretrain.hub.download import EMBEDDED, Located, locate

@@ -1,7 +1,7 @@
-"""From what a user calls a saved model to its folder on this machine: a folder, "embedded", or a Hub repository.
+"""Find the folder of a saved model, given as a folder, "embedded", or a Hub repository to be downloaded.
 
-Every file is of one commit and has the content that its digest says. What may pass is tried again; the rest becomes a
-ValueError with the fix.
+All files are of one commit and match their digests. Failures that may pass are retried; others become a ValueError that
+names the fix.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Parts = Callable[[dict[str, Any]], Sequence[str]]
 PART = re.compile(r"[a-z0-9][a-z0-9_-]*")  # a model within a model, e.g. the extractor of a detector
 GIT_SHA1, SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
 CHUNK = 1 << 20  # bytes
-WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before each further try, to which up to half as much is added
+WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before each further try, plus up to half as much at random
 LONGEST_WAIT = 60.0  # seconds, whatever the Hub asks for
 
 
@@ -55,16 +55,16 @@ def locate(
     parts: Parts = lambda config: (),
     files: Sequence[str] = FILES,
 ) -> Located:
-    """The folder of a saved model; one of the Hub is fetched into the cache, unless it is there.
+    """The folder of a saved model; one of the Hub is downloaded into the cache unless it is there.
 
     ``source``: a folder, "embedded" (the extractor inside this package), or the id "org/name" of a Hub repository.
     ``revision``: a branch, tag or commit of the repository, "main" by default. It is resolved to a commit once and
     every file is of that commit; a full commit (40 digits) that is in the cache needs no request. Without a
     connection the commit that a branch or tag had when last seen is used, with a warning that names it.
     ``token``: None = that of `hf auth login` or HF_TOKEN. ``parts``: names the subfolders that belong to a model, from
-    its config.json; ``files``: what is fetched of the model and of each part. Nothing else is ever fetched.
+    its config.json; ``files``: the files to download of the model and of each part; no other file is downloaded.
 
-    Every file is compared with the digest under which the Hub keeps it; a damaged one is fetched once more.
+    Every file is compared with the Hub's digest of it; a damaged one is downloaded once more.
 
     Raises ValueError if there is no such folder or repository, it lacks a file, or it cannot be reached.
     """
@@ -117,7 +117,7 @@ def _checked_revision(revision: str | None) -> str:
 
 @dataclass(frozen=True)
 class _Cache:
-    """A Hub repository and its share of the client's cache."""
+    """A Hub repository and its folder in the client's cache."""
 
     repo_id: str
     token: str | bool | None
@@ -131,7 +131,7 @@ class _Cache:
         return self._folder / "snapshots" / commit
 
     def resolve(self, revision: str) -> str:
-        """The commit of a branch, tag or short commit: the Hub's answer, or else what the cache remembers."""
+        """The commit of a branch, tag or short commit: the Hub's answer, or else the one in the cache."""
         from huggingface_hub.errors import OfflineModeIsEnabled
 
         memory = self._folder / "refs" / revision
@@ -161,16 +161,16 @@ class _Cache:
         return commit
 
     def fetch(self, commit: str, files: Sequence[str], parts: Parts, prefix: str = "") -> None:
-        """Have the files of a model at a commit, and those of its parts, in the cache, all of them whole."""
+        """Make sure that the files of a model at a commit, and those of its parts, are in the cache and undamaged."""
         for name in files:
             self._fetch_file(commit, prefix + name)
         try:
             config = read_json(self.snapshot(commit) / prefix / CONFIG_NAME)
         except ValueError:
-            return  # whoever reads the config says what is wrong with it
+            return  # the caller that reads the config reports the error
         for part in parts(config) if isinstance(config, dict) else ():
             if not PART.fullmatch(part):
-                raise ValueError(f"{self.repo_id} at {commit} names the part {part!r}, which is no name of a folder")
+                raise ValueError(f"{self.repo_id} at {commit} names the part {part!r}, which is not a folder name")
             self.fetch(commit, files, parts, f"{prefix}{part}/")
 
     def _fetch_file(self, commit: str, name: str) -> None:
@@ -189,8 +189,8 @@ class _Cache:
                 return
         _discard(path)
         raise ValueError(
-            f"cannot load {self.repo_id}: {name} at commit {commit} arrives damaged, twice now (its digest is not the "
-            "one the Hub gives). Try again later or over another network; if it stays so, upload it again"
+            f"cannot load {self.repo_id}: {name} at commit {commit} arrived damaged twice (its digest is not the "
+            "one the Hub gives). Try again later or over another network; if that does not help, upload it again"
         )
 
     def _download(self, commit: str, name: str) -> None:
@@ -199,7 +199,7 @@ class _Cache:
         )
 
     def _digest(self, commit: str, name: str) -> str | None:
-        """What the Hub says, for caches without blobs (systems without links)."""
+        """The digest that the Hub gives, for caches without blobs (on systems without links)."""
         url = huggingface_hub.hf_hub_url(self.repo_id, name, revision=commit)
         return huggingface_hub.get_hf_file_metadata(url, token=self.token).etag
 
@@ -218,18 +218,18 @@ class _Cache:
 
 
 def _blob_name(path: Path) -> str | None:
-    """The digest that is the name of a cached file's blob: where its link points, one step only."""
+    """The digest in the name of a cached file's blob, to which the file is a link."""
     return Path(os.readlink(path)).name if path.is_symlink() else None
 
 
 def _discard(path: Path) -> None:
-    """Take a damaged file out of the cache, so that no other program finds it either."""
+    """Delete a damaged file from the cache, so that no other program finds it either."""
     path.resolve().unlink(missing_ok=True)
     path.unlink(missing_ok=True)
 
 
 def digest(path: Path, kind: str) -> str:
-    """The hexadecimal "sha256" of a file, or its "git_sha1": that of git's header and the content."""
+    """The hexadecimal "sha256" of a file, or its "git_sha1", which includes git's header."""
     if kind == "sha256":
         found = hashlib.sha256()
     else:
@@ -241,14 +241,14 @@ def digest(path: Path, kind: str) -> str:
 
 
 def has_digest(path: Path, expected: str) -> bool:
-    """Whether a file has the content of a digest: SHA-256 (64 digits, large files) or git's SHA-1 (40, the rest)."""
+    """Whether a file matches a digest: SHA-256 (64 digits, large files) or git's SHA-1 (40 digits, other files)."""
     return digest(path, "sha256" if SHA256.fullmatch(expected) else "git_sha1") == expected
 
 
 def troubles() -> tuple[type[Exception], ...]:
-    """What the client raises when a request fails, whichever library its version sends requests with.
+    """The exceptions that the client raises when a request fails, whichever HTTP library its version uses.
 
-    A RuntimeError wraps a failed upload; a JSONDecodeError is an answer from something that is not a Hub.
+    A RuntimeError wraps a failed upload; a JSONDecodeError means that the server is not a Hub.
     """
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
@@ -257,14 +257,14 @@ def troubles() -> tuple[type[Exception], ...]:
 
 
 def on_the_way(error: BaseException) -> bool:
-    """Whether the Hub or the connection failed, not a file of this machine or what is in it."""
+    """Whether the Hub or the connection failed, rather than a file of this machine or its content."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return isinstance(root(error), tuple(base for base in HfHubHTTPError.__bases__ if base is not OSError))
 
 
 def root(error: BaseException) -> BaseException:
-    """What was behind an error that the client has wrapped."""
+    """The original error behind one that the client has wrapped."""
     while isinstance(error, (RuntimeError, ValueError, FileNotFoundError)) and error.__cause__ is not None:
         if status(error) is not None:
             break
@@ -283,7 +283,7 @@ def may_pass(error: BaseException) -> bool:
     from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 
     if isinstance(error, FileNotFoundError):
-        return False  # a download that the client has tried again itself
+        return False  # the client has already retried this download
     error = root(error)
     code = status(error)
     if code is not None:
@@ -295,10 +295,10 @@ def may_pass(error: BaseException) -> bool:
 
 
 def persistently(call: Callable[[], T], landed: Callable[[], T | None] = lambda: None) -> T:
-    """``call()``, tried again after `WAITS` for as long as its failure `may_pass`.
+    """The result of ``call()``, retried after `WAITS` as long as its failure `may_pass`.
 
-    ``landed``: asked after every failure whether the request took effect and only its answer was lost; if so it
-    returns what ``call`` would have.
+    ``landed`` is called after every failure. If the request took effect and only its answer was lost, it returns what
+    ``call`` would have returned, else None.
     """
     for wait in (*WAITS, None):
         try:
@@ -322,7 +322,7 @@ def _asked_for(error: BaseException) -> float:
 
 
 def explain(error: BaseException, repo_id: str, doing: str) -> ValueError:
-    """The error for the user: what could not be done with a repository, why, and what to do."""
+    """An error for the user that says what failed with a repository, why, and what to do."""
     return ValueError(f"cannot {doing} {repo_id}: {_reason(root(error), repo_id)}")
 
 
@@ -341,7 +341,7 @@ def _reason(error: BaseException, repo_id: str) -> str:
     if isinstance(error, LocalTokenNotFoundError):
         return f"no token is set. Make one with write access at {tokens}, then run `hf auth login` or set HF_TOKEN"
     if isinstance(error, OfflineModeIsEnabled):
-        return f"HF_HUB_OFFLINE forbids to connect, and {constants.HF_HUB_CACHE} does not have it. Unset HF_HUB_OFFLINE"
+        return f"HF_HUB_OFFLINE is set, and {constants.HF_HUB_CACHE} does not have it. Unset HF_HUB_OFFLINE"
     if isinstance(error, GatedRepoError):
         return f"it is gated. Ask for access at {page}, then use a token of that account (`hf auth login` or HF_TOKEN)"
     if isinstance(error, RepositoryNotFoundError):
@@ -352,7 +352,7 @@ def _reason(error: BaseException, repo_id: str) -> str:
     if isinstance(error, RevisionNotFoundError):
         return f"it has no such revision. {page} lists its branches, tags and commits"
     if code == 401:
-        return f"the token is wrong or has expired. Make a new one at {tokens}; HF_TOKEN goes before `hf auth login`"
+        return f"the token is wrong or has expired. Make a new one at {tokens}; HF_TOKEN overrides `hf auth login`"
     if code == 403:
         return (
             f"the token may not do that in the namespace {namespace!r}. Use your own or an organisation's where you "

@@ -1,4 +1,4 @@
-"""A folder becomes one commit of a Hub repository: all of it or nothing, checked before, and never twice."""
+"""Publish a folder as one commit of a Hub repository: checked first, complete or not at all, and never twice."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ PICTURE = r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.png"
 OURS = re.compile(rf"(?:{PART.pattern}/)*(?:config\.json|model\.safetensors|README\.md)|(?:assets/)?{PICTURE}")
 HOUSEKEEPING = re.compile(r"\.gitattributes|\.gitignore|LICENSE(?:\.[a-z]+)?|[A-Za-z0-9_-]+\.md")
 SPACE = re.compile(r"(?:[A-Za-z0-9_-]+/)*[A-Za-z0-9_-]+\.(?:py|md|txt|png|css)")
-BLANK = {"model": {".gitattributes"}, "space": {".gitattributes", "README.md"}}  # what the Hub puts into a new one
-STALE = (409, 412)  # what the Hub answers if the branch is no longer at the parent commit
+BLANK = {"model": {".gitattributes"}, "space": {".gitattributes", "README.md"}}  # a new one has these
+STALE = (409, 412)  # the Hub's answers if the branch is no longer at the parent commit
 
 
 @dataclass(frozen=True)
 class Published:
-    """What was published or, in a dry run, would be.
+    """The result of a publication or, in a dry run, what it would be.
 
     Args:
         url: the repository's page.
@@ -55,7 +55,7 @@ class Published:
         tag: the tag on it.
         files: all files of the model, path -> size in bytes.
         changed, deleted: the paths in which the commit differs from the one before; both empty = no new commit.
-        steps: what was done, or would be, in words and in order.
+        steps: descriptions, in order, of what was done or would be done.
     """
 
     url: str
@@ -80,15 +80,15 @@ def publish(
 ) -> Published:
     """Make a branch of the model repository ``repo_id`` hold the files of a saved model, in one commit.
 
-    The repository is made if there is none: private, and public (unless ``private``) only when all is there. Files
-    of ours that ``folder`` no longer has are deleted in the same commit; an unchanged folder makes no commit. The
-    commit has the parent that was looked at, so that nobody's work is overwritten. A request that fails is sent again
-    after a while; before a commit is, the branch is asked whether the commit is there and only its answer was lost.
-    ``tag`` is put on the commit. ``token``: None = that of `hf auth login` or HF_TOKEN. ``dry_run``: ask and check
+    A repository that does not exist is created as private, and becomes public (unless ``private``) only when it is
+    complete. Files of ours that ``folder`` no longer has are deleted in the same commit; an unchanged folder makes no
+    commit. The commit's parent is the commit that was compared, so that no other work is overwritten. Failed requests
+    are retried; before a commit is retried, the branch is checked, because the commit may be there and only its answer
+    was lost. ``tag`` is put on the commit. ``token``: None = that of `hf auth login` or HF_TOKEN. ``dry_run``: check
     everything, change nothing; no token is needed.
 
-    Raises ValueError, with the fix, if the folder is no saved model (`files_to_publish`), a name is not valid, the
-    token is missing, wrong or of too few rights, the repository is not as ``private`` says or holds something else,
+    Raises ValueError, with the fix, if the folder is not a saved model (`files_to_publish`), a name is not valid, the
+    token is missing, wrong or lacks rights, the repository's visibility is not ``private`` or it holds something else,
     the tag is on another commit, the branch moves meanwhile, or there is no connection.
     """
     files = files_to_publish(folder)
@@ -139,9 +139,9 @@ def _check_names(repo_id: str, branch: str, tag: str | None, message: str | None
 def files_to_publish(folder: str | os.PathLike[str]) -> dict[str, Path]:
     """The files of a saved model by their path in the repository, checked.
 
-    Raises ValueError if the folder is no saved model, or holds links, files that we do not write, or files that are
-    not what their names say, or weights that are not finite or not those that their config describes: whatever is
-    published stays in the repository's history.
+    Raises ValueError if the folder is not a saved model, or holds links, files that we do not write, files whose
+    content does not fit their names, or weights that are not finite or do not fit their config: published files stay in
+    the repository's history for ever.
     """
     top = Path(folder)
     if not top.is_dir():
@@ -165,7 +165,7 @@ def files_to_publish(folder: str | os.PathLike[str]) -> dict[str, Path]:
 
 
 def files_of_space(folder: str | os.PathLike[str]) -> dict[str, Path]:
-    """The files of a Space by their path in the repository. Raises ValueError if there are others than it needs."""
+    """The files of a Space by their path in the repository. Raises ValueError for files that it does not need."""
     top = Path(folder)
     if not (top / "app.py").is_file() or not (top / CARD_NAME).is_file():
         raise ValueError(f"{folder} has no app.py and {CARD_NAME}: publish the folder of a Space")
@@ -179,7 +179,7 @@ def _files(top: Path) -> dict[str, Path]:
     paths = sorted(top.rglob("*"))
     for path in paths:
         if path.is_symlink() or not (path.is_dir() or path.is_file()):
-            raise ValueError(f"{path} is a link or no regular file; only copies of files are published")
+            raise ValueError(f"{path} is a link or not a regular file; only regular files are published")
     return {path.relative_to(top).as_posix(): path for path in paths if path.is_file()}
 
 
@@ -202,14 +202,14 @@ def _check_content(path: Path) -> None:
 
 
 def _expected(folder: Path) -> dict[str, Tensor]:
-    """The weights that a config.json describes: a detector's lists their shapes, an extractor's its networks' sizes."""
+    """The weights that a config.json describes, by their shapes (detectors) or by its networks' sizes (extractors)."""
     content = read_json(folder / CONFIG_NAME)
     if "tensors" not in content:
         config = read_config(folder)
         training = config.provenance.get("training")
         if isinstance(training, dict) and training.get("learns") == "backbone":
             raise ValueError(
-                f"{folder} is on a backbone that was trained with it (learns: backbone), whose weights are not in the "
+                f"{folder} uses a backbone that was trained with it (learns: backbone), whose weights are not in the "
                 "folder: nobody could load what would be published"
             )
         return saved_tensors(config, folder)
@@ -229,19 +229,19 @@ def _some(names: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class _State:
-    """A repository as it is: None for ``private`` and ``head`` if it does not exist, ``files`` at the head."""
+    """A repository's present state: ``files`` at the head; ``private`` and ``head`` are None if it does not exist."""
 
     private: bool | None = None
     head: str | None = None
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     files: dict[str, Any] = field(default_factory=dict)
-    is_new: bool = True  # not there, or left empty by a publication that broke off
+    is_new: bool = True  # missing, or left empty by an interrupted publication
 
 
 @dataclass(frozen=True)
 class _Repository:
-    """A repository of the Hub, and what a branch of it is to hold."""
+    """A repository of the Hub, and the files that one of its branches shall hold."""
 
     repo_id: str
     branch: str
@@ -275,7 +275,7 @@ class _Repository:
         return Published(url, commit, self.tag, sizes, changed, deleted, steps)
 
     def _is_anonymous(self, dry_run: bool) -> bool:
-        """Whether no token is set, which only a dry run may do without; raises what the client does for a wrong one."""
+        """Whether no token is set, which only a dry run allows. Raises the client's error for a wrong one."""
         from huggingface_hub.errors import LocalTokenNotFoundError
 
         try:
@@ -296,7 +296,7 @@ class _Repository:
         return branches, tags
 
     def _state(self) -> _State:
-        """What is there now, at the head of the branch or, if it has no such branch, of main."""
+        """The state at the head of the branch or, if there is no such branch, of main."""
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
         try:
@@ -320,13 +320,13 @@ class _Repository:
         return name in self.local if self.kind == "space" else OURS.fullmatch(name) is not None
 
     def _differences(self, remote: dict[str, Any]) -> tuple[list[str], list[str]]:
-        """Paths to be sent, and paths to be deleted, for ``remote`` to hold exactly the local files of ours."""
+        """Paths to send and paths to delete, so that the repository holds exactly the local files."""
         known = {name: file.lfs.sha256 if file.lfs is not None else file.blob_id for name, file in remote.items()}
         changed = [n for n, path in self.local.items() if n not in known or not has_digest(path, known[n])]
         return changed, sorted(name for name in remote.keys() - self.local.keys() if self._is_ours(name))
 
     def _refuse(self, state: _State, changes: bool) -> None:
-        """Raise ValueError, before anything is sent, if the repository does not take what is to be published."""
+        """Raise ValueError, before anything is sent, if the files cannot be published to this repository."""
         repo_id, tag = self.repo_id, self.tag
         if foreign := [name for name in state.files if not self._is_ours(name) and not HOUSEKEEPING.fullmatch(name)]:
             raise ValueError(
@@ -341,7 +341,7 @@ class _Repository:
             )
         if tag in state.tags and (changes or state.tags[tag] != state.head):
             raise ValueError(
-                f"the tag {tag!r} of {repo_id} is on commit {state.tags[tag]}, and what you publish is another: choose "
+                f"the tag {tag!r} of {repo_id} is on commit {state.tags[tag]}, but you publish another one: choose "
                 "another tag (others rely on this one). Nothing was uploaded"
             )
 
@@ -363,7 +363,7 @@ class _Repository:
         return steps
 
     def _carry_out(self, state: _State) -> str:
-        """Everything that changes the repository. Returns the commit."""
+        """Make all changes to the repository. Returns the commit."""
         options: dict[str, Any] = {"exist_ok": True, "repo_type": self.kind}
         if state.head is None:
             self._create()
@@ -400,11 +400,11 @@ class _Repository:
         except troubles() as error:
             if status(root(error)) != 409:
                 raise
-            if self._state().head is None:  # there, and not for us to see; if it is, the first answer was lost
+            if self._state().head is None:  # it exists but is hidden from us; else the first answer was lost
                 raise ValueError(f"the name {self.repo_id} is taken: choose another") from error
 
     def _commit(self, state: _State) -> str:
-        """One commit on top of ``state``, after which the branch holds exactly the files of ours. Returns it."""
+        """Make one commit on top of ``state`` with exactly the local files. Returns it."""
         changed, deleted = self._differences(state.files)
 
         def send() -> str:
@@ -426,7 +426,7 @@ class _Repository:
 
         try:
             commit = persistently(send, landed)
-        except troubles() as error:  # the parent is stale: perhaps because the commit is there after all
+        except troubles() as error:  # the parent is stale, perhaps because the commit was made after all
             if status(root(error)) not in STALE or (found := landed()) is None:
                 raise
             commit = found

@@ -46,8 +46,7 @@ REMEDIES = {
 @dataclass(frozen=True)
 class Counts:
     """Counts of the configuration's networks: ``tokens`` and ``widths`` of every level; ``entering``: tokens that are
-    projected; FLOPs of one image's forward; ``saved``: bytes that the projector keeps of a step for its backward
-    pass."""
+    projected; FLOPs of one image's forward; ``saved``: bytes that the projector keeps for a backward pass."""
 
     backbone_bytes: int
     projector_parameters: int
@@ -108,8 +107,7 @@ def saved_bytes(config: PretrainConfig, shapes: Sequence[Sequence[int]], context
 
 def anomalous_tokens(counts: Counts, share: float) -> list[float]:
     """Anomalous tokens of an image and view that `training.batches.thin` keeps, per level: all, up to half of what
-    enters, or more if normal ones are too few. An upper limit, as if every image had the same ``share`` of anomalous
-    tokens."""
+    enters, or more if normal ones are too few. An upper limit, as if ``share`` were that of every image."""
     sizes = zip(counts.tokens, counts.entering, strict=True)
     return [min(share * n, max(entering // 2, entering - (1 - share) * n)) for n, entering in sizes]
 

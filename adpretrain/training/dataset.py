@@ -74,8 +74,7 @@ class ReferenceDraws:
         refuse_short(short, self.shots, needed)
 
     def blocks(self, epoch: int) -> list[list[int]]:
-        """Blocks that hold every image once. The images of a block share references in this epoch and stay
-        consecutive."""
+        """Blocks of images that share references in this epoch and stay consecutive; every image is in one block."""
         if self.config.together == 1:
             return [[index] for index in range(len(self.group_of))]
         return self._shared(epoch)[0]

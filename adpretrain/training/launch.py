@@ -169,8 +169,8 @@ class Lifeline:
         if done or self.released.wait(self.grace):
             return
         print(
-            f"process {self.rank} ends, because process {other} was killed, has failed or is out of reach; the same "
-            "command goes on from what is saved",
+            f"process {self.rank} ends, because process {other} was killed, has failed or cannot be reached; the same "
+            "command resumes from what is saved",
             file=sys.stderr,
             flush=True,
         )

@@ -28,8 +28,7 @@ class ImageBatch:
     ``views``: uint8 [B, V, 3, S, S]; ``masks``: bool [B, S, S]; ``keys``: (epoch, index) of each image; ``sets``: (n,
     names of references) for each run of n consecutive images that share references, sorted by the numbers of references
     and images; ``units``: names of photographs and their pixels, uint8 [P, 3, S, S], to be encoded together;
-    ``forget``: names of features that are not needed again. The masks stay on the host, where labels are counted
-    without waiting.
+    ``forget``: names of features to drop. The masks stay on the host, where labels are counted without waiting.
     """
 
     views: Tensor
@@ -128,8 +127,7 @@ def load_ahead(
 
 def _work_on(worker: int) -> None:
     """Start a worker, which ignores requests to stop. A terminal, SLURM or a launcher sends them to all processes, but
-    only the training process reacts: it finishes its step, and workers end when it tells them to, or when it is
-    gone."""
+    only the training process reacts: it finishes its step, and workers end when it tells them or is gone."""
     for request in (signal.SIGINT, signal.SIGTERM):
         signal.signal(request, signal.SIG_IGN)
     threading.Thread(target=_end_without_trainer, daemon=True).start()

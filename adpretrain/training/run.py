@@ -55,8 +55,7 @@ def project(run: Run, batch: LabelledBatch) -> list[FeatureMaps]:
 
 
 def training_step(run: Run, batch: LabelledBatch) -> Losses:
-    """Forward, backward, update. Nothing here waits for the device, except fp16's scaler, which checks for
-    overflows."""
+    """Forward, backward, update. Only fp16's scaler waits for the device here, to check for overflows."""
     watch = run.speed.watch
     watch("projector")
     with run.accelerator.autocast():

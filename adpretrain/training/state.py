@@ -102,8 +102,7 @@ class Run:
         return {k: v for k, v in self.extractor.state_dict().items() if not (frozen and k.startswith("backbone."))}
 
     def state(self) -> dict[str, Any]:
-        """The content of a checkpoint. It needs no generator states: random numbers derive from seed, epoch and
-        index."""
+        """The content of a checkpoint, without generator states: random numbers derive from seed, epoch and index."""
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else {}
         return {
             "global_batch": self.global_batch,

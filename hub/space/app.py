@@ -1,4 +1,4 @@
-"""The demo as a Hugging Face Space. The variable EXTRACTORS names what to offer, separated by commas."""
+"""The demo as a Hugging Face Space. The variable EXTRACTORS names the extractors to offer, separated by commas."""
 
 from __future__ import annotations
 

@@ -2,10 +2,10 @@
 
   python recipes/studies/carry_over.py --sets ../shared/data/mtd ../shared/data/board/* --seeds 3 --out runs/carry-over
 
-Every set whose defects have masks is left out once; those without are trained on never and scored for every fold. The
+Every set whose defects have masks is left out once; other sets are never trained on and scored in every fold. The
 features are the embedded extractor's (Lite0, local scale); their residuals against other normals of the same set are
 cached once, two views of every photograph. A variant of carry_over.yaml trains a projector on them with the losses of
-ADPretrain, by the library's own objective. Printed, and written to table.md, is the gain of a detector
+ADPretrain, through the library's own objective. table.md, which is also printed, has the gain of a detector
 (--detector) on its features over the same detector on those of the extractor without a projector, with the same
 references and photographs: mean over sets, and the standard deviation of that mean over seeds. A finished run is never
 repeated.
@@ -47,13 +47,13 @@ from downstream.evaluation.trial import Settings, run_trial
 VARIANTS = Path(__file__).with_suffix(".yaml")
 METRICS = ("image_auroc", "pixel_auroc", "aupro")
 SHOTS, DRAWS, CACHED, BATCH, TOKENS = 4, 1, 1, 16, 24
-NORMALS, DEFECTS = 50, 50  # of a set, evenly over its names
-MAP_SIDE = 112  # of what is scored; a quarter of the work, and differences between rows hardly change
+NORMALS, DEFECTS = 50, 50  # images of a set, spread evenly over it
+MAP_SIDE = 112  # of scored maps; a quarter of the work, and differences between rows hardly change
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A row: what differs from the paper's settings. ``drawn``: share of every batch that comes from drawn products."""
+    """A row: changes of the paper's settings. ``drawn``: the share of every batch that comes from drawn products."""
 
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -68,7 +68,7 @@ def evenly(samples: Sequence[Sample], count: int) -> list[Sample]:
 
 
 def thinned(samples: Sequence[Sample]) -> list[Sample]:
-    """Some normals to learn from, some to test, some defects, of one set."""
+    """A subset of one set: some normals to learn from, some normals to test, and some defects."""
     train = [samples[index] for index in normals(samples)]
     test = [sample for sample in samples if not sample.anomalous and sample not in train]
     defects = [sample for sample in samples if sample.anomalous]
@@ -76,7 +76,7 @@ def thinned(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def steps_of(rows: dict[str, list[tuple[int, bool]]], variant: Variant, seed: int) -> Iterator[list[tuple[int, int]]]:
-    """(draw, index) of every step: sets in turn, half of the images defective."""
+    """(draw, index) pairs of every step, from random sets; half of the images are defective."""
     rng = np.random.default_rng(seed)
     pools = {name: ([i for i, bad in part if bad], [i for i, bad in part if not bad]) for name, part in rows.items()}
     real, drawn = [name for name in pools if name != "drawn"], [name for name in pools if name == "drawn"]
@@ -121,7 +121,7 @@ def gains(trained: ADExtractor, images: FeatureSet, detector: str) -> list[float
     """Metrics with the projector minus those without, in points, mean over draws of the references."""
     found = []
     for trial in trials(images.samples, ProtocolOptions("few-shot", shots=(SHOTS,), draws=DRAWS)):
-        if detector == "featurenorm":  # from the features at hand
+        if detector == "featurenorm":  # reuses the features
             both = score_both(trained, images, trial.draw)
         else:
             networks = Networks(trained.backbone, (trained,))
@@ -140,7 +140,7 @@ def score_both(trained: ADExtractor, images: FeatureSet, draw: int) -> list[dict
 
 
 def coarse(images: FeatureSet) -> FeatureSet:
-    """The same photographs with masks of the maps' size: marked where any pixel is."""
+    """The same photographs with masks of the maps' size, marked if any of their pixels is."""
     masks = torch.nn.functional.adaptive_max_pool2d(images.masks[:, None].float(), MAP_SIDE)[:, 0] > 0
     return FeatureSet(images.samples, images.features, masks)
 
@@ -154,7 +154,7 @@ def run_fold(
     seed: int,
     detector: str,
 ) -> dict[str, list[float]]:
-    """Gains on the set left out and on those that are never trained on."""
+    """Train on all sets but one; returns the gains on that set and on those that are never trained on."""
     rows: dict[str, list[tuple[int, bool]]] = {}
     for index, sample in enumerate(cache.data.samples):
         name = owner(sample, sets)
@@ -167,7 +167,7 @@ def run_fold(
 
 
 def owner(sample: Sample, sets: dict[str, FeatureSet]) -> str:
-    """The set of a training sample; "drawn" if it is of none."""
+    """The set of a training sample; "drawn" if it belongs to none."""
     return next((name for name, images in sets.items() if sample in images.samples), "drawn")
 
 
@@ -204,16 +204,16 @@ def table(variants: dict[str, Variant], results: dict[str, dict[str, list[float]
 
 @dataclass(frozen=True)
 class Options:
-    """Which sets and variants.
+    """Options of the study.
 
     Args:
         sets: folders of data sets, one product each.
-        products: of a folder with several products, those to take.
-        drawn: a set of drawn products, for the variants that ask for some.
-        variants: the file of the rows.
-        only: some of them by name (all by default).
-        detector: what is fitted on the features.
-        seeds: runs of every variant and fold.
+        products: names of the products to take (all by default).
+        drawn: a set of drawn products, for variants that use them.
+        variants: YAML file of the variants.
+        only: names of the variants to run (all by default).
+        detector: name of the detector that is fitted on the features.
+        seeds: number of runs of every variant and fold.
         out: folder of results.json and table.md.
     """
 

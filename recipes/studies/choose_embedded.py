@@ -1,10 +1,10 @@
-"""The search that chose the embedded extractor: strength of the local scale, weights of the levels, scoring.
+"""The search for the embedded extractor's settings: strength of the local scale, weights of the levels, scoring.
 
   python recipes/studies/choose_embedded.py --sets ../shared/data/mtd ../shared/data/board/* data/elpv --out search.csv
 
-The sets are parted into two halves by where they come from. On each half the settings with the best mean of image
-AUROC, pixel AUROC and AUPRO are found (of the metrics that a set has), K = 4, three draws of references; what they
-reach is reported on the other half, which had no part in the choice. Every row of the search goes into the CSV file.
+The sets are split into two halves by their origin. On each half the search finds the settings with the best mean of
+image AUROC, pixel AUROC and AUPRO (those that a set has), with K = 4 and three draws of references, and reports their
+result on the other half, which had no part in the choice. Every row of the search goes into the CSV file.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ HALVES = (
     ("mvtec_bottle", "mvtec_metal_nut", "kolektorsdd", "cookies_aws"),
 )
 SHOTS, DRAWS = 4, 3
-PATCHES = ((1, 1, 1), (1, 1, 3), (3, 3, 3))  # of strides 4 (averaged down to 8), 8 and 16
+PATCHES = ((1, 1, 1), (1, 1, 3), (3, 3, 3))  # for strides 4 (averaged down to 8), 8 and 16
 SHARES = (0.0, 0.2, 0.35, 0.5)
 WEIGHTS = ((0.0, 1.0, 1.0), (0.5, 1.0, 1.0), (0.5, 1.0, 2.0))
 TOPS = (0.0, 0.01, 0.03)
@@ -46,11 +46,11 @@ SETTINGS = list(itertools.product(PATCHES, SHARES, WEIGHTS, TOPS))
 
 @dataclass(frozen=True)
 class Options:
-    """What is searched on.
+    """Options of the search.
 
     Args:
         sets: folders of data sets.
-        out: CSV file of every setting and set.
+        out: CSV file with a row for every setting and set.
     """
 
     sets: list[Path]

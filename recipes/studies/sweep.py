@@ -4,8 +4,8 @@
       --evaluate "--dataset visa --root data/VisA" --launch "accelerate launch --num_processes 8" \\
       -- --data.root data/Real-IAD
 
-What follows -- goes to every pretraining run, and --evaluate to recipes/evaluate.py. The same command goes on after a
-crash, from what each of the two keeps; a folder that holds another run, or other results, is refused by them. --dry-run
+Flags after -- go to every pretraining run, and those of --evaluate to recipes/evaluate.py. The same command resumes
+after a crash, as both recipes do; they refuse a folder that holds another run or other results. --dry-run
 prints the commands. Variants with the same keys, such as the default of each table, are one run.
 """
 
@@ -31,23 +31,23 @@ from downstream.evaluation.board import PRETRAINED, RAW, RESIDUAL
 
 ABLATIONS = Path(__file__).with_name("ablations.yaml")
 RECIPES = Path(__file__).resolve().parents[1]
-# The paper's, unless --evaluate names others.
+# The paper's settings, unless --evaluate gives others.
 DETECTORS = ["--detectors", "padim,patchcore,featurenorm", "--protocol", "full", "--settings", "adpretrain"]
-METRICS = {"image_auroc": "image AUROC", "aupro": "AUPRO"}  # the two that the paper's ablations give
+METRICS = {"image_auroc": "image AUROC", "aupro": "AUPRO"}  # the two that the paper's ablations report
 
 
 @dataclass(frozen=True)
 class Options:
-    """Which variants of what.
+    """Options of the sweep.
 
     Args:
         config: the configuration that the variants change.
-        evaluate: what is scored, flags of recipes/evaluate.py in quotes.
-        study: its tables of variants.
-        tables: some of them (all by default).
-        out: a folder for each run, and table.md.
-        launch: what starts the recipes.
-        dry_run: print the commands, run none.
+        evaluate: flags of recipes/evaluate.py, in quotes, that say what is scored.
+        study: YAML file with tables of variants.
+        tables: names of the tables to run (all by default).
+        out: folder of the runs' folders and of table.md.
+        launch: command that starts the recipes.
+        dry_run: print the commands without running them.
     """
 
     config: Path
@@ -82,7 +82,7 @@ def _text(value: Any) -> str:
 
 
 def variants(file: Path, tables: Sequence[str], out: Path) -> list[Variant]:
-    """The rows of some tables of a study. Raises ValueError for a table that it lacks."""
+    """The rows of some tables of a study. Raises ValueError for an unknown table."""
     study = {str(name): rows for name, rows in read_yaml(str(file)).items()}
     if unknown := [name for name in tables if name not in study]:
         raise ValueError(f"tables {', '.join(unknown)} are not in {file}; it has {', '.join(study)}")
@@ -96,7 +96,7 @@ def variants(file: Path, tables: Sequence[str], out: Path) -> list[Variant]:
 
 
 def commands(options: Options, given: Sequence[str], variant: Variant) -> list[list[str]]:
-    """Pretraining with the flags ``given`` too, then the comparison with and without what it gave."""
+    """The commands of pretraining, with the flags ``given`` added, and of evaluation with and without its extractor."""
     pretrain = [*shlex.split(options.launch), str(RECIPES / "pretrain.py"), "--config", str(options.config)]
     pretrain += [*variant.flags, *given, "--run", str(variant.run)]
     evaluate = [*shlex.split(options.launch), str(RECIPES / "evaluate.py"), *DETECTORS, *shlex.split(options.evaluate)]
@@ -128,7 +128,7 @@ def _cell(mean: Mapping[str, float | None]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 = done, 1 = a command failed (the others' results stay), 2 = a mistake in what was asked."""
+    """Exit code: 0 = done, 1 = a command failed (other results are kept), 2 = a user's mistake."""
     own, _, rest = " ".join(map(shlex.quote, sys.argv[1:] if argv is None else argv)).partition(" -- ")
     options, given, console = parse_flags(Options, shlex.split(own), __doc__), shlex.split(rest), Console(stderr=True)
     try:
@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if options.dry_run:
                 continue
             if code := subprocess.run(command, check=False, env=os.environ).returncode:
-                console.print(f"[red]error:[/] it ended with exit code {code}; the same command goes on from there")
+                console.print(f"[red]error:[/] it ended with exit code {code}; the same command resumes")
                 return 1
     if not options.dry_run:
         with atomic_path(options.out / "table.md") as temporary:

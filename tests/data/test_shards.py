@@ -154,7 +154,7 @@ def test_a_failed_writing_leaves_what_was_there(folder: Path, samples: list[Samp
 def test_mistakes_are_named(folder: Path, samples: list[Sample], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"25 shards for 24 images: choose a number in 1\.\.24"):
         write_shards(samples, tmp_path / "other", 25)
-    with pytest.raises(ValueError, match="holds something else than shards"):
+    with pytest.raises(ValueError, match="holds other files than shards"):
         write_shards(samples, tmp_path / "set", 4)
     with pytest.raises(ValueError, match=r"C1-0\.png is in the set twice"):
         write_shards([*samples, samples[0]], tmp_path / "other", 4)

@@ -264,7 +264,7 @@ def existing(files: dict[str, bytes], **options: bool) -> Callable[[Hub, pytest.
 
 REFUSALS = {
     "no token": (no_token, r"no token is set. Make one with write access at .*/settings/tokens, then run `hf auth log"),
-    "wrong token": (token("hf_old"), r"the token is wrong or has expired.*HF_TOKEN goes before"),
+    "wrong token": (token("hf_old"), r"the token is wrong or has expired.*HF_TOKEN overrides"),
     "read token": (token("read-token-of-ada"), r"the token may not do that in the namespace 'ada'.*write access"),
     "other's namespace": (token("token-of-bob"), r"the token may not do that in the namespace 'ada'"),
     "no network": (lambda hub, patch: hub.stop(), r"no connection to http://127\.0\.0\.1.*Check the network"),
@@ -326,8 +326,8 @@ DAMAGE = {
         lambda f: (f / "shots").mkdir() or (f / "shots" / "a.png").write_bytes(PNG),
         r"saved model: shots/a\.png",
     ),
-    "link": (lambda f: (f / "README.md").symlink_to("/etc/hostname"), r"README\.md is a link or no regular file"),
-    "folder link": (lambda f: (f / "assets").symlink_to("/tmp"), r"assets is a link or no regular file"),
+    "link": (lambda f: (f / "README.md").symlink_to("/etc/hostname"), r"README\.md is a link or not a regular file"),
+    "folder link": (lambda f: (f / "assets").symlink_to("/tmp"), r"assets is a link or not a regular file"),
     "renamed pickle": (
         lambda f: (f / "model.safetensors").write_bytes(pickle.dumps({"a": 1})),
         r"model\.safetensors is not what its name says",

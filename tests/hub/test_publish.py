@@ -130,7 +130,7 @@ def test_mistakes_are_a_line(flags: list[str], message: str, capsys: pytest.Capt
 def test_a_broken_table_is_named(hub: Hub, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "table.json").write_text("{}")
     assert publish("--run", run, "--repo-id", "ada/features", "--results", tmp_path) == 2
-    assert "is no table of recipes/evaluate.py" in capsys.readouterr().err
+    assert "is not a table of recipes/evaluate.py" in capsys.readouterr().err
 
 
 def test_the_space_is_published_whole(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:

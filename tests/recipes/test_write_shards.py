@@ -17,7 +17,7 @@ def test_what_cannot_be_written_is_refused_before_any_image_is_read(
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
     for out, shards, message in (
-        ("mine", 2, "mine holds something else than shards: choose another folder"),
+        ("mine", 2, "mine holds other files than shards: choose another folder"),
         ("new", 200, "200 shards for 8 images: choose a number in 1..8"),
         ("new", 0, "0 shards for 8 images"),
         ("new", 2, "1 of 8 images cannot be trained on"),

@@ -1,1 +1,1 @@
-"""One benchmark a file: where its photographs, labels and masks lie."""
+"""The layouts of benchmarks, one per file: where photographs, labels and masks are."""

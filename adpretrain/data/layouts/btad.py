@@ -1,6 +1,6 @@
 """BeanTech (BTAD): ``{01|02|03}/train/ok/*``, ``{01|02|03}/test/{ok|ko}/*``, ``{01|02|03}/ground_truth/ko/{stem}.png``.
 
-Photographs and masks are .bmp or .png, not always alike; a mask is found by its name without suffix.
+Photographs and masks are .bmp or .png, in any combination; a mask is found by its name without suffix.
 """
 
 from __future__ import annotations

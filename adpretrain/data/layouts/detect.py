@@ -1,4 +1,4 @@
-"""Which layout a folder is in, told by one folder or file that only that layout has."""
+"""Detect the layout of a folder by one folder or file that only that layout has."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from adpretrain.data.layouts.tree import existing_folder, subfolders
 
-HUB = "hf:/"  # "hf://org/name"; as a Path it has lost a slash
+HUB = "hf:/"  # "hf://org/name"; a Path keeps only one slash
 _PNG = "*.[pP][nN][gG]"
 
 # Glob patterns below the set's folder or below one category's own. A special layout stands before the general one
@@ -36,7 +36,7 @@ PATTERNS: dict[str, tuple[str, ...]] = {
 def detect_layout(root: str | Path) -> str:
     """The name of the layout that ``root`` is in.
 
-    Raises ValueError that says what was looked for, and which subfolder would do if one does.
+    Raises ValueError that lists the patterns, and a subfolder in a known layout if there is one.
     """
     if str(root).startswith(HUB):
         return "hf"

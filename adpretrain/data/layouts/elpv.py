@@ -1,7 +1,7 @@
 """Solar cells in electroluminescence light (ELPV, Buerhop-Lutz et al.): ``labels.csv`` and ``images/*.png``.
 
-That is the folder ``data`` inside the Python package ``elpv-dataset`` (CC BY-NC-SA 4.0), which is not imported. A line
-of labels.csv is a photograph, the probability that its cell is defective as experts said, and the kind of cell.
+This is the folder ``data`` inside the Python package ``elpv-dataset`` (CC BY-NC-SA 4.0), which is not imported. A line
+of labels.csv has a photograph, the experts' probability that its cell is defective, and the kind of cell.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from adpretrain.data.layouts.tree import existing_folder, inside
 from adpretrain.data.samples import GOOD, Sample
 
 PRODUCTS = ("mono", "poly")
-GOOD_AT, DEFECTIVE_AT = 0.0, 1.0  # the experts were sure; 1/3 and 2/3 are neither and are left out
+GOOD_AT, DEFECTIVE_AT = 0.0, 1.0  # the experts were sure; 1/3 and 2/3 are left out
 TEST_STRIDE = 5  # every 5th normal image of a product, in the order of the sorted names, is a test image
 
 
 def index_elpv(root: str | Path) -> list[Sample]:
-    """Samples of the products "mono" and "poly": probability 0 is good, 1 is a defect; the cells between are left out.
+    """Samples of the products "mono" and "poly": probability 0 is good, 1 is a defect; cells in between are left out.
 
-    There are no masks. Normal images go to the test split by stride, every 5th one; all defects are of it.
+    There are no masks. Every 5th normal image and all defects are in the test split.
 
-    Raises ValueError if ``labels.csv`` is absent or has a line that is not understood, or names a file out of ``root``.
+    Raises ValueError if ``labels.csv`` is absent, has a line that is not understood, or names a file outside ``root``.
     """
     path = existing_folder(root)
     file = path / "labels.csv"

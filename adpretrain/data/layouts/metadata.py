@@ -1,4 +1,4 @@
-"""What the columns of a Hugging Face data set mean, and image folders with a metadata.csv or metadata.jsonl.
+"""The meaning of a Hugging Face data set's columns, and image folders with a metadata.csv or metadata.jsonl.
 
 Such folders are read here and not by `datasets`, which refuses splits whose mask column is empty (a training split has
 no defects) and overlooks a metadata file above the splits' folders.
@@ -17,7 +17,7 @@ from adpretrain.data.layouts.tree import inside
 from adpretrain.data.samples import GOOD, Sample
 from adpretrain.photographs import read_mask
 
-GUESSES: dict[str, tuple[str, ...]] = {  # role -> usual names, the first one that is there is taken
+GUESSES: dict[str, tuple[str, ...]] = {  # role -> usual names; the first one that exists is taken
     "image": ("image", "img", "photo", "file_name", "image_file_name"),
     "mask": ("mask", "ground_truth", "segmentation", "gt", "mask_file_name"),
     "label": ("label", "anomaly", "is_anomalous", "is_anomaly", "defect", "defect_type"),
@@ -46,7 +46,7 @@ def index_metadata(root: Path, file: Path, columns: Mapping[str, str]) -> Iterat
     first folder below ``root`` with a split's name, else "train"; without a category column the category is
     ``root``'s name.
 
-    Raises ValueError for a file that cannot be read, columns or labels that are not understood, a path out of
+    Raises ValueError for a file that cannot be read, columns or labels that are not understood, or a path outside
     ``root``.
     """
     chosen: dict[str, str] = {}
@@ -90,10 +90,10 @@ def _split(image: Path) -> str:
 
 
 def choose_columns(found: Mapping[str, str], asked: Mapping[str, str], where: str) -> dict[str, str]:
-    """Role (image, mask, label, category, split) -> column, for those that are there; asking for "" leaves one out.
+    """Role (image, mask, label, category, split) -> column, for roles that have one; asking for "" leaves a role out.
 
-    ``found`` are the columns' names and kinds. Raises ValueError listing them if one that was asked for is absent, or
-    if there is no image, or neither mask nor label.
+    ``found``: the columns' names and kinds. Raises ValueError listing them if a column that was asked for is absent, if
+    there is no image column, or neither mask nor label.
     """
     listing = f"columns found: {', '.join(f'{name} ({kind})' for name, kind in found.items())}"
     if unknown := [role for role in asked if role not in GUESSES]:
@@ -112,7 +112,7 @@ def choose_columns(found: Mapping[str, str], asked: Mapping[str, str], where: st
 
 
 def defect_of(row: Mapping[str, Any], mask: Path | None, where: str) -> str:
-    """The kind of defect of a row {role: value}: what its label says, or without labels whether its mask has marks."""
+    """The kind of defect of a row {role: value}: from its label or, without labels, from whether its mask has marks."""
     if "label" in row:
         return meaning_of(row["label"], where)
     return "anomaly" if mask is not None and read_mask(mask).getbbox() else GOOD
@@ -121,7 +121,7 @@ def defect_of(row: Mapping[str, Any], mask: Path | None, where: str) -> str:
 def meaning_of(label: Any, where: str) -> str:
     """ "good" for False, 0 and the names of `NORMAL`; "anomaly" for True and other numbers; else the label itself.
 
-    Raises ValueError for a label that says neither: none at all, a negative number, not a number.
+    Raises ValueError for an empty label, a negative number or NaN.
     """
     if isinstance(label, str) and label.strip():
         text = label.strip()

@@ -1,7 +1,7 @@
 """Magnetic Tile Defects (Huang et al.): ``MT_{Free|Blowhole|Break|Crack|Fray|Uneven}/Imgs/*.jpg``, masks ``.png``.
 
-The sorted names are the order of the experiment, with a strong drift in brightness, so normal images go to the
-test split by stride: a split by prefix would test on another lighting than it was fitted on.
+The sorted names are in the order of the experiment, during which brightness drifts strongly, so normal images go to the
+test split by stride: a split by position would test under another lighting than it was fitted on.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""MVTec AD and sets in its layout (MPDD, many sets of one's own).
+"""MVTec AD and data sets in its layout (MPDD, and many private ones).
 
 ``{category}/train/good/*``, ``{category}/test/{good|defect}/*``, ``{category}/ground_truth/{defect}/{stem}_mask.png``
 (or ``{stem}.png``). A ``{category}/validation`` folder is of split "validation".

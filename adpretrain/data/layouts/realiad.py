@@ -2,9 +2,9 @@
 
 ``realiad_{256|512|1024|raw}/{category}/{OK|NG/{defect}}/S####/`` holds
 ``{category}_####_{OK|NG}_[{defect}_]C{1-5}_{time}.jpg`` and, beside it, the mask as ``.png`` (some releases:
-``_mask.png``). A view of a defective part without a mask is a normal view (``of_defective_part``), unless a category
-has not a single mask: then nothing tells its views apart, and all of them are defects without a mask. A file whose
-name has no view C1 to C5 is left out, with a warning that names it.
+``_mask.png``). A view of a defective part without a mask is a normal view (``of_defective_part``), unless its category
+has not a single mask: then defective views cannot be told from normal ones, and all are defects without a mask. A file
+whose name has no view C1 to C5 is left out, with a warning that names it.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _photographs(folder: Path) -> list[Path]:
 
 
 def _from_folders(category: Path) -> list[Sample]:
-    """Of one category; every view of a defective part counts as defective."""
+    """The samples of one category's folders; every view of a defective part counts as defective."""
     samples = [
         Sample(image, None, category.name, GOOD, view_of(image), "train")
         for part in subfolders(category / "OK")
@@ -95,13 +95,13 @@ def _from_folders(category: Path) -> list[Sample]:
 
 
 def _with_normal_views(samples: Sequence[Sample]) -> list[Sample]:
-    """The samples of one category, in which unmarked views of defective parts are normal, if any view is marked."""
+    """The samples of one category, with unmarked views of defective parts made normal if any view has a mask."""
     if not any(sample.anomalous and sample.mask for sample in samples):
         return list(samples)
     found = [replace(s, defect=GOOD, of_defective_part=True) if s.anomalous and s.mask is None else s for s in samples]
     if any(file.is_file() for sample in found for file in sample.mask_files):
         return found
-    return [replace(sample, mask=None) for sample in found]  # a listing names masks that nobody has fetched
+    return [replace(sample, mask=None) for sample in found]  # the listed masks were not downloaded
 
 
 def _from_json(root: Path, images: Path, category: str, protocol: str) -> list[Sample]:

@@ -1,4 +1,4 @@
-"""Walking a benchmark's folders: what the layouts share."""
+"""Functions that walk a benchmark's folders, shared by the layouts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def subfolders(folder: Path) -> list[Path]:
 
 
 def is_hidden(file: Path, root: Path) -> bool:
-    """Whether a file below ``root``, or a folder on the way to it, is hidden, as .ipynb_checkpoints is."""
+    """Whether a file below ``root``, or a folder between them, is hidden, as .ipynb_checkpoints is."""
     return any(part.startswith(".") for part in file.relative_to(root).parts)
 
 
@@ -38,12 +38,12 @@ def images_in(folder: Path) -> list[Path]:
 
 
 def by_stem(folder: Path) -> dict[str, Path]:
-    """The image files in ``folder`` by name without suffix: masks are found whatever their suffix and its case."""
+    """The image files in ``folder`` by name without suffix, so that masks are found whatever their suffix."""
     return {path.stem: path for path in images_in(folder)}
 
 
 def inside(root: Path, name: str, where: str) -> Path:
-    """``root / name``, for names that a listing gives.
+    """``root / name``, for a name from a listing.
 
     Raises ValueError if the name (absolute, with "..", or a symbolic link) leads out of ``root``: a listing from
     elsewhere must not make us read other files.
@@ -51,7 +51,7 @@ def inside(root: Path, name: str, where: str) -> Path:
     path = root / name
     try:
         within = path.resolve().is_relative_to(root.resolve())
-    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a zero byte, a name that is too long
+    except (OSError, RuntimeError, ValueError) as error:  # circular links, a zero byte, a name that is too long
         raise ValueError(f"path {name[:200]!r} in {where} cannot be followed: {error}") from error
     if not within:
         raise ValueError(f"path {name!r} in {where} leaves {root}")
@@ -61,8 +61,8 @@ def inside(root: Path, name: str, where: str) -> Path:
 def category_folders(root: str | Path, marker: str, layout: str, categories: Sequence[str] = ()) -> dict[str, Path]:
     """Folder of every category (or of the named ones) by name; ``root`` may also be one category's own folder.
 
-    A category is a folder that holds the folder ``marker``, such as "train/good". A folder with another split's images
-    but without it, as an interrupted copy leaves, is left out, with a warning that names it. Raises ValueError if there
+    A category is a folder that holds the folder ``marker``, such as "train/good". A folder without it that has another
+    split, as an interrupted copy leaves, is left out, with a warning that names it. Raises ValueError if there
     is no category, or if a named one is absent.
     """
     path = existing_folder(root)

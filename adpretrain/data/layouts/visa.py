@@ -18,8 +18,8 @@ def index_visa(root: str | Path, categories: Sequence[str] = (), protocol: str =
 
     ``protocol`` is the name of another split file, such as "2cls_fewshot". The defect of every anomaly is "anomaly".
 
-    Raises ValueError if the split file is absent, lacks a column, holds an unknown split or label or a path out of
-    the set's folder, if a named category is absent, or only some of its defects have a mask.
+    Raises ValueError if the split file is absent, lacks a column, holds an unknown split or label or a path outside the
+    set's folder, if a named category is absent, or only some of its defects have a mask.
     """
     path = existing_folder(root, "VisA folder")
     if not (path / "split_csv").is_dir() and (path.resolve().parent / "split_csv").is_dir():
