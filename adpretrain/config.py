@@ -328,7 +328,7 @@ class PretrainConfig:
         if self.cache.draws and (shared.together > 1 or shared.pool):
             raise ValueError("cache.draws keeps the residuals themselves: leave references.together and .pool out")
         if self.data.name == "shards" and (self.cache.draws or shared.together > 1 or shared.pool):
-            raise ValueError("a stream of shards comes by once: leave cache.draws, references.together and .pool out")
+            raise ValueError("a stream of shards is read once: leave cache.draws, references.together and .pool out")
         if self.cache.draws and self.augment == "epoch":
             raise ValueError("cache.draws keeps each view once: set augment to 'once' or 'none'")
         if self.cache.draws and "cross" in self.projector.architecture:

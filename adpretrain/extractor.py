@@ -124,10 +124,10 @@ class ADExtractor(nn.Module):
     def set_references(self, images: Tensor | ReferenceBank) -> ADExtractor:
         """Keep the references for all later calls: images [K, 3, S, S], or a bank; ValueError for anything else. The
         references' own residuals are zero: fit a detector on other photographs, or on `leave_one_out`."""
-        self._references = self._own(self.encode_references(images) if isinstance(images, Tensor) else images)
+        self._references = self._adopted(self.encode_references(images) if isinstance(images, Tensor) else images)
         return self
 
-    def _own(self, bank: ReferenceBank) -> ReferenceBank:
+    def _adopted(self, bank: ReferenceBank) -> ReferenceBank:
         """The bank with the matching metric and local scale of this extractor, whichever extractor made it."""
         if not isinstance(bank, ReferenceBank):
             raise ValueError(
@@ -172,7 +172,7 @@ class ADExtractor(nn.Module):
         if self.config.matching == "none":
             features = self.encode(images)
             return features if self.projector is None else self.projector(features)
-        bank = self._references if references is None else self._own(references)
+        bank = self._references if references is None else self._adopted(references)
         if bank is None:
             raise ValueError("no references: call set_references(normal_images) first, or pass references=")
         return self.from_encoded(self.encode(images), bank)

@@ -31,7 +31,7 @@ def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
-        raise NotADirectoryError(errno.ENOTDIR, "a file, where a folder is needed", str(folder)) from None
+        raise NotADirectoryError(errno.ENOTDIR, "this is a file, but a folder is needed", str(folder)) from None
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:

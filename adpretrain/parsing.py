@@ -205,14 +205,14 @@ def read_yaml(path: str) -> dict[str, Any]:
 def read_json(path: Path) -> Any:
     """The content of a JSON file. Raises ValueError that names it if it cannot be read."""
     try:
-        return json.loads(_text(path), object_pairs_hook=_once)
+        return json.loads(_text(path), object_pairs_hook=_refuse_repeats)
     except RecursionError as error:
-        raise ValueError(f"cannot read {path}: too many collections lie in one another") from error
+        raise ValueError(f"cannot read {path}: collections are nested too deeply") from error
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)

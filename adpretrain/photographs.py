@@ -41,7 +41,7 @@ def _opened(path: str | os.PathLike[str] | IO[bytes]) -> Iterator[Image.Image]:
         raise ValueError(f"image not found: {path}") from None
     except UnidentifiedImageError as error:
         kinds = ", ".join(FORMATS)
-        raise ValueError(f"cannot read image {path}: its content is no picture of a known kind ({kinds})") from error
+        raise ValueError(f"cannot read image {path}: its content is not a picture of a known kind ({kinds})") from error
     except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, struct.error, bomb errors ...
         raise ValueError(f"cannot read image {path}: {error or type(error).__name__}") from error
 
@@ -179,9 +179,9 @@ def examine_mask(path: str | os.PathLike[str] | IO[bytes]) -> tuple[Image.Image,
     if values.ndim == 3:  # a pixel is marked if any colour channel is
         values = values[..., :3].max(axis=2)
     marked = values > (127 if lossy else 0)
-    remark = f"mask {path} is in a lossy format: what is brighter than half of white counts as marked" if lossy else ""
+    remark = f"mask {path} is in a lossy format: pixels brighter than half of white count as marked" if lossy else ""
     if marked.all() == marked.any() and opaque.all() != opaque.any():
-        marked, remark = opaque, f"mask {path} is of one colour: what is not transparent counts as marked"
+        marked, remark = opaque, f"mask {path} is of one colour: pixels that are not transparent count as marked"
     return Image.fromarray((marked * 255).astype(np.uint8)), remark
 
 

@@ -151,7 +151,7 @@ class Preprocess:
         return asdict(self)
 
 
-_DRAWING = threading.Lock()
+_GENERATOR_LOCK = threading.Lock()
 
 
 class TwoViews:
@@ -177,9 +177,9 @@ class TwoViews:
     def __call__(self, image: Image.Image, seed: int) -> Tensor:
         """Photograph -> uint8 tensor [2, 3, S, S]; the same seed gives the same views."""
         placed = self.preprocess.pixels(image)
-        # torchvision draws from torch's global generator: fork it, so that nobody else's numbers change
+        # torchvision draws from torch's global generator: fork it, so that other numbers do not change
         # (torch.manual_seed would reseed the GPUs too, which are not forked). All threads share it.
-        with _DRAWING, torch.random.fork_rng(devices=[]):
+        with _GENERATOR_LOCK, torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             return torch.stack([self.augment(placed) for _ in range(2)])
 

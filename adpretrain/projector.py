@@ -137,7 +137,7 @@ class LearnableKeyValueProjector(nn.Module):
         hidden = self.reference_projection(self.references)[None]
         return [attention.project_context(hidden) for attention in self.attention]  # type: ignore[operator]
 
-    def _sources(self) -> list[Tensor]:
+    def _weights(self) -> list[Tensor]:
         sources: list[Tensor] = [self.references, *self.reference_projection.parameters()]
         for attention in self.attention:
             sources += list(attention.key_value.parameters())  # type: ignore[union-attr]
@@ -146,7 +146,7 @@ class LearnableKeyValueProjector(nn.Module):
     def _cache_key(self) -> Any:
         device = self.references.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        versions = [(p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype, p.device) for p in self._sources()]
+        versions = [(p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype, p.device) for p in self._weights()]
         return autocast, torch.is_inference_mode_enabled(), versions
 
     def keys_values(self) -> list[tuple[Tensor, Tensor]]:
@@ -160,7 +160,7 @@ class LearnableKeyValueProjector(nn.Module):
             # The parameters are held so that newer weights cannot get their addresses, which are part of the key.
             # Contiguous heads are faster to attend to, and are made once.
             projected = [(k.contiguous(), v.contiguous()) for k, v in self._project_references()]
-            self._cache = (key, projected, [p.detach() for p in self._sources()])
+            self._cache = (key, projected, [p.detach() for p in self._weights()])
         return self._cache[1]
 
     def forward(self, x_BTC: Tensor, reference_residuals_BMC: Tensor | None = None) -> Tensor:
@@ -304,7 +304,7 @@ class FeatureProjector(nn.Module):
         if len(residuals) != len(self.levels):
             raise ValueError(f"got {len(residuals)} levels of residuals; this projector has {len(self.levels)}")
         if residuals[0].shape[0] == 0:
-            raise ValueError(f"residuals {tuple(residuals[0].shape)} are of no images; give at least one")
+            raise ValueError(f"residuals {tuple(residuals[0].shape)} hold no images; give at least one")
         if self.needs_reference_residuals and reference_residuals is None:
             raise ValueError(f"projector architecture {self.config.architecture!r} needs reference_residuals")
         contexts = reference_residuals if reference_residuals is not None else [None] * len(residuals)

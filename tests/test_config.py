@@ -98,7 +98,7 @@ def test_a_bad_file_is_named_with_the_way_out(tmp_path: Path, text: str, message
             for key, least in LEAST.items()
         ),
         ("--loss.temperature=0", "loss.temperature 0.0 must be positive"),
-        ("--optim.milestones=[2.0]", r"optim.milestones \[2.0\] must be shares"),
+        ("--optim.milestones=[2.0]", r"optim.milestones \[2.0\] must be fractions"),
         ("--augment=none", r"set loss\.lambda_ to 0"),
         ("--tempo=3", "unknown flag --tempo"),
         ("--loss.temprature=0.2", r"unknown flag --loss\.temprature \(did you mean --loss\.temperature\?\)"),

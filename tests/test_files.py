@@ -56,5 +56,5 @@ def test_an_impossible_parent_is_an_os_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     target = tmp_path / "file" / "x"
     for writer in (atomic_path, atomic_folder):
-        with pytest.raises(NotADirectoryError, match="a file, where a folder is needed"), writer(target):
+        with pytest.raises(NotADirectoryError, match="this is a file, but a folder is needed"), writer(target):
             pytest.fail("the body must not run")

@@ -301,5 +301,5 @@ def test_errors_name_the_choices() -> None:
         projector([normal(1, 4, 2, 2)] * 2)
     with pytest.raises(ValueError, match="got 1 levels of residuals; this projector has 2"):
         projector([normal(1, 4, 2, 2)])
-    with pytest.raises(ValueError, match=r"residuals \(0, 4, 2, 2\) are of no images"):
+    with pytest.raises(ValueError, match=r"residuals \(0, 4, 2, 2\) hold no images"):
         FeatureProjector([4], ProjectorConfig("linear"))([normal(0, 4, 2, 2)])

@@ -135,7 +135,7 @@ class Shards:
     def _check(self, present: dict[str, int]) -> None:
         for name, expected in self.index.files.items():
             if not FILE.fullmatch(name):
-                raise ValueError(f"{self.root}/{INDEX} names {name!r}, which is no shard: write the shards again")
+                raise ValueError(f"{self.root}/{INDEX} names {name!r}, which is not a shard: write the shards again")
             if {"rows", "bytes"} - set(expected):
                 raise ValueError(f"{self.root}/{INDEX} has no rows or bytes of {name}: write the shards again")
             size = present.get(name)

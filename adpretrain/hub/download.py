@@ -307,7 +307,7 @@ def persistently(call: Callable[[], T], landed: Callable[[], T | None] = lambda:
             if not may_pass(error):
                 raise
             if wait is not None:
-                time.sleep(max(wait * random.uniform(1, 1.5), min(_asked_for(error), LONGEST_WAIT)))
+                time.sleep(max(wait * random.uniform(1, 1.5), min(_retry_after(error), LONGEST_WAIT)))
             if (found := landed()) is not None:
                 return found
             if wait is None:
@@ -315,7 +315,7 @@ def persistently(call: Callable[[], T], landed: Callable[[], T | None] = lambda:
     raise AssertionError("the last try returns or raises")
 
 
-def _asked_for(error: BaseException) -> float:
+def _retry_after(error: BaseException) -> float:
     headers: Any = getattr(getattr(root(error), "response", None), "headers", {})
     asked = headers.get("Retry-After", "")
     return float(asked) if asked.isdigit() else 0.0

@@ -216,7 +216,7 @@ def _expected(folder: Path) -> dict[str, Tensor]:
     try:
         return {name: torch.empty(shape, device="meta") for name, shape in content["tensors"].items()}
     except (TypeError, AttributeError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"{folder / CONFIG_NAME}: tensors are no shapes by name ({error}): save it again") from error
+        raise ValueError(f"{folder / CONFIG_NAME}: tensors must map names to shapes ({error}): save again") from error
 
 
 def _some(names: Iterable[str]) -> str:
@@ -369,7 +369,7 @@ class _Repository:
             self._create()
             state = self._state()
             if not state.is_new or state.private is not True or state.head is None:
-                raise ValueError(f"{self.repo_id} was made by somebody else just now: look at it, then publish again")
+                raise ValueError(f"{self.repo_id} was just created by somebody else: look at it, then publish again")
         elif self.branch not in state.branches:
             persistently(lambda: self._api.create_branch(self.repo_id, branch=self.branch, **options))
         assert state.head is not None

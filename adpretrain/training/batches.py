@@ -119,7 +119,7 @@ class OnlineBatches:
     ) -> None:
         self.extractor, self.data, self.workers, self.device, self.watch = extractor, data, workers, device, watch
 
-    def _room(self, config: ReferencesConfig) -> int:
+    def _pools_that_fit(self, config: ReferencesConfig) -> int:
         """The number of pools that fit into the memory limit."""
         side = self.extractor.preprocess.image_size
         with torch.no_grad():
@@ -132,7 +132,7 @@ class OnlineBatches:
         requests: Iterable[Request] = map(Request, steps)
         if kept:
             assert draws is not None
-            requests = Requests(steps, draws, self._room(draws.config))
+            requests = Requests(steps, draws, self._pools_that_fit(draws.config))
         batches = load_ahead(self.data.load, requests, self.workers, self.device)
         while True:
             self.watch("data")

@@ -117,7 +117,7 @@ def load_ahead(
         sampler=requests,
         num_workers=workers,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_work_on,
+        worker_init_fn=_start_worker,
     )
     batches = _until_exit(loader)
     if device.type == "cuda" and torch.cuda.is_available():
@@ -125,7 +125,7 @@ def load_ahead(
     return (batch.to(device) for batch in batches)
 
 
-def _work_on(worker: int) -> None:
+def _start_worker(worker: int) -> None:
     """Start a worker, which ignores requests to stop. A terminal, SLURM or a launcher sends them to all processes, but
     only the training process reacts: it finishes its step, and workers end when it tells them or is gone."""
     for request in (signal.SIGINT, signal.SIGTERM):

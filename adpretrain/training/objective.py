@@ -79,7 +79,7 @@ class Objective:
             return features[0].new_zeros(())
         center_C = getattr(self.extractor, f"center_{level}")
         if config.center == "projected":
-            self._follow(center_C, features, labels_N)
+            self._update_center(center_C, features, labels_N)
         group, share = (self.group, 1) if config.cross_process else (None, processes(self.group))
         loss = angle_loss(
             features[0],
@@ -92,7 +92,7 @@ class Objective:
         )
         return loss / share
 
-    def _follow(self, center_C: Tensor, features: list[Tensor], labels_N: Tensor) -> None:
+    def _update_center(self, center_C: Tensor, features: list[Tensor], labels_N: Tensor) -> None:
         """Move a centre towards the mean of the batch's normal features, if it has any."""
         normal = upload((~labels_N).nonzero()[:, 0], center_C.device)
         count = len(features) * sum(number for (number,) in everyone([len(normal)], self.group))

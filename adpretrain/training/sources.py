@@ -60,7 +60,7 @@ def checked(
     if config.on_error == "fail":
         raise ValueError(
             f"{len(bad)} of {len(samples)} images cannot be trained on:\n{listing}\n"
-            "mend or remove them, or leave them out with --data.on_error skip"
+            "repair or remove them, or leave them out with --data.on_error skip"
         )
     told = f"[yellow]{len(bad)} of {len(samples)} images are left out[/]"
     told += f", as before; {escape(str(run / STAMP))} lists them" if remembered else f":\n{escape(listing)}"
@@ -202,7 +202,7 @@ def held_out_products(samples: Sequence[Sample], shots: int, console: Console) -
             f"beside its {shots} references. Choose other data.held_out, or []"
         )
     if bare:
-        told = f"held out, but not scored for want of normal or of defective images: {', '.join(bare)}"
+        told = f"held out, but not scored because normal or defective images are missing: {', '.join(bare)}"
         console.print(told, style="yellow", markup=False, soft_wrap=True)
     return {name: group for name, group in products.items() if name not in bare}
 

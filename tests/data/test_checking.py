@@ -61,7 +61,7 @@ def test_doubtful_masks_are_told_if_nothing_is_wrong(defect: Sample, tmp_path: P
     assert all(problem.doubtful for problem in problems)
     assert [problem.reason for problem in problems] == [
         f"mask {inverted} marks 88% of the pixels as defective: is it inverted?",
-        f"mask {lossy} is in a lossy format: what is brighter than half of white counts as marked",
+        f"mask {lossy} is in a lossy format: pixels brighter than half of white count as marked",
     ]
     (contradiction,) = check_sample(replace(defect, defect="good", mask=inverted))
     assert not contradiction.doubtful

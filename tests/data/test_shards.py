@@ -225,7 +225,7 @@ def test_other_columns_are_named(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"files": {"../../etc/passwd": {"rows": 1, "bytes": 1}}}, "names '../../etc/passwd', which is no shard"),
+        ({"files": {"../../etc/passwd": {"rows": 1, "bytes": 1}}}, "names '../../etc/passwd', which is not a shard"),
         ({"files": {"data/train-00000-of-00001.parquet": {"rows": 1}}}, "has no rows or bytes of data/train-00000"),
         ({"format": 7}, "is of format 7, not 2"),
         ({"longest": "much"}, "longest"),

@@ -229,7 +229,7 @@ def test_postscript_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("PATH", f"{bin_}:{os.environ['PATH']}")
     path = tmp_path / "photo.png"
     path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n")
-    assert "no picture of a known kind" in sentence_or_picture(path)
+    assert "not a picture of a known kind" in sentence_or_picture(path)
     assert not (tmp_path / "ran").exists()
     assert "EPS" not in FORMATS
 
@@ -310,4 +310,4 @@ def test_no_photograph_is_passed_over_because_of_its_name(tmp_path: Path) -> Non
     lost = {item.path.name: item.reason for item in found if isinstance(item, Unreadable)}
     assert read == {f"photo{suffix}" for suffix in kinds}
     assert lost.keys() == {"phone.heic", "phone.HEIF", "phone.avif"}
-    assert all("no picture of a known kind (BMP, GIF, JPEG" in reason for reason in lost.values())
+    assert all("not a picture of a known kind (BMP, GIF, JPEG" in reason for reason in lost.values())

@@ -175,7 +175,7 @@ def test_training_from_the_hub_is_training_from_the_folder_even_if_resumed_after
         (["--data.held_out", '["p001*"]'], "in the training shards of .*: write them again with --data.held_out"),
         (["--data.held_out", '["screw"]'], "held-out category 'screw' matches none of"),
         (["--shots", "[9]"], "K = 9 references need 10 normal images"),
-        (["--cache.draws", "1"], "a stream of shards comes by once"),
+        (["--cache.draws", "1"], "a stream of shards is read once"),
         (["--data.root", "nowhere"], "nowhere holds no shards"),
         (["--data.reservoir_mb", "0"], "data.reservoir_mb 0 cannot hold"),
     ],
@@ -275,7 +275,7 @@ def test_a_job_that_gets_nowhere_is_not_queued_again(
     slurm: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
     said = finish(slurm(str(tmp_path / "run"), "--config", "x", PYTHON="false"), expected=1)
-    assert "nothing was gained since the start: not queued again" in said
+    assert "no progress since the start: not queued again" in said
     assert not (tmp_path / "requeued").exists()
 
 

@@ -138,7 +138,7 @@ def test_features_keep_to_their_limit(products: list[Sample]) -> None:
     online = OnlineBatches(extractor, data, 0, CPU)
     steps = StepBatches(len(data), 2, 0, 15, seed=5)
     most, features = 0, {}
-    for request in Requests(steps, data.draws, online._room(data.draws.config)):
+    for request in Requests(steps, data.draws, online._pools_that_fit(data.draws.config)):
         encode_batch(extractor, data.load(request), features)
         held = {level.untyped_storage().data_ptr(): level.untyped_storage() for f in features.values() for level in f}
         most = max(most, sum(storage.nbytes() for storage in held.values()))

@@ -75,7 +75,7 @@ def test_held_out_products_without_metrics_are_named_or_refused() -> None:
     console = Console(file=io.StringIO(), width=200)
     bolt, nut, disc = product("bolt", 5, 1), product("nut", 5, 0), product("disc", 4, 2)
     assert list(held_out_products([*bolt, *nut, *disc], 4, console)) == ["bolt"]
-    assert "not scored for want of normal or of defective images: disc, nut" in console.file.getvalue()
+    assert "not scored because normal or defective images are missing: disc, nut" in console.file.getvalue()
     assert held_out_products([], 4, console) == {}
     with pytest.raises(ValueError, match=r"none of the held-out products can be scored \(nut\)"):
         held_out_products(nut, 4, console)

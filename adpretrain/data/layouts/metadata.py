@@ -80,7 +80,7 @@ def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _object(line: str, number: int) -> dict[str, Any]:
     content = json.loads(line)
     if not isinstance(content, dict):
-        raise ValueError(f"line {number} is no JSON object")
+        raise ValueError(f"line {number} is not a JSON object")
     return content
 
 

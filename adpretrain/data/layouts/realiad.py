@@ -122,7 +122,7 @@ def _from_json(root: Path, images: Path, category: str, protocol: str) -> list[S
 def _entry(folder: Path, category: str, normal: str, split: str, entry: dict[str, Any]) -> Sample:
     where = f"the split of {category}"
     if not isinstance(entry["anomaly_class"], str):
-        raise TypeError(f"anomaly_class {entry['anomaly_class']!r} is no name")
+        raise TypeError(f"anomaly_class {entry['anomaly_class']!r} is not a name")
     image = inside(folder, entry["image_path"], where)
     mask = inside(folder, entry["mask_path"], where) if entry["mask_path"] else None
     defect = GOOD if entry["anomaly_class"] == normal else entry["anomaly_class"]

@@ -121,7 +121,7 @@ def index_splits(
 
 
 def _junk(masks: Path) -> list[Path]:
-    """Files below a folder of masks that are hidden, lie in a hidden folder (.ipynb_checkpoints) or are no pictures."""
+    """Files below a folder of masks that are hidden, lie in a hidden folder (.ipynb_checkpoints) or no pictures."""
     files = sorted(file for file in masks.rglob("*") if file.is_file())
     return [file for file in files if is_hidden(file, masks) or not is_image(file)]
 
