@@ -111,7 +111,7 @@ def test_an_iterator_is_read_once_for_all() -> None:
 
 
 def test_mistakes_are_named() -> None:
-    with pytest.raises(ValueError, match="no detectors"):
+    with pytest.raises(ValueError, match="an ensemble needs detectors"):
         Ensemble([])
     with pytest.raises(ValueError, match="not fitted"):
         Ensemble([Channel(0, 1.0)]).predict(photographs(1, 0))

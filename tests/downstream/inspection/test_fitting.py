@@ -146,7 +146,7 @@ def test_mistakes_are_one_line(
         ([*raw, "--detector", "ensemble", "--set", "members=[]"], "an ensemble needs detectors"),
         ([*raw, "--detector", "refined", "--set", "detector=unet"], "detector 'unet' is unknown"),
         (["--extractor", str(extractor_dir), "--detector", "ensemble"], "its own backbone, timm/wide_resnet101"),
-        (["--extractor", str(extractor_dir)], "3 normal photographs, of which 8 are references"),
+        (["--extractor", str(extractor_dir)], "3 normal photographs, up to 8 of which become references"),
         (["--extractor", str(extractor_dir), "--levels", "[1]"], "--levels cannot be given with --extractor"),
     ):
         assert main(["fit", "--normal", normal, "--out", out, "--device", "cpu", *arguments]) == 2
