@@ -169,19 +169,14 @@ class Inspector:
         preprocess, pool = extractor.preprocess, len(references)
         images_K = torch.stack([photo.pixels for photo in references]).to(device)
         progress("fitting the references", 0, pool)
-        detector = FeatureNorm(extractor)
-        if options.references == "aligned" and pool > options.shots:
-            # Leave-one-out must use as many references as a new image has, or one fewer if there are not enough.
-            detector = AlignedFeatureNorm(extractor, AlignedFeatureNormConfig(shots=options.shots))
-        detector.fit(images_K.split(options.batch_size))
+        detector = _detector(extractor, options, pool).fit(images_K.split(options.batch_size))
         scores_K, maps_KSS = np.empty(0), []
         if pool >= 2:
             prediction = detector.leave_one_out(images_K)
             scores_K, maps_KSS = as_numpy(prediction.scores), [as_numpy(prediction.maps)]
         progress("fitting the references", pool, pool)
 
-        contrast = statistics.median(photo.contrast for photo in references)
-        batch = options.batch_size
+        contrast, batch = statistics.median(photo.contrast for photo in references), options.batch_size
         found = score_normals(detector, further, preprocess, device, contrast, batch, progress, known, scale)
         brightest = [photo.brightest for photo in references] + found.brightest
         notes = [*copies_note(copies, "references"), *notes, *found.notes("calibration"), *dark_note(brightest)]
@@ -368,6 +363,14 @@ def _crop_note(preprocess: Preprocess) -> list[str]:
     if preprocess.crop_from is None:
         return []
     return [f"Every photograph is {preprocess.in_words}: what lies outside the crop is not inspected."]
+
+
+def _detector(extractor: ADExtractor, options: Options, pool: int) -> FeatureNorm:
+    """The detector to fit on ``pool`` references."""
+    if options.references != "aligned" or pool <= options.shots:
+        return FeatureNorm(extractor)
+    # Leave-one-out must use as many references as a new image has, or one fewer if there are not enough.
+    return AlignedFeatureNorm(extractor, AlignedFeatureNormConfig(shots=options.shots))
 
 
 def _describe(extractor: ADExtractor, detector: FeatureNorm, options: Options) -> str:

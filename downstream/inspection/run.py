@@ -146,22 +146,30 @@ def score_folder(
     summary: dict[str, Any] = {kind: printable(name), "normal": printable(normal), "images_folder": printable(images)}
     summary |= _summary(inspector, results, [*drift, *warnings]) | {"more_alarms_than_promised": bool(drift)}
     summary["seconds"] = round(time.perf_counter() - started, 3)
+    about = Fact(kind.capitalize(), printable(name), inspector.description)
+    _write(out, inspector, results, summary, about, f"Inspection of {images.resolve().name}")
+    record.finish()
+    return Inspection(results, summary, out)
+
+
+def _write(
+    out: Path, inspector: Inspector, results: Sequence[Result], summary: Mapping[str, Any], about: Fact, title: str
+) -> None:
+    """Write scores, report and, last, the summary, which marks a complete run."""
     write_scores(out / "scores.csv", results)
     write_report(
         out / "report.html",
         results,
-        title=f"Inspection of {images.resolve().name}",
+        title=title,
         where=f"{summary['images_folder']} compared with {summary['normal']}",
-        facts=[*_facts(inspector, results), Fact(kind.capitalize(), printable(name), inspector.description)],
-        warnings=[*drift, *warnings],
+        facts=[*_facts(inspector, results), about],
+        warnings=summary["warnings"],
         threshold=inspector.threshold,
         normal_scores=inspector.calibration.scores if inspector.calibration else (),
         footer=f"Made by adpretrain {__version__} on {time.strftime('%Y-%m-%d %H:%M')}. All numbers are in scores.csv.",
     )
-    with atomic_path(out / SUMMARY) as temporary:  # the last file: the run is complete
+    with atomic_path(out / SUMMARY) as temporary:
         temporary.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    record.finish()
-    return Inspection(results, summary, out)
 
 
 def _make_writable(out: Path) -> None:
