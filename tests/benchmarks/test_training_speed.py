@@ -55,7 +55,7 @@ class Bench:
         for parameter in model.parameters():  # untrained, it would return its input whatever the attention does
             if parameter.ndim > 1:
                 nn.init.normal_(parameter, std=0.5 * parameter.shape[-1] ** -0.5)
-        self.extractor = ADExtractor(backbone, model, projector, matching="cosine").to(self.device)
+        self.extractor = ADExtractor(backbone, model, matching="cosine").to(self.device)
         loss = LossConfig(angle_form="released", norm_form="released")
         self.config = PretrainConfig(projector=projector, loss=loss, optim=OptimConfig(batch_size=batch))
         self.samples, self.batch = index_realiad(root), batch
