@@ -178,12 +178,15 @@ class ADExtractor(nn.Module):
         return self.from_encoded(self.encode(images), bank)
 
     @torch.no_grad()
-    def leave_one_out(self, images: Tensor) -> FeatureMaps:
+    def leave_one_out(self, images: Tensor | None = None) -> FeatureMaps:
         """The features of each of K normal photographs [K, 3, S, S] with the other K - 1 as references: L levels
-        [K, C_l, H_l, W_l]. Those of `set_references` are neither used nor changed. Raises ValueError if K < 2."""
-        bank = self.encode_references(images)
+        [K, C_l, H_l, W_l]. By default the K photographs are those of `set_references`; otherwise these are neither used
+        nor changed. Raises ValueError if K < 2, or if there are no photographs."""
+        bank = self._references if images is None else self.encode_references(images)
+        if bank is None:
+            raise ValueError("no references to leave out: call set_references(normal_images) first, or give images")
         if self.config.matching == "none":
-            return self(images)
+            return self.project(bank.photographs(), bank)
         residuals = bank.leave_one_out()
         if self.projector is None or not self.projector.needs_reference_residuals:
             return self.project(residuals, bank)

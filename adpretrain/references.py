@@ -119,6 +119,12 @@ class ReferenceBank:
             out.append(as_map(residual.view(images, -1, feature.shape[1]), feature))
         return out
 
+    def photographs(self) -> FeatureMaps:
+        """The features of the K photographs of a shared bank: L levels [K, C_l, H_l, W_l]."""
+        assert self.banks == 1
+        each = (level[0].unflatten(0, (self.shots, -1)) for level in self.levels)
+        return [x_KTC.transpose(1, 2).unflatten(2, grid) for x_KTC, grid in zip(each, self.grids, strict=True)]
+
     def without(self, images: Sequence[int]) -> ReferenceBank:
         """The bank without these photographs. Raises ValueError if none remain."""
         kept = [image for image in range(self.shots) if image not in images]
@@ -135,10 +141,7 @@ class ReferenceBank:
         assert self.banks == 1
         if self.shots < 2:
             raise ValueError(f"leave-one-out needs at least 2 references, got {self.shots}")
-        maps = []
-        for level, (height, width) in zip(self.levels, self.grids, strict=True):
-            photographs_KTC = level[0].unflatten(0, (self.shots, -1))
-            maps.append(photographs_KTC.transpose(1, 2).unflatten(2, (height, width)))
+        maps = self.photographs()
         if self.shots == 2:  # the scale of a single reference is measured in another way
             alone = [self.without([i]).residuals([level[i : i + 1] for level in maps]) for i in range(2)]
             return [torch.cat(level) for level in zip(*alone, strict=True)]

@@ -156,8 +156,12 @@ class Detector:
             detector.side = loaded.image_size
             detector.restore(loaded.tensors, loaded.facts)
             if not loaded.members:
-                detector.predict(fixed_picture(loaded.image_size, loaded.device))
+                detector._try(loaded.device)
         return detector
+
+    def _try(self, device: torch.device) -> None:
+        """Use the loaded detector once, so that a state that does not fit is found now."""
+        self.predict(fixed_picture(self.side, device))
 
     @classmethod
     def _unfitted(cls, loaded: Loaded) -> Self:

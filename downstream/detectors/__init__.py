@@ -89,6 +89,12 @@ DETECTORS: dict[str, DetectorEntry] = {
         "the mean of several detectors' standardised scores",
         "ReConPatch, Hyun et al. 2024, Sec. 3.3",
     ),
+    "tiled": DetectorEntry(
+        "downstream.detectors.tiled",
+        "Tiled",
+        "a detector on the tiles of photographs larger than its input",
+        "",
+    ),
     "refined": DetectorEntry(
         "downstream.detectors.refined",
         "Refined",

@@ -101,8 +101,11 @@ class FeatureNorm(Detector):
             self.extract = extract.set_references(torch.cat(batches))
         return self
 
-    def leave_one_out(self, images: Tensor) -> Prediction:
-        """Score each of K normal photographs [K, 3, S, S] against the other K - 1. Raises ValueError if K < 2."""
+    def leave_one_out(self, images: Tensor | None = None) -> Prediction:
+        """Score each of K normal photographs [K, 3, S, S] (default: those it was fitted on) against the other K - 1.
+
+        Raises ValueError if K < 2.
+        """
         if not isinstance(self.extract, ADExtractor):
             raise ValueError("leave-one-out needs an ADExtractor: a raw backbone has no references to leave out")
         return self.from_features(self.extract.leave_one_out(images))
