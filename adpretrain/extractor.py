@@ -33,6 +33,7 @@ from adpretrain.saved import (
     read_weights,
     saved_parts,
     saved_tensors,
+    with_image_size,
     write_folder,
 )
 
@@ -234,19 +235,23 @@ class ADExtractor(nn.Module):
         revision: str | None = None,
         token: str | bool | None = None,
         backbone: Backbone | None = None,
+        image_size: int | None = None,
     ) -> ADExtractor:
         """Load a saved extractor, strictly, in evaluation mode on ``device``; None = where ``backbone`` is, or the CPU.
 
         ``source``: a folder that `save_pretrained` wrote, the id "org/name" of a Hub repository, or "embedded"; with
         ``revision`` (a branch, tag or commit) and ``token`` as in `adpretrain.hub.locate`. ``weights``: a local file
         or folder of the backbone's weights, for machines without a network. ``backbone``: used instead of loading one;
-        a `Backbone` that you wrote, or one with random weights, cannot be loaded by name.
+        a `Backbone` that you wrote, or one with random weights, cannot be loaded by name. ``image_size``: side of the
+        network's input in pixels, if other than the extractor's own: a larger one shows smaller defects.
 
         Raises ValueError if there is no such extractor, if a newer library wrote it, or if its weights, or the
         backbone's, are not exactly those that its config describes.
         """
         folder = locate(source, revision, token=token).folder
         config = read_config(folder)
+        if image_size is not None and image_size != config.preprocess.image_size:
+            config = with_image_size(config, image_size)
         backbone = extractor_backbone(config, folder, weights, backbone)
         projector, local_scale = saved_parts(config, folder)
         extractor = cls(backbone, projector, local_scale, matching=config.matching, norm=config.norm)

@@ -100,6 +100,21 @@ def saved_backbone(config: BackboneConfig, weights: str | os.PathLike[str] | Non
         ) from error
 
 
+def with_image_size(config: ExtractorConfig, image_size: int) -> ExtractorConfig:
+    """The config of the same extractor on inputs of another side in pixels; a crop keeps its share of the photograph.
+
+    A projector was trained on the patches of its own size: at another it sees the product larger or smaller.
+    """
+    crop_from = config.preprocess.crop_from
+    if crop_from is not None:
+        crop_from = round(crop_from * image_size / config.preprocess.image_size)
+    return dataclasses.replace(
+        config,
+        backbone=dataclasses.replace(config.backbone, image_size=image_size, crop_from=crop_from),
+        preprocess=dataclasses.replace(config.preprocess, image_size=image_size, crop_from=crop_from),
+    )
+
+
 def extractor_backbone(
     config: ExtractorConfig,
     folder: Path,

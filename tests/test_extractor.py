@@ -427,3 +427,19 @@ def test_impossible_parts_are_refused() -> None:
     backbone = load_backbone("lite0", image_size=SIDE)
     with pytest.raises(ValueError, match="'l3' is unknown"):
         ADExtractor(backbone, matching="l3")
+
+
+def test_a_loaded_extractor_takes_larger_images(tmp_path: Path) -> None:
+    larger = ADExtractor.from_pretrained("embedded", image_size=320)
+    assert larger.preprocess.image_size == 320 and larger.config.backbone.image_size == 320
+    references = torch.rand(2, 3, 320, 320)
+    features = larger.set_references(references)(references)
+    assert [level.shape[2:] for level in features] == [(40, 40), (40, 40), (20, 20)]
+    plain = ADExtractor.from_pretrained("embedded")
+    by_hand = plain.backbone(references)  # a network without positions takes any size
+    for found, expected in zip(larger.encode(references), by_hand, strict=True):
+        torch.testing.assert_close(found, expected)
+    again = ADExtractor.from_pretrained(larger.save_pretrained(tmp_path / "larger"))
+    assert again.preprocess == larger.preprocess
+    with pytest.raises(ValueError, match="choose 96 or 112"):
+        ADExtractor.from_pretrained("embedded", image_size=100)
