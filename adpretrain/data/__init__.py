@@ -17,7 +17,8 @@ from adpretrain.data.layouts.mvtec_loco import index_mvtec_loco
 from adpretrain.data.layouts.realiad import index_realiad
 from adpretrain.data.layouts.visa import index_visa
 from adpretrain.data.products import with_full_scales
-from adpretrain.data.samples import GOOD, ImageDataset, Junk, LeftOut, MissingMasks, Sample, TooFewImages
+from adpretrain.data.samples import GOOD, ImageDataset, Junk, LeftOut, MissingMasks, Sample
+from adpretrain.references import TooFewImages
 
 __all__ = [
     "DATASETS",
