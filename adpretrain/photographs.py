@@ -11,6 +11,7 @@ import os
 import stat
 import warnings
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import IO
 
 import numpy as np
@@ -232,3 +233,20 @@ def full_scale_of(depths: Iterable[tuple[float, bool] | None]) -> float | None:
         if top <= scale * (OVERSHOOT if is_float else 1.0):
             return scale
     raise ValueError(f"values up to {top:.6g} exceed 16 bits (65535), the highest full scale: rescale the photographs")
+
+
+def find_full_scale(photographs: Iterable[tuple[str | os.PathLike[str], int | None]]) -> float | None:
+    """The `full_scale_of` photographs in files, each with the number of its page or None.
+
+    Only the header of an 8-bit file is read. Photographs that cannot be read are ignored here and reported when they
+    are used. Raises ValueError as `full_scale_of` does.
+    """
+
+    def found(photograph: tuple[str | os.PathLike[str], int | None]) -> tuple[float, bool] | None:
+        try:
+            return depth(*photograph)
+        except (ValueError, OSError):
+            return None
+
+    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+        return full_scale_of(pool.map(found, photographs))

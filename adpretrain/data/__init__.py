@@ -16,7 +16,9 @@ from adpretrain.data.layouts.mvtec_3d import index_mvtec_3d
 from adpretrain.data.layouts.mvtec_loco import index_mvtec_loco
 from adpretrain.data.layouts.realiad import index_realiad
 from adpretrain.data.layouts.visa import index_visa
-from adpretrain.data.samples import GOOD, ImageDataset, Junk, LeftOut, MissingMasks, Sample, TooFewImages
+from adpretrain.data.products import with_full_scales
+from adpretrain.data.samples import GOOD, ImageDataset, Junk, LeftOut, MissingMasks, Sample
+from adpretrain.references import TooFewImages
 
 __all__ = [
     "DATASETS",
@@ -61,7 +63,7 @@ def index_dataset(
     `index_realiad` and `index_visa`); "" = the index function's default.
 
     Raises ValueError for an unknown name, a folder of another layout, ``columns`` or ``split`` for a layout that has
-    none, or a ``split`` that does not exist.
+    none, a ``split`` that does not exist, or a product without a full scale (`with_full_scales`).
     """
     if name != "auto" and name not in DATASETS:
         raise ValueError(f"data set {name!r} is unknown; choose one of: auto, {', '.join(DATASETS)}")
@@ -72,10 +74,10 @@ def index_dataset(
             f"split {split!r}: {root} is read as {layout!r}; listings to choose from exist for {valid} only"
         )
     if layout == "hf":
-        return index_hf(root, columns)
+        return with_full_scales(index_hf(root, columns))
     if columns:
         raise ValueError(f"columns {dict(columns)} are for 'hf' data sets only; {root} is read as {layout!r}")
-    return DATASETS[layout](root, protocol=split) if split else DATASETS[layout](root)
+    return with_full_scales(DATASETS[layout](root, protocol=split) if split else DATASETS[layout](root))
 
 
 def index_with_bare(
@@ -86,4 +88,4 @@ def index_with_bare(
     try:
         return index_dataset(name, root, columns, split), {}
     except MissingMasks as error:
-        return error.samples, error.missing
+        return with_full_scales(error.samples), error.missing

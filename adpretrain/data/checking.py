@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adpretrain.data.samples import Sample, check_size, without_masks
-from adpretrain.photographs import examine_mask, read_image
+from adpretrain.photographs import examine_mask
 
 NO_MASKS = "no defect has a mask: there are image metrics, but no pixel metrics, and nothing to train on"
 
@@ -48,7 +48,7 @@ def _check(sample: Sample, no_mask: str, mask_needed: bool) -> tuple[list[Proble
     reasons, doubts = [], []
     size = digest = None
     try:
-        image = read_image(sample.image)
+        image = sample.read()
         size = image.size
         digest = hashlib.sha256(repr(size).encode() + image.tobytes()).digest()
     except (ValueError, OSError) as error:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
 from adpretrain.data.checking import inverted
 from adpretrain.data.samples import Sample
+from adpretrain.photographs import find_full_scale
 from adpretrain.references import random_references
+
+LOOKED_AT = 64  # photographs of a product that its full scale is found from
 
 
 def product_of(sample: Sample) -> str:
@@ -35,6 +39,22 @@ def normals(samples: Sequence[Sample]) -> list[int]:
     ]
     by_split = [[index for index in good if samples[index].split == name] for name in ("train", "validation")]
     return by_split[0] or by_split[1] or good
+
+
+def with_full_scales(samples: Sequence[Sample]) -> list[Sample]:
+    """The samples with the full scale of their product, found from up to `LOOKED_AT` of its `normals`, evenly spaced.
+
+    Raises ValueError that names a product whose photographs have no full scale (`full_scale_of`).
+    """
+    scales = {}
+    for name, group in by_product(samples).items():
+        good = normals(group)
+        looked_at = good[:: max(1, -(-len(good) // LOOKED_AT))]
+        try:
+            scales[name] = find_full_scale((group[index].image, None) for index in looked_at)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    return [replace(sample, full_scale=scales[product_of(sample)]) for sample in samples]
 
 
 def queries(samples: Sequence[Sample], references: Sequence[int]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,8 @@ class Sample:
     ``defect`` is "good" for a normal one; ``mask`` is None if nothing is marked, and a tuple if several files together
     mark the defect; ``split`` is "train", "validation" or "test". ``of_defective_part``: an unmarked view of a part
     that is defective in another view, which a line that makes good parts would not show; it is never learnt from, but
-    it is scored as normal.
+    it is scored as normal. ``full_scale``: the value that is white in photographs of more than 8 bits
+    (`adpretrain.data.products.with_full_scales`).
     """
 
     image: Path
@@ -41,6 +43,19 @@ class Sample:
     view: str | None
     split: str
     of_defective_part: bool = False
+    full_scale: float | None = None
+
+    def read(self, side: int | None = None) -> Image.Image:
+        """The photograph, as `adpretrain.photographs.read_image` gives it; warns once of a product whose photographs
+        have values above its full scale."""
+        image = read_image(self.image, side, full_scale=self.full_scale)
+        if self.full_scale is not None and image.info.get("saturated") is True:
+            warnings.warn(
+                f"some photographs of {self.category} have values above {self.full_scale:g}, the full scale found from "
+                "its normal photographs, and are white there",
+                stacklevel=2,
+            )
+        return image
 
     @property
     def anomalous(self) -> bool:
@@ -58,10 +73,6 @@ class LeftOut(UserWarning):
 
 class Junk(LeftOut):
     """Files among a data set's masks that are hidden, in hidden folders, or not pictures, and can be ignored."""
-
-
-class TooFewImages(ValueError):
-    """Fewer normal images than a method needs; raised only if more images would help."""
 
 
 class MissingMasks(ValueError):
@@ -121,7 +132,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         sample = self.samples[index]
-        image = read_image(sample.image)
+        image = sample.read()
         return {
             "image": self.preprocess(image),
             "mask": load_mask(sample, image.size, self.preprocess),

@@ -74,6 +74,7 @@ def write_shards(
             references,
             sorted({sample.category for sample in samples}),
             sorted({sample.category for sample in held_out}),
+            {group_name(s.category, s.view): s.full_scale for s in (*samples, *held_out) if s.full_scale is not None},
         )
         (folder / INDEX).write_text(json.dumps(dataclasses.asdict(index), indent=1), encoding="utf-8")
     return target

@@ -17,7 +17,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,7 @@ class ShardIndex:
     ``files``: rows and bytes of each file. ``normals``: number of normal photographs of each group. ``largest``: bytes
     of the largest of these. ``longest``: bytes of the largest photograph of all, mask included. ``references``:
     photographs set aside per group. ``categories`` are trained on, ``held_out`` are not. ``seed`` gives the order.
+    ``full_scales``: `Sample.full_scale` of the groups that have one.
     """
 
     format: int
@@ -100,6 +101,7 @@ class ShardIndex:
     references: int
     categories: list[str]
     held_out: list[str]
+    full_scales: dict[str, float] = field(default_factory=dict)
 
 
 class Shards:
@@ -175,7 +177,7 @@ class Shards:
                 mask = store.of({"bytes": row.mask, "path": None}, row.key) if row.mask is not None else None
                 assert image is not None
                 labels = (row.category, row.defect, row.view, row.split, row.of_defective_part)
-                samples.append(Sample(image, mask, *labels))
+                samples.append(Sample(image, mask, *labels, self.index.full_scales.get(row.group)))
         return samples
 
 

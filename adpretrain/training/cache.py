@@ -140,9 +140,11 @@ class CachedBatches:
         self.masks = stored["masks"]
 
     def _fingerprint(self, extractor: ADExtractor) -> str:
-        """A digest of images (path, size, time), backbone, local scale, matching and draws."""
+        """A digest of images (path, size, time, full scale), backbone, local scale, matching and draws."""
         digest = hashlib.sha256()
-        files = [(str(s.image), s.image.stat().st_size, s.image.stat().st_mtime_ns) for s in self.data.samples]
+        files = [
+            (str(s.image), s.image.stat().st_size, s.image.stat().st_mtime_ns, s.full_scale) for s in self.data.samples
+        ]
         data = [self.data.shots, self.data.seed, self.data.augment, self.draws, extractor.config.matching]
         network = extractor.backbone
         backbone: list[Any] = [network.name, extractor.preprocess.to_dict(), network.levels, network.revision]

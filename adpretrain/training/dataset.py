@@ -25,7 +25,7 @@ from torch import Tensor
 
 from adpretrain.config import ReferencesConfig
 from adpretrain.data.samples import Sample, load_mask, to_learn_from
-from adpretrain.photographs import picture_size, read_image
+from adpretrain.photographs import picture_size
 from adpretrain.preprocess import Preprocess, TwoViews
 from adpretrain.training.loader import ImageBatch, Item, Request, assemble
 
@@ -191,8 +191,11 @@ class PretrainingSet:
         return {sample.category for sample in self.samples}
 
     def digest(self) -> str:
-        """A digest of the images and their order, from which batches are drawn; it does not depend on their folder."""
-        facts = [(s.category, s.defect, s.view, s.split, s.image.name) for s in self.samples]
+        """A digest of the images and their order, from which batches are drawn, and of their full scales, if any; it
+        does not depend on their folder."""
+        facts = [
+            (s.category, s.defect, s.view, s.split, s.image.name, *filter(None, [s.full_scale])) for s in self.samples
+        ]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def draw_references(self, index: int, epoch: int) -> list[int]:
@@ -200,7 +203,7 @@ class PretrainingSet:
         return self.draws.draw(index, epoch)
 
     def _picture(self, index: int) -> Image.Image:
-        return read_image(self.samples[index].image, self.side)
+        return self.samples[index].read(self.side)
 
     def pixels(self, index: int) -> Tensor:
         """The image without augmentation: uint8 [3, S, S]."""

@@ -117,8 +117,9 @@ class StreamedSet:
         return Item((draw.epoch, row.index), views, self._mask(row), tuple(other.key for other in draw.references))
 
     def _picture(self, row: Photograph) -> Image.Image:
+        full_scale = self.shards.index.full_scales.get(row.group)
         try:
-            return read_image(io.BytesIO(row.image), self.side)
+            return read_image(io.BytesIO(row.image), self.side, full_scale=full_scale)
         except ValueError as error:
             raise ValueError(f"{row.key!r} in {self.shards.root} is no image: {error.__cause__ or error}") from error
 

@@ -71,7 +71,7 @@ class Export(Command):
             print(f"note: {plain(warning)}")
         print(f"note: the file contains features of the photographs in {plain(self.normal)}")
         print("To run it on photographs without transparency and with 8 bits per channel:\n")
-        print(snippet(done.path, inspector.preprocess))
+        print(snippet(done.path, inspector.reader.preprocess))
         return 0
 
 

@@ -52,18 +52,19 @@ class Extract(Command):
     def run(self) -> int:
         from downstream.inspection.extraction import extract_folder, refuse_others
         from downstream.inspection.normals import set_references
-        from downstream.inspection.photos import find_images, full_scale
+        from downstream.inspection.photos import PhotoReader, find_images
         from downstream.inspection.run import pick_device
 
-        device, batch_size, scale = pick_device(self.network.device), self.network.batch_size, None
-        find_images(self.images, exclude=self.out)  # a wrong path is found before a network is loaded
+        device = pick_device(self.network.device)
+        images = find_images(self.images, exclude=self.out)  # a wrong path is found before a network is loaded
         refuse_others(self.out, self.out.suffix == ".safetensors")
         model = self.network.load(device)
-        if self.normal:
-            scale = full_scale(find_images(self.normal, exclude=self.out))
-            set_references(cast("ADExtractor", model), self.normal, self.shots, batch_size, self.out, scale)
+        normals = find_images(self.normal, exclude=self.out) if self.normal else []
+        reader = PhotoReader.of_camera(normals or images, model.preprocess, self.network.batch_size)
+        if normals:
+            set_references(cast("ADExtractor", model), normals, self.shots, reader)
         with ProgressBars() as progress:
-            done = extract_folder(model, self.images, self.out, batch_size, device, progress, scale)
+            done = extract_folder(model, self.images, self.out, reader, device, progress)
         unreadable = done.index["unreadable"]
         print(f"{len(done.index['images'])} images of {len(done.index['levels'])} levels: {plain(self.out)}")
         for level in done.index["levels"]:

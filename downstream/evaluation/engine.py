@@ -241,14 +241,14 @@ def _drawn(trial: Trial, contender: Contender) -> bool:
 
 def _listing(trial: Trial, root: Path) -> str:
     """Return a digest of the images of a trial (those to fit on, to compare with and to score, in order), with their
-    labels, masks and file sizes."""
+    labels, masks, file sizes and full scales, if any."""
 
     def lines(part: Part) -> Iterator[str]:
         yield json.dumps([part.product, part.perturbed])
         for use, samples in (("fit", part.train), ("compare", part.references), ("score", part.test)):
             for sample in samples:
                 files = [(str(_below(file, root)), file.stat().st_size) for file in (sample.image, *sample.mask_files)]
-                yield json.dumps([use, sample.defect, files])
+                yield json.dumps([use, sample.defect, files, *filter(None, [sample.full_scale])])
 
     text = "\n".join(line for part in trial.parts for line in lines(part))
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()

@@ -20,7 +20,6 @@ from adpretrain.backbones.weights import same_weights
 from adpretrain.data import ImageDataset, Sample
 from adpretrain.data.products import about_bare, draw_shots, normals, queries
 from adpretrain.extractor import ADExtractor
-from adpretrain.photographs import read_image
 from adpretrain.progress import progress_bar
 from adpretrain.saved import place
 from downstream.detector import Prediction
@@ -157,7 +156,7 @@ class HeldOut:
         for images in [images for images in self._sets(extractor) if len(images.normals()) >= shots][:EXAMPLES]:
             references, queries = draw_shots(images.samples, shots)
             prediction = score([extractor], images, references, queries)[0]
-            photos = [extractor.preprocess(read_image(images.samples[index].image)) for index in references]
+            photos = [extractor.preprocess(images.samples[index].read()) for index in references]
             normal = FeatureNorm(extractor).leave_one_out(torch.stack(photos).to(prediction.maps.device))
             scale = ColourScale.from_normal_maps(normal.maps.cpu().numpy())  # the same scale as in `adpretrain score`
             samples, masks = [images.samples[index] for index in queries], images.masks[queries].cpu().numpy()

@@ -20,7 +20,6 @@ from torch import Tensor
 from adpretrain.backbones import Extract
 from adpretrain.data import Sample
 from adpretrain.data.samples import load_mask
-from adpretrain.photographs import read_image
 from adpretrain.preprocess import Preprocess
 from downstream.visualise import ColourScale, marked, overlay, panel, save_png, shown_region
 
@@ -76,7 +75,7 @@ class Shown:
         out = []
         for position, found in sorted(self.maps.items()):
             sample = samples[position]
-            photo = read_image(sample.image)
+            photo = sample.read()
             picture = shown_region(photo, preprocess, WIDTH)
             save_png(picture, folder / f"{position}-photograph.png")
             mask = load_mask(sample, photo.size, preprocess).numpy()
@@ -102,7 +101,7 @@ def median_images(
 def save_panels(folder: Path, found: Sequence[Scored], scale: ColourScale, preprocess: Preprocess) -> None:
     """Save a panel of photograph, heatmap and ground truth for each image, as ``folder``/{defect}.png."""
     for sample, score, map_SS, mask_SS in found:
-        photo = shown_region(read_image(sample.image), preprocess)
+        photo = shown_region(sample.read(), preprocess)
         title = f"{sample.defect}: {sample.image.name}, score {score:.2f}"
         save_png(panel(photo, map_SS, scale, mask_SS, title), folder / f"{file_name(sample.defect)}.png")
 

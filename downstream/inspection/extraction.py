@@ -30,11 +30,10 @@ from adpretrain.progress import Progress
 from adpretrain.saved import save_tensors
 from downstream.inspection.photos import (
     Photo,
+    PhotoReader,
     Unreadable,
     find_images,
-    full_scale,
     printable,
-    read_batches,
     relative_name,
 )
 from downstream.terminal import no_progress
@@ -61,17 +60,15 @@ def extract_folder(
     model: Backbone | ADExtractor,
     images: Path,
     out: Path,
-    batch_size: int = 16,
+    reader: PhotoReader,
     device: torch.device | str = "cpu",
     progress: Progress = no_progress,
-    scale: float | None = None,
 ) -> Extraction:
     """Write the feature maps of every readable image below ``images``, in path order.
 
     ``out`` is a folder, or one file if it ends in .safetensors; it is created, or replaces an earlier run's, only when
-    complete. ``scale`` is the full scale of gray photographs with more than 8 bits; by default it is determined from
-    all images together. The index lists unreadable images. Raises ValueError if there are no images, none can be read,
-    or ``out`` holds files that are not an earlier run's; OSError if it cannot be written.
+    complete. The index lists unreadable images. Raises ValueError if there are no images, none can be read, or ``out``
+    holds files that are not an earlier run's; OSError if it cannot be written.
     """
     paths, single = find_images(images, exclude=out), out.suffix == SUFFIX
     refuse_others(out, single)
@@ -83,7 +80,7 @@ def extract_folder(
             folder = Path(temporary)
         else:
             folder = stack.enter_context(atomic_folder(out))
-        index = write_shards(model, images, paths, folder, batch_size, device, progress, scale or full_scale(paths))
+        index = write_shards(model, images, paths, folder, reader, device, progress)
         if not index["images"]:
             reasons = [entry["reason"] for entry in index["unreadable"]]
             raise ValueError(f"none of the {len(paths)} images could be read, the first because: {reasons[0]}")
@@ -136,15 +133,14 @@ def write_shards(
     images: Path,
     paths: Sequence[Path],
     folder: Path,
-    batch_size: int,
+    reader: PhotoReader,
     device: torch.device | str,
     progress: Progress,
-    scale: float | None,
 ) -> dict[str, Any]:
     """Write one safetensors file per batch to ``folder`` and return the index."""
     rows, unreadable, levels = list[dict[str, Any]](), list[dict[str, str]](), list[dict[str, Any]]()
     done = 0
-    for batch in read_batches(paths, model.preprocess, batch_size, scale):
+    for batch in reader.batches(paths):
         unreadable += [
             {"path": printable(relative_name(images, item.path)), "reason": item.reason}
             for item in batch
@@ -153,7 +149,7 @@ def write_shards(
         photos = [item for item in batch if isinstance(item, Photo)]
         if photos:
             maps = model(torch.stack([photo.pixels for photo in photos]).to(device))
-            shard = SHARD.format(done // batch_size)
+            shard = SHARD.format(done // reader.batch_size)
             save_tensors({f"level_{level}": feature.cpu() for level, feature in enumerate(maps)}, folder / shard)
             levels = levels or _levels(model, maps)
             names = [printable(relative_name(images, photo.path)) for photo in photos]

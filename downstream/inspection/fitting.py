@@ -16,7 +16,7 @@ from adpretrain.progress import Progress
 from adpretrain.saved import refuse_others
 from downstream.detectors import build_detector
 from downstream.inspection.normals import NormalBatches, set_references
-from downstream.inspection.photos import Photo, find_images, full_scale
+from downstream.inspection.photos import Photo, PhotoReader, find_images
 from downstream.saved import EXTRACTOR, member, remember_photographs
 from downstream.terminal import no_progress
 
@@ -57,19 +57,19 @@ def fit_folder(
     check_writable(out)  # checked before the fitting, which may take hours
     paths = find_images(normal, exclude=out)
     references: list[Photo] = []
-    scale = full_scale(paths)
+    reader = PhotoReader.of_camera(paths, model.preprocess, batch_size)
     if isinstance(model, ADExtractor) and detector.references_are != "chosen":
         if detector.references_are == "given" and len(paths) <= shots:
             raise ValueError(
                 f"{len(paths)} normal photographs, up to {shots} of which become references: none is left to fit "
                 f"{name} on; give more, or lower --shots"
             )
-        references = set_references(model, normal, shots, batch_size, out, scale)
+        references = set_references(model, paths, shots, reader)
     taken = {photo.path for photo in references}
     rest = [path for path in paths if path not in taken and detector.references_are != "fitted"]
-    normals = NormalBatches(rest, model.preprocess, batch_size, device, progress, scale, "normal photographs")
+    normals = NormalBatches(rest, reader, device, progress, "normal photographs")
     if rest:
         detector.fit(normals)
     folder = detector.save_pretrained(out)
-    remember_photographs(folder, normals.digests.union(photo.digest for photo in references), scale)
+    remember_photographs(folder, normals.digests.union(photo.digest for photo in references), reader.full_scale)
     return Fitted(folder, len(rest), len(references))

@@ -43,11 +43,10 @@ from downstream.inspection.normals import (
 )
 from downstream.inspection.photos import (
     Photo,
+    PhotoReader,
     Unreadable,
     find_images,
-    full_scale,
     printable,
-    read_batches,
     without_blank,
     without_copies,
 )
@@ -81,7 +80,7 @@ class Inspector:
     """A detector with all that is needed to score photographs (`score`) and then to judge them (`judge`)."""
 
     detector: Detector
-    preprocess: Preprocess
+    reader: PhotoReader
     device: torch.device
     options: Options
     calibration: Calibration | None
@@ -90,7 +89,6 @@ class Inspector:
     aspects: tuple[float, ...]  # width / height of the references, or of a fitted detector's normal photographs
     contrast: float  # median contrast of the same photographs
     appearance: Normals  # appearance of the normal photographs, with which that of new ones is compared
-    full_scale: float | None  # full scale of gray photographs with more than 8 bits
     known: Mapping[str, str]  # digest of a normal photograph -> its name
     description: str  # describes the extractor or detector in the report
     score_is: str  # says in the report how a score is computed from a heatmap
@@ -133,8 +131,8 @@ class Inspector:
         """
         normals = find_images(normal, exclude)
         more = find_images(extra, exclude) if extra else []
-        scale = full_scale([*normals, *more])
-        chosen = choose_references(normals, extractor, options, scale, progress)
+        reader = PhotoReader.of_camera([*normals, *more], extractor.preprocess, options.batch_size)
+        chosen = choose_references(normals, extractor, options, reader, progress)
         used = {path.resolve() for path in chosen}
         further = {path.resolve(): path for path in (*normals, *more) if path.resolve() not in used}
         notes = []
@@ -142,9 +140,10 @@ class Inspector:
             notes = [
                 f"{overlap} calibration photograph(s) are references too and were left out: they would score too low."
             ]
-        references = read_all(chosen, extractor.preprocess, options.batch_size, scale)
-        paths = sorted(further.values())
-        return cls.from_photos(extractor, device, references, options, paths, notes, progress, scale)
+        references = read_all(chosen, reader)
+        return cls.from_photos(
+            extractor, device, references, options, sorted(further.values()), notes, progress, reader
+        )
 
     @classmethod
     def from_photos(
@@ -156,17 +155,18 @@ class Inspector:
         further: Sequence[Path] = (),
         notes: Sequence[str] = (),
         progress: Progress = no_progress,
-        scale: float | None = None,
+        reader: PhotoReader | None = None,
     ) -> Inspector:
         """Like `from_folder`, with references already read; the photographs in the files `further` calibrate too.
 
-        ``scale`` is the full scale of gray photographs with more than 8 bits. Copies of a photograph are left out.
+        ``reader`` reads those and new photographs; by default all have 8 bits. Copies of a photograph are left out.
         """
+        reader = reader or PhotoReader(extractor.preprocess, options.batch_size)
         # A blank reference would match anything uniform, and its own score, above all others, would calibrate.
         references = readable(without_blank(references, max(photo.contrast for photo in references)))
         known: dict[str, str] = {}
         references, copies = without_copies(references, known)
-        preprocess, pool = extractor.preprocess, len(references)
+        pool = len(references)
         images_K = torch.stack([photo.pixels for photo in references]).to(device)
         progress("fitting the references", 0, pool)
         detector = _detector(extractor, options, pool).fit(images_K.split(options.batch_size))
@@ -176,8 +176,8 @@ class Inspector:
             scores_K, maps_KSS = as_numpy(prediction.scores), [as_numpy(prediction.maps)]
         progress("fitting the references", pool, pool)
 
-        contrast, batch = statistics.median(photo.contrast for photo in references), options.batch_size
-        found = score_normals(detector, further, preprocess, device, contrast, batch, progress, known, scale)
+        contrast = statistics.median(photo.contrast for photo in references)
+        found = score_normals(detector, further, reader, device, contrast, progress, known)
         brightest = [photo.brightest for photo in references] + found.brightest
         notes = [*copies_note(copies, "references"), *notes, *found.notes("calibration"), *dark_note(brightest)]
         appearance = Normals([photo.appearance for photo in references])
@@ -188,7 +188,7 @@ class Inspector:
             calibration = calibrate(scores_K, options.false_alarm_rate, found.scores, unlike)
         inspector = cls(
             detector=detector,
-            preprocess=preprocess,
+            reader=reader,
             device=device,
             options=options,
             calibration=calibration,
@@ -197,11 +197,10 @@ class Inspector:
             aspects=tuple(photo.aspect for photo in references),
             contrast=contrast,
             appearance=appearance,
-            full_scale=scale,
             known=known,
             description=_describe(extractor, detector, options),
             score_is=f"the mean of the heatmap's highest {percent(detector.config.top)}",
-            notes=(*notes, *_crop_note(preprocess)),
+            notes=(*notes, *_crop_note(reader.preprocess)),
         )
         if not (maps := [*maps_KSS, *found.maps]):
             return inspector
@@ -235,10 +234,13 @@ class Inspector:
         detector = detector_from_pretrained(folder, device=device, weights=weights)
         fitted = read_detector_config(folder)
         known = dict.fromkeys(fitted.photographs, "one that the detector was fitted on")
-        scale = fitted.full_scale if known else full_scale(paths)
-        sample, batch = _sample(paths, preprocess, options.batch_size, scale), options.batch_size
+        if known:
+            reader = PhotoReader(preprocess, options.batch_size, fitted.full_scale)
+        else:
+            reader = PhotoReader.of_camera(paths, preprocess, options.batch_size)
+        sample = _sample(paths, reader)
         contrast = statistics.median(photo.contrast for photo in sample)
-        found = score_normals(detector, paths, preprocess, device, contrast, batch, progress, known, scale)
+        found = score_normals(detector, paths, reader, device, contrast, progress, known)
         if not len(found.scores) and found.copies:
             raise ValueError(
                 f"the detector was fitted on all {len(found.copies)} normal photographs, so that they cannot calibrate "
@@ -251,7 +253,7 @@ class Inspector:
         network = f" on {fitted.backbone.name}" if fitted.backbone else ""
         return cls(
             detector=detector,
-            preprocess=preprocess,
+            reader=reader,
             device=device,
             options=options,
             calibration=calibration,
@@ -261,7 +263,6 @@ class Inspector:
             aspects=tuple(photo.aspect for photo in sample),
             contrast=contrast,
             appearance=appearance,
-            full_scale=scale,
             known=known,
             description=f"{fitted.detector}{network}, fitted before",
             score_is="the score of the detector, in its own unit",
@@ -348,10 +349,10 @@ def preprocess_of(folder: Path) -> Preprocess:
     return found
 
 
-def _sample(paths: Sequence[Path], preprocess: Preprocess, batch_size: int, scale: float | None) -> list[Photo]:
+def _sample(paths: Sequence[Path], reader: PhotoReader) -> list[Photo]:
     """Read an evenly spaced sample of the photographs; those that cannot be read are left out."""
     some = paths[:: -(-len(paths) // SCALE_SAMPLE)]
-    read = [item for batch in read_batches(some, preprocess, batch_size, scale) for item in batch]
+    read = [item for batch in reader.batches(some) for item in batch]
     photos = [item for item in read if isinstance(item, Photo)]
     if not any(photo.contrast for photo in photos):
         reasons = [item.reason for item in read if isinstance(item, Unreadable)]

@@ -16,12 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adpretrain.extractor import ADExtractor
-from adpretrain.preprocess import Preprocess
 from adpretrain.progress import Progress
 from adpretrain.references import kmeans_references, random_references
 from downstream.detector import Detector
 from downstream.inspection import Options
-from downstream.inspection.photos import Photo, Unreadable, find_images, read_batches, without_blank, without_copies
+from downstream.inspection.photos import Photo, PhotoReader, Unreadable, without_blank, without_copies
 from downstream.terminal import no_progress
 
 SCALE_SAMPLE = 64  # about so many maps, besides those of the references, fix the colour scale
@@ -37,23 +36,20 @@ class NormalBatches:
     def __init__(
         self,
         paths: Sequence[Path],
-        preprocess: Preprocess,
-        batch_size: int,
+        reader: PhotoReader,
         device: torch.device,
         progress: Progress = no_progress,
-        scale: float | None = None,
         purpose: str = "choosing references",
     ) -> None:
-        self.paths, self.preprocess, self.batch_size, self.device = paths, preprocess, batch_size, device
-        self.progress, self.scale, self.purpose = progress, scale, purpose
+        self.paths, self.reader, self.device, self.progress, self.purpose = paths, reader, device, progress, purpose
         self.digests = set[str]()  # digests of the photographs read so far
 
     def __len__(self) -> int:
-        return -(-len(self.paths) // self.batch_size)
+        return -(-len(self.paths) // self.reader.batch_size)
 
     def __iter__(self) -> Iterator[Tensor]:
         done = 0
-        for batch in read_batches(self.paths, self.preprocess, self.batch_size, self.scale):
+        for batch in self.reader.batches(self.paths):
             photos = readable(batch)
             self.digests.update(photo.digest for photo in photos)
             yield torch.stack([photo.pixels for photo in photos]).to(self.device)
@@ -69,24 +65,23 @@ def readable(batch: Sequence[Photo | Unreadable]) -> list[Photo]:
     return [item for item in batch if isinstance(item, Photo)]
 
 
-def read_all(paths: Sequence[Path], preprocess: Preprocess, batch_size: int, scale: float | None) -> list[Photo]:
+def read_all(paths: Sequence[Path], reader: PhotoReader) -> list[Photo]:
     """Read all photographs. Raises ValueError for an unreadable one, because every score would depend on it."""
-    return [photo for batch in read_batches(paths, preprocess, batch_size, scale) for photo in readable(batch)]
+    return [photo for batch in reader.batches(paths) for photo in readable(batch)]
 
 
 def choose_references(
     paths: Sequence[Path],
     extractor: ADExtractor,
     options: Options,
-    scale: float | None = None,
+    reader: PhotoReader,
     progress: Progress = no_progress,
 ) -> list[Path]:
     """Choose K references among the P normal photographs and return them in the order of ``paths``.
 
     ``options.references``: "even" = K evenly spaced in sorted order; "random" = K drawn with ``options.seed``; "kmeans"
     = K spread over the clusters of the last level's features; "aligned" = all P, because K of them are chosen for each
-    image later. If P <= K, all are used. ``scale`` is that of `read_batches`. Raises ValueError for an unreadable
-    photograph, which only "kmeans" reads.
+    image later. If P <= K, all are used. Raises ValueError for an unreadable photograph, which only "kmeans" reads.
     """
     count, shots = len(paths), options.shots
     if options.references == "aligned" or count <= shots:
@@ -98,25 +93,21 @@ def choose_references(
     else:
         device, features = next(extractor.buffers()).device, list[Tensor]()
         with torch.no_grad():
-            for images in NormalBatches(paths, extractor.preprocess, options.batch_size, device, progress, scale):
+            for images in NormalBatches(paths, reader, device, progress):
                 features += extractor.encode(images)[-1]
         chosen = kmeans_references(torch.stack(features), shots, seed=options.seed)
     return [paths[index] for index in chosen]
 
 
-def set_references(
-    extractor: ADExtractor, normal: Path, shots: int, batch_size: int, out: Path, scale: float | None
-) -> list[Photo]:
-    """Make at most ``shots`` photographs in ``normal``, evenly spaced by name, the references; return them.
+def set_references(extractor: ADExtractor, paths: Sequence[Path], shots: int, reader: PhotoReader) -> list[Photo]:
+    """Make at most ``shots`` normal photographs, evenly spaced in ``paths``, the references; return them.
 
-    They are encoded in batches. ``scale`` is that of `read_batches`. Raises ValueError for an unreadable one.
+    They are encoded in batches. Raises ValueError for an unreadable one.
     """
-    options = Options(shots=shots, batch_size=batch_size)
-    chosen = choose_references(find_images(normal, exclude=out), extractor, options)
-    photos = read_all(chosen, extractor.preprocess, batch_size, scale)
+    photos = read_all(choose_references(paths, extractor, Options(shots=shots), reader), reader)
     pixels = torch.stack([photo.pixels for photo in photos])
     device = next(extractor.buffers()).device
-    parts = [extractor.encode(part.to(device)) for part in pixels.split(batch_size)]
+    parts = [extractor.encode(part.to(device)) for part in pixels.split(reader.batch_size)]
     extractor.set_references(extractor.bank_of([torch.cat(level) for level in zip(*parts, strict=True)]))
     return photos
 
@@ -142,18 +133,17 @@ class Calibrating:
 def score_normals(
     detector: Detector,
     paths: Sequence[Path],
-    preprocess: Preprocess,
+    reader: PhotoReader,
     device: torch.device,
     contrast: float,
-    batch_size: int,
     progress: Progress,
     known: dict[str, str],
-    scale: float | None,
 ) -> Calibrating:
     """Score normal photographs that are not references. Copies of one another, and of photographs whose digests are
     in ``known``, are left out; the digests of the others are added to ``known``."""
     found, scores = Calibrating(np.empty(0)), [np.empty(0)]
-    for number, read in enumerate(read_batches(paths, preprocess, batch_size, scale)):
+    done = 0
+    for read in reader.batches(paths):
         batch = without_blank(read, contrast)
         found.unreadable += [item for item in batch if isinstance(item, Unreadable)]
         photos, copies = without_copies([item for item in batch if isinstance(item, Photo)], known)
@@ -162,9 +152,10 @@ def score_normals(
         scores.append(scores_B)
         found.appearance += [photo.appearance for photo in photos]
         found.brightest += [photo.brightest for photo in photos]
-        if len(maps_BSS) and number * batch_size < SCALE_SAMPLE:
+        if len(maps_BSS) and done < SCALE_SAMPLE:
             found.maps.append(maps_BSS)
-        progress("calibrating", min((number + 1) * batch_size, len(paths)), len(paths))
+        done += len(read)
+        progress("calibrating", done, len(paths))
     found.scores = np.concatenate(scores)
     return found
 

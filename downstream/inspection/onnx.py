@@ -31,7 +31,7 @@ from downstream.detectors.aligned import AlignedFeatureNorm
 from downstream.detectors.featurenorm import FeatureNorm
 from downstream.inspection import DEFAULTS, Options
 from downstream.inspection.inspector import Inspector
-from downstream.inspection.photos import Unreadable, find_images, read_batches
+from downstream.inspection.photos import Unreadable, find_images
 from downstream.inspection.run import pick_device
 from downstream.terminal import no_progress
 
@@ -220,14 +220,14 @@ def export_folder(
     count = min(len(paths), CHECKED)
     chosen = [paths[index * len(paths) // count] for index in range(count)]
     progress("exporting", 0, 1)
-    batches = _read(chosen, inspector, options.batch_size)
+    batches = _read(chosen, inspector)
     done = export_onnx(inspector.detector, out, batches, inspector.calibration, inspector.threshold, opset)
     progress("exporting", 1, 1)
     return done, inspector
 
 
-def _read(paths: Sequence[Path], inspector: Inspector, batch_size: int) -> Iterator[Tensor]:
-    for batch in read_batches(paths, inspector.preprocess, batch_size, inspector.full_scale):
+def _read(paths: Sequence[Path], inspector: Inspector) -> Iterator[Tensor]:
+    for batch in inspector.reader.batches(paths):
         pixels = []
         for photo in batch:
             if isinstance(photo, Unreadable):

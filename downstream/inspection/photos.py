@@ -22,7 +22,7 @@ from torch import Tensor
 
 from adpretrain.data.layouts.detect import PATTERNS, layout_of
 from adpretrain.data.samples import IMAGE_SUFFIXES, is_image
-from adpretrain.photographs import FORMATS, depth, full_scale_of, page_count, read_image
+from adpretrain.photographs import FORMATS, find_full_scale, page_count, read_image
 from adpretrain.preprocess import Preprocess
 from downstream.appearance import appearance
 from downstream.visualise import shown_region
@@ -176,45 +176,37 @@ class Unreadable:
     reason: str
 
 
-def full_scale(paths: Sequence[Path]) -> float | None:
-    """Find the value that becomes 255 in the photographs of one camera; see `adpretrain.photographs.full_scale_of`.
+@dataclass(frozen=True)
+class PhotoReader:
+    """Reads the photographs of one camera. ``full_scale`` is the value that becomes 255 in gray photographs with more
+    than 8 bits; see `adpretrain.photographs`."""
 
-    Photographs that cannot be read are ignored here and reported when they are used.
-    """
+    preprocess: Preprocess
+    batch_size: int
+    full_scale: float | None = None
 
-    def deep(path: Path) -> tuple[float, bool] | None:
+    @classmethod
+    def of_camera(cls, paths: Sequence[Path], preprocess: Preprocess, batch_size: int) -> PhotoReader:
+        """Make a reader with the full scale of the photographs in ``paths``."""
+        return cls(preprocess, batch_size, find_full_scale(map(file_and_page, paths)))
+
+    def batches(self, paths: Sequence[Path]) -> Iterator[list[Photo | Unreadable]]:
+        """Read photographs in threads, in order, one batch ahead of the consumer; at most two batches are in memory."""
+        if (size := self.batch_size) < 1:
+            raise ValueError(f"batch size {size}; expected at least 1")
+        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+            ahead = [pool.submit(self._read, path) for path in paths[:size]]
+            for start in range(size, len(paths) + size, size):
+                current = ahead
+                ahead = [pool.submit(self._read, path) for path in paths[start : start + size]]
+                yield [future.result() for future in current]
+
+    def _read(self, path: Path) -> Photo | Unreadable:
+        file, page = file_and_page(path)
         try:
-            return depth(*file_and_page(path))
-        except (ValueError, OSError):
-            return None
-
-    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-        return full_scale_of(pool.map(deep, paths))
-
-
-def read_batches(
-    paths: Sequence[Path], preprocess: Preprocess, batch_size: int, scale: float | None = None
-) -> Iterator[list[Photo | Unreadable]]:
-    """Read photographs in threads, in order, one batch ahead of the consumer; at most two batches are in memory.
-
-    ``scale`` is the `full_scale` of gray photographs with more than 8 bits.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch size {batch_size}; expected at least 1")
-    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-        ahead = [pool.submit(_read, path, preprocess, scale) for path in paths[:batch_size]]
-        for start in range(batch_size, len(paths) + batch_size, batch_size):
-            current = ahead
-            ahead = [pool.submit(_read, path, preprocess, scale) for path in paths[start : start + batch_size]]
-            yield [future.result() for future in current]
-
-
-def _read(path: Path, preprocess: Preprocess, scale: float | None) -> Photo | Unreadable:
-    file, page = file_and_page(path)
-    try:
-        return prepare_photo(path, read_image(file, page=page, full_scale=scale), preprocess)
-    except (ValueError, OSError) as error:
-        return Unreadable(path, printable(error))
+            return prepare_photo(path, read_image(file, page=page, full_scale=self.full_scale), self.preprocess)
+        except (ValueError, OSError) as error:
+            return Unreadable(path, printable(error))
 
 
 def without_blank(read: Sequence[Photo | Unreadable], usual: float) -> list[Photo | Unreadable]:

@@ -38,7 +38,6 @@ from downstream.inspection.photos import (
     find_images,
     passed_over,
     printable,
-    read_batches,
     relative_name,
 )
 from downstream.inspection.report import Fact, write_report
@@ -140,7 +139,7 @@ def score_folder(
         _remove_earlier_heatmaps(out)
     (out / SUMMARY).unlink(missing_ok=True)
     with record:
-        results, more_warnings = score_images(inspector, images, paths, record, options.batch_size, progress)
+        results, more_warnings = score_images(inspector, images, paths, record, progress)
     warnings = [*inspector.warnings, *more_warnings, *_copies_note(results), *foreign]
     drift = _drift_note(inspector, results)
     summary: dict[str, Any] = {kind: printable(name), "normal": printable(normal), "images_folder": printable(images)}
@@ -201,7 +200,6 @@ def score_images(
     root: Path,
     paths: Sequence[Path],
     record: Record,
-    batch_size: int = 16,
     progress: Progress = no_progress,
 ) -> tuple[list[Result], list[str]]:
     """Score `paths` and save a panel for each; return the results in the order of `paths`, and warnings.
@@ -210,8 +208,9 @@ def score_images(
     added to it. A photograph that is blank or has no finite score counts as unreadable.
     """
     names, images = picture_names(root, paths), [stamp(root, path) for path in paths]
-    scale = inspector.scale or _scale_of_sample(inspector, paths, images, record, batch_size)
-    spans = [slice(start, start + batch_size) for start in range(0, len(paths), batch_size)]
+    scale = inspector.scale or _scale_of_sample(inspector, paths, images, record)
+    size = inspector.reader.batch_size
+    spans = [slice(start, start + size) for start in range(0, len(paths), size)]
     earlier = [record.scored(images[span], [names[path] for path in paths[span]]) for span in spans]
     if record.has_batches and not any(earlier):
         warnings.warn(
@@ -220,7 +219,7 @@ def score_images(
             stacklevel=2,
         )
     to_read = [path for span, batch in zip(spans, earlier, strict=True) if batch is None for path in paths[span]]
-    read = read_batches(to_read, inspector.preprocess, batch_size, inspector.full_scale)
+    read = inspector.reader.batches(to_read)
     results, odd_shapes, saturated = list[Result](), 0, 0
     progress("scoring", 0, len(paths))
     for span, batch in zip(spans, earlier, strict=True):
@@ -233,7 +232,7 @@ def score_images(
         progress("scoring", len(results), len(paths))
     return results, [
         *shape_note(odd_shapes, len(paths)),
-        *_saturation_note(saturated, len(paths), inspector.full_scale),
+        *_saturation_note(saturated, len(paths), inspector.reader.full_scale),
     ]
 
 
@@ -269,7 +268,7 @@ def _score_batch(
 
 
 def _scale_of_sample(
-    inspector: Inspector, paths: Sequence[Path], images: Sequence[Stamp], record: Record, batch_size: int
+    inspector: Inspector, paths: Sequence[Path], images: Sequence[Stamp], record: Record
 ) -> ColourScale:
     """Fix the scale by the typical (median) image of an evenly spaced sample, as one reference gives no normal map."""
     step = max(1, len(paths) // SCALE_SAMPLE)
@@ -277,7 +276,7 @@ def _scale_of_sample(
     if (earlier := record.scale(images)) is not None:
         return earlier
     maps = list[NDArray[np.float64]]()
-    for batch in read_batches(sample, inspector.preprocess, batch_size, inspector.full_scale):
+    for batch in inspector.reader.batches(sample):
         photos = [item for item in batch if isinstance(item, Photo)]
         maps += list(predict_photos(inspector.detector, photos, inspector.device)[1])
     scale = ColourScale.from_typical_map(maps, inspector.threshold)
@@ -355,7 +354,7 @@ def _summary(inspector: Inspector, results: Sequence[Result], warnings: Sequence
         "false_alarm_rate_upper_95": promised.rate_upper if promised else None,
         "calibration_scores": list(calibration.scores) if calibration else [],
         "calibration_unlike": list(calibration.unlike) if calibration else [],
-        "full_scale": inspector.full_scale,
+        "full_scale": inspector.reader.full_scale,
         "counts": counted(results),
         "warnings": [printable(warning) for warning in warnings],
         "files": {"scores": "scores.csv", "report": "report.html", "heatmaps": HEATMAPS},

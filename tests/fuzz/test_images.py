@@ -22,7 +22,7 @@ from adpretrain.data.samples import ImageDataset, Sample
 from adpretrain.photographs import FORMATS, picture_size, read_image, read_mask
 from adpretrain.preprocess import LARGEST_SIDE, Preprocess
 from downstream.cli import main
-from downstream.inspection.photos import Photo, Unreadable, find_images, read_batches
+from downstream.inspection.photos import Photo, PhotoReader, Unreadable, find_images
 from downstream.web.session import LIMITS, Upload, read_upload
 
 MODES = (
@@ -201,7 +201,7 @@ def test_bombs_are_refused_before_they_are_decoded(tmp_path: Path, size: tuple[i
 @pytest.mark.parametrize("size", [(30_000, 2), (1, 20_000)])
 def test_very_long_pictures_are_read(tmp_path: Path, size: tuple[int, int]) -> None:
     drawn("RGB", *size, 0).save(tmp_path / "long.png")
-    (photo,) = next(read_batches([tmp_path / "long.png"], PREPROCESS, 1))
+    (photo,) = next(PhotoReader(PREPROCESS, 1).batches([tmp_path / "long.png"]))
     assert isinstance(photo, Photo)
 
 
@@ -305,7 +305,7 @@ def test_no_photograph_is_passed_over_because_of_its_name(tmp_path: Path) -> Non
     for suffix in (".heic", ".HEIF", ".avif"):
         (tmp_path / f"phone{suffix}").write_bytes(b"\0\0\0\x18ftypheic" + bytes(64))
     (tmp_path / "notes.txt").write_text("no photograph")
-    (found,) = read_batches(find_images(tmp_path), Preprocess(image_size=8), 16)
+    (found,) = PhotoReader(Preprocess(image_size=8), 16).batches(find_images(tmp_path))
     read = {item.path.name for item in found if isinstance(item, Photo)}
     lost = {item.path.name: item.reason for item in found if isinstance(item, Unreadable)}
     assert read == {f"photo{suffix}" for suffix in kinds}

@@ -24,12 +24,12 @@ from downstream.detectors.padim import PaDiM
 from downstream.detectors.patchcore import PatchCore, PatchCoreConfig
 from downstream.embedding import EmbeddingConfig
 from downstream.extracts import Adapted
-from downstream.inspection.photos import Photo, find_images, read_batches
+from downstream.inspection.photos import Photo, PhotoReader, find_images
 
 
 def pixels(folder: Path, size: int = 64) -> Tensor:
     preprocess = load_backbone("lite0", image_size=size).preprocess
-    photos = [photo for batch in read_batches(find_images(folder), preprocess, 8) for photo in batch]
+    photos = [photo for batch in PhotoReader(preprocess, 8).batches(find_images(folder)) for photo in batch]
     return torch.stack([photo.pixels for photo in photos if isinstance(photo, Photo)])
 
 
