@@ -1,10 +1,6 @@
-"""Tiles of a photograph that has more pixels than a network takes: where they lie, and how their maps become one.
+"""Tiles of a photograph that has more pixels than a network takes: their size, and where they lie.
 
-All tiles are squares of one size and lie on a grid that covers the photograph exactly; neighbours overlap. Near its
-border a tile counts little, as the network sees only one side there, and its neighbour counts more: the stitched map
-has no seams.
-
-Shapes: W x H the photograph, S x S the map of a tile, W' x H' the stitched map.
+All tiles are squares of one size on a grid that covers the photograph exactly; neighbours overlap.
 """
 
 from __future__ import annotations
@@ -12,9 +8,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from typing import Literal, get_args
-
-import torch
-from torch import Tensor
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the photograph; right and bottom are outside
 Positions = Literal["local", "global"]
@@ -60,36 +53,4 @@ class Tiling:
                 f"most {min(width, height)}"
             )
         side = self.tile
-        return [
-            [(left, top, left + side, top + side) for left in self.starts(width)] for top in self.starts(height)
-        ]
-
-
-class Stitched:
-    """The map of a photograph of ``width`` x ``height`` pixels, made of the maps [S, S] of its tiles.
-
-    It has S cells for the side of a tile: [H', W'] with H' = height S / tile. Where tiles overlap it is their average,
-    weighted by the distance from the border of each.
-    """
-
-    def __init__(self, tiling: Tiling, width: int, height: int, side: int) -> None:
-        self.zoom = side / tiling.tile  # map cells for a pixel of the photograph
-        shape = max(side, round(height * self.zoom)), max(side, round(width * self.zoom))
-        self.total, self.weight = torch.zeros(shape), torch.zeros(shape)
-        ramp = ((torch.arange(side) + 0.5) / max(1.0, tiling.overlap * side)).clamp_max(1.0)
-        ramp = torch.minimum(ramp, ramp.flip(0))
-        self.ramp_SS = ramp[:, None] * ramp
-
-    def add(self, box: Box, map_SS: Tensor) -> None:
-        """Add the map of the tile at ``box``; cells that are NaN do not count."""
-        side, (height, width) = len(self.ramp_SS), self.total.shape
-        top, left = min(round(box[1] * self.zoom), height - side), min(round(box[0] * self.zoom), width - side)
-        at = slice(top, top + side), slice(left, left + side)
-        map_SS = map_SS.float().cpu()
-        weight_SS = self.ramp_SS * ~map_SS.isnan()
-        self.total[at] += map_SS.nan_to_num(0.0) * weight_SS
-        self.weight[at] += weight_SS
-
-    def map(self) -> Tensor:
-        """The map [H', W']; NaN where no tile was added."""
-        return self.total / self.weight
+        return [[(left, top, left + side, top + side) for left in self.starts(width)] for top in self.starts(height)]

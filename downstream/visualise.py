@@ -47,9 +47,12 @@ class ColourScale:
         maps = np.asarray(maps_NSS, dtype=np.float64)
         if maps.size == 0 or not np.isfinite(maps).all():
             raise ValueError(f"maps of shape {maps.shape} are empty or not finite: they give no colour scale")
-        low = float(np.median(maps))
-        middle = float(maps.max()) if limit is None or limit <= low else limit
-        return cls._around(low, middle)
+        return cls.of(float(np.median(maps)), float(maps.max()), limit)
+
+    @classmethod
+    def of(cls, low: float, peak: float, limit: float | None = None) -> ColourScale:
+        """Fix the scale by the median and the highest value of normal maps; `limit` as in `from_normal_maps`."""
+        return cls._around(low, peak if limit is None or limit <= low else limit)
 
     @classmethod
     def from_typical_map(cls, maps: Sequence[NDArray[np.floating]], limit: float | None = None) -> ColourScale:

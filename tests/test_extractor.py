@@ -431,7 +431,8 @@ def test_impossible_parts_are_refused() -> None:
 
 def test_a_loaded_extractor_takes_larger_images(tmp_path: Path) -> None:
     larger = ADExtractor.from_pretrained("embedded", image_size=320)
-    assert larger.preprocess.image_size == 320 and larger.config.backbone.image_size == 320
+    assert larger.preprocess.image_size == 320
+    assert larger.config.backbone.image_size == 320
     references = torch.rand(2, 3, 320, 320)
     features = larger.set_references(references)(references)
     assert [level.shape[2:] for level in features] == [(40, 40), (40, 40), (20, 20)]

@@ -43,6 +43,8 @@ class Score(Command):
             hold photographs that it was not fitted on, all of which calibrate the threshold
         revision: tag or commit of the extractor or detector on the Hub
         weights: local file with the backbone's weights, so that nothing is downloaded
+        image_size: side of the network's input in pixels, by default the extractor's own; a larger one shows smaller
+            defects and takes more time. For large photographs with tiny defects use --tile instead
         calibration: folder of further normal photographs, used only for the threshold
         max_pixels: width times height of the largest image to read; larger ones are reported as unreadable, because a
             small file may decode to an image that fills the memory
@@ -59,6 +61,7 @@ class Score(Command):
     detector: str | None = None
     revision: str | None = None
     weights: Path | None = None
+    image_size: int | None = None
     calibration: Path | None = None
     options: Options = DEFAULTS
     max_pixels: int = 178_956_970  # copied from adpretrain.preprocess, which is slow to import
@@ -70,8 +73,9 @@ class Score(Command):
         if self.detector is None:
             return
         given = ["--extractor"] if self.extractor != EMBEDDED else []
-        chosen = ("references", "shots", "seed")
+        chosen = ("references", "shots", "seed", "tiling")
         given += [f"--{name}" for name in chosen if getattr(self.options, name) != getattr(DEFAULTS, name)]
+        given += ["--image-size"] if self.image_size is not None else []
         if given:
             raise ValueError(f"{' and '.join(given)} cannot be given with --detector: it was fitted with its own value")
 
@@ -90,6 +94,7 @@ class Score(Command):
                 self.device,
                 progress,
                 weights=self.weights,
+                image_size=self.image_size,
                 revision=self.revision,
                 resume=self.resume,
                 detector=self.detector,

@@ -117,15 +117,17 @@ class AlignedFeatureNorm(FeatureNorm):
         return self._against(features, self._distances(features))
 
     @torch.no_grad()
-    def leave_one_out(self, images: Tensor) -> Prediction:
+    def leave_one_out(self, images: Tensor | None = None) -> Prediction:
         """Score each of the P images of the pool [P, 3, S, S] against the K best aligned of the others.
 
         The centres of the histograms are still those of the whole pool. Raises ValueError if P <= K.
         """
-        features, shots = self._checked(images), self.config.shots
+        features, shots = self._pool if images is None else self._checked(images), self.config.shots
         distances_PP = self._distances(features)
         if distances_PP.shape[0] != distances_PP.shape[1]:
-            raise ValueError(f"leave-one-out takes the {distances_PP.shape[1]} images of the pool, got {len(images)}")
+            raise ValueError(
+                f"leave-one-out takes the {distances_PP.shape[1]} images of the pool, got {len(distances_PP)}"
+            )
         if distances_PP.shape[1] <= shots:
             raise ValueError(f"leave-one-out with K = {shots} needs a pool of at least {shots + 1} images")
         return self._against(features, distances_PP.fill_diagonal_(torch.inf))

@@ -34,7 +34,7 @@ from downstream.detectors import build_detector
 from downstream.detectors.featurenorm import FeatureNorm
 from downstream.extracts import device_of, fixed_picture
 from downstream.saved import REFERENCES
-from downstream.tiles import Box, Stitched, Tiling
+from downstream.tiles import Box, Tiling
 
 BATCH = 16  # tiles that go through a network at a time
 
@@ -120,7 +120,8 @@ class Tiled(Detector):
         self.size, self.places = (int(first.shape[3]), int(first.shape[2])), []
         rows = self.tiling.rows(*self.size)
         total = sum(map(len, rows)) if self.local else 1
-        for boxes in rows if self.local else [None]:
+        chosen: list[list[Box] | None] = [*rows] if self.local else [None]
+        for boxes in chosen:
             normal = self._tiles(normal_batches, boxes)
             given = None if references is None else self._tiles(references, boxes)
             for column in range(len(normal)):
@@ -261,6 +262,36 @@ class Tiled(Detector):
 
     def _try(self, device: torch.device) -> None:
         self.places[0].predict(fixed_picture(self.side, device))
+
+
+class Stitched:
+    """The map of a photograph of ``width`` x ``height`` pixels, made of the maps [S, S] of its tiles.
+
+    It has S cells for the side of a tile: [H', W'] with H' = height S / tile. Where tiles overlap it is their average,
+    weighted by the distance from the border of each, where the network sees only one side: there are no seams.
+    """
+
+    def __init__(self, tiling: Tiling, width: int, height: int, side: int) -> None:
+        self.zoom = side / tiling.tile  # map cells for a pixel of the photograph
+        shape = max(side, round(height * self.zoom)), max(side, round(width * self.zoom))
+        self.total, self.weight = torch.zeros(shape), torch.zeros(shape)
+        ramp = ((torch.arange(side) + 0.5) / max(1.0, tiling.overlap * side)).clamp_max(1.0)
+        ramp = torch.minimum(ramp, ramp.flip(0))
+        self.ramp_SS = ramp[:, None] * ramp
+
+    def add(self, box: Box, map_SS: Tensor) -> None:
+        """Add the map of the tile at ``box``; cells that are NaN do not count."""
+        side, (height, width) = len(self.ramp_SS), self.total.shape
+        top, left = min(round(box[1] * self.zoom), height - side), min(round(box[0] * self.zoom), width - side)
+        at = slice(top, top + side), slice(left, left + side)
+        map_SS = map_SS.float().cpu()
+        weight_SS = self.ramp_SS * ~map_SS.isnan()
+        self.total[at] += map_SS.nan_to_num(0.0) * weight_SS
+        self.weight[at] += weight_SS
+
+    def map(self) -> Tensor:
+        """The map [H', W']; NaN where no tile was added."""
+        return self.total / self.weight
 
 
 class Tiles:

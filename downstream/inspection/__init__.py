@@ -6,6 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from downstream.tiles import Tiling
+
+WHOLE = Tiling()
 References = Literal["even", "random", "kmeans", "aligned"]
 
 
@@ -21,6 +24,7 @@ class Options:
         shots: use at most this many normal photographs as references; the others calibrate the threshold
         seed: random seed of --references random and kmeans
         batch_size: number of images per batch
+        tiling: whether and how photographs are cut into tiles
     """
 
     false_alarm_rate: float = 0.05
@@ -29,6 +33,7 @@ class Options:
     shots: int = 16
     seed: int = 0
     batch_size: int = 16
+    tiling: Tiling = WHOLE
 
     def __post_init__(self) -> None:
         if not 0 < self.false_alarm_rate < 1:
@@ -37,6 +42,10 @@ class Options:
             raise ValueError(f"threshold {self.threshold}; expected a finite number")
         if self.references not in get_args(References):
             raise ValueError(f"references {self.references!r}; choose one of {', '.join(get_args(References))}")
+        if self.tiling.tile and self.references in ("kmeans", "aligned"):
+            raise ValueError(
+                f"--references {self.references} looks at whole photographs: choose even or random with --tile"
+            )
         if self.shots < 1 or self.batch_size < 1:
             raise ValueError(f"shots {self.shots} and batch_size {self.batch_size}: expected at least 1")
 

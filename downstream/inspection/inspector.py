@@ -13,13 +13,12 @@ import dataclasses
 import math
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from adpretrain.extractor import ADExtractor
 from adpretrain.preprocess import Preprocess
@@ -28,14 +27,16 @@ from downstream.appearance import Normals, Unlike
 from downstream.calibration import Calibration, calibrate, percent
 from downstream.detector import Detector
 from downstream.detectors.aligned import AlignedFeatureNorm, AlignedFeatureNormConfig
-from downstream.detectors.featurenorm import FeatureNorm
+from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
+from downstream.detectors.tiled import Tiled, TiledConfig
 from downstream.inspection import DEFAULTS, Options
 from downstream.inspection.normals import (
-    SCALE_SAMPLE,
-    as_numpy,
+    Map,
+    Normal,
     choose_references,
     copies_note,
     dark_note,
+    fit_references,
     predict_photos,
     read_all,
     readable,
@@ -58,6 +59,10 @@ ALONE = (
     "One normal photograph cannot be compared with another one: there is no threshold, no p-value and no verdict, only "
     "a ranking. Give at least 2, or further ones with --calibration."
 )
+FITTED = "one that the detector was fitted on"
+WHERE = {"local": "the same place", "global": "all places"}
+DEFAULT_TOP = FeatureNormConfig().top
+SAMPLE = 64  # photographs whose contrast is looked at before others are scored
 SHAPE_TOLERANCE = 0.05  # a relative difference of width:height above this gives a warning
 PERHAPS_FITTED = (
     "The false-alarm rate holds only if the detector was not fitted on these normal photographs, which would score "
@@ -71,28 +76,83 @@ class Scored:
 
     photo: Photo
     score: float
-    map_SS: NDArray[np.float64]
+    map_HW: Map
     unlike: Unlike
 
 
 @dataclass(frozen=True)
 class Inspector:
-    """A detector with all that is needed to score photographs (`score`) and then to judge them (`judge`)."""
+    """A detector and the normal photographs of a product: scores photographs (`score`) and then judges them (`judge`).
+
+    ``fitted_on``: digests of the photographs that the detector was fitted on before; None if its references are among
+    ``normals``.
+    """
 
     detector: Detector
     reader: PhotoReader
     device: torch.device
     options: Options
-    calibration: Calibration | None
-    scale: ColourScale | None  # None if there is only one reference: then a sample of the images must fix the scale
-    references: int  # number of references; 0 for a detector that was fitted before
-    aspects: tuple[float, ...]  # width / height of the references, or of a fitted detector's normal photographs
-    contrast: float  # median contrast of the same photographs
-    appearance: Normals  # appearance of the normal photographs, with which that of new ones is compared
-    known: Mapping[str, str]  # digest of a normal photograph -> its name
+    normals: tuple[Normal, ...]
     description: str  # describes the extractor or detector in the report
     score_is: str  # says in the report how a score is computed from a heatmap
     notes: tuple[str, ...]  # warnings about the normal photographs
+    fitted_on: frozenset[str] | None = None
+
+    @property
+    def references(self) -> int:
+        """Number of references; 0 for a detector that was fitted before."""
+        return sum(normal.reference for normal in self.normals)
+
+    @cached_property
+    def contrast(self) -> float:
+        """Median contrast of the references, or of a fitted detector's normal photographs."""
+        return statistics.median(normal.contrast for normal in self._compared)
+
+    @cached_property
+    def known(self) -> dict[str, str]:
+        """Digest of a photograph that takes part in the comparison -> its name."""
+        fitted = dict.fromkeys(self.fitted_on or (), FITTED)
+        return fitted | {normal.digest: normal.name for normal in self.normals}
+
+    @property
+    def _compared(self) -> list[Normal]:
+        """The normal photographs that new ones are compared with as a whole."""
+        return [normal for normal in self.normals if normal.reference or self.fitted_on is not None]
+
+    @cached_property
+    def appearance(self) -> Normals:
+        """Appearance of the normal photographs, with which that of new ones is compared."""
+        return Normals([normal.appearance for normal in self._compared])
+
+    @cached_property
+    def calibration(self) -> Calibration | None:
+        """Threshold and promise; None if there is a single normal photograph."""
+        alone, further = self._scores(lambda normal: normal.score)
+        own = self.appearance.leave_one_out()
+        if self.fitted_on is not None:
+            return calibrate((), self.options.false_alarm_rate, further, ((), own) if len(own) else None)
+        if not alone and not further:
+            return None
+        others = [normal.appearance for normal in self.normals if not normal.reference]
+        return calibrate(alone, self.options.false_alarm_rate, further, (own, self.appearance.unlike(others).values))
+
+    def _scores(self, number: Callable[[Normal], float | None]) -> tuple[list[float], list[float]]:
+        """A number of the references, each against the others, and that of the further normal photographs."""
+        found = [(normal.reference, number(normal)) for normal in self.normals]
+        alone, further = (
+            [value for reference, value in found if reference is kind and value is not None] for kind in (True, False)
+        )
+        return alone, further
+
+    @cached_property
+    def scale(self) -> ColourScale | None:
+        """Colour scale of the heatmaps; None if there is a single normal photograph, as a sample of the images must
+        then fix it."""
+        lows = [normal.low for normal in self.normals if normal.low is not None]
+        peaks = [normal.peak for normal in self.normals if normal.peak is not None]
+        # The threshold of a fitted detector need not be in the unit of its maps.
+        limit = self.threshold if self.fitted_on is None else None
+        return ColourScale.of(statistics.median(lows), max(peaks), limit) if lows else None
 
     @property
     def threshold(self) -> float | None:
@@ -131,7 +191,8 @@ class Inspector:
         """
         normals = find_images(normal, exclude)
         more = find_images(extra, exclude) if extra else []
-        reader = PhotoReader.of_camera([*normals, *more], extractor.preprocess, options.batch_size)
+        tiled = bool(options.tiling.tile)
+        reader = PhotoReader.of_camera([*normals, *more], extractor.preprocess, options.batch_size, tiled)
         chosen = choose_references(normals, extractor, options, reader, progress)
         used = {path.resolve() for path in chosen}
         further = {path.resolve(): path for path in (*normals, *more) if path.resolve() not in used}
@@ -167,45 +228,24 @@ class Inspector:
         known: dict[str, str] = {}
         references, copies = without_copies(references, known)
         pool = len(references)
-        images_K = torch.stack([photo.pixels for photo in references]).to(device)
         progress("fitting the references", 0, pool)
-        detector = _detector(extractor, options, pool).fit(images_K.split(options.batch_size))
-        scores_K, maps_KSS = np.empty(0), []
-        if pool >= 2:
-            prediction = detector.leave_one_out(images_K)
-            scores_K, maps_KSS = as_numpy(prediction.scores), [as_numpy(prediction.maps)]
+        detector = _detector(extractor, options, pool)
+        normals = fit_references(detector, references, device, options.batch_size)
         progress("fitting the references", pool, pool)
-
         contrast = statistics.median(photo.contrast for photo in references)
         found = score_normals(detector, further, reader, device, contrast, progress, known)
-        brightest = [photo.brightest for photo in references] + found.brightest
-        notes = [*copies_note(copies, "references"), *notes, *found.notes("calibration"), *dark_note(brightest)]
-        appearance = Normals([photo.appearance for photo in references])
-
-        calibration = None
-        if len(scores_K) or len(found.scores):
-            unlike = appearance.leave_one_out(), appearance.unlike(found.appearance).values
-            calibration = calibrate(scores_K, options.false_alarm_rate, found.scores, unlike)
-        inspector = cls(
+        normals += found.normals
+        notes = [*copies_note(copies, "references"), *notes, *found.notes("calibration"), *dark_note(normals)]
+        return cls(
             detector=detector,
             reader=reader,
             device=device,
             options=options,
-            calibration=calibration,
-            scale=None,
-            references=pool,
-            aspects=tuple(photo.aspect for photo in references),
-            contrast=contrast,
-            appearance=appearance,
-            known=known,
+            normals=tuple(normals),
             description=_describe(extractor, detector, options),
-            score_is=f"the mean of the heatmap's highest {percent(detector.config.top)}",
+            score_is=_score_is(detector),
             notes=(*notes, *_crop_note(reader.preprocess)),
         )
-        if not (maps := [*maps_KSS, *found.maps]):
-            return inspector
-        colours = ColourScale.from_normal_maps(np.concatenate(maps), inspector.threshold)
-        return dataclasses.replace(inspector, scale=colours)
 
     @classmethod
     def from_detector(
@@ -233,22 +273,19 @@ class Inspector:
         preprocess = preprocess_of(folder)
         detector = detector_from_pretrained(folder, device=device, weights=weights)
         fitted = read_detector_config(folder)
-        known = dict.fromkeys(fitted.photographs, "one that the detector was fitted on")
-        if known:
-            reader = PhotoReader(preprocess, options.batch_size, fitted.full_scale)
-        else:
-            reader = PhotoReader.of_camera(paths, preprocess, options.batch_size)
-        sample = _sample(paths, reader)
-        contrast = statistics.median(photo.contrast for photo in sample)
+        reader = PhotoReader.of_camera(paths, preprocess, options.batch_size, isinstance(detector, Tiled))
+        if fitted.photographs:
+            reader = dataclasses.replace(reader, full_scale=fitted.full_scale)
+        known = dict.fromkeys(fitted.photographs, FITTED)
+        contrast = statistics.median(photo.contrast for photo in _sample(paths, reader))
         found = score_normals(detector, paths, reader, device, contrast, progress, known)
-        if not len(found.scores) and found.copies:
+        if not found.normals and found.copies:
             raise ValueError(
                 f"the detector was fitted on all {len(found.copies)} normal photographs, so that they cannot calibrate "
                 "it: give photographs as --normal that it was not fitted on"
             )
-        appearance = Normals(found.appearance)
-        unlike = appearance.leave_one_out()  # empty if there is only one normal photograph
-        calibration = calibrate((), options.false_alarm_rate, found.scores, ((), unlike) if len(unlike) else None)
+        if not found.normals:
+            raise ValueError(f"no normal photograph can be used: {found.unreadable[0].reason}")
         doubt = [PERHAPS_FITTED] if options.threshold is None and not fitted.photographs else []
         network = f" on {fitted.backbone.name}" if fitted.backbone else ""
         return cls(
@@ -256,35 +293,30 @@ class Inspector:
             reader=reader,
             device=device,
             options=options,
-            calibration=calibration,
-            # The threshold does not enter here, because image scores need not be in the unit of the maps.
-            scale=ColourScale.from_normal_maps(np.concatenate(found.maps)),
-            references=0,
-            aspects=tuple(photo.aspect for photo in sample),
-            contrast=contrast,
-            appearance=appearance,
-            known=known,
+            normals=tuple(found.normals),
             description=f"{fitted.detector}{network}, fitted before",
             score_is="the score of the detector, in its own unit",
-            notes=(*doubt, *found.notes("normal"), *dark_note(found.brightest), *_crop_note(preprocess)),
+            notes=(*doubt, *found.notes("normal"), *dark_note(found.normals), *_crop_note(reader.preprocess)),
+            fitted_on=frozenset(fitted.photographs),
         )
 
     def score(self, read: Sequence[Photo | Unreadable]) -> list[Scored | Unreadable]:
         """Score the photographs of one batch, in order; one that is blank or has no finite score becomes unreadable."""
         read = without_blank(read, self.contrast)
         photos = [item for item in read if isinstance(item, Photo)]
-        predicted = iter(zip(*predict_photos(self.detector, photos, self.device), strict=True))
+        predicted = iter(predict_photos(self.detector, photos, self.device))
         scored = list[Scored | Unreadable]()
         for item in read:
             if isinstance(item, Unreadable):
                 scored.append(item)
                 continue
-            score, map_SS = next(predicted)
-            if math.isfinite(score):
-                unlike = self.appearance.unlike(item.appearance)
-                scored.append(Scored(item, float(score), map_SS, unlike))
+            found = next(predicted)
+            if isinstance(found, str):
+                scored.append(Unreadable(item.path, found))
+            elif math.isfinite(found[0]):
+                scored.append(Scored(item, *found, self.appearance.unlike(item.appearance)))
             else:
-                scored.append(Unreadable(item.path, f"the extractor gave the score {score}"))
+                scored.append(Unreadable(item.path, f"the extractor gave the score {found[0]}"))
         return scored
 
     def judge(self, name: str, scored: Scored, heatmap: str | None = None) -> Result:
@@ -297,7 +329,8 @@ class Inspector:
 
     def has_odd_shape(self, photo: Photo) -> bool:
         """Say whether the width:height of ``photo`` is far from that of every normal photograph."""
-        return all(abs(math.log(photo.aspect / other)) > SHAPE_TOLERANCE for other in self.aspects)
+        aspects = {normal.aspect for normal in self._compared}
+        return all(abs(math.log(photo.aspect / other)) > SHAPE_TOLERANCE for other in aspects)
 
 
 def judge(
@@ -351,7 +384,7 @@ def preprocess_of(folder: Path) -> Preprocess:
 
 def _sample(paths: Sequence[Path], reader: PhotoReader) -> list[Photo]:
     """Read an evenly spaced sample of the photographs; those that cannot be read are left out."""
-    some = paths[:: -(-len(paths) // SCALE_SAMPLE)]
+    some = paths[:: -(-len(paths) // SAMPLE)]
     read = [item for batch in reader.batches(some) for item in batch]
     photos = [item for item in read if isinstance(item, Photo)]
     if not any(photo.contrast for photo in photos):
@@ -366,17 +399,28 @@ def _crop_note(preprocess: Preprocess) -> list[str]:
     return [f"Every photograph is {preprocess.in_words}: what lies outside the crop is not inspected."]
 
 
-def _detector(extractor: ADExtractor, options: Options, pool: int) -> FeatureNorm:
+def _detector(extractor: ADExtractor, options: Options, pool: int) -> FeatureNorm | Tiled:
     """The detector to fit on ``pool`` references."""
+    if options.tiling.tile:
+        return Tiled(extractor, TiledConfig(options.tiling))
     if options.references != "aligned" or pool <= options.shots:
         return FeatureNorm(extractor)
     # Leave-one-out must use as many references as a new image has, or one fewer if there are not enough.
     return AlignedFeatureNorm(extractor, AlignedFeatureNormConfig(shots=options.shots))
 
 
-def _describe(extractor: ADExtractor, detector: FeatureNorm, options: Options) -> str:
+def _score_is(detector: FeatureNorm | Tiled) -> str:
+    if isinstance(detector, Tiled):
+        return f"the highest of its tiles', which is the mean of a tile's highest {percent(DEFAULT_TOP)} of map values"
+    return f"the mean of the heatmap's highest {percent(detector.config.top)}"
+
+
+def _describe(extractor: ADExtractor, detector: FeatureNorm | Tiled, options: Options) -> str:
     features = "projected residuals" if extractor.projector is not None else "raw residuals, no projector"
     chosen = f"references chosen: {options.references}"
     if isinstance(detector, AlignedFeatureNorm):
         chosen = f"the {detector.config.shots} best aligned references for every image"
+    if isinstance(detector, Tiled):
+        tiling = detector.tiling
+        chosen += f", tiles of {tiling.tile} px compared with {WHERE[tiling.positions]}"
     return f"{extractor.backbone.name}, {features}, {chosen}"

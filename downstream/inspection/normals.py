@@ -19,11 +19,13 @@ from adpretrain.extractor import ADExtractor
 from adpretrain.progress import Progress
 from adpretrain.references import kmeans_references, random_references
 from downstream.detector import Detector
+from downstream.detectors.featurenorm import FeatureNorm
+from downstream.detectors.tiled import Tiled
 from downstream.inspection import Options
-from downstream.inspection.photos import Photo, PhotoReader, Unreadable, without_blank, without_copies
+from downstream.inspection.photos import Photo, PhotoReader, Unreadable, printable, without_blank, without_copies
 from downstream.terminal import no_progress
 
-SCALE_SAMPLE = 64  # about so many maps, besides those of the references, fix the colour scale
+Map = NDArray[np.floating]
 DARK = 256 / 8  # photographs are dark if their brightest value is below this
 
 
@@ -112,14 +114,56 @@ def set_references(extractor: ADExtractor, paths: Sequence[Path], shots: int, re
     return photos
 
 
+@dataclass(frozen=True)
+class Normal:
+    """What an inspector keeps of a normal photograph.
+
+    Its ``score``, and the median (``low``) and the highest value (``peak``) of its map, are those that a new photograph
+    would have: against the other references if it is one. None if there is no other reference.
+    """
+
+    name: str
+    digest: str
+    appearance: tuple[float, ...]
+    aspect: float
+    contrast: float
+    brightest: int
+    reference: bool
+    score: float | None = None
+    low: float | None = None
+    peak: float | None = None
+
+    @classmethod
+    def of(cls, photo: Photo, reference: bool, score: float | None = None, map_HW: Map | None = None) -> Normal:
+        """Describe a photograph, with its score and map if it has them."""
+        low, peak = (None, None) if map_HW is None else (float(np.nanmedian(map_HW)), float(np.nanmax(map_HW)))
+        name = printable(photo.path.name)
+        numbers = tuple(photo.appearance.tolist())
+        return cls(
+            name, photo.digest, numbers, photo.aspect, photo.contrast, photo.brightest, reference, score, low, peak
+        )
+
+
+def fit_references(
+    detector: FeatureNorm | Tiled, photos: Sequence[Photo], device: torch.device, batch_size: int
+) -> list[Normal]:
+    """Fit a detector on references, and score each of them against the others."""
+    if isinstance(detector, Tiled):
+        detector.fit([photo.whole[None] for photo in photos])
+    else:
+        detector.fit(torch.stack([photo.pixels for photo in photos]).to(device).split(batch_size))
+    if len(photos) < 2:
+        return [Normal.of(photo, True) for photo in photos]
+    found = detector.leave_one_out()
+    rows = zip(photos, as_numpy(found.scores), found.maps.cpu().numpy(), strict=True)
+    return [Normal.of(photo, True, float(score), map_HW) for photo, score, map_HW in rows]
+
+
 @dataclass
 class Calibrating:
-    """Scores of N normal photographs that are not references, and the photographs that were left out."""
+    """The normal photographs that are not references, and those that were left out."""
 
-    scores: NDArray[np.float64]  # [N]
-    appearance: list[NDArray[np.float64]] = field(default_factory=list)  # N of [F]
-    brightest: list[int] = field(default_factory=list)
-    maps: list[NDArray[np.float64]] = field(default_factory=list)  # of the first photographs, about SCALE_SAMPLE
+    normals: list[Normal] = field(default_factory=list)
     unreadable: list[Unreadable] = field(default_factory=list)
     copies: list[tuple[str, str]] = field(default_factory=list)
 
@@ -141,33 +185,38 @@ def score_normals(
 ) -> Calibrating:
     """Score normal photographs that are not references. Copies of one another, and of photographs whose digests are
     in ``known``, are left out; the digests of the others are added to ``known``."""
-    found, scores = Calibrating(np.empty(0)), [np.empty(0)]
-    done = 0
+    found, done = Calibrating(), 0
     for read in reader.batches(paths):
         batch = without_blank(read, contrast)
-        found.unreadable += [item for item in batch if isinstance(item, Unreadable)]
         photos, copies = without_copies([item for item in batch if isinstance(item, Photo)], known)
         found.copies += copies
-        scores_B, maps_BSS = predict_photos(detector, photos, device)
-        scores.append(scores_B)
-        found.appearance += [photo.appearance for photo in photos]
-        found.brightest += [photo.brightest for photo in photos]
-        if len(maps_BSS) and done < SCALE_SAMPLE:
-            found.maps.append(maps_BSS)
+        found.unreadable += [item for item in batch if isinstance(item, Unreadable)]
+        for photo, predicted in zip(photos, predict_photos(detector, photos, device), strict=True):
+            if isinstance(predicted, str):
+                found.unreadable.append(Unreadable(photo.path, predicted))
+            else:
+                found.normals.append(Normal.of(photo, False, *predicted))
         done += len(read)
         progress("calibrating", done, len(paths))
-    found.scores = np.concatenate(scores)
     return found
 
 
-def predict_photos(
-    detector: Detector, photos: Sequence[Photo], device: torch.device
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return scores [B] and maps [B, S, S], both empty for an empty batch."""
+def predict_photos(detector: Detector, photos: Sequence[Photo], device: torch.device) -> list[tuple[float, Map] | str]:
+    """Return score and map [H', W'] of every photograph, or the reason why it cannot be compared with the normals."""
     if not photos:
-        return np.empty(0), np.empty((0, 0, 0))
+        return []
+    if isinstance(detector, Tiled):
+        return [_predict_tiles(detector, photo) for photo in photos]
     prediction = detector.predict(torch.stack([photo.pixels for photo in photos]).to(device))
-    return as_numpy(prediction.scores), as_numpy(prediction.maps)
+    return list(zip(as_numpy(prediction.scores).tolist(), as_numpy(prediction.maps), strict=True))
+
+
+def _predict_tiles(detector: Tiled, photo: Photo) -> tuple[float, Map] | str:
+    try:
+        prediction = detector.predict(photo.whole[None])
+    except ValueError as error:  # of another size
+        return f"{printable(photo.path)}: {error}"
+    return float(prediction.scores), prediction.maps[0].numpy()
 
 
 def as_numpy(values: Tensor) -> NDArray[np.float64]:
@@ -186,8 +235,9 @@ def copies_note(copies: Sequence[tuple[str, str]], among: str) -> list[str]:
     ]
 
 
-def dark_note(brightest: Sequence[int]) -> list[str]:
-    """Return a warning if all normal photographs are dark; ``brightest`` holds the highest value of each, 0 to 255."""
+def dark_note(normals: Sequence[Normal]) -> list[str]:
+    """Return a warning if all normal photographs are dark."""
+    brightest = [normal.brightest for normal in normals]
     if not brightest or max(brightest) >= DARK:
         return []
     return [

@@ -12,10 +12,11 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -31,6 +32,7 @@ PAGED_SUFFIXES = (".gif", ".png", ".tif", ".tiff", ".webp")
 GOOD_FOLDERS = [pattern for layout in ("mvtec_3d", "btad", "mvtec", "mtd", "realiad") for pattern in PATTERNS[layout]]
 MASK_FOLDERS = ("ground_truth", "gt", "mask", "masks")
 MASK_NAME = re.compile(r"(.+)_(?:mask|gt|label|seg)", re.IGNORECASE)
+SHOWN, SHOWN_TILED = 384, 1024  # pixels of the longest side of a photograph in reports
 BLANK = 0.1  # share of the references' contrast; no Magnetic Tile photograph (of 1344) is below .3 of their median
 
 
@@ -156,11 +158,23 @@ class Photo:
     path: Path
     pixels: Tensor
     shown: Image.Image
-    aspect: float  # width / height of the file
     digest: str  # hash of the pixels that the network sees: equal for copies with other names or lossless formats
     appearance: NDArray[np.float64]  # [F], see downstream.appearance
     brightest: int  # highest pixel value, 0 to 255
     saturated: bool  # whether the file has values above the full scale
+    size: tuple[int, int]  # width and height of the file in pixels
+    image: Image.Image | None = None  # the whole RGB photograph, kept if it will be cut into tiles
+
+    @property
+    def aspect(self) -> float:
+        """Width / height."""
+        return self.size[0] / self.size[1]
+
+    @property
+    def whole(self) -> Tensor:
+        """The whole photograph, uint8 [3, H, W]."""
+        assert self.image is not None
+        return torch.from_numpy(np.array(self.image)).permute(2, 0, 1)
 
     @property
     def contrast(self) -> float:
@@ -179,16 +193,21 @@ class Unreadable:
 @dataclass(frozen=True)
 class PhotoReader:
     """Reads the photographs of one camera. ``full_scale`` is the value that becomes 255 in gray photographs with more
-    than 8 bits; see `adpretrain.photographs`."""
+    than 8 bits; see `adpretrain.photographs`. ``tiled``: they will be cut into tiles."""
 
     preprocess: Preprocess
     batch_size: int
     full_scale: float | None = None
+    tiled: bool = False
 
     @classmethod
-    def of_camera(cls, paths: Sequence[Path], preprocess: Preprocess, batch_size: int) -> PhotoReader:
+    def of_camera(
+        cls, paths: Sequence[Path], preprocess: Preprocess, batch_size: int, tiled: bool = False
+    ) -> PhotoReader:
         """Make a reader with the full scale of the photographs in ``paths``."""
-        return cls(preprocess, batch_size, find_full_scale(map(file_and_page, paths)))
+        if tiled:  # the appearance is that of the whole photograph; two large photographs are in memory
+            preprocess, batch_size = replace(preprocess, crop_from=None), 1
+        return cls(preprocess, batch_size, find_full_scale(map(file_and_page, paths)), tiled)
 
     def batches(self, paths: Sequence[Path]) -> Iterator[list[Photo | Unreadable]]:
         """Read photographs in threads, in order, one batch ahead of the consumer; at most two batches are in memory."""
@@ -204,7 +223,8 @@ class PhotoReader:
     def _read(self, path: Path) -> Photo | Unreadable:
         file, page = file_and_page(path)
         try:
-            return prepare_photo(path, read_image(file, page=page, full_scale=self.full_scale), self.preprocess)
+            photo = read_image(file, page=page, full_scale=self.full_scale)
+            return prepare_photo(path, photo, self.preprocess, self.tiled)
         except (ValueError, OSError) as error:
             return Unreadable(path, printable(error))
 
@@ -223,18 +243,19 @@ def without_blank(read: Sequence[Photo | Unreadable], usual: float) -> list[Phot
     ]
 
 
-def prepare_photo(path: Path, photo: Image.Image, preprocess: Preprocess) -> Photo:
-    """Prepare an RGB photograph for the network and for display."""
+def prepare_photo(path: Path, photo: Image.Image, preprocess: Preprocess, tiled: bool = False) -> Photo:
+    """Prepare an RGB photograph for the network and for display; ``tiled``: it will be cut into tiles."""
     pixels = preprocess.pixels(photo)
     return Photo(
         path,
         preprocess.normalise(pixels),
-        shown_region(photo, preprocess),
-        photo.width / photo.height,
+        shown_region(photo, preprocess, SHOWN_TILED if tiled else SHOWN),
         hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:32],
         appearance(pixels),
         int(pixels.max()),
         photo.info.get("saturated") is True,
+        photo.size,
+        photo if tiled else None,
     )
 
 

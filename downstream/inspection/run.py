@@ -20,9 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from adpretrain import __version__
 from adpretrain.extractor import ADExtractor
@@ -31,7 +29,7 @@ from adpretrain.progress import Progress
 from downstream.calibration import Calibration, percent
 from downstream.inspection import DEFAULTS, Options
 from downstream.inspection.inspector import Inspector, Scored, shape_note
-from downstream.inspection.normals import SCALE_SAMPLE, predict_photos
+from downstream.inspection.normals import Map, predict_photos
 from downstream.inspection.photos import (
     Photo,
     Unreadable,
@@ -58,6 +56,7 @@ from downstream.visualise import ColourScale, panel, save_png
 
 # `Inspection.exit_code` chooses between them; --help explains them.
 EXIT_FINE, EXIT_ANOMALY, EXIT_USAGE, EXIT_INCOMPLETE = 0, 1, 2, 3
+SCALE_SAMPLE = 64  # images that fix the colour scale if the normals cannot
 SUMMARY, HEATMAPS = "summary.json", "heatmaps"  # in the output folder
 
 
@@ -107,12 +106,13 @@ def score_folder(
     revision: str | None = None,
     resume: bool = False,
     detector: str | os.PathLike[str] | None = None,
+    image_size: int | None = None,
 ) -> Inspection:
     """Score every image below `images` against the normal photographs in `normal`.
 
-    `extractor`, `weights` and `revision` are those of `ADExtractor.from_pretrained`. `detector` is a fitted detector (a
-    folder, or "org/name" on the Hub) to score with instead; the normal photographs, which it must not have seen,
-    calibrate it.
+    `extractor`, `weights`, `revision` and `image_size` are those of `ADExtractor.from_pretrained`. `detector` is a
+    fitted detector (a folder, or "org/name" on the Hub) to score with instead; the normal photographs, which it must
+    not have seen, calibrate it.
     Writes out/scores.csv, out/heatmaps/*.png, out/report.html and, last, out/summary.json, which marks a complete run.
     Until then out/scores.part.jsonl records what has been scored; `resume` continues an interrupted run from there and
     writes the same files as an uninterrupted one (`downstream.inspection.resume`).
@@ -129,10 +129,13 @@ def score_folder(
     folder = locate_model(name, revision=revision).folder
     extra = find_images(calibration, exclude=out) if calibration else []
     normals = find_images(normal, exclude=out)
-    record = Record(out, settings_of(kind, folder, where, normals, extra, options), resume)
+    settings = settings_of(kind, folder, where, normals, extra, options) | {"image_size": image_size}
+    record = Record(out, settings, resume)
     given = where, normal, calibration, options, out
     if detector is None:
-        inspector = Inspector.from_folder(ADExtractor.from_pretrained(folder, where, weights), *given, progress)
+        inspector = Inspector.from_folder(
+            ADExtractor.from_pretrained(folder, where, weights, image_size=image_size), *given, progress
+        )
     else:
         inspector = Inspector.from_detector(folder, *given, weights, progress)
     if not record.goes_on:
@@ -259,7 +262,7 @@ def _score_batch(
         scored, result = made
         p_value = "" if result.p_value is None else f", p {result.p_value:.3g}"
         title = f"{printable(result.path)}: {result.judgement}, score {result.score:.4g}{p_value}"
-        save_png(panel(scored.photo.shown, scored.map_SS, scale, title=title), out / names[scored.photo.path])
+        save_png(panel(scored.photo.shown, scored.map_HW, scale, title=title), out / names[scored.photo.path])
 
     with ThreadPoolExecutor() as pool:  # compressing PNGs takes longer than scoring, and releases Python's lock
         list(pool.map(draw, drawn))
@@ -275,10 +278,11 @@ def _scale_of_sample(
     sample, images = paths[::step][:SCALE_SAMPLE], images[::step][:SCALE_SAMPLE]
     if (earlier := record.scale(images)) is not None:
         return earlier
-    maps = list[NDArray[np.float64]]()
+    maps = list[Map]()
     for batch in inspector.reader.batches(sample):
         photos = [item for item in batch if isinstance(item, Photo)]
-        maps += list(predict_photos(inspector.detector, photos, inspector.device)[1])
+        found = predict_photos(inspector.detector, photos, inspector.device)
+        maps += [one[1] for one in found if not isinstance(one, str)]
     scale = ColourScale.from_typical_map(maps, inspector.threshold)
     record.set_scale(images, scale)
     return scale

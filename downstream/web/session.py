@@ -222,7 +222,7 @@ def score_uploads(
             if isinstance(one, Unreadable):
                 shots.append(Shot(str(one.path), reason=one.reason))
                 continue
-            photo, map_SS = jpeg(one.photo.shown), one.map_SS.astype(np.float32)
+            photo, map_SS = jpeg(one.photo.shown), one.map_HW.astype(np.float32)
             shots.append(Shot(str(one.photo.path), one.score, map_SS, photo, unlike=one.unlike))
             odd += inspector.has_odd_shape(one.photo)
     progress("scoring", len(new), len(new))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -12,8 +14,8 @@ from PIL import Image
 from adpretrain import ADExtractor, load_backbone
 from downstream import FeatureNorm
 from downstream.detectors import build_detector, detector_from_pretrained
-from downstream.detectors.tiled import Tiled, TiledConfig
-from downstream.tiles import Stitched, Tiling
+from downstream.detectors.tiled import Stitched, Tiled, TiledConfig
+from downstream.tiles import Tiling
 
 SIDE = 64
 
@@ -33,9 +35,7 @@ def photographs(count: int, width: int = 200, height: int = 136, seed: int = 0) 
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    width=st.integers(16, 400), height=st.integers(16, 400), tile=st.integers(16, 160), overlap=st.floats(0, 0.5)
-)
+@given(width=st.integers(16, 400), height=st.integers(16, 400), tile=st.integers(16, 160), overlap=st.floats(0, 0.5))
 def test_the_tiles_cover_every_pixel_and_overlap_as_asked(width: int, height: int, tile: int, overlap: float) -> None:
     tiling = Tiling(tile, overlap)
     if min(width, height) < tile:
@@ -46,18 +46,23 @@ def test_the_tiles_cover_every_pixel_and_overlap_as_asked(width: int, height: in
     for row in tiling.rows(width, height):
         for left, top, right, bottom in row:
             assert (right - left, bottom - top) == (tile, tile)
-            assert 0 <= left and right <= width and 0 <= top and bottom <= height
+            assert left >= 0
+            assert right <= width
+            assert top >= 0
+            assert bottom <= height
             covered[top:bottom, left:right] += 1
     assert covered.min() >= 1
     starts = tiling.starts(width)
-    assert starts[0] == 0 and starts[-1] == width - tile
-    assert all(second - first <= tile * (1 - overlap) + 1 for first, second in zip(starts, starts[1:], strict=False))
+    assert starts[0] == 0
+    assert starts[-1] == width - tile
+    assert all(second - first <= tile * (1 - overlap) + 1 for first, second in itertools.pairwise(starts))
 
 
-@pytest.mark.parametrize("tile, side", [(40, 40), (40, 64), (64, 32)])
+@pytest.mark.parametrize(("tile", "side"), [(40, 40), (40, 64), (64, 32)])
 def test_stitching_the_tiles_of_a_map_gives_the_map_back(tile: int, side: int) -> None:
     tiling = Tiling(tile, 0.25)
     width, height = 200, 136
+
     # A smooth field is sampled at the cells of every tile, as a detector that sees it would.
     def field(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return torch.sin(x / 60)[None] + torch.cos(y / 50)[:, None]
@@ -122,11 +127,13 @@ def test_any_detector_finds_a_small_mark_and_is_saved_to_the_bit(
     assert float(bad.scores) > 1.2 * float(good.scores)
     peak = int(bad.maps[0].argmax())
     row, column = divmod(peak, bad.maps.shape[2])
-    assert abs(row - 65) < 12 and abs(column - 155) < 12
+    assert abs(row - 65) < 12
+    assert abs(column - 155) < 12
     folder = tiled.save_pretrained(f"{tmp_path}/saved")
     loaded = detector_from_pretrained(folder)
     again = loaded.predict(marked)
-    assert torch.equal(again.scores, bad.scores) and torch.equal(again.maps, bad.maps)
+    assert torch.equal(again.scores, bad.scores)
+    assert torch.equal(again.maps, bad.maps)
 
 
 def test_global_leave_one_out_leaves_a_whole_photograph_out(extractor: ADExtractor) -> None:
