@@ -117,6 +117,17 @@ def test_no_pixel_is_lost_or_painted_twice_where_cells_are_no_whole_pixels() -> 
     assert sum(region.painted().sum() for region in above) == paint(above, (300, 201)).sum()
 
 
+def test_a_pixel_belongs_to_the_cell_that_holds_its_centre() -> None:
+    """Cells of 2.5 x 3.3 pixels, from half a pixel on; a centre on an edge belongs to the cell behind it."""
+    map_HW, expected = field(6, (6, 8), 0.0), np.zeros((25, 24), bool)
+    for y in range(25):
+        for x in range(24):
+            row, column = int((y + 0.5 - 1) // 3.3), int((x + 0.5 - 0.5) // 2.5)
+            expected[y, x] = 0 <= row < 6 and 0 <= column < 8 and map_HW[row, column] > 0
+    regions = find_regions(map_HW, 0.0, (24, 25), seen=(0.5, 1.0, 20.5, 20.8))
+    np.testing.assert_array_equal(paint(regions, (24, 25)), expected)
+
+
 def test_a_region_smaller_than_a_pixel_is_the_pixel_of_its_peak() -> None:
     map_HW = np.zeros((40, 40))
     map_HW[12, 38] = 1
