@@ -22,11 +22,14 @@ from scipy import ndimage
 
 from adpretrain.files import atomic_path
 from adpretrain.preprocess import Preprocess
+from downstream.regions import Box, Region
 
 COLORMAP = "inferno"
 _INK, _PAPER, _MUTED = (28, 30, 34), (255, 255, 255), (110, 115, 125)
 _CONTOUR, _TRUTH = (64, 224, 255), (80, 255, 120)
+_BOX = (255, 255, 255)
 _GAP, _HEADER, _FOOTER = 8, 22, 40
+_MOST_BOXES = 20  # more would hide the product
 
 
 @dataclass(frozen=True)
@@ -126,11 +129,14 @@ def panel(
     scale: ColourScale,
     mask: NDArray[np.bool_] | None = None,
     title: str = "",
+    regions: Sequence[Region] = (),
+    seen: Box | None = None,
 ) -> Image.Image:
     """Draw photograph, heatmap and, if a mask is given ([S, S] or photograph-sized bool), the marked defect side by
-    side, with a title above and the colour bar below.
+    side, with a title above and the colour bar below. The heatmap shows the regions with their numbers; ``seen`` is as
+    in `numbered`.
     """
-    pictures = [("photograph", photo), ("heatmap", overlay(photo, map_SS, scale))]
+    pictures = [("photograph", photo), ("heatmap", numbered(overlay(photo, map_SS, scale), regions, seen))]
     if mask is not None:
         pictures.append(("ground truth", marked(photo, mask)))
     width, height = photo.size
@@ -150,6 +156,31 @@ def panel(
     bar = colour_bar(scale, canvas.width - 2 * _GAP, _FOOTER)
     canvas.paste(bar, (_GAP, titled + _HEADER + height + _GAP))
     return canvas
+
+
+def numbered(picture: Image.Image, regions: Sequence[Region], seen: Box | None = None) -> Image.Image:
+    """Draw thin boxes with the numbers 1, 2, ... around the first `_MOST_BOXES` regions.
+
+    seen: (left, top, right, bottom), the part of the photograph, in its pixels, that ``picture`` shows, whatever its
+    size; by default the picture is the photograph itself.
+    """
+    left, top, right, bottom = (0.0, 0.0, *picture.size) if seen is None else seen
+    across, down = picture.width / (right - left), picture.height / (bottom - top)
+    picture = picture.copy()
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=11)
+    # The first is drawn last, so that no other box lies over it.
+    for number, region in reversed(list(enumerate(regions[:_MOST_BOXES], start=1))):
+        x0, y0, x1, y1 = region.box
+        box = [round((x0 - left) * across), round((y0 - top) * down)]
+        box += [max(box[0], round((x1 - left) * across) - 1), max(box[1], round((y1 - top) * down) - 1)]
+        draw.rectangle(box, outline=_BOX)
+        text, high = str(number), 12
+        wide = round(draw.textlength(text, font=font)) + 3
+        # The number stands on the box, or inside it at the top of the picture.
+        x, y = min(box[0], picture.width - wide), box[1] - high if box[1] >= high else box[1]
+        draw.rectangle((x, y, x + wide, y + high), fill=_INK)
+        draw.text((x + 2, y), text, fill=_BOX, font=font)
+    return picture
 
 
 def photo_and_heatmap(saved: Image.Image) -> tuple[Image.Image, Image.Image]:

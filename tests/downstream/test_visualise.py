@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from adpretrain.preprocess import Preprocess
-from downstream.visualise import ColourScale, outline, overlay, panel, save_png, shown_region
+from downstream.regions import find_regions
+from downstream.visualise import ColourScale, numbered, outline, overlay, panel, save_png, shown_region
 
 CONTOUR = np.array([64, 224, 255])
 
@@ -121,3 +122,29 @@ def test_a_failed_write_leaves_the_old_picture_and_no_litter(tmp_path: Path) -> 
         save_png(Image.new("HSV", (4, 4)), target)  # PNG has no such mode
     assert target.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_regions_have_boxes_and_numbers_in_the_heatmap_only() -> None:
+    """The picture shows the part (100, 50)-(260, 170) of the photograph at half its size."""
+    heat = np.zeros((12, 16))
+    heat[4:6, 8:12] = 2  # cells of 10 x 10 pixels
+    scale, seen = ColourScale(0.0, 10.0, 20.0), (100, 50, 260, 170)
+    regions = find_regions(heat, 1.0, (400, 300), seen=seen)
+    plain, drawn = (np.asarray(panel(gray(), heat, scale, regions=of, seen=seen)).astype(int) for of in ((), regions))
+    changed = np.argwhere((plain != drawn).any(axis=-1))
+    corner = np.array([22, 8 + 80 + 8])  # of the heatmap, below the header
+    y, x = changed.max(axis=0) - corner
+    assert (y, x) == (29, 59)  # the box is x 40 to 60, y 20 to 30 in the picture, half-open
+    assert changed[:, 1].min() - corner[1] == 40
+    assert (drawn[corner[0] + 29, corner[1] + 40 : corner[1] + 60] == 255).all()
+    assert (changed.min(axis=0) >= corner).all()
+
+
+def test_at_most_twenty_boxes_are_drawn() -> None:
+    heat = np.zeros((50, 50))
+    heat[1::2, ::10] = np.arange(125).reshape(25, 5) + 1
+    regions = find_regions(heat, 0.0, (400, 400))
+    picture = gray(400, 400)
+    assert len(regions) > 20
+    assert numbered(picture, regions).tobytes() == numbered(picture, regions[:20]).tobytes()
+    assert numbered(picture, regions[:19]).tobytes() != numbered(picture, regions[:20]).tobytes()

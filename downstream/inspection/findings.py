@@ -1,0 +1,136 @@
+"""The regions of inspected photographs as files: regions.csv, regions.json (COCO), masks/*.png and maps/*.tif."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike
+from PIL import Image
+
+from adpretrain.files import atomic_path
+from downstream.inspection.photos import printable
+from downstream.regions import Region, paint
+from downstream.visualise import save_png
+
+_CATEGORY = {"id": 1, "name": "anomaly"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One region of a photograph in plain numbers, as regions.csv, regions.json and the record of a run hold it."""
+
+    path: str  # of the photograph, as in scores.csv
+    number: int  # 1 for the region with the highest peak of the photograph
+    left: int  # the box in pixels of the photograph, half-open
+    top: int
+    right: int
+    bottom: int
+    area_px: float  # square pixels
+    area_mm2: float | None  # square millimetres; None if the size of a pixel is not known
+    peak: float  # highest map value
+    mean: float
+    peak_x: int
+    peak_y: int
+    counts: tuple[int, ...]  # the mask, see `run_lengths`
+
+
+COLUMNS = tuple(field.name for field in dataclasses.fields(Finding) if field.name != "counts")
+
+
+def findings_of(path: str, regions: Sequence[Region], photo_size: tuple[int, int]) -> list[Finding]:
+    """Turn the regions of one photograph of ``photo_size`` (width, height), sorted by peak, into findings."""
+    return [
+        Finding(
+            path,
+            number,
+            *region.box,
+            region.area,
+            region.area_mm2,
+            region.peak,
+            region.mean,
+            *region.peak_at,
+            run_lengths(region, photo_size),
+        )
+        for number, region in enumerate(regions, start=1)
+    ]
+
+
+def run_lengths(region: Region, photo_size: tuple[int, int]) -> tuple[int, ...]:
+    """Return a region's mask as the uncompressed run lengths of COCO: pixels outside, inside, outside, ... of the
+    photograph read column by column. Only the box of the region is painted, so large photographs cost nothing.
+    """
+    (width, height), (left, top, _, _) = photo_size, region.box
+    columns = np.pad(region.painted().T, ((0, 0), (1, 1))).astype(np.int8)
+    # Starts and ends alternate in each column, and come out column by column.
+    column, row = np.nonzero(np.diff(columns, axis=1))
+    places = (left + column) * height + top + row
+    # A run that reaches the bottom of the photograph goes on at the top of the next column if it starts there.
+    broken = np.flatnonzero(places[1:-1:2] == places[2::2]) * 2 + 1
+    places = np.delete(places, np.concatenate([broken, broken + 1]))
+    counts = np.diff(places, prepend=0, append=width * height).tolist()
+    return tuple(counts if counts[-1] else counts[:-1])
+
+
+def write_findings(out: Path, photos: Mapping[str, tuple[int, int]], findings: Sequence[Finding]) -> None:
+    """Write regions.csv and regions.json below ``out``.
+
+    photos: path -> (width, height) of every inspected photograph, those without regions included. Raises ValueError for
+    a finding of a photograph that is not among them.
+    """
+    strange = sorted({printable(finding.path) for finding in findings if finding.path not in photos})
+    if strange:
+        raise ValueError(f"regions of photographs without a size: {', '.join(strange[:3])}; give all in `photos`")
+    # surrogateescape writes the original bytes of a file name that is not UTF-8, as in scores.csv.
+    with (
+        atomic_path(out / "regions.csv") as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for finding in findings:
+            values = [getattr(finding, name) for name in COLUMNS]
+            writer.writerow("" if value is None else value for value in values)
+    with atomic_path(out / "regions.json") as temporary, temporary.open("w", encoding="utf-8") as file:
+        json.dump(_coco(photos, findings), file, allow_nan=False)
+
+
+def _coco(photos: Mapping[str, tuple[int, int]], findings: Sequence[Finding]) -> dict[str, list[dict[str, object]]]:
+    """Return the content of a COCO file. Its "score" is the peak, as in COCO's results."""
+    ids = {path: number for number, path in enumerate(photos, start=1)}
+    return {
+        "images": [
+            {"id": ids[path], "file_name": printable(path), "width": width, "height": height}
+            for path, (width, height) in photos.items()
+        ],
+        "annotations": [
+            {
+                "id": number,
+                "image_id": ids[finding.path],
+                "category_id": _CATEGORY["id"],
+                "bbox": [finding.left, finding.top, finding.right - finding.left, finding.bottom - finding.top],
+                "area": finding.area_px,
+                "segmentation": {"size": list(photos[finding.path][::-1]), "counts": finding.counts},
+                "iscrowd": 0,
+                "score": finding.peak,
+            }
+            for number, finding in enumerate(findings, start=1)
+        ],
+        "categories": [dict(_CATEGORY)],
+    }
+
+
+def write_mask(path: Path, regions: Sequence[Region], photo_size: tuple[int, int]) -> None:
+    """Write an 8-bit PNG of ``photo_size`` (width, height) that is 255 inside the regions and 0 elsewhere."""
+    save_png(Image.fromarray(paint(regions, photo_size).astype(np.uint8) * 255), path)
+
+
+def write_map(path: Path, map_HW: ArrayLike) -> None:
+    """Write a map [H, W] as a TIFF of uncompressed float32, which reads back to the same bits, NaN included."""
+    with atomic_path(path) as temporary:
+        Image.fromarray(np.asarray(map_HW, dtype=np.float32)).save(temporary, format="TIFF")
