@@ -140,7 +140,7 @@ class Tiled(Detector):
 
     def _tiles(self, photographs: Iterable[Tensor], boxes: Sequence[Box] | None) -> list[Tiles]:
         """The tiles of a row, for each of its places those of all photographs; without ``boxes`` all tiles together."""
-        cut: list[list[Tensor]] = [[] for _ in boxes or [None]]
+        cut: list[list[Tensor]] = [[] for _ in range(1 if boxes is None else len(boxes))]
         for batch in photographs:
             _check(batch)
             self._check_size(batch)

@@ -25,6 +25,10 @@ class Options:
         seed: random seed of --references random and kmeans
         batch_size: number of images per batch
         tiling: whether and how photographs are cut into tiles
+        least_area: smallest region to report, in pixels of the photograph; the limit above which map values count is
+            lower for larger regions. 0 reports every region
+        maps: write the map of every photograph to maps/*.tif, as 32-bit floats
+        mm_per_pixel: side of a pixel on the product in millimetres, so that areas are given in square millimetres too
     """
 
     false_alarm_rate: float = 0.05
@@ -34,8 +38,16 @@ class Options:
     seed: int = 0
     batch_size: int = 16
     tiling: Tiling = WHOLE
+    least_area: float = 0.0
+    mm_per_pixel: float | None = None
+    maps: bool = False
 
     def __post_init__(self) -> None:
+        if self.false_alarm_rate == 0:
+            raise ValueError(
+                "false-alarm rate 0 cannot be promised by any number of photographs: n normal ones promise 1 in n + 1 "
+                "at best, so 19 promise 5 %, 99 promise 1 % and 999 promise 0.1 %; give such a rate"
+            )
         if not 0 < self.false_alarm_rate < 1:
             raise ValueError(f"false-alarm rate {self.false_alarm_rate}; expected a share between 0 and 1, e.g. 0.05")
         if self.threshold is not None and not math.isfinite(self.threshold):
@@ -46,6 +58,10 @@ class Options:
             raise ValueError(
                 f"--references {self.references} looks at whole photographs: choose even or random with --tile"
             )
+        if not 0 <= self.least_area < math.inf:
+            raise ValueError(f"least area {self.least_area}; expected a number of pixels, 0 or more")
+        if self.mm_per_pixel is not None and not 0 < self.mm_per_pixel < math.inf:
+            raise ValueError(f"{self.mm_per_pixel} mm per pixel; expected a length above 0, such as 0.05")
         if self.shots < 1 or self.batch_size < 1:
             raise ValueError(f"shots {self.shots} and batch_size {self.batch_size}: expected at least 1")
 

@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -38,6 +39,20 @@ class Finding:
     peak_x: int
     peak_y: int
     counts: tuple[int, ...]  # the mask, see `run_lengths`
+
+
+def finding_from(entry: Mapping[str, Any]) -> Finding:
+    """Read a finding back from JSON. Raises KeyError, TypeError or ValueError if it is none."""
+    whole = ("number", "left", "top", "right", "bottom", "peak_x", "peak_y")
+    return Finding(
+        **{name: int(entry[name]) for name in whole},
+        path=str(entry["path"]),
+        area_px=float(entry["area_px"]),
+        area_mm2=None if entry["area_mm2"] is None else float(entry["area_mm2"]),
+        peak=float(entry["peak"]),
+        mean=float(entry["mean"]),
+        counts=tuple(map(int, entry["counts"])),
+    )
 
 
 COLUMNS = tuple(field.name for field in dataclasses.fields(Finding) if field.name != "counts")

@@ -29,6 +29,7 @@ from downstream.detector import Detector
 from downstream.detectors.aligned import AlignedFeatureNorm, AlignedFeatureNormConfig
 from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
 from downstream.detectors.tiled import Tiled, TiledConfig
+from downstream.extracts import device_of, fixed_picture
 from downstream.inspection import DEFAULTS, Options
 from downstream.inspection.normals import (
     Map,
@@ -52,6 +53,7 @@ from downstream.inspection.photos import (
     without_copies,
 )
 from downstream.inspection.results import ANOMALOUS, NORMAL, UNDECIDED, Result
+from downstream.regions import Region, find_regions
 from downstream.terminal import no_progress
 from downstream.visualise import ColourScale
 
@@ -63,6 +65,7 @@ FITTED = "one that the detector was fitted on"
 WHERE = {"local": "the same place", "global": "all places"}
 DEFAULT_TOP = FeatureNormConfig().top
 SAMPLE = 64  # photographs whose contrast is looked at before others are scored
+COARSE = 48  # pixels in a cell; above, a warning says what is not seen
 SHAPE_TOLERANCE = 0.05  # a relative difference of width:height above this gives a warning
 PERHAPS_FITTED = (
     "The false-alarm rate holds only if the detector was not fitted on these normal photographs, which would score "
@@ -150,9 +153,32 @@ class Inspector:
         then fix it."""
         lows = [normal.low for normal in self.normals if normal.low is not None]
         peaks = [normal.peak for normal in self.normals if normal.peak is not None]
-        # The threshold of a fitted detector need not be in the unit of its maps.
-        limit = self.threshold if self.fitted_on is None else None
-        return ColourScale.of(statistics.median(lows), max(peaks), limit) if lows else None
+        return ColourScale.of(statistics.median(lows), max(peaks), self.pixel_limit) if lows else None
+
+    @cached_property
+    def pixel_limit(self) -> float | None:
+        """The map value above which a normal photograph shows a region of at least ``options.least_area`` with a
+        probability of at most the promised rate; None if there is a single normal photograph."""
+        alone, further = self._scores(lambda normal: normal.peak)
+        return calibrate(alone, self.options.false_alarm_rate, further).threshold if alone or further else None
+
+    def regions(self, scored: Scored) -> list[Region]:
+        """The regions of a photograph above the `pixel_limit`, the highest peak first."""
+        if self.pixel_limit is None:
+            return []
+        options, photo = self.options, scored.photo
+        return find_regions(
+            scored.map_HW, self.pixel_limit, photo.size, photo.seen, options.least_area, options.mm_per_pixel
+        )
+
+    @cached_property
+    def cell(self) -> tuple[float, float]:
+        """Width and height, in pixels of a normal photograph, of one cell of the finest features."""
+        across, down = finest_grid(self.detector)
+        if isinstance(self.detector, Tiled):
+            return self.detector.tiling.tile / across, self.detector.tiling.tile / down
+        left, top, right, bottom = self.reader.preprocess.seen(self.normals[0].size)
+        return (right - left) / across, (bottom - top) / down
 
     @property
     def threshold(self) -> float | None:
@@ -171,7 +197,16 @@ class Inspector:
                 exceeding = sum(score > given for score in calibration.scores)
                 text += f" {exceeding} of {len(calibration.scores)} normal photographs exceed it."
             return (text, *self.notes)
-        return (*(calibration.warnings if calibration else (ALONE,)), *self.notes)
+        return (*(calibration.warnings if calibration else (ALONE,)), *self.notes, *self._coarse_note())
+
+    def _coarse_note(self) -> list[str]:
+        across, down = self.cell
+        if max(across, down) <= COARSE:
+            return []
+        return [
+            f"One cell of the finest features covers {across:.0f} x {down:.0f} px of a photograph: far smaller "
+            "defects are not seen. For small defects on large photographs give --tile, such as --tile 256."
+        ]
 
     @classmethod
     def from_folder(
@@ -230,10 +265,10 @@ class Inspector:
         pool = len(references)
         progress("fitting the references", 0, pool)
         detector = _detector(extractor, options, pool)
-        normals = fit_references(detector, references, device, options.batch_size)
+        normals = fit_references(detector, references, device, options)
         progress("fitting the references", pool, pool)
         contrast = statistics.median(photo.contrast for photo in references)
-        found = score_normals(detector, further, reader, device, contrast, progress, known)
+        found = score_normals(detector, further, reader, device, contrast, progress, known, options.least_area)
         normals += found.normals
         notes = [*copies_note(copies, "references"), *notes, *found.notes("calibration"), *dark_note(normals)]
         return cls(
@@ -278,7 +313,7 @@ class Inspector:
             reader = dataclasses.replace(reader, full_scale=fitted.full_scale)
         known = dict.fromkeys(fitted.photographs, FITTED)
         contrast = statistics.median(photo.contrast for photo in _sample(paths, reader))
-        found = score_normals(detector, paths, reader, device, contrast, progress, known)
+        found = score_normals(detector, paths, reader, device, contrast, progress, known, options.least_area)
         if not found.normals and found.copies:
             raise ValueError(
                 f"the detector was fitted on all {len(found.copies)} normal photographs, so that they cannot calibrate "
@@ -329,7 +364,7 @@ class Inspector:
 
     def has_odd_shape(self, photo: Photo) -> bool:
         """Say whether the width:height of ``photo`` is far from that of every normal photograph."""
-        aspects = {normal.aspect for normal in self._compared}
+        aspects = {normal.size[0] / normal.size[1] for normal in self._compared}
         return all(abs(math.log(photo.aspect / other)) > SHAPE_TOLERANCE for other in aspects)
 
 
@@ -407,6 +442,17 @@ def _detector(extractor: ADExtractor, options: Options, pool: int) -> FeatureNor
         return FeatureNorm(extractor)
     # Leave-one-out must use as many references as a new image has, or one fewer if there are not enough.
     return AlignedFeatureNorm(extractor, AlignedFeatureNormConfig(shots=options.shots))
+
+
+def finest_grid(detector: Detector) -> tuple[int, int]:
+    """Number of columns and rows of the finest features of a detector's input."""
+    while detector.members:
+        detector = detector.members[0]
+    extract = detector.extract
+    encode = extract.encode if isinstance(extract, ADExtractor) else extract
+    with torch.no_grad():
+        levels = encode(fixed_picture(detector.side, device_of(extract)))
+    return max((level.shape[3], level.shape[2]) for level in levels)
 
 
 def _score_is(detector: FeatureNorm | Tiled) -> str:

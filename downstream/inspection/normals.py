@@ -23,6 +23,7 @@ from downstream.detectors.featurenorm import FeatureNorm
 from downstream.detectors.tiled import Tiled
 from downstream.inspection import Options
 from downstream.inspection.photos import Photo, PhotoReader, Unreadable, printable, without_blank, without_copies
+from downstream.regions import least_cells, peak_of
 from downstream.terminal import no_progress
 
 Map = NDArray[np.floating]
@@ -118,14 +119,14 @@ def set_references(extractor: ADExtractor, paths: Sequence[Path], shots: int, re
 class Normal:
     """What an inspector keeps of a normal photograph.
 
-    Its ``score``, and the median (``low``) and the highest value (``peak``) of its map, are those that a new photograph
-    would have: against the other references if it is one. None if there is no other reference.
+    Its ``score``, and the median (``low``) and the `peak_of` its map, are those that a new photograph would have:
+    against the other references if it is one. None if there is no other reference.
     """
 
     name: str
     digest: str
     appearance: tuple[float, ...]
-    aspect: float
+    size: tuple[int, int]  # width, height
     contrast: float
     brightest: int
     reference: bool
@@ -134,29 +135,38 @@ class Normal:
     peak: float | None = None
 
     @classmethod
-    def of(cls, photo: Photo, reference: bool, score: float | None = None, map_HW: Map | None = None) -> Normal:
-        """Describe a photograph, with its score and map if it has them."""
-        low, peak = (None, None) if map_HW is None else (float(np.nanmedian(map_HW)), float(np.nanmax(map_HW)))
-        name = printable(photo.path.name)
-        numbers = tuple(photo.appearance.tolist())
+    def of(
+        cls,
+        photo: Photo,
+        reference: bool,
+        score: float | None = None,
+        map_HW: Map | None = None,
+        least_area: float = 0.0,
+    ) -> Normal:
+        """Describe a photograph, with its score and map if it has them; ``least_area`` is that of its regions."""
+        low = peak = None
+        if map_HW is not None:
+            low = float(np.nanmedian(map_HW))
+            peak = peak_of(map_HW, least_cells(least_area, map_HW.shape, photo.size, photo.seen))
+        name, numbers = printable(photo.path.name), tuple(photo.appearance.tolist())
         return cls(
-            name, photo.digest, numbers, photo.aspect, photo.contrast, photo.brightest, reference, score, low, peak
+            name, photo.digest, numbers, photo.size, photo.contrast, photo.brightest, reference, score, low, peak
         )
 
 
 def fit_references(
-    detector: FeatureNorm | Tiled, photos: Sequence[Photo], device: torch.device, batch_size: int
+    detector: FeatureNorm | Tiled, photos: Sequence[Photo], device: torch.device, options: Options
 ) -> list[Normal]:
     """Fit a detector on references, and score each of them against the others."""
     if isinstance(detector, Tiled):
         detector.fit([photo.whole[None] for photo in photos])
     else:
-        detector.fit(torch.stack([photo.pixels for photo in photos]).to(device).split(batch_size))
+        detector.fit(torch.stack([photo.pixels for photo in photos]).to(device).split(options.batch_size))
     if len(photos) < 2:
         return [Normal.of(photo, True) for photo in photos]
     found = detector.leave_one_out()
     rows = zip(photos, as_numpy(found.scores), found.maps.cpu().numpy(), strict=True)
-    return [Normal.of(photo, True, float(score), map_HW) for photo, score, map_HW in rows]
+    return [Normal.of(photo, True, float(score), map_HW, options.least_area) for photo, score, map_HW in rows]
 
 
 @dataclass
@@ -182,6 +192,7 @@ def score_normals(
     contrast: float,
     progress: Progress,
     known: dict[str, str],
+    least_area: float,
 ) -> Calibrating:
     """Score normal photographs that are not references. Copies of one another, and of photographs whose digests are
     in ``known``, are left out; the digests of the others are added to ``known``."""
@@ -195,7 +206,7 @@ def score_normals(
             if isinstance(predicted, str):
                 found.unreadable.append(Unreadable(photo.path, predicted))
             else:
-                found.normals.append(Normal.of(photo, False, *predicted))
+                found.normals.append(Normal.of(photo, False, *predicted, least_area))
         done += len(read)
         progress("calibrating", done, len(paths))
     return found

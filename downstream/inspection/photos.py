@@ -26,6 +26,7 @@ from adpretrain.data.samples import IMAGE_SUFFIXES, is_image
 from adpretrain.photographs import FORMATS, find_full_scale, page_count, read_image
 from adpretrain.preprocess import Preprocess
 from downstream.appearance import appearance
+from downstream.regions import Box
 from downstream.visualise import shown_region
 
 PAGED_SUFFIXES = (".gif", ".png", ".tif", ".tiff", ".webp")
@@ -163,6 +164,7 @@ class Photo:
     brightest: int  # highest pixel value, 0 to 255
     saturated: bool  # whether the file has values above the full scale
     size: tuple[int, int]  # width and height of the file in pixels
+    seen: Box  # the part of the file that the network sees: left, top, right, bottom
     image: Image.Image | None = None  # the whole RGB photograph, kept if it will be cut into tiles
 
     @property
@@ -255,6 +257,7 @@ def prepare_photo(path: Path, photo: Image.Image, preprocess: Preprocess, tiled:
         int(pixels.max()),
         photo.info.get("saturated") is True,
         photo.size,
+        preprocess.seen(photo.size),
         photo if tiled else None,
     )
 

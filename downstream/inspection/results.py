@@ -14,7 +14,7 @@ from adpretrain.files import atomic_path
 from downstream.inspection.photos import printable
 
 ANOMALOUS, NORMAL, UNDECIDED, UNREADABLE = "anomalous", "normal", "undecided", "unreadable"
-COLUMNS = ("path", "score", "p_value", "verdict", "unlike", "unlike_p_value", "measure", "reason")
+COLUMNS = ("path", "score", "p_value", "verdict", "unlike", "unlike_p_value", "measure", "reason", "regions")
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Result:
     unlike: float | None = None  # how far the image as a whole is from the normals, see downstream.appearance
     unlike_p_value: float | None = None
     measure: str = ""  # the measure (such as brightness) in which it is farthest from them
+    regions: int | None = None  # number of regions of its map above the pixel limit
 
     @property
     def judgement(self) -> str:

@@ -23,6 +23,7 @@ from typing_extensions import Self
 from adpretrain import __version__
 from adpretrain.saved import CONFIG_NAME, WEIGHTS_NAME
 from downstream.inspection import Options
+from downstream.inspection.findings import Finding, finding_from
 from downstream.inspection.photos import file_and_page, relative_name
 from downstream.inspection.results import Result
 from downstream.visualise import ColourScale
@@ -74,12 +75,14 @@ def stamp(root: Path, path: Path) -> Stamp:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """A scored batch: its results, how many images have another shape than the normal photographs, and how many have
-    values above the full scale."""
+    """A scored batch: its results, how many images have another shape than the normal photographs, how many have values
+    above the full scale, width and height of each, and the regions found."""
 
     results: tuple[Result, ...]
     odd_shapes: int = 0
     saturated: int = 0
+    sizes: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    findings: tuple[Finding, ...] = ()
 
 
 class Record:
@@ -110,7 +113,10 @@ class Record:
                     self._scale = images, ColourScale(*map(float, line["scale"]))
                 else:
                     results = tuple(map(_result, line["results"]))
-                    self._batches[images] = Batch(results, int(line["odd_shapes"]), int(line["saturated"]))
+                    sizes = {str(path): (int(width), int(height)) for path, (width, height) in line["sizes"].items()}
+                    findings = tuple(map(finding_from, line["findings"]))
+                    numbers = int(line["odd_shapes"]), int(line["saturated"])
+                    self._batches[images] = Batch(results, *numbers, sizes, findings)
         except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"cannot read {self.path} ({error}): leave out --resume to start anew") from error
         return whole
@@ -166,10 +172,7 @@ class Record:
 
     def add(self, images: Sequence[Stamp], batch: Batch) -> None:
         """Record a batch whose heatmaps are written."""
-        results = [dataclasses.asdict(result) for result in batch.results]
-        self._write(
-            {"images": images, "results": results, "odd_shapes": batch.odd_shapes, "saturated": batch.saturated}
-        )
+        self._write({"images": images, **dataclasses.asdict(batch)})
 
     def scale(self, images: Sequence[Stamp]) -> ColourScale | None:
         """Return the recorded colour scale, or None; it was fixed by a sample of the images.
@@ -199,7 +202,8 @@ def _result(entry: Mapping[str, Any]) -> Result:
     score, p_value, unlike, unlike_p_value = (None if entry[key] is None else float(entry[key]) for key in numbers)
     heatmap = None if entry["heatmap"] is None else str(entry["heatmap"])
     path, verdict, reason, measure = (str(entry[key]) for key in ("path", "verdict", "reason", "measure"))
-    return Result(path, score, p_value, verdict, heatmap, reason, unlike, unlike_p_value, measure)
+    regions = None if entry["regions"] is None else int(entry["regions"])
+    return Result(path, score, p_value, verdict, heatmap, reason, unlike, unlike_p_value, measure, regions)
 
 
 def _change(key: str, earlier: Any, now: Any) -> str:

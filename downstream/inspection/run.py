@@ -8,6 +8,7 @@ heatmaps of different runs with the same references comparable.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -28,6 +29,7 @@ from adpretrain.files import atomic_path, sweep
 from adpretrain.progress import Progress
 from downstream.calibration import Calibration, percent
 from downstream.inspection import DEFAULTS, Options
+from downstream.inspection.findings import Finding, findings_of, write_findings, write_map, write_mask
 from downstream.inspection.inspector import Inspector, Scored, shape_note
 from downstream.inspection.normals import Map, predict_photos
 from downstream.inspection.photos import (
@@ -50,6 +52,7 @@ from downstream.inspection.results import (
     write_scores,
 )
 from downstream.inspection.resume import PART, Batch, Record, Stamp, settings_of, stamp
+from downstream.regions import Region
 from downstream.saved import locate_model
 from downstream.terminal import no_progress
 from downstream.visualise import ColourScale, panel, save_png
@@ -57,7 +60,7 @@ from downstream.visualise import ColourScale, panel, save_png
 # `Inspection.exit_code` chooses between them; --help explains them.
 EXIT_FINE, EXIT_ANOMALY, EXIT_USAGE, EXIT_INCOMPLETE = 0, 1, 2, 3
 SCALE_SAMPLE = 64  # images that fix the colour scale if the normals cannot
-SUMMARY, HEATMAPS = "summary.json", "heatmaps"  # in the output folder
+SUMMARY, HEATMAPS, MASKS, MAPS = "summary.json", "heatmaps", "masks", "maps"  # in the output folder
 
 
 @dataclass(frozen=True)
@@ -183,11 +186,12 @@ def _make_writable(out: Path) -> None:
         probe.touch()
     (out / "scores.csv.check").unlink()
     sweep(out)
-    sweep(out / HEATMAPS)
+    for folder in (HEATMAPS, MASKS, MAPS):
+        sweep(out / folder)
 
 
 def _remove_earlier_heatmaps(out: Path) -> None:
-    """Delete the heatmaps listed by an earlier run, so that none remains whose image is gone.
+    """Delete the heatmaps, masks and maps of an earlier run, so that none remains whose image is gone.
 
     Only files that this toolkit wrote are deleted; a list that cannot be read is ignored.
     """
@@ -196,6 +200,8 @@ def _remove_earlier_heatmaps(out: Path) -> None:
             listed = re.findall(rf'"heatmap": "({HEATMAPS}/[A-Za-z0-9._-]+\.png)"', (out / name).read_text("latin-1"))
             for heatmap in listed:
                 (out / heatmap).unlink(missing_ok=True)
+                (out / heatmap.replace(HEATMAPS, MASKS, 1)).unlink(missing_ok=True)
+                (out / heatmap.replace(HEATMAPS, MAPS, 1)).with_suffix(".tif").unlink(missing_ok=True)
 
 
 def score_images(
@@ -223,16 +229,20 @@ def score_images(
         )
     to_read = [path for span, batch in zip(spans, earlier, strict=True) if batch is None for path in paths[span]]
     read = inspector.reader.batches(to_read)
-    results, odd_shapes, saturated = list[Result](), 0, 0
+    results, findings, sizes = list[Result](), list[Finding](), dict[str, tuple[int, int]]()
+    odd_shapes = saturated = 0
     progress("scoring", 0, len(paths))
     for span, batch in zip(spans, earlier, strict=True):
         if batch is None:
             batch = _score_batch(inspector, root, next(read), names, record.folder, scale)
             record.add(images[span], batch)
         results += batch.results
+        findings += batch.findings
+        sizes |= batch.sizes
         odd_shapes += batch.odd_shapes
         saturated += batch.saturated
         progress("scoring", len(results), len(paths))
+    write_findings(record.folder, sizes, findings)
     return results, [
         *shape_note(odd_shapes, len(paths)),
         *_saturation_note(saturated, len(paths), inspector.reader.full_scale),
@@ -248,26 +258,45 @@ def _score_batch(
     scale: ColourScale,
 ) -> Batch:
     """Score and draw a batch; `names` holds the paths of the heatmaps, relative to `out`."""
-    results, drawn = list[Result](), list[tuple[Scored, Result]]()
+    results, drawn = list[Result](), list[tuple[Scored, Result, list[Region]]]()
     for before, item in zip(read, inspector.score(read), strict=True):
         name, heatmap = relative_name(root, before.path), names[before.path]
         if isinstance(item, Unreadable):
             results.append(Result(name, None, None, UNREADABLE, reason=item.reason))
             (out / heatmap).unlink(missing_ok=True)  # an interrupted run may have written one
         else:
-            results.append(inspector.judge(name, item, heatmap))
-            drawn.append((item, results[-1]))
+            regions = inspector.regions(item)
+            results.append(dataclasses.replace(inspector.judge(name, item, heatmap), regions=len(regions)))
+            drawn.append((item, results[-1], regions))
 
-    def draw(made: tuple[Scored, Result]) -> None:
-        scored, result = made
+    def draw(made: tuple[Scored, Result, list[Region]]) -> None:
+        scored, result, regions = made
+        photo, picture = scored.photo, names[scored.photo.path]
         p_value = "" if result.p_value is None else f", p {result.p_value:.3g}"
         title = f"{printable(result.path)}: {result.judgement}, score {result.score:.4g}{p_value}"
-        save_png(panel(scored.photo.shown, scored.map_HW, scale, title=title), out / names[scored.photo.path])
+        drawing = panel(photo.shown, scored.map_HW, scale, title=title, regions=regions, seen=photo.seen)
+        save_png(drawing, out / picture)
+        mask = out / picture.replace(HEATMAPS, MASKS, 1)
+        mask.unlink(missing_ok=True)
+        if regions:
+            write_mask(mask, regions, photo.size)
+        if inspector.options.maps:
+            write_map((out / picture.replace(HEATMAPS, MAPS, 1)).with_suffix(".tif"), scored.map_HW)
 
     with ThreadPoolExecutor() as pool:  # compressing PNGs takes longer than scoring, and releases Python's lock
         list(pool.map(draw, drawn))
-    odd_shapes = sum(inspector.has_odd_shape(scored.photo) for scored, _ in drawn)
-    return Batch(tuple(results), odd_shapes, sum(scored.photo.saturated for scored, _ in drawn))
+    photos = {result.path: scored.photo for scored, result, _ in drawn}
+    return Batch(
+        tuple(results),
+        sum(map(inspector.has_odd_shape, photos.values())),
+        sum(photo.saturated for photo in photos.values()),
+        {path: photo.size for path, photo in photos.items()},
+        tuple(
+            finding
+            for scored, result, regions in drawn
+            for finding in findings_of(result.path, regions, scored.photo.size)
+        ),
+    )
 
 
 def _scale_of_sample(
@@ -358,10 +387,20 @@ def _summary(inspector: Inspector, results: Sequence[Result], warnings: Sequence
         "false_alarm_rate_upper_95": promised.rate_upper if promised else None,
         "calibration_scores": list(calibration.scores) if calibration else [],
         "calibration_unlike": list(calibration.unlike) if calibration else [],
+        "pixel_limit": inspector.pixel_limit,
+        "pixels_per_cell": [round(side, 2) for side in inspector.cell],
+        "regions": sum(result.regions or 0 for result in results),
         "full_scale": inspector.reader.full_scale,
         "counts": counted(results),
         "warnings": [printable(warning) for warning in warnings],
-        "files": {"scores": "scores.csv", "report": "report.html", "heatmaps": HEATMAPS},
+        "files": {
+            "scores": "scores.csv",
+            "report": "report.html",
+            "heatmaps": HEATMAPS,
+            "regions": "regions.csv",
+            "coco": "regions.json",
+            "masks": MASKS,
+        },
         "images": [as_dict(result) for result in results],
         "library_version": __version__,
     }
@@ -387,8 +426,23 @@ def _facts(inspector: Inspector, results: Sequence[Result]) -> list[Fact]:
         Fact("Threshold", threshold, origin if inspector.threshold is not None else "one reference cannot give one"),
         Fact("Unlike the normals", limit, "brightness, contrast, colour, sharpness, layout; in units of their spread"),
         _rate_fact(calibration if options.threshold is None else None, options.false_alarm_rate),
+        _region_fact(inspector, results),
+        Fact(
+            "Detail",
+            "{:.0f} x {:.0f} px".format(*inspector.cell),
+            "of a photograph in one cell of the finest features; much smaller marks are not seen",
+        ),
         Fact("Normal photographs", str(inspector.references or calibrated), used),
     ]
+
+
+def _region_fact(inspector: Inspector, results: Sequence[Result]) -> Fact:
+    count, limit = sum(result.regions or 0 for result in results), inspector.pixel_limit
+    if limit is None:
+        return Fact("Regions", "none", "one normal photograph gives no limit for map values")
+    rate = percent(inspector.calibration.rate if inspector.calibration else inspector.options.false_alarm_rate)
+    note = f"where the map exceeds {limit:.4g}, as in {rate} of normal photographs at most; listed in regions.csv"
+    return Fact("Regions", str(count), note)
 
 
 def _rate_fact(calibration: Calibration | None, asked: float) -> Fact:

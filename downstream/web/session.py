@@ -168,6 +168,7 @@ class Scored:
 
     shots: tuple[Shot, ...]
     normal_scores: tuple[float, ...]  # leave-one-out scores; empty if there is only one good photograph
+    normal_peaks: tuple[float, ...]  # the highest values of their maps
     normal_unlike: tuple[float, ...]  # how far these photographs are from each other, see downstream.appearance
     references: int
     scale: ColourScale
@@ -231,6 +232,7 @@ def score_uploads(
         shots=tuple(shots),
         normal_scores=inspector.calibration.scores if inspector.calibration else (),
         normal_unlike=inspector.calibration.unlike if inspector.calibration else (),
+        normal_peaks=tuple(normal.peak for normal in inspector.normals if normal.peak is not None),
         references=inspector.references,
         scale=inspector.scale or ColourScale.from_typical_map(maps),
         notes=(*inspector.notes, *shape_note(odd, len(new))),
@@ -251,7 +253,7 @@ def verdicts(scored: Scored, rate: float) -> Verdicts:
     return Verdicts(
         results=tuple(results),
         calibration=calibration,
-        scale=scored.scale.with_limit(threshold),
+        scale=scored.scale.with_limit(calibrate(scored.normal_peaks, rate).threshold if calibration else None),
         warnings=(*(calibration.warnings if calibration else (SINGLE,)), *scored.notes),
     )
 
