@@ -37,9 +37,9 @@ parts in a row after 60 good ones are told in 3 % of lives, eight in a row in 55
 
 *What was measured* (20 normals, 60 goods, then scores higher by d standard deviations; 10, 50 and 90 % of the delays):
 d = 1: 16, 35, 84; d = 2: 9, 12, 16; d = 4: 7, 9, 9 photographs. Without any change, 0.5 to 0.7 % of 10,000 lives of 300
-photographs had a warning (4 to 100 normals). Median delays of other bets, with one martingale for both directions, where
-ours are 32, 11, 8: linear 35, 19, 17; powers without a floor 48, 13, 8, but five bad parts in a row warn in 13 %; Simple
-Jumper 42, 24, 21; Shiryaev-Roberts, with the weaker promise of 1 % within 10,000 photographs, 51, 14, 10.
+photographs had a warning (4 to 100 normals). Median delays of other bets, as one martingale for both directions (there,
+ours are 32, 11, 8): linear 35, 19, 17; powers without a floor 48, 13, 8, but five bad parts in a row warn in 13 %; the
+Simple Jumper 42, 24, 21; Shiryaev-Roberts, with the weaker promise of 1 % within 10,000 photographs, 51, 14, 10.
 
 *What cannot be found.* A change is found if it is large compared with how much good photographs differ. 15 % more light
 on bottles under one lamp (brightness varies by 1 %) is found after 10 photographs, but not within 60 on Magnetic Tiles,
@@ -254,8 +254,7 @@ def plot(watch: Watch, width: int = 1000, height: int = 180) -> str:
         parts += [
             f'<line class="since" x1="{place:.1f}" x2="{place:.1f}" y1="0" y2="{height}" '
             'style="stroke:var(--bad,#c0301c);stroke-width:2"/>',
-            f'<text x="{place + room:.1f}" y="-4" text-anchor="{end}" {text}>'
-            f"since about photograph {since + 1}</text>",
+            f'<text x="{place + room:.1f}" y="-4" text-anchor="{end}" {text}>since about photograph {since + 1}</text>',
         ]
     return "\n".join([*parts, "</svg>"])
 
