@@ -63,13 +63,15 @@ def write_report(
     warnings: Sequence[str] = (),
     threshold: float | None = None,
     normal_scores: Sequence[float] = (),
+    evidence: str = "",
     footer: str = "",
     budget: int = BUDGET,
 ) -> None:
     """Write the page to `path`, beside the results' heatmaps. All texts are plain text and are escaped here.
 
-    `normal_scores` are marked in the histogram. The pictures of the highest scores are inlined until about `budget`
-    bytes are used, so that the page fits into memory, however many results there are.
+    `normal_scores` are marked in the histogram. `evidence` is the plot of a `Watch`, an SVG that is put in as it is.
+    The pictures of the highest scores are inlined until about `budget` bytes are used, so that the page fits into
+    memory, however many results there are.
     """
     counts = counted(results)
     pictures = _inlined(path.parent, results, budget)
@@ -85,6 +87,7 @@ def write_report(
         counts=counts,
         scored=counts[ANOMALOUS] + counts[NORMAL] + counts[UNDECIDED],
         plot=_histogram(results, threshold, normal_scores),
+        evidence=evidence,
         results=results,
         pictures=pictures,
         ramp=",".join(to_hex(colormaps[COLORMAP](at)) for at in np.linspace(0, 1, 9)),

@@ -28,6 +28,7 @@ from adpretrain.extractor import ADExtractor
 from adpretrain.files import atomic_path, sweep
 from adpretrain.progress import Progress
 from downstream.calibration import Calibration, percent
+from downstream.exchangeability import Watch, plot
 from downstream.inspection import DEFAULTS, Options
 from downstream.inspection.findings import Finding, findings_of, write_findings, write_map, write_mask
 from downstream.inspection.inspector import Inspector, Scored, shape_note
@@ -147,18 +148,25 @@ def score_folder(
     with record:
         results, more_warnings = score_images(inspector, images, paths, record, progress)
     warnings = [*inspector.warnings, *more_warnings, *_copies_note(results), *foreign]
-    drift = _drift_note(inspector, results)
+    watch = _watch(inspector, results)
+    drift = [*_drift_note(inspector, results), *_change_note(watch, results)]
     summary: dict[str, Any] = {kind: printable(name), "normal": printable(normal), "images_folder": printable(images)}
     summary |= _summary(inspector, results, [*drift, *warnings]) | {"more_alarms_than_promised": bool(drift)}
     summary["seconds"] = round(time.perf_counter() - started, 3)
     about = Fact(kind.capitalize(), printable(name), inspector.description)
-    _write(out, inspector, results, summary, about, f"Inspection of {images.resolve().name}")
+    _write(out, inspector, results, summary, about, f"Inspection of {images.resolve().name}", watch)
     record.finish()
     return Inspection(results, summary, out)
 
 
 def _write(
-    out: Path, inspector: Inspector, results: Sequence[Result], summary: Mapping[str, Any], about: Fact, title: str
+    out: Path,
+    inspector: Inspector,
+    results: Sequence[Result],
+    summary: Mapping[str, Any],
+    about: Fact,
+    title: str,
+    watch: Watch | None,
 ) -> None:
     """Write scores, report and, last, the summary, which marks a complete run."""
     write_scores(out / "scores.csv", results)
@@ -170,6 +178,7 @@ def _write(
         facts=[*_facts(inspector, results), about],
         warnings=summary["warnings"],
         threshold=inspector.threshold,
+        evidence=plot(watch) if watch is not None and len(watch) else "",
         normal_scores=inspector.calibration.scores if inspector.calibration else (),
         footer=f"Made by adpretrain {__version__} on {time.strftime('%Y-%m-%d %H:%M')}. All numbers are in scores.csv.",
     )
@@ -363,6 +372,34 @@ def _drift_note(inspector: Inspector, results: Sequence[Result]) -> list[str]:
         "has changed since the normal photographs were taken. Look at the alarms; if they are good, add some of them "
         "to the normal photographs."
     ]
+
+
+def _watched(results: Sequence[Result]) -> list[Result]:
+    """The results that count in the watch: those that are compared with the normals, in the order of their names."""
+    return [result for result in results if result.verdict in (ANOMALOUS, NORMAL)]
+
+
+def _watch(inspector: Inspector, results: Sequence[Result]) -> Watch | None:
+    """Test whether the photographs, in the order of their names, look like the normals; None without calibration."""
+    calibration = inspector.calibration
+    if calibration is None:
+        return None
+    if not calibration.unlike:
+        watch, numbers = Watch(calibration.scores), [[result.score] for result in _watched(results)]
+    else:
+        normals = list(zip(calibration.scores, calibration.unlike, strict=True))
+        watch = Watch(normals, measures=("score", "unlike value"))
+        numbers = [[result.score, result.unlike] for result in _watched(results)]
+    if numbers:
+        watch.update(numbers)
+    return watch
+
+
+def _change_note(watch: Watch | None, results: Sequence[Result]) -> list[str]:
+    if watch is None or watch.warning is None:
+        return []
+    paths = [printable(result.path) for result in _watched(results)]
+    return [watch.warning.in_words(paths[watch.warning.since], paths[watch.warning.at])]
 
 
 def _saturation_note(saturated: int, total: int, full_scale: float | None) -> list[str]:
