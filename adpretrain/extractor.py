@@ -142,7 +142,7 @@ class ADExtractor(nn.Module):
             )
         if bank.metric == self.config.matching and bank.local_scale is self.local_scale:
             return bank
-        return ReferenceBank(bank.levels, bank.grids, self.config.matching, self.local_scale)
+        return ReferenceBank(bank.levels, bank.grids, self.config.matching, self.local_scale, bank.inside)
 
     def _apply(self, fn: Any, recurse: bool = True) -> ADExtractor:
         super()._apply(fn, recurse)
@@ -178,12 +178,11 @@ class ADExtractor(nn.Module):
         return self.from_encoded(self.encode(images), bank)
 
     @torch.no_grad()
-    def leave_one_out(self, images: Tensor) -> FeatureMaps:
-        """The features of each of K normal photographs [K, 3, S, S] with the other K - 1 as references: L levels
-        [K, C_l, H_l, W_l]. Those of `set_references` are neither used nor changed. Raises ValueError if K < 2."""
-        bank = self.encode_references(images)
-        if self.config.matching == "none":
-            return self(images)
+    def leave_one_out(self, images: Tensor | ReferenceBank) -> FeatureMaps:
+        """The features of each of K normal photographs [K, 3, S, S], or of a bank of them, with the other K - 1 as
+        references: L levels [K, C_l, H_l, W_l]. Those of `set_references` are neither used nor changed. Raises
+        ValueError if K < 2."""
+        bank = self._adopted(self.encode_references(images) if isinstance(images, Tensor) else images)
         residuals = bank.leave_one_out()
         if self.projector is None or not self.projector.needs_reference_residuals:
             return self.project(residuals, bank)
