@@ -143,7 +143,7 @@ class ADExtractor(nn.Module):
             )
         if bank.metric == self.config.matching and bank.local_scale is self.local_scale:
             return bank
-        return ReferenceBank(bank.levels, bank.grids, self.config.matching, self.local_scale)
+        return ReferenceBank(bank.levels, bank.grids, self.config.matching, self.local_scale, bank.inside)
 
     def _apply(self, fn: Any, recurse: bool = True) -> ADExtractor:
         super()._apply(fn, recurse)
@@ -179,15 +179,14 @@ class ADExtractor(nn.Module):
         return self.from_encoded(self.encode(images), bank)
 
     @torch.no_grad()
-    def leave_one_out(self, images: Tensor | None = None) -> FeatureMaps:
-        """The features of each of K normal photographs [K, 3, S, S] with the other K - 1 as references: L levels
-        [K, C_l, H_l, W_l]. By default the K photographs are those of `set_references`; otherwise these are neither used
-        nor changed. Raises ValueError if K < 2, or if there are no photographs."""
-        bank = self._references if images is None else self.encode_references(images)
-        if bank is None:
+    def leave_one_out(self, images: Tensor | ReferenceBank | None = None) -> FeatureMaps:
+        """The features of each of K normal photographs [K, 3, S, S], or of a bank of them, with the other K - 1 as
+        references: L levels [K, C_l, H_l, W_l]. By default the K photographs are those of `set_references`; otherwise
+        these are neither used nor changed. Raises ValueError if K < 2, or if there are no photographs."""
+        given = self._references if images is None else images
+        if given is None:
             raise ValueError("no references to leave out: call set_references(normal_images) first, or give images")
-        if self.config.matching == "none":
-            return self.project(bank.photographs(), bank)
+        bank = self._adopted(self.encode_references(given) if isinstance(given, Tensor) else given)
         residuals = bank.leave_one_out()
         if self.projector is None or not self.projector.needs_reference_residuals:
             return self.project(residuals, bank)

@@ -45,17 +45,27 @@ class LocalScale(nn.Module):
         self.single: Tensor
         self.register_buffer("single", torch.ones(levels))
 
-    def smoothed(self, norms_RN: Tensor, height: int, width: int) -> Tensor:
-        """Leave-one-out residual norms of whole photographs -> the divisors of residuals [R, N]."""
-        maps = norms_RN.view(-1, 1, height, width)
-        around = F.avg_pool2d(F.pad(maps, (1, 1, 1, 1), mode="replicate"), 3, stride=1).view_as(norms_RN)
-        mixed = torch.lerp(norms_RN.mean(1, keepdim=True), around, self.config.share)
-        return mixed.clamp_min(EPS)
+    def smoothed(self, norms_RN: Tensor, height: int, width: int, inside_N: Tensor | None = None) -> Tensor:
+        """Leave-one-out residual norms of whole photographs -> the divisors of residuals [R, N]. Both means are those
+        of the tokens inside (None = all); a divisor of a token outside is meaningless."""
+        if inside_N is None:
+            around, mean = _neighbourhoods(norms_RN, height, width), norms_RN.mean(1, keepdim=True)
+        else:
+            inside_1N = inside_N.to(norms_RN.dtype)[None]
+            share = _neighbourhoods(inside_1N, height, width).clamp_min(EPS)
+            around = _neighbourhoods(norms_RN * inside_1N, height, width) / share
+            mean = norms_RN[:, inside_N].mean(1, keepdim=True)
+        return torch.lerp(mean, around, self.config.share).clamp_min(EPS)
 
     def scales(
-        self, references: Sequence[Tensor], grids: Sequence[tuple[int, int]], metric: str = "l2"
+        self,
+        references: Sequence[Tensor],
+        grids: Sequence[tuple[int, int]],
+        metric: str = "l2",
+        inside: Sequence[Tensor] | None = None,
     ) -> list[Tensor]:
         """The divisor of every reference token, L levels [R, N_l], for feature maps of H_l x W_l = ``grids`` tokens.
+        ``inside``: which tokens of the references count, L levels [N_l].
 
         Raises ValueError if a bank is not a whole number of photographs.
         """
@@ -63,8 +73,9 @@ class LocalScale(nn.Module):
         for level, (bank_RNC, (height, width)) in enumerate(zip(references, grids, strict=True)):
             images = bank_RNC.shape[1] // (height * width)
             ratio = self.single[level] if images == 1 else 1.0
-            norms = torch.stack([leave_one_out_residuals(bank, images, metric).norm(dim=1) for bank in bank_RNC])
-            out.append(self.smoothed(norms * ratio, height, width))
+            mask = None if inside is None else inside[level]
+            norms = torch.stack([leave_one_out_residuals(bank, images, metric, mask).norm(dim=1) for bank in bank_RNC])
+            out.append(self.smoothed(norms * ratio, height, width, mask))
         return out
 
     def weighted(self, features: FeatureMaps) -> FeatureMaps:
@@ -86,3 +97,9 @@ class LocalScale(nn.Module):
             ratios.append(torch.stack(between) / torch.stack(within).clamp_min(EPS))
         self.single.copy_(torch.stack(ratios).mean(0))
         return self
+
+
+def _neighbourhoods(norms_RN: Tensor, height: int, width: int) -> Tensor:
+    """The mean of the 3 x 3 tokens around each: [R, N]."""
+    maps = norms_RN.view(-1, 1, height, width)
+    return F.avg_pool2d(F.pad(maps, (1, 1, 1, 1), mode="replicate"), 3, stride=1).view_as(norms_RN)

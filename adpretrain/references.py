@@ -41,7 +41,9 @@ class ReferenceBank:
     ``levels``: L tensors [R, K * T_l, C_l], the tokens of a photograph together and in order. Bank r belongs to B / R
     consecutive images of a batch: R = 1 is one bank for all, R = B one for each image. ``grids``: (H_l, W_l) of
     each level. ``metric`` finds the nearest reference, and ``local_scale`` scales residuals. Scales, search indices and
-    attention context are computed when they are first needed, and kept.
+    attention context are computed when they are first needed, and kept. ``inside``: which tokens of a single bank are
+    within the region of interest, L levels of bools [N_l], every photograph having some; the others are never matched
+    and count for nothing. None = all.
 
     Raises ValueError if a level is not a whole number of photographs.
     """
@@ -52,8 +54,10 @@ class ReferenceBank:
         grids: Sequence[tuple[int, int]],
         metric: str = "l2",
         local_scale: LocalScale | None = None,
+        inside: Sequence[Tensor] | None = None,
     ) -> None:
         self.levels, self.grids, self.metric, self.local_scale = list(levels), list(grids), metric, local_scale
+        self.inside = None if inside is None else list(inside)
         if len(self.levels) != len(self.grids):
             raise ValueError(f"{len(self.levels)} levels of references, but grids of {len(self.grids)} levels")
         for level, (height, width) in zip(self.levels, self.grids, strict=True):
@@ -86,20 +90,30 @@ class ReferenceBank:
     @cached_property
     def scales(self) -> list[Tensor] | None:
         """The divisors of the residuals, L levels [R, N_l]; None without a local scale."""
-        return None if self.local_scale is None else self.local_scale.scales(self.levels, self.grids, self.metric)
+        if self.local_scale is None:
+            return None
+        return self.local_scale.scales(self.levels, self.grids, self.metric, self.inside)
 
     @cached_property
     def indices(self) -> list[SearchIndex] | None:
         """The `search_index` of every level; None if there is more than one bank."""
-        return [search_index(level[0], self.metric) for level in self.levels] if self.banks == 1 else None
+        if self.banks != 1:
+            return None
+        levels = zip(self.levels, self._masks, strict=True)
+        return [search_index(level[0], self.metric, inside_N=inside) for level, inside in levels]
+
+    @property
+    def _masks(self) -> Sequence[Tensor | None]:
+        return [None] * len(self.levels) if self.inside is None else self.inside
 
     @cached_property
     def context(self) -> list[Tensor]:
-        """The references' (scaled) residuals among themselves, for cross attention: L levels [R, N_l, C_l]."""
+        """The references' (scaled) residuals among themselves, inside, for cross attention: L levels [R, N_l, C_l]."""
         out = []
-        for level, bank_RNC in enumerate(self.levels):
-            context = torch.stack([leave_one_out_residuals(bank, self.shots, self.metric) for bank in bank_RNC])
-            out.append(context if self.scales is None else context / self.scales[level][..., None])
+        for level, (bank_RNC, inside) in enumerate(zip(self.levels, self._masks, strict=True)):
+            context = torch.stack([leave_one_out_residuals(bank, self.shots, self.metric, inside) for bank in bank_RNC])
+            context = context if self.scales is None else context / self.scales[level][..., None]
+            out.append(context if inside is None else context[:, inside])
         return out
 
     def residuals(self, features: FeatureMaps) -> FeatureMaps:
@@ -132,7 +146,13 @@ class ReferenceBank:
         """The bank without these photographs. Raises ValueError if none remain."""
         kept = [image for image in range(self.shots) if image not in images]
         levels = [level.unflatten(1, (self.shots, -1))[:, kept].flatten(1, 2) for level in self.levels]
-        return ReferenceBank(levels, self.grids, self.metric, self.local_scale)
+        inside = self.inside and [mask.unflatten(0, (self.shots, -1))[kept].flatten() for mask in self.inside]
+        return ReferenceBank(levels, self.grids, self.metric, self.local_scale, inside)
+
+    def within(self, inside: Sequence[Tensor]) -> ReferenceBank:
+        """A single bank, of which only the tokens ``inside`` are matched: L levels of bools [N_l]."""
+        assert self.banks == 1
+        return ReferenceBank(self.levels, self.grids, self.metric, self.local_scale, inside)
 
     def leave_one_out(self) -> FeatureMaps:
         """Residuals of each photograph of a shared bank as if it were new, with the other K - 1 as references: L levels
@@ -142,17 +162,19 @@ class ReferenceBank:
         depend on which photograph is left out; here each pair is compared once.
         """
         assert self.banks == 1
-        if self.shots < 2:
+        if self.shots < 2 and self.metric != "none":
             raise ValueError(f"leave-one-out needs at least 2 references, got {self.shots}")
         maps = self.photographs()
+        if self.metric == "none":
+            return maps
         if self.shots == 2:  # the scale of a single reference is measured in another way
             alone = [self.without([i]).residuals([level[i : i + 1] for level in maps]) for i in range(2)]
             return [torch.cat(level) for level in zip(*alone, strict=True)]
-        return [self._left_out(level) for level in maps]
+        return [self._left_out(level, inside) for level, inside in zip(maps, self._masks, strict=True)]
 
-    def _left_out(self, feature_KCHW: Tensor) -> Tensor:
+    def _left_out(self, feature_KCHW: Tensor, inside_N: Tensor | None) -> Tensor:
         shots, _, height, width = feature_KCHW.shape
-        table = LeaveOneOut(tokens(feature_KCHW).flatten(0, 1), shots, self.metric)
+        table = LeaveOneOut(tokens(feature_KCHW).flatten(0, 1), shots, self.metric, inside_N)
         image_N = torch.arange(shots, device=feature_KCHW.device).repeat_interleave(height * width)
         parts = []
         for image in range(shots):
@@ -161,14 +183,16 @@ class ReferenceBank:
                 rest = (image_N != image).nonzero()[:, 0]
                 norms, _ = table.residuals(rest, without=image)
                 scale = torch.empty_like(image_N, dtype=norms.dtype)
-                scale[rest] = self.local_scale.smoothed(norms.norm(dim=1)[None], height, width)[0]
+                mask = None if inside_N is None else inside_N[rest]
+                scale[rest] = self.local_scale.smoothed(norms.norm(dim=1)[None], height, width, mask)[0]
                 residual = residual / scale[matched][:, None]
             parts.append(residual)
         return as_map(torch.stack(parts), feature_KCHW)
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> ReferenceBank:
         """The bank with ``change`` applied to its features, such as a move to a device."""
-        return ReferenceBank([change(level) for level in self.levels], self.grids, self.metric, self.local_scale)
+        inside = self.inside and [change(mask) for mask in self.inside]
+        return ReferenceBank(list(map(change, self.levels)), self.grids, self.metric, self.local_scale, inside)
 
 
 def _check_count(shots: int, pool: int) -> None:
@@ -226,10 +250,20 @@ class AlignedReferences:
     Cosine similarities lie in -1..1; the paper's "cosine distance histogram" must be non-negative to be normalised,
     so a bin is (1 + cosine) / 2.
 
+    ``inside_PHW``: the tokens in the region of interest (bool; None = all). Cells that hold fewer of them than centres
+    give none, and tokens are compared only where both are inside; an image without such a token is infinitely far.
+
     Raises ValueError for an empty pool, `TooFewImages` for a pool with fewer tokens per cell than centres.
     """
 
-    def __init__(self, features_PCHW: Tensor, cells: int = CELLS, centres: int = CENTRES, seed: int = 0) -> None:
+    def __init__(
+        self,
+        features_PCHW: Tensor,
+        cells: int = CELLS,
+        centres: int = CENTRES,
+        seed: int = 0,
+        inside_PHW: Tensor | None = None,
+    ) -> None:
         from sklearn.cluster import KMeans
 
         if features_PCHW.ndim != 4 or features_PCHW.shape[0] == 0:
@@ -246,12 +280,18 @@ class AlignedReferences:
                 f"{images * tokens} tokens per cell cannot form {centres} centres: at least {-(-centres // tokens)} "
                 f"normal images are needed, got {images}"
             )
-        found = [
-            KMeans(centres, n_init=3, random_state=seed)
-            .fit(blocks[:, cell].flatten(0, 1).cpu().numpy())
-            .cluster_centers_
-            for cell in range(blocks.shape[1])
-        ]
+        self.inside = None if inside_PHW is None else self._blocks(inside_PHW[:, None])[..., 0]  # [P, S^2, G]
+        found = []
+        for cell in range(blocks.shape[1]):
+            own = blocks[:, cell].flatten(0, 1) if self.inside is None else blocks[:, cell][self.inside[:, cell]]
+            if len(own) >= centres:
+                kmeans = KMeans(centres, n_init=3, random_state=seed).fit(own.cpu().numpy())
+                found.append(kmeans.cluster_centers_)
+        if not found:
+            raise TooFewImages(
+                f"no cell of a {cells} x {cells} grid holds {centres} tokens of the region of interest of {images} "
+                "normal images: enlarge the region, or give more images"
+            )
         codebook = torch.from_numpy(np.concatenate(found)).to(features_PCHW)
         self.codebook_MC = F.normalize(codebook, dim=1)
         self.histograms = self._histograms(blocks)  # [P, S^2, G, M]
@@ -269,17 +309,35 @@ class AlignedReferences:
         bins = (1 + cosine) / 2 + EPS
         return bins / bins.sum(-1, keepdim=True)
 
-    def distances(self, features_BCHW: Tensor) -> Tensor:
-        """Global alignment distance D_align (Eq. 9) of each query to each pool image: [B, P]; smaller is better."""
+    def distances(self, features_BCHW: Tensor, inside_BHW: Tensor | None = None) -> Tensor:
+        """Global alignment distance D_align (Eq. 9) of each query to each pool image: [B, P]; smaller is better.
+        ``inside_BHW``: the queries' tokens in the region of interest; None = all."""
         query = self._histograms(self._blocks(features_BCHW))
+        inside = None if inside_BHW is None else self._blocks(inside_BHW[:, None])[..., 0]  # [B, S^2, G]
         rows = max(1, CHUNK_BYTES // max(1, self.histograms[0].numel() * self.histograms.element_size()))
         columns = []
-        for pool in self.histograms.split(rows):
+        for start, pool in enumerate(self.histograms.split(rows)):
             entropy = (pool * pool.log()).sum(-1)  # KL(p || q) = sum p log p - sum p log q
-            columns.append(torch.stack([(entropy - (pool * one.log()).sum(-1)).amax(2).mean(1) for one in query]))
+            mask = None if self.inside is None else self.inside[start * rows :][: len(pool)]
+            column = []
+            for number, one in enumerate(query):
+                own = None if inside is None else inside[number].expand(len(pool), -1, -1)
+                both = own if mask is None else mask if own is None else mask & own
+                column.append(_largest(entropy - (pool * one.log()).sum(-1), both))
+            columns.append(torch.stack(column))
         return torch.cat(columns, 1)
 
     def choose(self, features_BCHW: Tensor, shots: int) -> Tensor:
         """Indices of the K best aligned pool images of every query: [B, K], best first. Raises ValueError if K > P."""
         _check_count(shots, self.histograms.shape[0])
         return self.distances(features_BCHW).topk(shots, dim=1, largest=False).indices
+
+
+def _largest(divergence: Tensor, inside: Tensor | None) -> Tensor:
+    """The largest divergence in a cell, averaged over cells: [P, S^2, G] -> [P]; cells without tokens inside are left
+    out."""
+    if inside is None:
+        return divergence.amax(2).mean(1)
+    cells = inside.any(2)
+    largest = divergence.masked_fill(~inside, -torch.inf).amax(2).masked_fill(~cells, 0)
+    return (largest.sum(1) / cells.sum(1)).masked_fill(~cells.any(1), torch.inf)

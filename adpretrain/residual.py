@@ -53,16 +53,19 @@ class SearchIndex(NamedTuple):
 
     ``rows``: [N', C + 1] or [R, N', C + 1], float32 (or float64), the bank shifted by its mean (L2) or of unit length
     (cosine); the last column is added to every similarity; N' is N rounded up to whole blocks by padding rows, which
-    never match. ``shift``: the mean [1, C] or [R, 1, C], to be subtracted from the queries; None for cosine.
+    never match; nor do rows outside a region of interest. ``shift``: the mean [1, C] or [R, 1, C], to be subtracted
+    from the queries; None for cosine.
     """
 
     rows: Tensor
     shift: Tensor | None
 
 
-def search_index(bank: Tensor, metric: str = "l2", query_dtype: torch.dtype = torch.float32) -> SearchIndex:
+def search_index(
+    bank: Tensor, metric: str = "l2", query_dtype: torch.dtype = torch.float32, inside_N: Tensor | None = None
+) -> SearchIndex:
     """Prepare a bank [N, C], or banks [R, N, C], once for many searches: in float32, or in float64 if the bank or the
-    queries are."""
+    queries are. ``inside_N``: which rows of a bank can be matched (bool); None = all."""
     with torch.no_grad(), torch.autocast(bank.device.type, enabled=False):
         widest = torch.promote_types(bank.dtype, query_dtype)
         bank = bank.to(torch.promote_types(widest, torch.float32))
@@ -71,19 +74,21 @@ def search_index(bank: Tensor, metric: str = "l2", query_dtype: torch.dtype = to
             bank = bank / bank.norm(dim=-1, keepdim=True).clamp_min(EPS)
             offset = torch.zeros_like(bank[..., :1])
         else:
-            shift = bank.mean(dim=-2, keepdim=True)
+            shift = (bank if inside_N is None else bank[inside_N]).mean(dim=-2, keepdim=True)
             bank = bank - shift
             offset = -0.5 * bank.square().sum(-1, keepdim=True)
         # The offset is one more channel, so that a chunk is a single GEMM without a second pass.
         rows = F.pad(torch.cat([bank, offset], -1), (0, 0, 0, -size % BLOCK))
         rows[..., size:, -1] = -torch.inf
+        if inside_N is not None:
+            rows[:size, -1].masked_fill_(~inside_N, -torch.inf)
         return SearchIndex(rows, shift)
 
 
 def similarities(query: Tensor, index: SearchIndex) -> Tensor:
     """Similarity of each query to each row, larger if nearer: queries [Q, C] -> [Q, N'], or [R, Q, C] -> [R, Q, N'].
 
-    -||x - r||^2 / 2 up to a term of the query alone (L2), or the cosine times ||x||; -inf for padding rows.
+    -||x - r||^2 / 2 up to a term of the query alone (L2), or the cosine times ||x||; -inf for rows that never match.
     """
     query = query.to(index.rows.dtype)
     if index.shift is not None:
@@ -184,21 +189,24 @@ class LeaveOneOut:
 
     ``bank_NC`` holds the tokens of ``images`` = K photographs, one after the other. Attributes: ``similarity_NK``, -inf
     for the token's own photograph, and ``index_NK`` into the N tokens. If there is a single photograph, its tokens are
-    matched with its other tokens, never with themselves.
+    matched with its other tokens, never with themselves. Only tokens of ``inside_N`` are matched (bool; None = all);
+    every photograph must have one.
 
     Raises ValueError if N is not a multiple of ``images``.
     """
 
-    def __init__(self, bank_NC: Tensor, images: int, metric: str = "l2") -> None:
+    def __init__(self, bank_NC: Tensor, images: int, metric: str = "l2", inside_N: Tensor | None = None) -> None:
         size = bank_NC.shape[0]
         if images < 1 or size % images:
             raise ValueError(f"{size} reference tokens cannot come from {images} images of one size")
+        if images == 1 and inside_N is not None and int(inside_N.sum()) < 2:
+            raise ValueError("a single reference needs at least 2 tokens in the region of interest: enlarge it")
         each = size // images
         block = max(number for number in range(1, BLOCK + 1) if each % number == 0)
         self.bank_NC = bank_NC
         nearest, indices, done = [], [], 0
         with torch.no_grad(), torch.autocast(bank_NC.device.type, enabled=False):
-            index = search_index(bank_NC, metric)
+            index = search_index(bank_NC, metric, inside_N=inside_N)
             first_K = torch.arange(0, size, each, device=bank_NC.device)
             for chunk in bank_NC.split(max(1, CHUNK_BYTES // (size * index.rows.element_size()))):
                 similarity = similarities(chunk, index)[:, :size]
@@ -228,6 +236,6 @@ class LeaveOneOut:
         return self.bank_NC[rows] - self.bank_NC[matched], matched
 
 
-def leave_one_out_residuals(bank_NC: Tensor, images: int, metric: str = "l2") -> Tensor:
+def leave_one_out_residuals(bank_NC: Tensor, images: int, metric: str = "l2", inside_N: Tensor | None = None) -> Tensor:
     """Residuals [N, C] of a bank's own tokens, each against the tokens of the other images. See `LeaveOneOut`."""
-    return LeaveOneOut(bank_NC, images, metric).residuals()[0]
+    return LeaveOneOut(bank_NC, images, metric, inside_N).residuals()[0]

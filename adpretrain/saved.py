@@ -29,7 +29,7 @@ from adpretrain.projector import FeatureProjector
 
 T = TypeVar("T")
 FORMAT_VERSION = 1
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64)  # of weights
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.bool)
 NORMS = ("l2", "released")
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 CARD_NAME, ASSETS, PICTURE_SUFFIX = "README.md", "assets", ".png"  # other files that may lie beside them

@@ -19,10 +19,22 @@ from torch import Tensor
 from typing_extensions import Self, Unpack
 
 from adpretrain.backbones import Extract, FeatureMaps
+from adpretrain.extractor import ADExtractor
 from adpretrain.hub import Published
 from adpretrain.progress import Progress
 from downstream.extracts import checked_features, fixed_picture, keeping_references
-from downstream.saved import HubOptions, Loaded, load_detector, publish_saved, put_together, save_detector
+from downstream.roi import RegionOfInterest, bank_within
+from downstream.saved import (
+    ROI,
+    ROI_EACH,
+    HubOptions,
+    Loaded,
+    load_detector,
+    publish_saved,
+    put_together,
+    save_detector,
+    with_roi,
+)
 
 BRIGHTEST = 16.0  # limit for images without negative values; normalised as usual, no value reaches 5
 
@@ -31,7 +43,8 @@ BRIGHTEST = 16.0  # limit for images without negative values; normalised as usua
 class Prediction:
     """``scores`` [B] and ``maps`` [B, S, S]; higher is more anomalous, in a unit that depends on the detector.
 
-    S is the side of the images, except for maps of FeatureNorm, whose side is its option ``image_size``.
+    S is the side of the images, except for maps of FeatureNorm, whose side is its option ``image_size``. Maps are NaN
+    outside the region of interest, if there is one, and scores are those of what is inside.
     """
 
     scores: Tensor
@@ -47,6 +60,9 @@ class Detector:
     A fitted detector keeps the references that an `ADExtractor` had at that time: a later `set_references`, or fitting
     another detector, does not change it. Modules must be in evaluation mode. ``side`` is S of the images it was fitted
     on, 0 before. A saved detector is loaded without training data and gives the same bits (`downstream.saved`).
+
+    ``roi`` is the region of interest (`downstream.roi`) of all images, bool [S, S], that it was fitted with and keeps;
+    None if there was none, or (``roi_each``) one for every image.
     """
 
     name: ClassVar[str]
@@ -58,6 +74,8 @@ class Detector:
     extract: Extract
     members: Sequence[Detector] = ()
     side = 0
+    roi: Tensor | None = None
+    roi_each = False
 
     def __init__(self, extract: Extract, config: Any) -> None:
         self.extract = self._given = extract
@@ -73,30 +91,41 @@ class Detector:
         """Whether the detector can score images."""
         return self.side > 0
 
-    def fit(self, normal_batches: Iterable[Tensor], progress: Progress | None = None) -> Self:
+    def fit(
+        self, normal_batches: Iterable[Tensor], progress: Progress | None = None, roi: Tensor | None = None
+    ) -> Self:
         """Fit on batches [b, 3, S, S] of normal images: tensors, not a data loader's pairs or dictionaries.
 
         They are read once, one batch at a time, unless the detector says otherwise. ``progress(what, done, total)`` is
-        called during long steps. Raises ValueError if there are no images, if they are malformed or differ in size, or
+        called during long steps. ``roi``: the region of interest, bool [S, S] of all images or [N, S, S] of each in
+        order, True where an image is inspected; what is outside is not learnt and never matched. A region of all images
+        holds for the references that an `ADExtractor` was given, and for `predict`, too. Raises ValueError if there are
+        no images, if they are malformed or differ in size, if the region does not fit them or covers no token, or
         before the memory would be exceeded.
         """
         self.extract = keeping_references(self._given)
-        normals = NormalFeatures(self._features, normal_batches)
+        normals = NormalFeatures(self._features, normal_batches, self.keep_roi(roi))
+        if self.roi is not None and isinstance(self.extract, ADExtractor) and self.extract.references is not None:
+            self.extract.set_references(bank_within(self.extract.references, normals.region))
         self.fit_features(normals, progress)
         self.side = normals.side
         return self
 
     @torch.no_grad()
-    def predict(self, images: Tensor) -> Prediction:
-        """[B, 3, S, S] -> scores [B], maps [B, S, S]. ValueError before `fit`, for malformed images or another S."""
-        return self.from_features(self._checked(images))
+    def predict(self, images: Tensor, roi: Tensor | None = None) -> Prediction:
+        """[B, 3, S, S] -> scores [B], maps [B, S, S]. ValueError before `fit`, for malformed images or another S.
+
+        ``roi``: the region of interest, bool [S, S] or [B, S, S]; default: that of `fit`. Raises ValueError if it does
+        not fit the images or covers no token of one, or if there is none but `fit` was given one for every image.
+        """
+        return self.inside(self._checked(images), self._region(images, roi))
 
     def fit_features(self, normals: NormalFeatures, progress: Progress | None) -> None:
         """Fit on the features of the normal images."""
         raise NotImplementedError
 
-    def from_features(self, features: FeatureMaps) -> Prediction:
-        """L levels [B, C_l, H_l, W_l] -> scores [B], maps [B, S, S]."""
+    def from_features(self, features: FeatureMaps, region: RegionOfInterest | None = None) -> Prediction:
+        """L levels [B, C_l, H_l, W_l] -> scores [B] of what is in the region, maps [B, S, S], arbitrary outside it."""
         raise NotImplementedError
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -106,6 +135,31 @@ class Detector:
     def restore(self, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Restore the fitted state from tensors and facts of `state`."""
         raise NotImplementedError
+
+    def keep_roi(self, roi: Tensor | None) -> RegionOfInterest | None:
+        """Remember the region of interest, if it is one for all images, and return it."""
+        region = None if roi is None else RegionOfInterest(roi)
+        self.roi = roi if region is not None and region.shared else None
+        self.roi_each = region is not None and not region.shared
+        return region
+
+    def _region(self, images: Tensor, roi: Tensor | None) -> RegionOfInterest | None:
+        """The region of interest of images to predict: the given one, or that of the fit."""
+        roi = self.roi if roi is None else roi
+        if roi is not None:
+            return RegionOfInterest(roi).exactly(images)
+        if self.roi_each:
+            raise ValueError(
+                "the detector was fitted with a region of interest for each image: give predict one, roi=[B, S, S]"
+            )
+        return None
+
+    def inside(self, features: FeatureMaps, region: RegionOfInterest | None) -> Prediction:
+        """Predict from features what is in the region."""
+        if region is None:
+            return self.from_features(features)
+        found = self.from_features(features, region)
+        return Prediction(found.scores, region.only(found.maps))
 
     def _checked(self, images: Tensor) -> FeatureMaps:
         self.check_fitted()
@@ -136,6 +190,7 @@ class Detector:
         """
         self.check_fitted()
         tensors, facts = self.state()
+        tensors, facts = with_roi(tensors, facts, self.roi, self.roi_each)
         options = {} if self.options is None else dataclasses.asdict(self.config)
         made_of = [member.save_pretrained for member in self.members] or self.extract
         return save_detector(folder, self.name, options, made_of, tensors, self.side, facts)
@@ -154,6 +209,7 @@ class Detector:
         with put_together(loaded.folder):
             detector = cls._unfitted(loaded)
             detector.side = loaded.image_size
+            detector.roi, detector.roi_each = loaded.tensors.pop(ROI, None), bool(loaded.facts.get(ROI_EACH))
             detector.restore(loaded.tensors, loaded.facts)
             if not loaded.members:
                 detector._try(loaded.device)
@@ -161,7 +217,8 @@ class Detector:
 
     def _try(self, device: torch.device) -> None:
         """Use the loaded detector once, so that a state that does not fit is found now."""
-        self.predict(fixed_picture(self.side, device))
+        picture = fixed_picture(self.side, device)
+        self.predict(picture, torch.ones_like(picture[:, 0], dtype=torch.bool) if self.roi_each else None)
 
     @classmethod
     def _unfitted(cls, loaded: Loaded) -> Self:
@@ -194,12 +251,18 @@ class Detector:
 class NormalFeatures:
     """Features of batches of normal images [b, 3, S, S], computed anew in every iteration, one batch in memory.
 
-    ``side`` is S, known once a batch was read; ``batches`` is their number if they have a length, else None. Raises
-    ValueError if there are no images, or if they are malformed or differ in size.
+    ``side`` is S, known once a batch was read; ``batches`` is their number if they have a length, else None; ``region``
+    is the region of interest of all images, or None. Raises ValueError if there are no images, if they are malformed or
+    differ in size, or if the region does not fit them.
     """
 
-    def __init__(self, extract: Callable[[Tensor], FeatureMaps], batches: Iterable[Tensor]) -> None:
-        self._extract, self._images = extract, batches
+    def __init__(
+        self,
+        extract: Callable[[Tensor], FeatureMaps],
+        batches: Iterable[Tensor],
+        region: RegionOfInterest | None = None,
+    ) -> None:
+        self._extract, self._images, self.region = extract, batches, region
         self.batches = len(batches) if isinstance(batches, Sized) else None
         self.side = 0
 
@@ -209,15 +272,20 @@ class NormalFeatures:
         return iter(self._images) is not self._images
 
     def __iter__(self) -> Iterator[FeatureMaps]:
-        side = 0
+        side = count = 0
         for images in self._images:
             check_images(images)
             if side not in (0, images.shape[2]):
                 raise ValueError(f"normal images of {side} and of {images.shape[2]} pixels: prepare all alike")
             self.side = side = int(images.shape[2])
+            if self.region is not None:
+                self.region.of(images, count)
+            count += len(images)
             yield self._extract(images)
         if not side:
             raise ValueError("no normal images to fit on: normal_batches is empty (an iterator can be read only once)")
+        if self.region is not None:
+            self.region.check_count(count)
 
     def most_images(self, first: int) -> int | None:
         """Upper bound of the number of images, if batches have at most ``first``; None if their number is unknown."""

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from downstream.roi import RegionOfInterest
+
 SIGMA = 4.0  # pixels; PatchCore, PaDiM, SPADE and ADPretrain all use it
 
 
@@ -20,17 +22,30 @@ def check_sigma(sigma: float) -> None:
         raise ValueError(f"sigma {sigma} must be a number of pixels, such as 4, or 0 for no smoothing")
 
 
-def pixel_maps(grid_BHW: Tensor, size: int, sigma: float = SIGMA, align_corners: bool = False) -> Tensor:
-    """Turn patch scores [B, H, W] into smoothed maps [B, S, S]. ``sigma`` is in pixels; 0 = no smoothing."""
-    return gaussian_blur(upsample(grid_BHW, size, align_corners), sigma)
+def pixel_maps(grid_BHW: Tensor, size: int, sigma: float = SIGMA, region: RegionOfInterest | None = None) -> Tensor:
+    """Turn patch scores [B, H, W] into smoothed maps [B, S, S]. ``sigma`` is in pixels; 0 = no smoothing. Patches
+    outside the region count for nothing."""
+    return gaussian_blur(upsample(grid_BHW, size, region=region), sigma)
 
 
-def upsample(grid_BHW: Tensor, size: int, align_corners: bool = False) -> Tensor:
-    """Upsample bilinearly: [B, H, W] -> [B, S, S]. Raises ValueError for a grid or a map without pixels."""
+def highest(maps_BSS: Tensor, top: float = 0.0, region: RegionOfInterest | None = None) -> Tensor:
+    """The mean of the highest ``top`` share of every map's values in the region; 0 = the maximum: [B]."""
+    if region is not None:
+        return torch.cat([highest(values[None, None], top) for values in region.values(maps_BSS)])
+    count = max(1, round(top * maps_BSS[0].numel()))
+    return maps_BSS.flatten(1).topk(count).values.mean(1) if count > 1 else maps_BSS.flatten(1).amax(1)
+
+
+def upsample(
+    grid_BHW: Tensor, size: int, align_corners: bool = False, region: RegionOfInterest | None = None
+) -> Tensor:
+    """Upsample bilinearly: [B, H, W] -> [B, S, S]; cells outside the region take the value of the nearest one inside.
+    Raises ValueError for a grid or a map without pixels."""
     if size < 1 or min(grid_BHW.shape[1:]) < 1:
         raise ValueError(
             f"cannot upsample a grid of {tuple(grid_BHW.shape[1:])} patches to a map of {size} pixels: need at least 1"
         )
+    grid_BHW = grid_BHW if region is None else region.filled(grid_BHW)
     return F.interpolate(grid_BHW[:, None], (size, size), mode="bilinear", align_corners=align_corners)[:, 0]
 
 

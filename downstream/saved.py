@@ -51,9 +51,10 @@ from adpretrain.saved import (
 )
 from downstream.extracts import Adapted, device_of, fixed_picture, probe, refuse_other_features
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 knows no region of interest; a detector without one is still written as 1
 EXTRACTOR = "extractor"
-REFERENCES = "references."
+REFERENCES, INSIDE = "references.", "inside."  # of each level: features; which of them are in the region of interest
+ROI, ROI_EACH = "roi", "roi_each"
 MOST_MEMBERS = 64
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 NOTICE = (
@@ -106,7 +107,7 @@ class DetectorConfig:
     dtype: str = "float32"
     photographs: list[str] = field(default_factory=list)
     full_scale: float | None = None
-    format_version: int = FORMAT_VERSION
+    format_version: int = 1
     library_version: str = __version__
 
 
@@ -165,7 +166,10 @@ def save_detector(
             of |= {"backbone": backbone_config(given), "images": images}
         of["probe"] = probe(made_of, image_size, device_of(made_of, tensors))
     shapes = {key: list(value.shape) for key, value in tensors.items()}
-    config = DetectorConfig(name, options, image_size=image_size, tensors=shapes, facts=facts, **of)
+    version = FORMAT_VERSION if ROI in tensors or ROI_EACH in facts else 1
+    config = DetectorConfig(
+        name, options, image_size=image_size, tensors=shapes, facts=facts, format_version=version, **of
+    )
     return write_folder(folder, config, tensors, "detector", detector_card(config), parts)
 
 
@@ -174,7 +178,15 @@ def _references(extract: Extract) -> dict[str, Tensor]:
         return {}
     if (banks := extract.references.banks) != 1:
         raise ValueError(f"a saved detector has one set of references for all images, not {banks}")
-    return {f"{REFERENCES}{level}": bank_1NC for level, bank_1NC in enumerate(extract.references.levels)}
+    inside = {f"{INSIDE}{level}": mask_N for level, mask_N in enumerate(extract.references.inside or ())}
+    return {f"{REFERENCES}{level}": bank_1NC for level, bank_1NC in enumerate(extract.references.levels)} | inside
+
+
+def with_roi(
+    tensors: Mapping[str, Tensor], facts: Mapping[str, Any], roi: Tensor | None, each: bool
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Add the region of interest that a detector was fitted with to its state."""
+    return {**tensors, **({} if roi is None else {ROI: roi})}, {**facts, **({ROI_EACH: True} if each else {})}
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -258,11 +270,13 @@ def load_detector(
     with put_together(folder):
         numbered = {int(key.removeprefix(REFERENCES)): key for key in tensors if key.startswith(REFERENCES)}
         references = [tensors.pop(numbered[level]) for level in sorted(numbered)]
+        inside = [tensors.pop(f"{INSIDE}{level}") for level in sorted(numbered) if f"{INSIDE}{level}" in tensors]
     given = given if given is not None else _load_extract(folder, config, device, weights)
     if isinstance(given, ADExtractor) and given.references is None and references:
         with put_together(folder):
             like = given.encode(fixed_picture(given.preprocess.image_size, device_of(given)))
-            given.set_references(ReferenceBank(references, [(m.shape[2], m.shape[3]) for m in like]))
+            grids = [(m.shape[2], m.shape[3]) for m in like]
+            given.set_references(ReferenceBank(references, grids, inside=inside or None))
     with put_together(folder):
         where = device_of(given, tensors, device)
         found = probe(given, config.image_size, where)

@@ -21,7 +21,9 @@ from adpretrain.references import AlignedReferences, TooFewImages
 from downstream.detector import Detector, NormalFeatures, Prediction
 from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
 from downstream.extracts import checked_features
+from downstream.roi import RegionOfInterest, bank_within
 
+REGION = "pool_region"  # the regions of interest of the pool's images
 ADVICE = "fit fewer images, choose fewer levels or a smaller image_size of the backbone, or raise max_pool_bytes"
 
 
@@ -64,6 +66,7 @@ class AlignedFeatureNorm(FeatureNorm):
             )
         super().__init__(extract, config)
         self._pool: FeatureMaps = []
+        self._pool_region: RegionOfInterest | None = None
         self._aligned: AlignedReferences | None = None
 
     @property
@@ -71,13 +74,16 @@ class AlignedFeatureNorm(FeatureNorm):
         """Whether the detector has a pool."""
         return self._aligned is not None
 
-    def fit(self, normal_batches: Iterable[Tensor], progress: Progress | None = None) -> Self:
-        """Encode the pool: batches [b, 3, S, S], P images in all.
+    def fit(
+        self, normal_batches: Iterable[Tensor], progress: Progress | None = None, roi: Tensor | None = None
+    ) -> Self:
+        """Encode the pool: batches [b, 3, S, S], P images in all. ``roi`` as in `Detector.fit`: tokens outside are
+        neither aligned nor matched.
 
         Raises `TooFewImages` if there are fewer than K images or fewer than the histograms need; ValueError before the
         pool exceeds ``max_pool_bytes``.
         """
-        return Detector.fit(self, normal_batches, progress)
+        return Detector.fit(self, normal_batches, progress, roi)
 
     def fit_features(self, normals: NormalFeatures, progress: Progress | None) -> None:
         """Keep the features of the pool."""
@@ -96,57 +102,64 @@ class AlignedFeatureNorm(FeatureNorm):
             hold(what, needed, limit, ADVICE, say=count == images)
             for bank, level in zip(banks, features, strict=True):
                 bank.add(level.flatten(1))
-        self._set_pool([bank.take().unflatten(1, shape) for bank, shape in zip(banks, shapes, strict=True)])
+        pool = [bank.take().unflatten(1, shape) for bank, shape in zip(banks, shapes, strict=True)]
+        self._set_pool(pool, normals.region)
 
     def _features(self, images: Tensor) -> FeatureMaps:
         return checked_features(self.extract.encode, images)
 
-    def _set_pool(self, pool: FeatureMaps) -> None:
+    def _set_pool(self, pool: FeatureMaps, region: RegionOfInterest | None) -> None:
         if not pool or len(pool[0]) < self.config.shots:
             found = len(pool[0]) if pool else 0
             raise TooFewImages(
                 f"K = {self.config.shots} aligned references cannot be chosen from a pool of {found} images"
             )
-        self._pool = pool
-        self._aligned = AlignedReferences(pool[0])
+        self._pool, self._pool_region = pool, region
+        self._aligned = AlignedReferences(pool[0], inside_PHW=region and region.inside(pool[0][:, 0]))
 
     @torch.no_grad()
-    def predict(self, images: Tensor) -> Prediction:
-        """[B, 3, S, S] -> scores [B], maps [B, image_size, image_size]. Raises ValueError before `fit`."""
-        features = self._checked(images)
-        return self._against(features, self._distances(features))
+    def predict(self, images: Tensor, roi: Tensor | None = None) -> Prediction:
+        """[B, 3, S, S] -> scores [B], maps [B, image_size, image_size]. ``roi`` and errors as in `Detector.predict`."""
+        features, region = self._checked(images), self._region(images, roi)
+        return self._against(features, self._distances(features, region), region)
 
     @torch.no_grad()
-    def leave_one_out(self, images: Tensor | None = None) -> Prediction:
+    def leave_one_out(self, images: Tensor | None = None, roi: Tensor | None = None) -> Prediction:
         """Score each of the P images of the pool [P, 3, S, S] against the K best aligned of the others.
 
         The centres of the histograms are still those of the whole pool. Raises ValueError if P <= K.
         """
         features, shots = self._pool if images is None else self._checked(images), self.config.shots
-        distances_PP = self._distances(features)
+        region = self._pool_region if images is None else self._region(images, roi)
+        distances_PP = self._distances(features, region)
         if distances_PP.shape[0] != distances_PP.shape[1]:
             raise ValueError(
                 f"leave-one-out takes the {distances_PP.shape[1]} images of the pool, got {len(distances_PP)}"
             )
         if distances_PP.shape[1] <= shots:
             raise ValueError(f"leave-one-out with K = {shots} needs a pool of at least {shots + 1} images")
-        return self._against(features, distances_PP.fill_diagonal_(torch.inf))
+        return self._against(features, distances_PP.fill_diagonal_(torch.inf), region)
 
-    def _distances(self, features: FeatureMaps) -> Tensor:
+    def _distances(self, features: FeatureMaps, region: RegionOfInterest | None) -> Tensor:
         assert self._aligned is not None
-        return self._aligned.distances(features[0])
+        return self._aligned.distances(features[0], region and region.inside(features[0][:, 0]))
 
-    def _against(self, features: FeatureMaps, distances_BP: Tensor) -> Prediction:
+    def _against(self, features: FeatureMaps, distances_BP: Tensor, region: RegionOfInterest | None) -> Prediction:
         """Score images one by one, because the banks of a whole batch would need K times the memory of its features."""
         parts = []
         for image, chosen in enumerate(distances_BP.topk(self.config.shots, dim=1, largest=False).indices):
             bank = self.extract.bank_of([level[chosen] for level in self._pool])
-            parts.append(self.from_features(self.extract.from_encoded([f[image : image + 1] for f in features], bank)))
+            bank = bank_within(bank, self._pool_region and self._pool_region.pick(chosen.tolist()))
+            projected = self.extract.from_encoded([f[image : image + 1] for f in features], bank)
+            parts.append(self.inside(projected, region and region.pick([image])))
         return Prediction(torch.cat([part.scores for part in parts]), torch.cat([part.maps for part in parts]))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the pool, which holds FEATURES OF EVERY POOL IMAGE."""
-        return {f"pool.{level}": feature for level, feature in enumerate(self._pool)}, {}
+        own = {} if self._pool_region is None else {REGION: self._pool_region.pixels}
+        return {f"pool.{level}": feature for level, feature in enumerate(self._pool)} | own, {}
 
     def restore(self, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
-        self._set_pool([tensors[f"pool.{level}"] for level in range(len(tensors))])
+        pixels = tensors.pop(REGION, None)
+        region = None if pixels is None else RegionOfInterest(pixels if self.roi_each else pixels[0])
+        self._set_pool([tensors[f"pool.{level}"] for level in range(len(tensors))], region)

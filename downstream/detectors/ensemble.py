@@ -35,6 +35,7 @@ from downstream.detector import Detector, Prediction
 from downstream.detectors import build_detector, detector_from_pretrained, merged
 from downstream.detectors.reconpatch import ENSEMBLE_320
 from downstream.extracts import Adapted, device_of
+from downstream.roi import RegionOfInterest
 from downstream.saved import Loaded
 
 CONSISTENCY = 1.4826  # 1 / the 75 % quantile of the standard normal distribution
@@ -164,13 +165,17 @@ class Units:
         return self.scores.median, self.scores.mad, self.pixels.median, self.pixels.mad
 
 
-def training_units(detector: Detector, batches: Iterable[Tensor]) -> Units:
-    """Compute the units of a fitted detector's scores and maps from the images it was fitted on."""
-    scores, pixels, side = [], [], 0
+def training_units(detector: Detector, batches: Iterable[Tensor], roi: Tensor | None = None) -> Units:
+    """Compute the units of a fitted detector's scores and maps from the images it was fitted on, in their region of
+    interest ``roi``."""
+    scores, pixels, side, count = [], [], 0, 0
     for images in batches:
-        prediction = detector.predict(images)
+        batch_roi = None if roi is None else RegionOfInterest(roi).pick(range(count, count + len(images))).roi
+        prediction = detector.predict(images, batch_roi)
+        count += len(images)
         scores.append(prediction.scores.flatten())
-        pixels.append(prediction.maps[:, ::PIXEL_STEP, ::PIXEL_STEP].flatten())
+        some = prediction.maps[:, ::PIXEL_STEP, ::PIXEL_STEP].flatten()
+        pixels.append(some if roi is None else some[~some.isnan()])
         side = int(prediction.maps.shape[2])
     if not scores:
         raise ValueError("no training images to take the unit of scores from: batches is empty")
@@ -199,30 +204,33 @@ class Ensemble(Detector):
         """Make an ensemble of unfitted members; those without their own backbone use ``extract``."""
         return cls([build_member(extract, member, config.options) for member in config.members])
 
-    def fit(self, normal_batches: Iterable[Tensor], progress: Progress | None = None) -> Self:
+    def fit(
+        self, normal_batches: Iterable[Tensor], progress: Progress | None = None, roi: Tensor | None = None
+    ) -> Self:
         """Fit every member, then score the same images to get its units: 2 M passes over batches [b, 3, S, S].
 
-        The images of an iterator, which can be read only once, are kept in memory. Raises the errors of the members,
-        and ValueError if half of a member's training scores are equal.
+        ``roi``: as in `Detector.fit`. The images of an iterator, which can be read only once, are kept in memory.
+        Raises the errors of the members, and ValueError if half of a member's training scores are equal.
         """
+        self.keep_roi(roi)
         batches = list(normal_batches) if iter(normal_batches) is normal_batches else normal_batches
         units = []
         for number, member in enumerate(self.members):
-            member.fit(batches, progress)
+            member.fit(batches, progress, roi)
             try:
-                units.append(training_units(member, batches))
+                units.append(training_units(member, batches, roi))
             except ValueError as error:
                 raise ValueError(f"member {number} of the ensemble: {error}") from error
         self._units, self.side = units, units[0].side
         return self
 
-    def predict(self, images: Tensor) -> Prediction:
-        """[B, 3, S, S] -> scores [B], maps [B, S, S], as z-scores relative to normal images. Raises ValueError before
-        `fit`."""
+    def predict(self, images: Tensor, roi: Tensor | None = None) -> Prediction:
+        """[B, 3, S, S] -> scores [B], maps [B, S, S], as z-scores relative to normal images. ``roi`` and errors as in
+        `Detector.predict`."""
         self.check_fitted()
         scores, maps = [], []
         for member, units in zip(self.members, self._units, strict=True):
-            prediction = member.predict(images)
+            prediction = member.predict(images, roi)
             scores.append(units.scores.standard(prediction.scores))
             maps.append(units.pixels.standard(prediction.maps))
         return Prediction(torch.stack(scores).mean(0), torch.stack(maps).mean(0))

@@ -20,7 +20,8 @@ from adpretrain.progress import Progress
 from adpretrain.saved import NORMS
 from downstream.detector import Detector, Prediction, check_images
 from downstream.extracts import keeping_references
-from downstream.maps import SIGMA, check_sigma, gaussian_blur, upsample
+from downstream.maps import SIGMA, check_sigma, gaussian_blur, highest, upsample
+from downstream.roi import RegionOfInterest, bank_within
 
 SIDE = 224
 
@@ -86,31 +87,41 @@ class FeatureNorm(Detector):
             return True
         return extract.references is not None
 
-    def fit(self, normal_batches: Iterable[Tensor], progress: Progress | None = None) -> Self:
+    def fit(
+        self, normal_batches: Iterable[Tensor], progress: Progress | None = None, roi: Tensor | None = None
+    ) -> Self:
         """Set the references: batches [b, 3, S, S], K images in all; with a raw backbone they are not read.
 
-        Raises ValueError if there are no images, or if they have a wrong shape or values.
+        ``roi``: as in `Detector.fit`. Raises ValueError if there are no images, if they have a wrong shape or values,
+        or if the region does not fit them.
         """
-        extract = keeping_references(self._given)
+        extract, region = keeping_references(self._given), self.keep_roi(roi)
         if isinstance(extract, ADExtractor):
             batches = list(normal_batches)
             if not batches:
                 raise ValueError("no normal images to use as references: normal_batches is empty")
             for images in batches:
                 check_images(images)
-            self.extract = extract.set_references(torch.cat(batches))
+            images = torch.cat(batches)
+            region = None if region is None else region.exactly(images)
+            self.extract = extract.set_references(bank_within(extract.encode_references(images), region))
         return self
 
-    def leave_one_out(self, images: Tensor | None = None) -> Prediction:
+    def leave_one_out(self, images: Tensor | None = None, roi: Tensor | None = None) -> Prediction:
         """Score each of K normal photographs [K, 3, S, S] (default: those it was fitted on) against the other K - 1.
 
-        Raises ValueError if K < 2.
+        ``roi``: as in `predict`. Raises ValueError if K < 2.
         """
         if not isinstance(self.extract, ADExtractor):
             raise ValueError("leave-one-out needs an ADExtractor: a raw backbone has no references to leave out")
-        return self.from_features(self.extract.leave_one_out(images))
+        if images is None:
+            roi = self.roi if roi is None else roi
+            return self.inside(self.extract.leave_one_out(), None if roi is None else RegionOfInterest(roi))
+        region = self._region(images, roi)
+        bank = bank_within(self.extract.encode_references(images), region)
+        return self.inside(self.extract.leave_one_out(bank), region)
 
-    def from_features(self, features: FeatureMaps) -> Prediction:
+    def from_features(self, features: FeatureMaps, region: RegionOfInterest | None = None) -> Prediction:
         """L levels [B, C_l, H_l, W_l] -> scores [B], maps [B, image_size, image_size]."""
         side = self.config.image_size
         total = torch.zeros(features[0].shape[0], side, side, device=features[0].device)
@@ -118,10 +129,9 @@ class FeatureNorm(Detector):
             norm = feature.float().norm(dim=1)
             if self.config.norm == "released":
                 norm = (norm + 1).sqrt() - 1
-            total += upsample(norm, side, align_corners=True)
+            total += upsample(norm, side, align_corners=True, region=region)
         maps = gaussian_blur(total / len(features), self.config.sigma)
-        count = max(1, round(self.config.top * maps[0].numel()))
-        return Prediction(maps.flatten(1).topk(count).values.mean(1), maps)
+        return Prediction(highest(maps, self.config.top, region), maps)
 
     def _check_side(self, images: Tensor) -> None:
         """Accept images of any side, because nothing was fitted on a grid."""

@@ -21,7 +21,8 @@ from adpretrain.progress import Progress
 from downstream.detector import Detector, NormalFeatures, Prediction
 from downstream.embedding import Embedding, EmbeddingConfig, chosen_levels, settle_levels
 from downstream.gaussians import Gaussians, Moments, size_bytes
-from downstream.maps import SIGMA, check_sigma, gaussian_blur, upsample
+from downstream.maps import SIGMA, check_sigma, gaussian_blur, highest, upsample
+from downstream.roi import RegionOfInterest
 
 
 def _embedding() -> EmbeddingConfig:
@@ -77,9 +78,14 @@ class PaDiM(Detector):
         self._grids: list[tuple[int, int]] = []
 
     def fit_features(self, normals: NormalFeatures, progress: Progress | None) -> None:
-        """Accumulate the `Moments`. Raises ValueError for fewer than 2 images, or before the Gaussians would exceed
-        ``max_bytes``."""
+        """Accumulate the `Moments`, of positions outside the region of interest too, which are not scored. Raises
+        ValueError for fewer than 2 images, for regions that differ, or before the Gaussians would exceed ``max_bytes``.
+        """
         config = self.config
+        if normals.region is not None and not normals.region.shared:
+            raise ValueError(
+                "padim compares the same positions of all images: give one region of interest, roi=[S, S], for all"
+            )
         moments: list[Moments] = []
         for features in normals:
             images = len(features[0])
@@ -95,14 +101,14 @@ class PaDiM(Detector):
         self._gaussians = [moment.gaussians(config.eps) for moment in moments]
         self._grids = grids
 
-    def from_features(self, features: FeatureMaps) -> Prediction:
+    def from_features(self, features: FeatureMaps, region: RegionOfInterest | None = None) -> Prediction:
         total = features[0].new_zeros(len(features[0]), self.side, self.side, dtype=torch.float32)
         rows = self._embed(features)
         for level, gaussians, grid in zip(rows, self._gaussians, self._grids, strict=True):
             distances = gaussians.distances(level.flatten(1, 2)).unflatten(1, grid)
-            total += upsample(distances, self.side, self.config.align_corners)
+            total += upsample(distances, self.side, self.config.align_corners, region)
         maps = gaussian_blur(total / len(rows), self.config.sigma)
-        return Prediction(maps.flatten(1).amax(1), maps)
+        return Prediction(highest(maps, region=region), maps)
 
     def _new_embeddings(self, count: int) -> list[Embedding]:
         config = self.config.embedding

@@ -21,6 +21,7 @@ from downstream.detector import Detector, NormalFeatures, Prediction
 from downstream.embedding import Embedding, EmbeddingConfig, settle_levels
 from downstream.maps import SIGMA, check_sigma, pixel_maps
 from downstream.neighbours import ApproximateNeighbours, Neighbours, nearest
+from downstream.roi import RegionOfInterest
 
 SEARCHES = ("exact", "ivfpq")
 CHOOSING = 40  # bytes per row that the coreset selection needs for bounds, norms and counts
@@ -111,13 +112,17 @@ class PatchCore(Detector):
     def fit_features(self, normals: NormalFeatures, progress: Progress | None) -> None:
         """Fill the bank and subsample it; ``progress`` follows the growing coreset. Raises ValueError, which says what
         to change, before the bank exceeds ``max_bank_bytes``."""
-        self.remember(self.choose(map(self.embedding, normals), normals.batches, progress))
+        self.remember(self.choose(map(self.embedding, normals), normals.batches, progress, normals.region))
 
     def choose(
-        self, embeddings: Iterable[Tensor], batches: int | None = None, progress: Progress | None = None
+        self,
+        embeddings: Iterable[Tensor],
+        batches: int | None = None,
+        progress: Progress | None = None,
+        region: RegionOfInterest | None = None,
     ) -> Tensor:
-        """Subsample embeddings [b, H, W, D] of the normal images to a bank [N, D]. ``batches`` is their number if it is
-        known; the first must be the largest. Raises the errors of `fit_features`."""
+        """Subsample embeddings [b, H, W, D] of the normal images, in the region, to a bank [N, D]. ``batches`` is their
+        number if it is known; the first must be the largest. Raises the errors of `fit_features`."""
         config, bank, count = self.config, None, 0
         for maps_BHWD in embeddings:
             # Checked at the first batch, not after hours of extraction.
@@ -126,10 +131,12 @@ class PatchCore(Detector):
                     f"search 'ivfpq' works on the CPU only, and the features are on {maps_BHWD.device}: choose search "
                     "'exact', or move extract and images to the CPU"
                 )
-            kept_ND = self._kept(maps_BHWD.flatten(1, 2), count)
+            inside = region and region.pick(range(count, count + len(maps_BHWD))).inside(maps_BHWD[..., 0])
+            kept_ND = self._kept(maps_BHWD, count, inside)
             count += len(maps_BHWD)
             if bank is None:
-                rows = None if batches is None else batches * len(kept_ND)
+                alike = batches is not None and (region is None or region.shared)  # as many rows from every image
+                rows = batches * len(kept_ND) if batches is not None and alike else None
                 bank = GrowingBank(rows, config.max_bank_bytes, self._beside(kept_ND))
             bank.add(kept_ND)
         assert bank is not None
@@ -150,14 +157,15 @@ class PatchCore(Detector):
         projected = self.config.projection_dim or width
         return CHOOSING + (projected * size if projected < width else 0)
 
-    def _kept(self, rows_BTD: Tensor, first: int) -> Tensor:
-        """Keep a random share of every image's patches, drawn from (seed, number of the image): [n, D]."""
+    def _kept(self, maps_BHWD: Tensor, first: int, inside_BHW: Tensor | None) -> Tensor:
+        """Keep a random share of every image's patches (inside), drawn from (seed, number of the image): [n, D]."""
         if self.config.keep == 1:
-            return rows_BTD.flatten(0, 1)
-        patches = rows_BTD.shape[1]
+            return maps_BHWD.flatten(0, 2) if inside_BHW is None else maps_BHWD[inside_BHW]
         kept = []
-        for number, rows_TD in enumerate(rows_BTD, start=first):
-            drawn = np.random.default_rng([self.config.seed, number]).permutation(patches)
+        for image, maps_HWD in enumerate(maps_BHWD):
+            rows_TD = maps_HWD.flatten(0, 1) if inside_BHW is None else maps_HWD[inside_BHW[image]]
+            patches = len(rows_TD)
+            drawn = np.random.default_rng([self.config.seed, first + image]).permutation(patches)
             chosen = np.sort(drawn[: max(1, round(self.config.keep * patches))])
             kept.append(rows_TD[torch.from_numpy(chosen).to(rows_TD.device)])
         return torch.cat(kept)
@@ -168,10 +176,10 @@ class PatchCore(Detector):
         self._search = ApproximateNeighbours(bank_ND, seed=self.config.seed) if approximate else Neighbours(bank_ND)
         self.bank_ND = bank_ND
 
-    def from_features(self, features: FeatureMaps) -> Prediction:
-        return self.score(self.embedding(features), self.side)
+    def from_features(self, features: FeatureMaps, region: RegionOfInterest | None = None) -> Prediction:
+        return self.score(self.embedding(features), self.side, region)
 
-    def score(self, rows_BHWD: Tensor, side: int) -> Prediction:
+    def score(self, rows_BHWD: Tensor, side: int, region: RegionOfInterest | None = None) -> Prediction:
         """Predict from embeddings [B, H, W, D] of images whose side is ``side`` pixels."""
         batch, height, width, _ = rows_BHWD.shape
         rows_ND = rows_BHWD.flatten(0, 2)
@@ -182,11 +190,14 @@ class PatchCore(Detector):
             steps = zip(rows_ND.split(WEIGHED), index_N.split(WEIGHED), strict=True)
             distance_N = distance_N * torch.cat([self._weights(rows, index) for rows, index in steps])
         distance_BT = distance_N.view(batch, -1)
-        scores, farthest_B = distance_BT.max(1)
+        inside = region and region.inside(rows_BHWD[..., 0]).flatten(1)
+        scores, farthest_B = (distance_BT if inside is None else distance_BT.masked_fill(~inside, -torch.inf)).max(1)
         if self.config.reweight and not self.config.reweight_all:
             picked = torch.arange(batch, device=farthest_B.device), farthest_B
             scores = scores * self._weights(rows_BHWD.flatten(1, 2)[picked], index_N.view(batch, -1)[picked])
-        return Prediction(scores, pixel_maps(distance_BT.unflatten(1, (height, width)), side, self.config.sigma))
+        return Prediction(
+            scores, pixel_maps(distance_BT.unflatten(1, (height, width)), side, self.config.sigma, region)
+        )
 
     def _nearest(self, rows_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Return the distance to the nearest row of the bank, and its index: [N], [N]."""

@@ -1,7 +1,8 @@
 """SPADE, a baseline: find the nearest normal images, then the nearest of their patches (Cohen & Hoshen 2020).
 
-Stage 1: an image is described by the average of its last level; its score is the mean distance to the K nearest normal
-images. Stage 2: a patch's score is the mean distance to the nearest patches, at any position, of only these K images.
+Stage 1: an image is described by the average of its last level, in the region of interest; its score is the mean
+distance to the K nearest normal images. Stage 2: a patch's score is the mean distance to the nearest patches, at any
+position, of only these K images.
 Distances are Euclidean, not squared.
 
 Shapes: N normal images, B images, S side in pixels, H x W patches of an image (T in all), D channels, C of the last
@@ -24,6 +25,7 @@ from downstream.detector import Detector, NormalFeatures, Prediction
 from downstream.embedding import Embedding, EmbeddingConfig, settle_levels
 from downstream.maps import SIGMA, check_sigma, pixel_maps
 from downstream.neighbours import Neighbours, nearest
+from downstream.roi import RegionOfInterest
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class SPADE(Detector):
 
     descriptors_NC: Tensor
     patches_NTD: Tensor
+    inside_NT: Tensor | None = None  # patches in the region of interest; None = all
     _search: Neighbours
 
     def __init__(self, extract: Extract, config: SPADEConfig = DEFAULT) -> None:
@@ -73,9 +76,14 @@ class SPADE(Detector):
     def fit_features(self, normals: NormalFeatures, progress: Progress | None) -> None:
         """Keep the patches of N images, 4 N T D bytes. Raises ValueError if there are fewer than ``patches``, or before
         they exceed ``max_bank_bytes``."""
-        bank = None
+        bank, masks, count = None, [], 0
         for features in normals:
-            rows_BTD = self.embedding(features).flatten(1, 2)
+            rows_BHWD = self.embedding(features)
+            rows_BTD = rows_BHWD.flatten(1, 2)
+            region = normals.region and normals.region.pick(range(count, count + len(rows_BTD)))
+            count += len(rows_BTD)
+            if region is not None:
+                masks.append(region.inside(rows_BHWD[..., 0]).flatten(1))
             if bank is None:
                 expected = normals.most_images(len(rows_BTD))
                 rows = None if expected is None else expected * rows_BTD.shape[1]
@@ -83,37 +91,48 @@ class SPADE(Detector):
                 # Many small tensors between the freed features of the batches would fragment the memory.
                 descriptors = GrowingBank(expected, say=False)
             bank.add(rows_BTD.flatten(0, 1))
-            descriptors.add(describe(features))
+            descriptors.add(describe(features, region))
         assert bank is not None
         descriptors_NC = descriptors.take()
-        self._remember(descriptors_NC, bank.take().unflatten(0, (len(descriptors_NC), -1)))
+        patches_NTD = bank.take().unflatten(0, (len(descriptors_NC), -1))
+        self._remember(descriptors_NC, patches_NTD, torch.cat(masks) if masks else None)
 
-    def _remember(self, descriptors_NC: Tensor, patches_NTD: Tensor) -> None:
-        gallery = min(self.config.images, len(patches_NTD)) * patches_NTD.shape[1]
+    def _remember(self, descriptors_NC: Tensor, patches_NTD: Tensor, inside_NT: Tensor | None) -> None:
+        images = min(self.config.images, len(patches_NTD))
+        gallery = images * patches_NTD.shape[1]
+        if inside_NT is not None:
+            gallery = int(inside_NT.sum(1).topk(images, largest=False).values.sum())
         if self.config.patches > gallery:
             raise ValueError(f"{self.config.patches} nearest patches cannot be found among {gallery}; choose fewer")
-        self.descriptors_NC, self.patches_NTD = descriptors_NC, patches_NTD
+        self.descriptors_NC, self.patches_NTD, self.inside_NT = descriptors_NC, patches_NTD, inside_NT
         self._search = Neighbours(descriptors_NC)
 
-    def from_features(self, features: FeatureMaps) -> Prediction:
-        distance_BK, index_BK = self._search.search(describe(features), min(self.config.images, len(self.patches_NTD)))
+    def from_features(self, features: FeatureMaps, region: RegionOfInterest | None = None) -> Prediction:
+        images = min(self.config.images, len(self.patches_NTD))
+        distance_BK, index_BK = self._search.search(describe(features, region), images)
         grids = []
         for rows_HWD, index_K in zip(self.embedding(features), index_BK, strict=True):
-            gallery_ND = self.patches_NTD[index_K].flatten(0, 1)
+            gallery_KTD = self.patches_NTD[index_K]
+            gallery_ND = gallery_KTD.flatten(0, 1) if self.inside_NT is None else gallery_KTD[self.inside_NT[index_K]]
             found_Tk = nearest(rows_HWD.flatten(0, 1), gallery_ND, self.config.patches)[0]
             grids.append(found_Tk.mean(1).view(rows_HWD.shape[:2]))
-        return Prediction(distance_BK.mean(1), pixel_maps(torch.stack(grids), self.side, self.config.sigma))
+        return Prediction(distance_BK.mean(1), pixel_maps(torch.stack(grids), self.side, self.config.sigma, region))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return descriptors and patches, which are FEATURES OF EVERY NORMAL IMAGE."""
-        return {"descriptors": self.descriptors_NC, "patches": self.patches_NTD, **self.embedding.state_dict()}, {}
+        inside = {} if self.inside_NT is None else {"inside": self.inside_NT}
+        kept = {"descriptors": self.descriptors_NC, "patches": self.patches_NTD, **inside}
+        return {**kept, **self.embedding.state_dict()}, {}
 
     def restore(self, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
         self.embedding.reducer = tensors.get("reducer")
-        self._remember(tensors["descriptors"], tensors["patches"])
+        self._remember(tensors["descriptors"], tensors["patches"], tensors.get("inside"))
 
 
-def describe(features: FeatureMaps) -> Tensor:
-    """Average the last level over its positions: [B, C], float32 or wider."""
-    last = features[-1]
-    return last.to(torch.promote_types(last.dtype, torch.float32)).mean((2, 3))
+def describe(features: FeatureMaps, region: RegionOfInterest | None = None) -> Tensor:
+    """Average the last level over its positions in the region: [B, C], float32 or wider."""
+    last = features[-1].to(torch.promote_types(features[-1].dtype, torch.float32))
+    if region is None:
+        return last.mean((2, 3))
+    inside_B1HW = region.inside(last[:, 0])[:, None]
+    return (last * inside_B1HW).sum((2, 3)) / inside_B1HW.sum((2, 3))

@@ -17,9 +17,11 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from typing_extensions import Self
@@ -33,9 +35,11 @@ from downstream.detector import Detector, Prediction
 from downstream.detectors import build_detector
 from downstream.detectors.featurenorm import FeatureNorm
 from downstream.extracts import device_of, fixed_picture
+from downstream.roi import RegionOfInterest, bank_within
 from downstream.saved import REFERENCES
 from downstream.tiles import Box, Tiling
 
+Tile = tuple[Box, Tensor | None]  # where it is, and its region of interest [S, S]; None = all of it
 BATCH = 16  # tiles that go through a network at a time
 
 
@@ -80,6 +84,7 @@ class Tiled(Detector):
         self.preprocess = dataclasses.replace(preprocess, crop_from=None)
         self.size = (0, 0)
         self.places: list[Detector] = []  # P, row by row, or one with positions "global"
+        self._plan: list[list[Tile]] = []  # the tiles of a photograph of that size
         self._one()  # finds wrong options now
 
     def _one(self, references: ReferenceBank | None = None) -> Detector:
@@ -105,113 +110,146 @@ class Tiled(Detector):
         self,
         normal_batches: Iterable[Tensor],
         progress: Progress | None = None,
+        roi: Tensor | None = None,
         references: Iterable[Tensor] | None = None,
     ) -> Self:
         """Fit on batches of photographs, uint8 [b, 3, H, W], which are iterated once for every row of tiles.
 
-        ``references``: other photographs, whose tiles become the references of an `ADExtractor` (not for FeatureNorm,
-        whose references are what it is fitted on). Raises ValueError if photographs are malformed, smaller than a tile,
-        or, with local places, of different sizes.
+        ``roi``: the region of interest, bool [H, W], of all photographs, which must then have one size; tiles in which
+        it covers half of no cell of the features are left out. ``references``: other photographs, whose tiles become
+        the references of an `ADExtractor` (not for FeatureNorm, whose references are what it is fitted on).
+
+        Raises ValueError if photographs are malformed, smaller than a tile or, with local places or a region, of
+        different sizes, and if the region fits no tile.
         """
         first = next(iter(normal_batches), None)
         if first is None:
             raise ValueError("no normal photographs to fit on")
         _check(first)
-        self.size, self.places = (int(first.shape[3]), int(first.shape[2])), []
-        rows = self.tiling.rows(*self.size)
+        self.size, self.roi, self.places = (int(first.shape[3]), int(first.shape[2])), roi, []
+        self._plan = self._inspected()
+        rows = self._plan if self.local else [[tile for row in self._plan for tile in row]]
         total = sum(map(len, rows)) if self.local else 1
-        chosen: list[list[Box] | None] = [*rows] if self.local else [None]
-        for boxes in chosen:
-            normal = self._tiles(normal_batches, boxes)
-            given = None if references is None else self._tiles(references, boxes)
-            for column in range(len(normal)):
-                self.places.append(self._fitted(normal[column], None if given is None else given[column]))
+        for row in rows:
+            normal = self._cut(normal_batches, row)
+            given = None if references is None else self._cut(references, row)
+            for column, tiles in enumerate(normal):
+                self.places.append(self._fitted(tiles, None if given is None else given[column]))
                 if progress is not None:
                     progress("fitting the tiles", len(self.places), total)
         self.side = self.preprocess.image_size
         return self
 
     def _fitted(self, tiles: Tiles, references: Tiles | None) -> Detector:
+        roi = tiles.roi
+        if roi is not None and self.local:
+            roi = roi[0]  # one for all photographs
         if references is None:
-            return self._one().fit(tiles)
+            return self._one().fit(tiles, roi=roi)
         assert isinstance(self._given, ADExtractor)
         parts = [self._given.encode(batch) for batch in references]
-        return self._one(self._given.bank_of([torch.cat(level) for level in zip(*parts, strict=True)])).fit(tiles)
+        bank = self._given.bank_of([torch.cat(level) for level in zip(*parts, strict=True)])
+        return self._one(bank).fit(tiles, roi=roi)
 
-    def _tiles(self, photographs: Iterable[Tensor], boxes: Sequence[Box] | None) -> list[Tiles]:
-        """The tiles of a row, for each of its places those of all photographs; without ``boxes`` all tiles together."""
-        cut: list[list[Tensor]] = [[] for _ in range(1 if boxes is None else len(boxes))]
+    def _inspected(self) -> list[list[Tile]]:
+        """The tiles of a photograph of the fitted size, row by row, without those outside the region of interest."""
+        (width, height), roi = self.size, self.roi
+        rows = self.tiling.rows(width, height)
+        if roi is None:
+            return [[(box, None) for box in row] for row in rows]
+        if roi.dtype != torch.bool or roi.shape != (height, width):
+            raise ValueError(
+                f"the region of interest of tiled photographs must be one bool tensor [H, W] for all, {height} x "
+                f"{width} pixels, got {tuple(roi.shape)} of {roi.dtype}"
+            )
+        grids, plan = self._grids(), list[list[Tile]]()
+        for row in rows:
+            masks = [self.preprocess.mask(Image.fromarray(_crop(roi[None], box)[0].numpy())) for box in row]
+            plan.append([(box, mask) for box, mask in zip(row, masks, strict=True) if _covers(mask, grids)])
+        if not any(plan):
+            raise ValueError("the region of interest covers half of no cell of the features in any tile: enlarge it")
+        return [row for row in plan if row]
+
+    def _cut(self, photographs: Iterable[Tensor], row: Sequence[Tile]) -> list[Tiles]:
+        """For each place of a row the tiles of all photographs; with global places, all tiles together."""
+        cut: list[list[tuple[Tensor, Tensor | None]]] = [[] for _ in (row if self.local else [None])]
         for batch in photographs:
             _check(batch)
             self._check_size(batch)
             for photograph in batch:
-                if boxes is None:
-                    cut[0] += [_crop(photograph, box) for row in self._rows(photograph) for box in row]
-                else:
-                    for place, box in zip(cut, boxes, strict=True):
-                        place.append(_crop(photograph, box))
+                tiles = row if self.local or self.roi is not None else list(chain(*self._tiles_of(photograph)))
+                for place, (box, mask) in enumerate(tiles):
+                    cut[place if self.local else 0].append((_crop(photograph, box), mask))
         return [Tiles(place, self.preprocess, device_of(self._given)) for place in cut]
 
-    def _rows(self, photograph: Tensor) -> list[list[Box]]:
-        return self.tiling.rows(photograph.shape[2], photograph.shape[1])
+    def _tiles_of(self, photograph: Tensor) -> list[list[Tile]]:
+        if self.local or self.roi is not None:
+            return self._plan
+        return [[(box, None) for box in row] for row in self.tiling.rows(photograph.shape[2], photograph.shape[1])]
 
     def _check_size(self, photographs: Tensor) -> None:
         width, height = self.size
-        if self.local and photographs.shape[2:] != (height, width):
+        if (self.local or self.roi is not None) and photographs.shape[2:] != (height, width):
+            why = "with --positions local" if self.local else "with a region of interest"
             raise ValueError(
                 f"a photograph of {photographs.shape[3]}x{photographs.shape[2]} pixels, but the normal ones have "
-                f"{width}x{height}: with --positions local every photograph must have the same size; choose global"
+                f"{width}x{height}: {why} every photograph must have the same size"
             )
 
     @torch.no_grad()
-    def predict(self, images: Tensor) -> Prediction:
-        """uint8 [B, 3, H, W] -> scores [B], maps [B, H', W']. Errors as in `fit`, and ValueError before it."""
+    def predict(self, images: Tensor, roi: Tensor | None = None) -> Prediction:
+        """uint8 [B, 3, H, W] -> scores [B], maps [B, H', W'], NaN outside the region of interest of `fit`.
+
+        Errors as in `fit`; ValueError before it, and for another region, ``roi``.
+        """
         self.check_fitted()
         _check(images)
         self._check_size(images)
+        if roi is not None and (self.roi is None or not torch.equal(roi, self.roi)):
+            raise ValueError("tiles have the region of interest they were fitted with: give it to fit, not to predict")
         scores, maps = zip(*map(self._photograph, images), strict=True)
         return Prediction(torch.stack(scores), torch.stack(maps))
 
     def _photograph(self, photograph: Tensor) -> tuple[Tensor, Tensor]:
         place, stitched, highest = 0, None, -math.inf
-        for boxes in self._rows(photograph):
-            tiles = Tiles([_crop(photograph, box) for box in boxes], self.preprocess, device_of(self._given))
-            for number, prediction in enumerate(self._row(tiles, place)):
+        for row in self._tiles_of(photograph):
+            cut = [(_crop(photograph, box), mask) for box, mask in row]
+            tiles = Tiles(cut, self.preprocess, device_of(self._given))
+            for (box, _), one in zip(row, self._row(tiles, place), strict=True):
                 if stitched is None:
-                    stitched = Stitched(self.tiling, photograph.shape[2], photograph.shape[1], prediction.maps.shape[1])
-                stitched.add(boxes[number], prediction.maps[0])
-                highest = max(highest, float(prediction.scores[0]))
-            place += len(boxes)
+                    stitched = Stitched(self.tiling, photograph.shape[2], photograph.shape[1], one.maps.shape[1])
+                stitched.add(box, one.maps[0])
+                highest = max(highest, float(one.scores[0]))
+            place += len(row)
         assert stitched is not None
         return torch.tensor(highest), stitched.map()
 
     def _row(self, tiles: Tiles, place: int) -> Iterator[Prediction]:
         """The predictions of the tiles of a row, whose first has the number ``place``, one by one."""
+        done = 0
         for batch in tiles:
             if self.local:
-                yield from (self.places[place + i].predict(batch[i : i + 1]) for i in range(len(batch)))
-                place += len(batch)
+                yield from (self.places[place + done + i].predict(batch[i : i + 1]) for i in range(len(batch)))
             else:
-                found = self.places[0].predict(batch)
+                roi = None if tiles.roi is None else tiles.roi[done : done + len(batch)]
+                found = self.places[0].predict(batch, roi)
                 yield from (Prediction(*one) for one in zip(found.scores.split(1), found.maps.split(1), strict=True))
+            done += len(batch)
 
     def leave_one_out(self) -> Prediction:
         """Score each of the K photographs it was fitted on against the other K - 1, as if it were new.
 
         Raises ValueError if K < 2, or if the detector of the tiles is not FeatureNorm.
         """
-        rows = self.tiling.rows(*self.size)
-        found = self._left_out(sum(map(len, rows)))
-        scores_K, stitched = torch.empty(0), list[Stitched]()
-        for box in (box for row in rows for box in row):
-            one = next(found)
+        tiles, stitched, scores = list(chain(*self._plan)), list[Stitched](), list[Tensor]()
+        for (box, _), one in zip(tiles, self._left_out(tiles), strict=True):
             stitched = stitched or [Stitched(self.tiling, *self.size, one.maps.shape[1]) for _ in one.maps]
             for whole, map_SS in zip(stitched, one.maps, strict=True):
                 whole.add(box, map_SS)
-            scores_K = torch.maximum(scores_K, one.scores.cpu()) if len(scores_K) else one.scores.cpu()
-        return Prediction(scores_K, torch.stack([whole.map() for whole in stitched]))
+            scores.append(one.scores.cpu())
+        return Prediction(torch.stack(scores).amax(0), torch.stack([whole.map() for whole in stitched]))
 
-    def _left_out(self, places: int) -> Iterator[Prediction]:
+    def _left_out(self, tiles: Sequence[Tile]) -> Iterator[Prediction]:
         """For every place, the predictions of the K photographs' tiles there, each without its own photograph."""
         for detector in self.places:
             if not isinstance(detector, FeatureNorm) or not isinstance(detector.extract, ADExtractor):
@@ -221,12 +259,13 @@ class Tiled(Detector):
                 continue
             bank = detector.extract.references
             assert bank is not None
-            found, features = [list[Prediction]() for _ in range(places)], bank.photographs()
-            for first in range(0, bank.shots, places):  # the tiles of one photograph
-                others = bank.without(range(first, first + places))
-                for number, tile in enumerate(found, start=first):
-                    encoded = [level[number : number + 1] for level in features]
-                    tile.append(detector.from_features(detector.extract.from_encoded(encoded, others)))
+            found, features = [list[Prediction]() for _ in tiles], bank.photographs()
+            for first in range(0, bank.shots, len(tiles)):  # the tiles of one photograph
+                others = bank.without(range(first, first + len(tiles)))
+                for number, (_, mask) in enumerate(tiles):
+                    encoded = [level[first + number : first + number + 1] for level in features]
+                    projected = detector.extract.from_encoded(encoded, others)
+                    found[number].append(detector.inside(projected, None if mask is None else RegionOfInterest(mask)))
             for tile in found:
                 scores, maps = zip(*((one.scores, one.maps) for one in tile), strict=True)
                 yield Prediction(torch.cat(scores), torch.cat(maps))
@@ -245,23 +284,41 @@ class Tiled(Detector):
     def restore(self, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Restore every place."""
         self.size = (int(facts["size"][0]), int(facts["size"][1]))
+        self._plan = self._inspected()
+        masks = [mask for _, mask in chain(*self._plan)]
         for number, told in enumerate(facts["places"]):
             mark = f"place.{number}."
             own = {name.removeprefix(mark): value for name, value in tensors.items() if name.startswith(mark)}
             levels = [own.pop(name) for name in sorted(own) if name.startswith(REFERENCES)]
-            place = self._one(ReferenceBank(levels, self._grids()) if levels else None)
+            roi = masks[number] if self.local else None
+            if roi is None and masks[0] is not None:  # the tiles of all photographs, one after the other
+                roi = torch.stack([mask for mask in masks if mask is not None])
+            place = self._one(self._bank(levels, roi) if levels else None)
+            place.keep_roi(roi)
             place.restore(own, told)
             place.side = self.side
             self.places.append(place)
 
+    def _bank(self, levels: list[Tensor], roi: Tensor | None) -> ReferenceBank:
+        bank = ReferenceBank(levels, self._grids())
+        if roi is None:
+            return bank
+        return bank_within(bank, RegionOfInterest(roi if roi.ndim == 2 else roi.repeat(bank.shots // len(roi), 1, 1)))
+
     def _grids(self) -> list[tuple[int, int]]:
-        """H_l x W_l tokens of a tile on every level of an extractor."""
-        assert isinstance(self._given, ADExtractor)
-        features = self._given.encode(fixed_picture(self.preprocess.image_size, device_of(self._given)))
+        """H_l x W_l tokens of a tile on every level of the features."""
+        encode = self._given.encode if isinstance(self._given, ADExtractor) else self._given
+        with torch.no_grad():
+            features = encode(fixed_picture(self.preprocess.image_size, device_of(self._given)))
         return [(level.shape[2], level.shape[3]) for level in features]
 
     def _try(self, device: torch.device) -> None:
-        self.places[0].predict(fixed_picture(self.side, device))
+        self.places[0]._try(device)
+
+
+def _covers(mask_SS: Tensor, grids: Sequence[tuple[int, int]]) -> bool:
+    """Whether a region covers half of a cell on every level."""
+    return all(float(F.adaptive_avg_pool2d(mask_SS[None].float(), grid).max()) >= 0.5 for grid in grids)
 
 
 class Stitched:
@@ -295,10 +352,17 @@ class Stitched:
 
 
 class Tiles:
-    """Batches [b, 3, S, S], prepared for the network, of tiles, each uint8 [3, tile, tile]."""
+    """Batches [b, 3, S, S], prepared for the network, of tiles, each uint8 [3, tile, tile] with its region of interest.
 
-    def __init__(self, tiles: Sequence[Tensor], preprocess: Preprocess, device: torch.device) -> None:
-        self.tiles, self.preprocess, self.device = tiles, preprocess, device
+    ``roi``: the regions of all tiles, bool [n, S, S]; None = all of them are inspected.
+    """
+
+    def __init__(
+        self, cut: Sequence[tuple[Tensor, Tensor | None]], preprocess: Preprocess, device: torch.device
+    ) -> None:
+        self.tiles, self.preprocess, self.device = [tile for tile, _ in cut], preprocess, device
+        masks = [mask for _, mask in cut if mask is not None]
+        self.roi = torch.stack(masks) if masks else None
 
     def __len__(self) -> int:
         return -(-len(self.tiles) // BATCH)

@@ -30,6 +30,7 @@ from downstream.detectors.reconpatch.representation import (
     train_representation,
 )
 from downstream.embedding import EmbeddingConfig
+from downstream.roi import RegionOfInterest
 
 REPRESENTATION = "representation."  # prefix of the names of the representation's weights in the file
 MATRICES = 12  # similarity matrices of a step in memory at once, including the backward pass (measured: 11.3)
@@ -97,7 +98,8 @@ class ReConPatch(Detector):
         def embeddings() -> Iterator[Tensor]:
             return (self._embed(features) for features in normals)
 
-        patches = NormalPatches(embeddings, self.config.cache_bytes, normals.repeatable, progress)
+        region = normals.region
+        patches = NormalPatches(embeddings, self.config.cache_bytes, normals.repeatable, progress, region)
         similarities = MATRICES * 4 * self.config.training.patches_per_step**2
         held = sum(maps.nbytes for maps in patches.kept or ()) + similarities
         what = f"training on the patches of {patches.images} images"
@@ -106,14 +108,14 @@ class ReConPatch(Detector):
         self.losses = train_representation(representation, patches, self.config.training, progress)
         with torch.no_grad():
             represented = (representation(maps_BHWD) for maps_BHWD in patches.maps())
-            self._core.remember(self._core.choose(represented, None, progress))
+            self._core.remember(self._core.choose(represented, None, progress, region))
         self.representation = representation
 
     def _embed(self, features: FeatureMaps) -> Tensor:
         return self._core.embedding(features).float()
 
-    def from_features(self, features: FeatureMaps) -> Prediction:
-        return self._core.score(self.representation(self._embed(features)), self.side)
+    def from_features(self, features: FeatureMaps, region: RegionOfInterest | None = None) -> Prediction:
+        return self._core.score(self.representation(self._embed(features)), self.side, region)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the bank, which holds FEATURES OF THE PRODUCT, and the representation."""

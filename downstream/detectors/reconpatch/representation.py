@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from adpretrain.progress import Progress
 from downstream.detectors.reconpatch.similarity import SCALES, relaxed_contrastive_loss, similarity
+from downstream.roi import RegionOfInterest
 
 KEPT_BATCH = 16  # batch size of embeddings that are kept
 
@@ -133,7 +134,7 @@ class NormalPatches:
 
     ``read`` returns an iterator of embeddings, batches of [b, H, W, D]; ``repeatable`` says whether it can be called
     more than once. Kept images are shuffled in every epoch; otherwise they come in the order in which they are read
-    (use a shuffling DataLoader).
+    (use a shuffling DataLoader). Only patches in the ``region`` of interest are trained on.
 
     Raises ValueError if the embeddings are too large to keep but can be read only once.
     """
@@ -144,8 +145,9 @@ class NormalPatches:
         cache_bytes: int = 2 << 30,
         repeatable: bool = True,
         progress: Progress | None = None,
+        region: RegionOfInterest | None = None,
     ) -> None:
-        self.read = read
+        self.read, self.region = read, region
         self.kept: list[Tensor] | None = []
         self.batch_sizes: list[int] = []
         size = 0
@@ -183,22 +185,27 @@ class NormalPatches:
 
     def steps(self, config: RepresentationConfig, epoch: int) -> Iterator[Tensor]:
         """Yield the patches [N, D] of every step of an epoch, drawn from seed, epoch and step."""
-        for step, images in enumerate(self._groups(config, epoch)):
-            patches_ND = images.flatten(0, 2)
+        for step, (numbers, maps_BHWD) in enumerate(self._groups(config, epoch)):
+            inside_BHW = self.region and self.region.pick(numbers).inside(maps_BHWD[..., 0])
+            patches_ND = maps_BHWD.flatten(0, 2) if inside_BHW is None else maps_BHWD[inside_BHW]
             if len(patches_ND) > config.patches_per_step:
                 drawn = np.random.default_rng([config.seed, epoch, step]).permutation(len(patches_ND))
                 chosen = torch.from_numpy(drawn[: config.patches_per_step].copy())
                 patches_ND = patches_ND[chosen.to(patches_ND.device)]
             yield patches_ND
 
-    def _groups(self, config: RepresentationConfig, epoch: int) -> Iterator[Tensor]:
+    def _groups(self, config: RepresentationConfig, epoch: int) -> Iterator[tuple[Sequence[int], Tensor]]:
+        """The images of every step, their numbers and embeddings."""
         if self.kept is None:
-            for maps in self.read():
-                yield from maps.split(config.images_per_step)
+            count = 0
+            for group in (group for maps in self.read() for group in maps.split(config.images_per_step)):
+                yield range(count, count + len(group)), group
+                count += len(group)
             return
         order = np.random.default_rng([config.seed, epoch]).permutation(self.images).tolist()
         for start in range(0, self.images, config.images_per_step):
-            yield torch.stack([self.kept[image] for image in order[start : start + config.images_per_step]])
+            numbers = order[start : start + config.images_per_step]
+            yield numbers, torch.stack([self.kept[image] for image in numbers])
 
 
 def train_representation(

@@ -30,6 +30,8 @@ from downstream.detector import Detector, Prediction
 from downstream.detectors import build_detector, detector_from_pretrained
 from downstream.detectors.ensemble import Units, training_units
 from downstream.detectors.refined.simulation import SimulationConfig, simulate
+from downstream.maps import highest
+from downstream.roi import RegionOfInterest
 from downstream.saved import Loaded
 
 NETWORK = "network."  # prefix of the names of the network's weights in the file
@@ -126,22 +128,31 @@ class Refined(Detector):
         """Make an unfitted `Refined` around the detector that ``config`` names, on ``extract``."""
         return cls(build_detector(config.detector, extract, config.options), config.network)
 
-    def fit(self, normal_batches: Iterable[Tensor], progress: Progress | None = None) -> Self:
+    def fit(
+        self, normal_batches: Iterable[Tensor], progress: Progress | None = None, roi: Tensor | None = None
+    ) -> Self:
         """Fit the detector, then the network, on batches [b, 3, S, S]; all n images are kept until both are fitted.
 
         The detector scores every image once per epoch, which takes most of the time. ``progress(what, done, total)`` is
-        called after every step. ``losses`` holds the mean loss of each epoch.
+        called after every step. ``losses`` holds the mean loss of each epoch. ``roi``: as in `Detector.fit`; the
+        network sees, and learns from, what is inside.
         """
-        batches = list(normal_batches)
-        self.detector.fit(batches, progress)
-        self._units = training_units(self.detector, batches)
-        device = self.detector.predict(batches[0][:1]).maps.device
-        network = build_network(self.config).to(device)
-        self.losses = self._train(network, [image for batch in batches for image in batch], progress)
+        batches, region = list(normal_batches), self.keep_roi(roi)
+        self.detector.fit(batches, progress, roi)
+        self._units = training_units(self.detector, batches, roi)
+        images = [image for batch in batches for image in batch]
+        network = build_network(self.config).to(self._scored(images[0][None], region and region.pick([0]))[1].device)
+        self.losses = self._train(network, images, progress, region)
         self._network, self.side = network.eval(), self._units.side
         return self
 
-    def _train(self, network: RefinementNetwork, images: list[Tensor], progress: Progress | None) -> list[float]:
+    def _train(
+        self,
+        network: RefinementNetwork,
+        images: list[Tensor],
+        progress: Progress | None,
+        region: RegionOfInterest | None,
+    ) -> list[float]:
         config = self.config
         optimizer = torch.optim.SGD(
             network.parameters(), config.learning_rate, config.momentum, weight_decay=config.weight_decay
@@ -154,10 +165,13 @@ class Refined(Detector):
                 made = simulate(
                     torch.stack([images[index] for index in indices]), keys, config.simulation, self.textures
                 )
-                maps = self._standard_maps(made.images)
+                part = region and region.pick(indices)
+                seen, maps = self._scored(made.images, part)
                 with torch.enable_grad():
-                    logits = network(made.images.to(maps), maps)
-                    loss = refinement_loss(logits, made.masks.to(maps.device), config)
+                    logits, masks = network(seen, maps), made.masks.to(maps.device)
+                    if part is not None:
+                        logits, masks = torch.cat(part.values(logits)), torch.cat(part.values(masks))
+                    loss = refinement_loss(logits, masks, config)
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
@@ -169,18 +183,25 @@ class Refined(Detector):
                 raise ValueError(f"the loss of epoch {epoch + 1} is {losses[-1]}: lower learning_rate")
         return losses
 
-    def _standard_maps(self, images: Tensor) -> Tensor:
-        """Return the detector's maps of images [B, 3, S, S] as modified z-scores: [B, S, S]."""
+    def _scored(self, images: Tensor, region: RegionOfInterest | None) -> tuple[Tensor, Tensor]:
+        """Return images [B, 3, S, S] and the detector's maps as modified z-scores [B, S, S], as the network gets them:
+        both are 0 outside the region, so that nothing there changes what it says of the inside."""
         with torch.no_grad():
-            return self._units.pixels.standard(self.detector.predict(images).maps.float())
+            maps = self.detector.predict(images, region and region.roi).maps.float()
+            maps, images = self._units.pixels.standard(maps), images.to(maps)
+            if region is None:
+                return images, maps
+            return torch.stack([region.only(channel, 0) for channel in images.unbind(1)], 1), region.only(maps, 0)
 
     @torch.no_grad()
-    def predict(self, images: Tensor) -> Prediction:
-        """[B, 3, S, S] -> scores [B], maps [B, S, S]. Raises ValueError before `fit`."""
+    def predict(self, images: Tensor, roi: Tensor | None = None) -> Prediction:
+        """[B, 3, S, S] -> scores [B], maps [B, S, S]. ``roi`` and errors as in `Detector.predict`."""
         self.check_fitted()
-        maps = self._standard_maps(images)
-        refined = self._network.to(maps.device)(images.to(maps), maps)
-        return Prediction(refined.flatten(1).amax(1), refined)
+        region = self._region(images, roi)
+        seen, maps = self._scored(images, region)
+        refined = self._network.to(maps.device)(seen, maps)
+        scores = highest(refined, region=region)
+        return Prediction(scores, refined if region is None else region.only(refined))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the units of the detector and the weights of the network."""

@@ -56,7 +56,7 @@ class Channel(FeatureNorm):
         self.mean = torch.zeros(3, SIZE, SIZE)
         self.images = 0
 
-    def fit(self, normal_batches: Iterable[Tensor], progress: object = None) -> Channel:
+    def fit(self, normal_batches: Iterable[Tensor], progress: object = None, roi: Tensor | None = None) -> Channel:
         images = torch.cat(list(normal_batches))
         self.mean, self.images = images.mean(0), len(images)
         return self

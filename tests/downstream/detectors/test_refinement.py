@@ -139,7 +139,7 @@ class Deviation(FeatureNorm):
         super().__init__(lambda images: [images - self.mean], FeatureNormConfig(SIZE))
         self.mean = torch.zeros(3, SIZE, SIZE)
 
-    def fit(self, normal_batches: Iterable[Tensor], progress: object = None) -> Deviation:
+    def fit(self, normal_batches: Iterable[Tensor], progress: object = None, roi: Tensor | None = None) -> Deviation:
         self.mean = torch.cat(list(normal_batches)).mean(0)
         return self
 

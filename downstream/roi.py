@@ -1,0 +1,164 @@
+"""The region of interest: the pixels of a photograph that are inspected. Outside it nothing is scored or matched.
+
+A *token* (a cell of a grid of features) is inside if at least half of its cell is. Its feature still sees what lies
+around it, as far as the receptive field of the network and the neighbourhood of an embedding reach.
+
+A map is smoothed after its outside tokens took the value of the nearest inside one. So no value from outside leaks into
+the region by upsampling or by the Gaussian, and the border of the region is treated as that of the photograph is, where
+values are repeated too. Dividing a blurred map by the blurred region would do the same, but it divides by nearly
+nothing where the region is thin, and levels of different grids would reach to different pixels.
+
+Shapes: B images, S side of the images in pixels, H x W tokens of a level, K photographs of a bank.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import final
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageChops
+from scipy.ndimage import distance_transform_edt
+from torch import Tensor
+
+from adpretrain.photographs import read_mask
+from adpretrain.preprocess import Preprocess
+from adpretrain.references import ReferenceBank
+
+
+@final
+class RegionOfInterest:
+    """The inspected pixels of images, ``roi``: bool [S, S] (one region for every image, ``shared``) or [B, S, S].
+
+    Raises ValueError unless ``roi`` is a bool tensor [S, S] or [B, S, S].
+    """
+
+    def __init__(self, roi: Tensor) -> None:
+        if not isinstance(roi, Tensor) or roi.dtype != torch.bool or roi.ndim not in (2, 3):
+            found = f"{tuple(roi.shape)} of {roi.dtype}" if isinstance(roi, Tensor) else f"a {type(roi).__name__}"
+            raise ValueError(
+                f"roi must be a bool tensor [S, S], or [B, S, S] with one region for each image, got {found}: prepare "
+                "a mask as the photographs are, with preprocess.mask"
+            )
+        self.shared = roi.ndim == 2
+        self.roi, self.pixels = roi, roi[None] if self.shared else roi
+
+    def of(self, images: Tensor, first: int = 0) -> RegionOfInterest:
+        """The region of the images [B, 3, S, S] that follow the ``first`` ones. Raises ValueError if S differs or if
+        there are fewer regions."""
+        if self.pixels.shape[1:] != images.shape[2:]:
+            raise ValueError(
+                f"roi has {tuple(self.pixels.shape[1:])} pixels but the images {tuple(images.shape[2:])}: prepare both "
+                "alike"
+            )
+        return self.pick(range(first, first + len(images)))
+
+    def exactly(self, images: Tensor) -> RegionOfInterest:
+        """The region of all these images. Raises ValueError if S or their number differs."""
+        self.check_count(len(images))
+        return self.of(images)
+
+    def check_count(self, images: int) -> None:
+        """Raise ValueError unless there is one region for all images, or one for each."""
+        if not self.shared and len(self.pixels) != images:
+            raise ValueError(f"{len(self.pixels)} regions of interest for {images} images: give each image one")
+
+    def pick(self, numbers: Sequence[int]) -> RegionOfInterest:
+        """The region of the images of these numbers. Raises ValueError if there are fewer regions."""
+        if self.shared:
+            return self
+        if (images := max(numbers) + 1) > len(self.pixels):
+            raise ValueError(
+                f"{len(self.pixels)} regions of interest for at least {images} images: give each image one"
+            )
+        return RegionOfInterest(self.pixels[list(numbers)])
+
+    def inside(self, grid_BHW: Tensor) -> Tensor:
+        """Which tokens of a grid are inside, bool [B, H, W] on its device. Raises ValueError if an image has none."""
+        return self._inside(grid_BHW).expand(grid_BHW.shape)
+
+    def _inside(self, grid_BHW: Tensor) -> Tensor:
+        size = (int(grid_BHW.shape[1]), int(grid_BHW.shape[2]))
+        share_BHW = F.adaptive_avg_pool2d(self.pixels.to(grid_BHW.device, torch.float32)[:, None], size)[:, 0]
+        inside = share_BHW >= 0.5
+        if not bool(inside.flatten(1).any(1).all()):
+            fewest = int(self.pixels.flatten(1).sum(1).min())
+            raise ValueError(
+                f"a region of interest of {fewest} pixels covers half of no cell of a {size[0]} x {size[1]} grid of "
+                "features: enlarge it, choose finer levels or a larger image_size, or leave the image out"
+            )
+        return inside
+
+    def filled(self, grid_BHW: Tensor) -> Tensor:
+        """The grid with the value of the nearest inside token at every token outside."""
+        inside = self._inside(grid_BHW)
+        if bool(inside.all()):
+            return grid_BHW
+        nearest = np.stack([_nearest(one) for one in inside.cpu().numpy()])
+        index_BT = torch.from_numpy(nearest).to(grid_BHW.device).expand(len(grid_BHW), -1)
+        return grid_BHW.flatten(1).gather(1, index_BT).view_as(grid_BHW)
+
+    def only(self, maps_BSS: Tensor, outside: float = torch.nan) -> Tensor:
+        """The maps with ``outside`` instead of the values of pixels that are not inspected."""
+        return maps_BSS.masked_fill(~self._at(maps_BSS), outside)
+
+    def values(self, maps_BSS: Tensor) -> list[Tensor]:
+        """The values of the inspected pixels of every map."""
+        inside = self._at(maps_BSS).expand(maps_BSS.shape)
+        return [one[pixels] for one, pixels in zip(maps_BSS, inside, strict=True)]
+
+    def _at(self, maps_BSS: Tensor) -> Tensor:
+        pixels = self.pixels.to(maps_BSS.device)
+        if pixels.shape[1:] == maps_BSS.shape[1:]:
+            return pixels
+        size = (int(maps_BSS.shape[1]), int(maps_BSS.shape[2]))  # maps of FeatureNorm have a side of their own
+        return F.interpolate(pixels[:, None].float(), size, mode="nearest-exact")[:, 0] > 0
+
+
+def _nearest(inside_HW: np.ndarray) -> np.ndarray:
+    rows, columns = distance_transform_edt(~inside_HW, return_distances=False, return_indices=True)
+    return np.asarray(rows, np.int64).ravel() * inside_HW.shape[1] + columns.ravel()
+
+
+def bank_within(bank: ReferenceBank, region: RegionOfInterest | None) -> ReferenceBank:
+    """The bank without the tokens outside the region, which is one for its K photographs or one for each."""
+    if region is None:
+        return bank
+    masks = []
+    for level_1NC, (height, width) in zip(bank.levels, bank.grids, strict=True):
+        grid_KHW = level_1NC[0, :, 0].view(bank.shots, height, width)
+        masks.append(region.inside(grid_KHW).flatten())
+    return bank.within(masks)
+
+
+def read_roi(path: str | os.PathLike[str], preprocess: Preprocess, border: int = 0) -> Tensor:
+    """Read a mask of the size of the photographs: bool [S, S], True where it is not black, but for ``border`` pixels.
+
+    It is prepared as a photograph is. Raises ValueError for a file that is not a picture, or if nothing is left.
+    """
+    mask = read_mask(path)
+    roi = preprocess.mask(ImageChops.darker(mask, ignore_border(mask.size, border)))
+    if not bool(roi.any()):
+        raise ValueError(
+            f"the region of interest {os.fspath(path)} is empty: paint what is inspected white, all else black"
+        )
+    return roi
+
+
+def ignore_border(size: tuple[int, int], px: int) -> Image.Image:
+    """A mask, for ``preprocess.mask``, of photographs of ``size`` (width, height), black ``px`` pixels along its edges.
+
+    Raises ValueError if nothing would be left.
+    """
+    width, height = size
+    if not 0 <= 2 * px < min(size):
+        raise ValueError(
+            f"a border of {px} pixels leaves nothing of a photograph of {width}x{height}: choose 0 to "
+            f"{(min(size) - 1) // 2}"
+        )
+    mask = Image.new("L", size, 0)
+    mask.paste(255, (px, px, width - px, height - px))
+    return mask
