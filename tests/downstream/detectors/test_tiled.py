@@ -156,3 +156,31 @@ def test_wrong_photographs_are_refused(extractor: ADExtractor) -> None:
         Tiled(extractor, TiledConfig(Tiling(SIDE))).fit([photographs(2, 40, 50)])
     with pytest.raises(ValueError, match="expected a share"):
         Tiling(64, 0.7)
+
+
+@pytest.mark.parametrize("positions", ["local", "global"])
+def test_nothing_outside_the_region_of_interest_is_scored(
+    extractor: ADExtractor, tmp_path: object, positions: str
+) -> None:
+    images = photographs(5)
+    roi = torch.zeros(136, 200, dtype=torch.bool)
+    roi[:, :90] = True
+    config = TiledConfig(Tiling(SIDE, 0.25, positions))  # type: ignore[arg-type]
+    tiled = Tiled(extractor, config).fit([images[:3]], roi=roi)
+    outside, inside = images[4:].clone(), images[4:].clone()
+    outside[:, :, 60:70, 180:190] = 250
+    inside[:, :, 60:70, 30:40] = 250
+    good = tiled.predict(images[4:])
+    assert torch.equal(tiled.predict(outside).scores, good.scores)
+    assert float(tiled.predict(inside).scores) > 1.2 * float(good.scores)
+    assert bool(good.maps[0, :, 110:].isnan().all())
+    assert not bool(good.maps[0, :, :80].isnan().any())
+    alone = tiled.leave_one_out()
+    for number in range(3):
+        others = torch.cat([images[:number], images[number + 1 : 3]])
+        expected = Tiled(extractor, config).fit([others], roi=roi).predict(images[number : number + 1])
+        torch.testing.assert_close(alone.scores[number : number + 1], expected.scores, rtol=1e-4, atol=1e-5)
+    loaded = detector_from_pretrained(tiled.save_pretrained(f"{tmp_path}/saved"))
+    assert torch.equal(loaded.predict(inside).scores, tiled.predict(inside).scores)
+    with pytest.raises(ValueError, match="one bool tensor"):
+        Tiled(extractor, config).fit([images[:3]], roi=roi[None])
