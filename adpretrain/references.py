@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adpretrain.backbones.base import FeatureMaps
-from adpretrain.data.samples import TooFewImages
 from adpretrain.local_scale import LocalScale
 from adpretrain.residual import (
     LeaveOneOut,
@@ -30,6 +29,10 @@ from adpretrain.residual import (
 CELLS, CENTRES = 5, 5  # S and N_c of the paper
 EPS = 1e-8
 CHUNK_BYTES = 64 << 20
+
+
+class TooFewImages(ValueError):
+    """Fewer normal images than a method needs; raised only if more images would help."""
 
 
 class ReferenceBank:

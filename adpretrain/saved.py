@@ -33,6 +33,7 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int
 NORMS = ("l2", "released")
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 CARD_NAME, ASSETS, PICTURE_SUFFIX = "README.md", "assets", ".png"  # other files that may lie beside them
+PLACEHOLDER = "ORG/NAME"  # in the card of a folder that is not published (yet)
 
 
 @dataclass(frozen=True)

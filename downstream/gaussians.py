@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adpretrain.data.samples import TooFewImages
+from adpretrain.references import TooFewImages
 
 CHUNK_BYTES = 8 << 20  # size of the float64 covariances handled at once
 CANCELLED = 1e-3  # a difference below this share of ||delta||^2 has fewer than four correct digits in float32

@@ -60,10 +60,6 @@ class Junk(LeftOut):
     """Files among a data set's masks that are hidden, in hidden folders, or not pictures, and can be ignored."""
 
 
-class TooFewImages(ValueError):
-    """Fewer normal images than a method needs; raised only if more images would help."""
-
-
 class MissingMasks(ValueError):
     """Defects without a mask, in categories where other defects have one. ``missing`` has a line for each image;
     ``samples`` are all samples of the data set."""

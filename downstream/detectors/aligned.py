@@ -14,11 +14,10 @@ from torch import Tensor
 from typing_extensions import Self
 
 from adpretrain.backbones import FeatureMaps
-from adpretrain.data.samples import TooFewImages
 from adpretrain.extractor import ADExtractor
 from adpretrain.memory import GrowingBank, hold, memory_limit
 from adpretrain.progress import Progress
-from adpretrain.references import AlignedReferences
+from adpretrain.references import AlignedReferences, TooFewImages
 from downstream.detector import Detector, NormalFeatures, Prediction
 from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
 from downstream.extracts import checked_features

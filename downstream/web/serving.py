@@ -25,7 +25,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adpretrain.extractor import ADExtractor
-from adpretrain.hub import EMBEDDED
+from adpretrain.hub.download import EMBEDDED
 from downstream.inspection.run import pick_device
 from downstream.terminal import plain
 from downstream.web.session import LIMITS

@@ -18,8 +18,9 @@ from small_models import Saved
 from torch import Tensor
 
 from adpretrain.extractor import ADExtractor
-from adpretrain.hub import download, publish, publish_space
+from adpretrain.hub import download
 from adpretrain.hub.download import digest
+from adpretrain.hub.upload import publish, publish_space
 from downstream.cli import main as run
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(20)
