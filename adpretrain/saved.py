@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -21,7 +20,7 @@ from adpretrain._version import __version__
 from adpretrain.backbones import Backbone, load_backbone
 from adpretrain.backbones.weights import fingerprint, same_weights
 from adpretrain.config import BackboneConfig, LocalScaleConfig, ProjectorConfig
-from adpretrain.files import atomic_folder
+from adpretrain.files import atomic_folder, sha256
 from adpretrain.local_scale import LocalScale
 from adpretrain.parsing import from_dict, read_json
 from adpretrain.preprocess import Preprocess
@@ -217,12 +216,10 @@ def folder_digest(folder: Path) -> str:
 
     Raises ValueError if either is not a file.
     """
-    found = hashlib.sha256()
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if not (folder / name).is_file():  # a pipe would wait for ever
-            raise ValueError(f"{folder} has no file {name}: expected a folder written by ADExtractor.save_pretrained")
-        found.update((folder / name).read_bytes())
-    return found.hexdigest()
+    files = folder / CONFIG_NAME, folder / WEIGHTS_NAME
+    if missing := [path.name for path in files if not path.is_file()]:  # a pipe would wait for ever
+        raise ValueError(f"{folder} has no file {missing[0]}: expected a folder written by ADExtractor.save_pretrained")
+    return sha256(*files)
 
 
 def read_config(folder: Path) -> ExtractorConfig:

@@ -6,7 +6,6 @@ names the fix.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -20,7 +19,7 @@ from typing import Any, TypeVar
 
 import huggingface_hub
 
-from adpretrain.files import atomic_path
+from adpretrain.files import atomic_path, git_sha1, sha256
 from adpretrain.parsing import read_json
 from adpretrain.saved import CONFIG_NAME, WEIGHTS_NAME
 
@@ -33,7 +32,6 @@ FILES = (CONFIG_NAME, WEIGHTS_NAME)
 Parts = Callable[[dict[str, Any]], Sequence[str]]
 PART = re.compile(r"[a-z0-9][a-z0-9_-]*")  # a model within a model, e.g. the extractor of a detector
 GIT_SHA1, SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
-CHUNK = 1 << 20  # bytes
 WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before each further try, plus up to half as much at random
 LONGEST_WAIT = 60.0  # seconds, whatever the Hub asks for
 
@@ -228,21 +226,9 @@ def _discard(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def digest(path: Path, kind: str) -> str:
-    """The hexadecimal "sha256" of a file, or its "git_sha1", which includes git's header."""
-    if kind == "sha256":
-        found = hashlib.sha256()
-    else:
-        found = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            found.update(chunk)
-    return found.hexdigest()
-
-
 def has_digest(path: Path, expected: str) -> bool:
     """Whether a file matches a digest: SHA-256 (64 digits, large files) or git's SHA-1 (40 digits, other files)."""
-    return digest(path, "sha256" if SHA256.fullmatch(expected) else "git_sha1") == expected
+    return expected == (sha256(path) if SHA256.fullmatch(expected) else git_sha1(path))
 
 
 def troubles() -> tuple[type[Exception], ...]:
