@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import huggingface_hub
 import torch
+from huggingface_hub.errors import GatedRepoError, LocalTokenNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -18,12 +19,12 @@ from adpretrain.hub.download import (
     GIT_SHA1,
     PART,
     REPO_ID,
+    TROUBLES,
     explain,
     has_digest,
     persistently,
     root,
     status,
-    troubles,
 )
 from adpretrain.parsing import read_json
 from adpretrain.saved import (
@@ -36,7 +37,6 @@ from adpretrain.saved import (
     saved_tensors,
 )
 
-LONGEST = 96  # characters of a repository's id on the Hub
 PICTURE = r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.png"
 OURS = re.compile(rf"(?:{PART.pattern}/)*(?:config\.json|model\.safetensors|README\.md)|(?:assets/)?{PICTURE}")
 HOUSEKEEPING = re.compile(r"\.gitattributes|\.gitignore|LICENSE(?:\.[a-z]+)?|[A-Za-z0-9_-]+\.md")
@@ -117,12 +117,11 @@ def publish_space(
 
 
 def _check_names(repo_id: str, branch: str, tag: str | None, message: str | None) -> None:
-    known = REPO_ID.fullmatch(repo_id) and len(repo_id) <= LONGEST
-    if not known or "--" in repo_id or ".." in repo_id or repo_id.endswith((".git", "-", ".")):
+    if not REPO_ID.fullmatch(repo_id):
         raise ValueError(
             f"repository id {repo_id!r} is not valid: it is org/name, your user name or organisation and a name of "
             'letters, digits, "-", "_" and ".", which starts and ends with a letter or digit; '
-            f"{LONGEST} characters at most"
+            "96 characters at most"
         )
     for what, name in (("branch", branch), ("tag", tag)):
         if name is not None and (
@@ -268,7 +267,7 @@ class _Repository:
             commit = None if changed or deleted else state.head
             if not dry_run:
                 commit = self._carry_out(state)
-        except troubles() as error:
+        except TROUBLES as error:
             raise explain(error, self.repo_id, "publish to") from error
         url = f"{self._api.endpoint}/{'spaces/' if self.kind == 'space' else ''}{self.repo_id}"
         sizes = {name: path.stat().st_size for name, path in self.local.items()}
@@ -276,8 +275,6 @@ class _Repository:
 
     def _is_anonymous(self, dry_run: bool) -> bool:
         """Whether no token is set, which only a dry run allows. Raises the client's error for a wrong one."""
-        from huggingface_hub.errors import LocalTokenNotFoundError
-
         try:
             persistently(self._api.whoami)
         except LocalTokenNotFoundError:
@@ -297,8 +294,6 @@ class _Repository:
 
     def _state(self) -> _State:
         """The state at the head of the branch or, if there is no such branch, of main."""
-        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
         try:
             info = self._info()
         except GatedRepoError:
@@ -366,9 +361,16 @@ class _Repository:
         """Make all changes to the repository. Returns the commit."""
         options: dict[str, Any] = {"exist_ok": True, "repo_type": self.kind}
         if state.head is None:
-            self._create()
+            new: dict[str, Any] = {"private": True, "space_sdk": "gradio" if self.kind == "space" else None}
+            try:
+                persistently(lambda: self._api.create_repo(self.repo_id, repo_type=self.kind, **new))
+            except TROUBLES as error:
+                if status(root(error)) != 409:  # the first answer was lost, or it is somebody else's, hidden from us
+                    raise
             state = self._state()
-            if not state.is_new or state.private is not True or state.head is None:
+            if state.head is None:
+                raise ValueError(f"the name {self.repo_id} is taken: choose another")
+            if not state.is_new or state.private is not True:
                 raise ValueError(f"{self.repo_id} was just created by somebody else: look at it, then publish again")
         elif self.branch not in state.branches:
             persistently(lambda: self._api.create_branch(self.repo_id, branch=self.branch, **options))
@@ -386,22 +388,11 @@ class _Repository:
             if to_open:
                 visible: dict[str, Any] = {"private": False, "repo_type": self.kind}
                 persistently(lambda: self._api.update_repo_settings(self.repo_id, **visible))
-        except troubles() as error:
+        except TROUBLES as error:
             rest = "it is still private: make it public in its settings, then" if to_open else ""
             reason = explain(error, self.repo_id, "finish publishing to")
             raise ValueError(f"{reason}. The files are there, at commit {commit}; {rest} publish again") from error
         return commit
-
-    def _create(self) -> None:
-        """Make the repository, private. Raises ValueError if somebody else has one of the name."""
-        try:
-            sdk: dict[str, Any] = {"space_sdk": "gradio"} if self.kind == "space" else {}
-            persistently(lambda: self._api.create_repo(self.repo_id, private=True, repo_type=self.kind, **sdk))
-        except troubles() as error:
-            if status(root(error)) != 409:
-                raise
-            if self._state().head is None:  # it exists but is hidden from us; else the first answer was lost
-                raise ValueError(f"the name {self.repo_id} is taken: choose another") from error
 
     def _commit(self, state: _State) -> str:
         """Make one commit on top of ``state`` with exactly the local files. Returns it."""
@@ -426,7 +417,7 @@ class _Repository:
 
         try:
             commit = persistently(send, landed)
-        except troubles() as error:  # the parent is stale, perhaps because the commit was made after all
+        except TROUBLES as error:  # the parent is stale, perhaps because the commit was made after all
             if status(root(error)) not in STALE or (found := landed()) is None:
                 raise
             commit = found
