@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from adpretrain._version import __version__
 from adpretrain.backbones import Backbone, load_backbone
-from adpretrain.backbones.weights import fingerprint, same_weights
+from adpretrain.backbones.weights import fingerprint, same_weights, some
 from adpretrain.config import BackboneConfig, LocalScaleConfig, ProjectorConfig
 from adpretrain.files import atomic_folder, sha256
 from adpretrain.local_scale import LocalScale
@@ -171,7 +171,7 @@ def refuse_others(folder: str | os.PathLike[str], what: str, parts: Iterable[str
     pictures = {name for name in found if name == ASSETS or name.endswith(PICTURE_SUFFIX)}
     others = found - {CONFIG_NAME, WEIGHTS_NAME, CARD_NAME, *parts} - pictures
     if others or (target.exists() and not target.is_dir()):
-        problem = f"holds other files ({_some(others)})" if others else "is a file"
+        problem = f"holds other files ({some(sorted(others))})" if others else "is a file"
         raise ValueError(f"{folder} {problem}: save into a new folder or over an earlier {what}")
 
 
@@ -287,9 +287,11 @@ def read_weights(folder: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]
     except (OSError, SafetensorError) as error:
         raise ValueError(f"cannot read weights {path}: {error}") from error
     if missing := expected.keys() - weights.keys():
-        raise ValueError(f"{path} lacks {_some(missing)}: it is not the file this config describes")
+        raise ValueError(f"{path} lacks {some(sorted(missing))}: it is not the file this config describes")
     if surplus := weights.keys() - expected.keys():
-        raise ValueError(f"{path} holds unknown weights {_some(surplus)}: it is not the file this config describes")
+        raise ValueError(
+            f"{path} holds unknown weights {some(sorted(surplus))}: it is not the file this config describes"
+        )
     for name, value in expected.items():
         if weights[name].shape != value.shape:
             raise ValueError(f"{path}: {name} is {list(weights[name].shape)}, its config says {list(value.shape)}")
@@ -300,8 +302,3 @@ def read_weights(folder: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]
             raise ValueError(f"{path}: {name} holds NaN or infinite values")
         weights[name] = weights[name].clone(memory_format=torch.contiguous_format)
     return weights
-
-
-def _some(names: set[str]) -> str:
-    shown = sorted(names)[:3]
-    return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -85,22 +86,19 @@ def locate(
     if is_folder or name == EMBEDDED:
         if revision is not None:
             raise ValueError(f"{name} is a folder; revision={revision!r} is for repositories of the Hub: leave it out")
-        return Located(Path(name) if is_folder else _embedded())
+        folder = Path(name) if is_folder else EMBEDDED_FOLDER
+        if not is_folder and not (folder / CONFIG_NAME).is_file():
+            raise ValueError(
+                f"this installation of adpretrain has no embedded extractor ({folder} is missing): install a "
+                "released version, or give a folder or a Hub id"
+            )
+        return Located(folder)
     _refuse_paths(source, name)
     revision = _checked_revision(revision)
     cache = _Cache(name, token)
     commit = revision if GIT_SHA1.fullmatch(revision) else cache.resolve(revision)
     cache.fetch(commit, files, parts)
     return Located(cache.snapshot(commit), name, commit)
-
-
-def _embedded() -> Path:
-    if not (EMBEDDED_FOLDER / CONFIG_NAME).is_file():
-        raise ValueError(
-            f"this installation of adpretrain has no embedded extractor ({EMBEDDED_FOLDER} is missing): install a "
-            "released version, or give a folder or a Hub id"
-        )
-    return EMBEDDED_FOLDER
 
 
 def _refuse_paths(source: str | os.PathLike[str], name: str) -> None:
@@ -136,8 +134,7 @@ class _Cache:
 
     @property
     def _folder(self) -> Path:
-        name = "--".join(["models", *self.repo_id.split("/")])
-        return Path(constants.HF_HUB_CACHE) / name
+        return Path(constants.HF_HUB_CACHE) / f"models--{self.repo_id.replace('/', '--')}"
 
     def snapshot(self, commit: str) -> Path:
         return self._folder / "snapshots" / commit
@@ -146,12 +143,8 @@ class _Cache:
         """The commit of a branch, tag or short commit: the Hub's answer, or else the one in the cache."""
         memory = self._folder / "refs" / revision
         known = memory.read_text(encoding="utf-8").strip() if memory.is_file() else ""
-        api = huggingface_hub.HfApi(token=self.token)
-        timeout = constants.HF_HUB_ETAG_TIMEOUT
-
-        def ask() -> Any:
-            return api.model_info(self.repo_id, revision=revision, timeout=timeout)
-
+        which: dict[str, Any] = {"revision": revision, "timeout": constants.HF_HUB_ETAG_TIMEOUT}
+        ask = partial(huggingface_hub.HfApi(token=self.token).model_info, self.repo_id, **which)
         try:
             commit = str((ask() if known else persistently(ask)).sha)
         except TROUBLES as error:

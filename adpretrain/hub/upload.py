@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from huggingface_hub.errors import GatedRepoError, LocalTokenNotFoundError, Repo
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from adpretrain.backbones.weights import some
 from adpretrain.hub.download import (
     GIT_SHA1,
     PART,
@@ -148,7 +148,7 @@ def files_to_publish(folder: str | os.PathLike[str]) -> dict[str, Path]:
     files = _files(top)
     if strange := [name for name in files if not OURS.fullmatch(name)]:
         raise ValueError(
-            f"{folder} holds files that are not part of a saved model: {_some(strange)}. Published are {CONFIG_NAME}, "
+            f"{folder} holds files that are not part of a saved model: {some(strange)}. Published are {CONFIG_NAME}, "
             f"{WEIGHTS_NAME}, {CARD_NAME} and {PICTURE_SUFFIX} pictures; move the rest out of the folder"
         )
     parts = {name.rpartition("/")[0] for name in files if name.endswith((CONFIG_NAME, WEIGHTS_NAME))} | {""}
@@ -170,7 +170,7 @@ def files_of_space(folder: str | os.PathLike[str]) -> dict[str, Path]:
         raise ValueError(f"{folder} has no app.py and {CARD_NAME}: publish the folder of a Space")
     files = {name: path for name, path in _files(top).items() if "__pycache__/" not in name}
     if strange := [name for name in files if not SPACE.fullmatch(name)]:
-        raise ValueError(f"{folder} holds files that no Space needs: {_some(strange)}; move them out of the folder")
+        raise ValueError(f"{folder} holds files that no Space needs: {some(strange)}; move them out of the folder")
     return files
 
 
@@ -183,21 +183,18 @@ def _files(top: Path) -> dict[str, Path]:
 
 
 def _check_content(path: Path) -> None:
-    wrong: str | Exception = ""
     try:
         if path.name == CONFIG_NAME and not isinstance(read_json(path), dict):
-            wrong = "not a JSON object"
+            raise ValueError("not a JSON object")
         if path.name == WEIGHTS_NAME:
             with safe_open(path, framework="pt"):
                 pass
         if path.name == CARD_NAME:
             path.read_text(encoding="utf-8")
         if path.suffix == PICTURE_SUFFIX and path.read_bytes()[:8] != b"\x89PNG\r\n\x1a\n":
-            wrong = "not a PNG picture"
+            raise ValueError("not a PNG picture")
     except (OSError, ValueError, SafetensorError) as error:
-        wrong = error
-    if wrong:
-        raise ValueError(f"{path} is not what its name says ({wrong}): save the model again") from None
+        raise ValueError(f"{path} is not what its name says ({error}): save the model again") from None
 
 
 def _expected(folder: Path) -> dict[str, Tensor]:
@@ -216,11 +213,6 @@ def _expected(folder: Path) -> dict[str, Tensor]:
         return {name: torch.empty(shape, device="meta") for name, shape in content["tensors"].items()}
     except (TypeError, AttributeError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{folder / CONFIG_NAME}: tensors must map names to shapes ({error}): save again") from error
-
-
-def _some(names: Iterable[str]) -> str:
-    shown = list(names)
-    return ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")
 
 
 # How it is published
@@ -326,7 +318,7 @@ class _Repository:
         if foreign := [name for name in state.files if not self._is_ours(name) and not HOUSEKEEPING.fullmatch(name)]:
             raise ValueError(
                 f"the name {repo_id} is taken: it holds files that are not a {self.kind} of adpretrain "
-                f"({_some(foreign)}). Choose another name, or delete them there"
+                f"({some(foreign)}). Choose another name, or delete them there"
             )
         if state.private is False and self.private:
             raise ValueError(f"{repo_id} is public: make it private in its settings first, or choose another name")
