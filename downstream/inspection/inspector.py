@@ -27,7 +27,6 @@ from adpretrain.progress import Progress
 from downstream.appearance import Normals, Unlike
 from downstream.calibration import Calibration, calibrate, percent
 from downstream.detector import Detector
-from downstream.detectors.aligned import AlignedFeatureNorm, AlignedFeatureNormConfig
 from downstream.detectors.featurenorm import FeatureNorm
 from downstream.inspection import DEFAULTS, Options
 from downstream.inspection.normals import (
@@ -370,6 +369,8 @@ def _detector(extractor: ADExtractor, options: Options, pool: int) -> FeatureNor
     """The detector to fit on ``pool`` references."""
     if options.references != "aligned" or pool <= options.shots:
         return FeatureNorm(extractor)
+    from downstream.detectors.aligned import AlignedFeatureNorm, AlignedFeatureNormConfig
+
     # Leave-one-out must use as many references as a new image has, or one fewer if there are not enough.
     return AlignedFeatureNorm(extractor, AlignedFeatureNormConfig(shots=options.shots))
 
@@ -377,6 +378,6 @@ def _detector(extractor: ADExtractor, options: Options, pool: int) -> FeatureNor
 def _describe(extractor: ADExtractor, detector: FeatureNorm, options: Options) -> str:
     features = "projected residuals" if extractor.projector is not None else "raw residuals, no projector"
     chosen = f"references chosen: {options.references}"
-    if isinstance(detector, AlignedFeatureNorm):
-        chosen = f"the {detector.config.shots} best aligned references for every image"
+    if detector.references_are == "chosen":
+        chosen = f"the {options.shots} best aligned references for every image"
     return f"{extractor.backbone.name}, {features}, {chosen}"
