@@ -17,7 +17,7 @@ from jinja2 import StrictUndefined, Template
 
 from adpretrain.backbones import BACKBONES
 from adpretrain.backbones.table import find_entry
-from adpretrain.saved import ExtractorConfig
+from adpretrain.saved import PLACEHOLDER, ExtractorConfig
 
 METRICS = {
     "image_auroc": "image AUROC",
@@ -30,7 +30,6 @@ METRICS = {
 }
 TAGS = ["anomaly-detection", "industrial-inspection", "few-shot", "adpretrain"]
 FEATURENORM = "FeatureNorm"
-PLACEHOLDER = "ORG/NAME"  # in the card of a folder that is not published (yet)
 
 TEMPLATE = Path(__file__).with_suffix(".md")
 

@@ -8,15 +8,14 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from adpretrain.backbones import Backbone, FeatureMaps
 from adpretrain.backbones.weights import as_float32, fingerprint
-from adpretrain.card import card
-from adpretrain.hub import Published, locate, publish
+from adpretrain.hub.download import locate
 from adpretrain.local_scale import LocalScale
 from adpretrain.preprocess import Preprocess
 from adpretrain.projector import FeatureProjector
@@ -36,6 +35,9 @@ from adpretrain.saved import (
     with_image_size,
     write_folder,
 )
+
+if TYPE_CHECKING:
+    from adpretrain.hub.upload import Published
 
 
 class ADExtractor(nn.Module):
@@ -200,6 +202,8 @@ class ADExtractor(nn.Module):
 
         Raises ValueError if ``folder`` holds other files: replacing it would delete them.
         """
+        from adpretrain.card import card
+
         weights = {k: v for k, v in self.state_dict().items() if not k.startswith("backbone.")}
         return write_folder(folder, self.config, weights, "extractor", card(self.config))
 
@@ -216,8 +220,11 @@ class ADExtractor(nn.Module):
         readme: str | None = None,
     ) -> Published:
         """Publish what `save_pretrained` writes as one commit of a Hub repository: arguments and errors as in
-        `adpretrain.hub.publish`. ``readme``: a text for README.md instead of `adpretrain.card.card`.
+        `adpretrain.hub.upload.publish`. ``readme``: a text for README.md instead of `adpretrain.card.card`.
         """
+        from adpretrain.card import card
+        from adpretrain.hub.upload import publish
+
         with tempfile.TemporaryDirectory() as scratch:
             folder = self.save_pretrained(Path(scratch) / "extractor")
             (folder / CARD_NAME).write_text(readme or card(self.config, repo_id), encoding="utf-8")
@@ -239,10 +246,10 @@ class ADExtractor(nn.Module):
         """Load a saved extractor, strictly, in evaluation mode on ``device``; None = where ``backbone`` is, or the CPU.
 
         ``source``: a folder that `save_pretrained` wrote, the id "org/name" of a Hub repository, or "embedded"; with
-        ``revision`` (a branch, tag or commit) and ``token`` as in `adpretrain.hub.locate`. ``weights``: a local file
-        or folder of the backbone's weights, for machines without a network. ``backbone``: used instead of loading one;
-        a `Backbone` that you wrote, or one with random weights, cannot be loaded by name. ``image_size``: side of the
-        network's input in pixels, if other than the extractor's own: a larger one shows smaller defects.
+        ``revision`` (a branch, tag or commit) and ``token`` as in `adpretrain.hub.download.locate`. ``weights``: a
+        local file or folder of the backbone's weights, for machines without a network. ``backbone``: used instead of
+        loading one; a `Backbone` that you wrote, or one with random weights, cannot be loaded by name. ``image_size``:
+        side of the network's input in pixels, if other than the extractor's own: a larger one shows smaller defects.
 
         Raises ValueError if there is no such extractor, if a newer library wrote it, or if its weights, or the
         backbone's, are not exactly those that its config describes.

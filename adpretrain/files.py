@@ -1,18 +1,20 @@
-"""Atomic writing: every file and folder appears under its final name only when it is complete."""
+"""Atomic writing: every file and folder appears under its final name only when it is complete. Digests of files."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp(\.[^.]+)?", re.DOTALL)  # the names that atomic_path makes
+_CHUNK = 1 << 20  # bytes
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -103,3 +105,21 @@ def _atomic_folder(path: Path) -> Iterator[Path]:
             os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sha256(*files: Path) -> str:
+    """The hexadecimal SHA-256 of files, one after the other, which may be larger than the memory."""
+    return _digest(hashlib.sha256(), files)
+
+
+def git_sha1(file: Path) -> str:
+    """The hexadecimal SHA-1 by which git, and the Hub, know a file: that of a header and its content."""
+    return _digest(hashlib.sha1(b"blob %d\0" % file.stat().st_size, usedforsecurity=False), [file])
+
+
+def _digest(found: hashlib._Hash, files: Iterable[Path]) -> str:
+    for path in files:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                found.update(chunk)
+    return found.hexdigest()

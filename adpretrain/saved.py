@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -19,9 +18,9 @@ from torch import Tensor, nn
 
 from adpretrain._version import __version__
 from adpretrain.backbones import Backbone, load_backbone
-from adpretrain.backbones.weights import fingerprint, same_weights
+from adpretrain.backbones.weights import fingerprint, same_weights, some
 from adpretrain.config import BackboneConfig, LocalScaleConfig, ProjectorConfig
-from adpretrain.files import atomic_folder
+from adpretrain.files import atomic_folder, sha256
 from adpretrain.local_scale import LocalScale
 from adpretrain.parsing import from_dict, read_json
 from adpretrain.preprocess import Preprocess
@@ -33,6 +32,7 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int
 NORMS = ("l2", "released")
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 CARD_NAME, ASSETS, PICTURE_SUFFIX = "README.md", "assets", ".png"  # other files that may lie beside them
+PLACEHOLDER = "ORG/NAME"  # in the card of a folder that is not published (yet)
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def refuse_others(folder: str | os.PathLike[str], what: str, parts: Iterable[str
     pictures = {name for name in found if name == ASSETS or name.endswith(PICTURE_SUFFIX)}
     others = found - {CONFIG_NAME, WEIGHTS_NAME, CARD_NAME, *parts} - pictures
     if others or (target.exists() and not target.is_dir()):
-        problem = f"holds other files ({_some(others)})" if others else "is a file"
+        problem = f"holds other files ({some(sorted(others))})" if others else "is a file"
         raise ValueError(f"{folder} {problem}: save into a new folder or over an earlier {what}")
 
 
@@ -231,12 +231,10 @@ def folder_digest(folder: Path) -> str:
 
     Raises ValueError if either is not a file.
     """
-    found = hashlib.sha256()
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if not (folder / name).is_file():  # a pipe would wait for ever
-            raise ValueError(f"{folder} has no file {name}: expected a folder written by ADExtractor.save_pretrained")
-        found.update((folder / name).read_bytes())
-    return found.hexdigest()
+    files = folder / CONFIG_NAME, folder / WEIGHTS_NAME
+    if missing := [path.name for path in files if not path.is_file()]:  # a pipe would wait for ever
+        raise ValueError(f"{folder} has no file {missing[0]}: expected a folder written by ADExtractor.save_pretrained")
+    return sha256(*files)
 
 
 def read_config(folder: Path) -> ExtractorConfig:
@@ -304,9 +302,11 @@ def read_weights(folder: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]
     except (OSError, SafetensorError) as error:
         raise ValueError(f"cannot read weights {path}: {error}") from error
     if missing := expected.keys() - weights.keys():
-        raise ValueError(f"{path} lacks {_some(missing)}: it is not the file this config describes")
+        raise ValueError(f"{path} lacks {some(sorted(missing))}: it is not the file this config describes")
     if surplus := weights.keys() - expected.keys():
-        raise ValueError(f"{path} holds unknown weights {_some(surplus)}: it is not the file this config describes")
+        raise ValueError(
+            f"{path} holds unknown weights {some(sorted(surplus))}: it is not the file this config describes"
+        )
     for name, value in expected.items():
         if weights[name].shape != value.shape:
             raise ValueError(f"{path}: {name} is {list(weights[name].shape)}, its config says {list(value.shape)}")
@@ -317,8 +317,3 @@ def read_weights(folder: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]
             raise ValueError(f"{path}: {name} holds NaN or infinite values")
         weights[name] = weights[name].clone(memory_format=torch.contiguous_format)
     return weights
-
-
-def _some(names: set[str]) -> str:
-    shown = sorted(names)[:3]
-    return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ from typing_extensions import Self, Unpack
 
 from adpretrain.backbones import Extract, FeatureMaps
 from adpretrain.extractor import ADExtractor
-from adpretrain.hub import Published
 from adpretrain.progress import Progress
 from downstream.extracts import checked_features, fixed_picture, keeping_references
 from downstream.roi import RegionOfInterest, bank_within
@@ -35,6 +34,9 @@ from downstream.saved import (
     save_detector,
     with_roi,
 )
+
+if TYPE_CHECKING:
+    from adpretrain.hub.upload import Published
 
 BRIGHTEST = 16.0  # limit for images without negative values; normalised as usual, no value reaches 5
 
@@ -236,7 +238,7 @@ class Detector:
         token: str | bool | None = None,
         dry_run: bool = False,
     ) -> Published:
-        """Publish the saved detector as one commit of a Hub repository; see `adpretrain.hub.publish`.
+        """Publish the saved detector as one commit of a Hub repository; see `adpretrain.hub.upload.publish`.
 
         The repository is PRIVATE by default, and a warning says why. Raises the errors of `publish` and
         `save_pretrained`.

@@ -21,27 +21,25 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import torch
-from huggingface_hub import ModelCardData
 from torch import Tensor
 from typing_extensions import Unpack
 
 from adpretrain._version import __version__
 from adpretrain.backbones import Backbone, Extract
-from adpretrain.card import PLACEHOLDER, TAGS, card, table
 from adpretrain.config import BackboneConfig
 from adpretrain.extractor import ADExtractor
 from adpretrain.files import atomic_path
-from adpretrain.hub import Located, Published, locate, publish
-from adpretrain.hub.upload import files_to_publish
+from adpretrain.hub.download import Located, locate
 from adpretrain.parsing import from_dict, read_json
 from adpretrain.preprocess import Preprocess
 from adpretrain.references import ReferenceBank
 from adpretrain.saved import (
     CARD_NAME,
     CONFIG_NAME,
+    PLACEHOLDER,
     backbone_config,
     read_config,
     read_folder_config,
@@ -50,6 +48,9 @@ from adpretrain.saved import (
     write_folder,
 )
 from downstream.extracts import Adapted, device_of, fixed_picture, probe, refuse_other_features
+
+if TYPE_CHECKING:
+    from adpretrain.hub.upload import Published
 
 FORMAT_VERSION = 2  # 1 knows no region of interest; a detector without one is still written as 1
 EXTRACTOR = "extractor"
@@ -218,7 +219,7 @@ def parts_of(config: Mapping[str, Any]) -> list[str]:
 
 
 def locate_model(folder: str | os.PathLike[str], **hub: Unpack[HubOptions]) -> Located:
-    """Find the folder of a fitted detector or an extractor, including its parts; see `adpretrain.hub.locate`."""
+    """Find the folder of a fitted detector or an extractor, and its parts; see `adpretrain.hub.download.locate`."""
     return locate(folder, parts=parts_of, **hub)
 
 
@@ -247,10 +248,10 @@ def load_detector(
     """Read a folder written by `save_detector`, strictly.
 
     ``folder`` can also be "org/name" on the Hugging Face Hub, with ``revision`` and ``token`` as in
-    `adpretrain.hub.locate`. ``extract`` is used instead of the saved one; an `ADExtractor` without references gets the
-    saved ones. All members use it; a list gives one to each. ``device`` is that of everything loaded; None = that of
-    ``extract``, or the CPU. ``weights`` is a local file or folder of the backbone's weights, for machines without a
-    network. ``load_member(folder, extract, device, weights)`` loads the members of a detector made of others.
+    `adpretrain.hub.download.locate`. ``extract`` is used instead of the saved one; an `ADExtractor` without references
+    gets the saved ones. All members use it; a list gives one to each. ``device`` is that of everything loaded; None =
+    that of ``extract``, or the CPU. ``weights`` is a local file or folder of the backbone's weights, for machines
+    without a network. ``load_member(folder, extract, device, weights)`` loads the members of a detector made of others.
     Raises ValueError if the folder holds another detector, was written by a newer library, has other tensors than its
     config says, or if the features are not those it was fitted on.
     """
@@ -350,6 +351,10 @@ def put_together(folder: Path) -> Iterator[None]:
 
 def detector_card(config: DetectorConfig, repo_id: str = PLACEHOLDER) -> str:
     """Return the text of README.md of a fitted detector."""
+    from huggingface_hub import ModelCardData
+
+    from adpretrain.card import TAGS, table
+
     data = ModelCardData(library_name="adpretrain", tags=[*TAGS, config.detector])
     network = {"extractor": "an extractor (`extractor/`)", "given": "a user's own function"}.get(config.extract)
     if config.backbone is not None:
@@ -377,6 +382,8 @@ def detector_card(config: DetectorConfig, repo_id: str = PLACEHOLDER) -> str:
 def publish_saved(folder: Path, repo_id: str, *, private: bool, detector: bool = True, **options: Any) -> Published:
     """Publish a folder that we may change: its card gets the repository's name. For a detector, a warning says what the
     folder holds."""
+    from adpretrain.hub.upload import publish
+
     if detector:
         public = "" if private else " THE REPOSITORY IS PUBLIC: everybody can read it."
         warnings.warn(f"{NOTICE}{public}", stacklevel=3)
@@ -393,6 +400,9 @@ def push_folder(folder: Path, repo_id: str, *, private: bool | None = None, **op
     ``private``: by default a detector is private and an extractor public. ``options`` are tag, message and dry_run of
     `publish`. Raises ValueError, with the fix, if the folder is neither, and the errors of `publish`.
     """
+    from adpretrain.card import card
+    from adpretrain.hub.upload import files_to_publish
+
     detector = is_detector(folder)
     files_to_publish(folder)
     text = detector_card(read_detector_config(folder)) if detector else card(read_config(folder))

@@ -8,7 +8,6 @@ projectors are taken, and the file's name and sha256 are kept in config.json. No
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 import sys
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ import torch
 
 from adpretrain.backbones import load_backbone
 from adpretrain.convert import extractor_from_official
+from adpretrain.files import sha256
 from adpretrain.parsing import POSITIONAL, parse_flags
 
 
@@ -37,15 +37,6 @@ def read_checkpoint(path: Path) -> Any:
         ) from error
     except Exception as error:  # torch raises RuntimeError, EOFError, KeyError ... for files that are not its own
         raise ValueError(f"{path} cannot be read as a .pth file: {error or type(error).__name__}") from error
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file, read in blocks."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def convert(path: Path, backbone: str, out: Path, image_size: int = 224, crop_from: int | None = None) -> Path:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from adpretrain.card import METRICS, Result, card
-from adpretrain.hub import Published, publish, publish_space
+from adpretrain.hub.upload import Published, publish, publish_space
 from adpretrain.parsing import parse_flags, read_json
 from adpretrain.saved import CONFIG_NAME, WEIGHTS_NAME, folder_digest, read_config
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from adpretrain.backbones import load_backbone
 from adpretrain.backbones.dinov2 import DinoV2
 from adpretrain.config import LossConfig, ProjectorConfig
-from adpretrain.data import index_realiad
+from adpretrain.data.layouts.realiad import index_realiad
 from adpretrain.extractor import ADExtractor
 from adpretrain.local_scale import LocalScale
 from adpretrain.losses import angle_loss, norm_loss

@@ -16,17 +16,12 @@ import torch
 from torch import Tensor
 
 from adpretrain.backbones.base import Backbone, FeatureMaps, check_image_size, check_levels
+from adpretrain.backbones.table import TIMM
 from adpretrain.backbones.weights import Source, StateDict, Weights, as_float32, load_strictly
 from adpretrain.preprocess import INTERPOLATIONS, Preprocess
 
-PREFIX = "timm/"
 FINEST = 4  # stride of stage 1
 DEPTH = 4  # levels of a vision transformer by default, evenly spaced as in the paper
-
-
-def source(repo_id: str) -> Source:
-    """Where the weights of a model are published, usually the repository ``timm/<model name>``; safetensors only."""
-    return Source("model.safetensors", repo_id=repo_id)
 
 
 class Stages(Backbone):
@@ -74,9 +69,9 @@ def build(name: str, weights: Weights, image_size: int, levels: Sequence[int]) -
     from timm.models import PretrainedCfg, get_pretrained_cfg
 
     model = full_name(name, weights)
-    name = f"{PREFIX}{model}"
+    name = f"{TIMM}{model}"
     config: Any = get_pretrained_cfg(model) or PretrainedCfg()
-    weights = dataclasses.replace(weights, backbone=name, source=source(config.hf_hub_id or name))
+    weights = dataclasses.replace(weights, backbone=name, source=Source("model.safetensors", config.hf_hub_id or name))
     sized = {"img_size": image_size} if config.fixed_input_size else {}
     interpolation = config.interpolation if config.interpolation in INTERPOLATIONS else "bicubic"
     preprocess = Preprocess(image_size, None, config.mean, config.std, interpolation)
@@ -100,14 +95,14 @@ def full_name(name: str, weights: Weights) -> str:
     """The model name with the tag of its weights. Raises ValueError if timm has no such weights, or several."""
     import timm
 
-    model = name.removeprefix(PREFIX)
+    model = name.removeprefix(TIMM)
     architecture, _, tag = model.partition(".")
     if not timm.is_model(architecture):
         close = timm.list_models(f"*{architecture[:8]}*")[:8]
         hint = f"similar names: {', '.join(close)}" if close else "timm.list_models() lists all"
         raise ValueError(f"timm has no model {architecture!r}; {hint}")
     published = list(timm.list_pretrained(f"{architecture}.*"))
-    choice = ", ".join(f"{PREFIX}{known}" for known in published) or "none: pass weights=PATH or pretrained=False"
+    choice = ", ".join(f"{TIMM}{known}" for known in published) or "none: pass weights=PATH or pretrained=False"
     if tag and model not in published:
         raise ValueError(f"timm has no weights {model!r}; it has {choice}")
     if not tag and len(published) == 1:

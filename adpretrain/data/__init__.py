@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
 
-from adpretrain.data.huggingface import index_hf
-from adpretrain.data.layouts.btad import index_btad
 from adpretrain.data.layouts.detect import detect_layout
-from adpretrain.data.layouts.elpv import index_elpv
-from adpretrain.data.layouts.folder import index_folder
-from adpretrain.data.layouts.mtd import index_mtd
-from adpretrain.data.layouts.mvtec import index_mvtec
-from adpretrain.data.layouts.mvtec_3d import index_mvtec_3d
-from adpretrain.data.layouts.mvtec_loco import index_mvtec_loco
-from adpretrain.data.layouts.realiad import index_realiad
-from adpretrain.data.layouts.visa import index_visa
-from adpretrain.data.products import with_full_scales
 from adpretrain.data.samples import GOOD, ImageDataset, Junk, LeftOut, MissingMasks, Sample
-from adpretrain.references import TooFewImages
 
 __all__ = [
     "DATASETS",
@@ -29,27 +19,24 @@ __all__ = [
     "LeftOut",
     "MissingMasks",
     "Sample",
-    "TooFewImages",
     "detect_layout",
     "index_dataset",
     "index_with_bare",
 ]
 
-DATASETS: dict[str, Callable[..., list[Sample]]] = {
-    "realiad": index_realiad,
-    "mvtec": index_mvtec,
-    "mvtec_loco": index_mvtec_loco,
-    "mvtec_3d": index_mvtec_3d,
-    "mpdd": index_mvtec,
-    "visa": index_visa,
-    "btad": index_btad,
-    "mtd": index_mtd,
-    "elpv": index_elpv,
-    "folder": index_folder,
-    "hf": index_hf,
+DATASETS = {  # name of a layout -> its index function, imported when it is used
+    "realiad": "adpretrain.data.layouts.realiad:index_realiad",
+    "mvtec": "adpretrain.data.layouts.mvtec:index_mvtec",
+    "mvtec_loco": "adpretrain.data.layouts.mvtec_loco:index_mvtec_loco",
+    "mvtec_3d": "adpretrain.data.layouts.mvtec_3d:index_mvtec_3d",
+    "mpdd": "adpretrain.data.layouts.mvtec:index_mvtec",
+    "visa": "adpretrain.data.layouts.visa:index_visa",
+    "btad": "adpretrain.data.layouts.btad:index_btad",
+    "mtd": "adpretrain.data.layouts.mtd:index_mtd",
+    "elpv": "adpretrain.data.layouts.elpv:index_elpv",
+    "folder": "adpretrain.data.layouts.folder:index_folder",
+    "hf": "adpretrain.data.huggingface:index_hf",
 }
-
-
 SPLIT_LISTINGS = {"realiad": "realiad_jsons", "visa": "1cls"}  # layouts that list splits in files -> an example
 
 
@@ -73,11 +60,12 @@ def index_dataset(
         raise ValueError(
             f"split {split!r}: {root} is read as {layout!r}; listings to choose from exist for {valid} only"
         )
+    options: dict[str, Any] = {"protocol": split} if split else {}
     if layout == "hf":
-        return with_full_scales(index_hf(root, columns))
-    if columns:
+        options = {"columns": columns}
+    elif columns:
         raise ValueError(f"columns {dict(columns)} are for 'hf' data sets only; {root} is read as {layout!r}")
-    return with_full_scales(DATASETS[layout](root, protocol=split) if split else DATASETS[layout](root))
+    return _with_full_scales(resolve_name(DATASETS[layout])(root, **options))
 
 
 def index_with_bare(
@@ -88,4 +76,10 @@ def index_with_bare(
     try:
         return index_dataset(name, root, columns, split), {}
     except MissingMasks as error:
-        return with_full_scales(error.samples), error.missing
+        return _with_full_scales(error.samples), error.missing
+
+
+def _with_full_scales(samples: list[Sample]) -> list[Sample]:
+    from adpretrain.data.products import with_full_scales  # a run that reads no data set does without it
+
+    return with_full_scales(samples)

@@ -205,7 +205,7 @@ def pinned(root: str | Path) -> str:
     """
     from huggingface_hub import HfApi, constants
 
-    from adpretrain.hub.download import explain, persistently, troubles
+    from adpretrain.hub.download import TROUBLES, explain, persistently
 
     name, revision = address(root)
     if constants.HF_HUB_OFFLINE:
@@ -213,7 +213,7 @@ def pinned(root: str | Path) -> str:
         raise ValueError(f"{root} is streamed, which HF_HUB_OFFLINE forbids: {fix}")
     try:
         commit = persistently(lambda: HfApi().dataset_info(name, revision=revision).sha)
-    except troubles() as error:
+    except TROUBLES as error:
         raise explain(error, f"datasets/{name}", f"stream {revision!r} of" if revision else "stream") from error
     return f"{HUB}/{name}@{commit}"
 
@@ -224,9 +224,9 @@ def _on_hub(root: str | Path) -> bool:
 
 def _reason(url: str, error: Exception) -> str:
     """An error's message in one line. Raises ValueError if the Hub failed and not the file."""
-    from adpretrain.hub.download import explain, on_the_way
+    from adpretrain.hub.download import ON_THE_WAY, explain, root
 
-    if on_the_way(error):
+    if isinstance(root(error), ON_THE_WAY):
         repository, _, file = url.removeprefix(f"{HUB}/").partition("@")
         raise explain(error, repository, f"read {file.partition('/')[2]} of") from error
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

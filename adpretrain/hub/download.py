@@ -6,7 +6,6 @@ names the fix.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -15,27 +14,41 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import huggingface_hub
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
-from adpretrain.files import atomic_path
+from adpretrain.files import atomic_path, git_sha1, sha256
 from adpretrain.parsing import read_json
 from adpretrain.saved import CONFIG_NAME, WEIGHTS_NAME
 
 T = TypeVar("T")
 EMBEDDED = "embedded"
 EMBEDDED_FOLDER = Path(__file__).resolve().parents[1] / EMBEDDED
-REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+REPO_ID = re.compile(r"(?!.*(--|\.\.)|.*\.git$|.{97})[A-Za-z0-9][\w.-]*/[A-Za-z0-9]([\w.-]*\w)?", re.ASCII)
 FILE_SUFFIXES = (".safetensors", ".json", ".yaml", ".yml", ".pth", ".pt", ".bin", ".ckpt", ".onnx", ".zip", ".tar")
 FILES = (CONFIG_NAME, WEIGHTS_NAME)
 Parts = Callable[[dict[str, Any]], Sequence[str]]
 PART = re.compile(r"[a-z0-9][a-z0-9_-]*")  # a model within a model, e.g. the extractor of a detector
 GIT_SHA1, SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
-CHUNK = 1 << 20  # bytes
 WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before each further try, plus up to half as much at random
 LONGEST_WAIT = 60.0  # seconds, whatever the Hub asks for
+# What the client raises if the connection or the Hub fails, whichever HTTP library its version uses; and if anything
+# fails: a RuntimeError wraps a failed upload, a JSONDecodeError means that the server is no Hub.
+ON_THE_WAY: tuple[type[Any], ...] = tuple(base for base in HfHubHTTPError.__bases__ if base is not OSError)
+TROUBLES: tuple[type[Exception], ...] = (OSError, RuntimeError, json.JSONDecodeError, *ON_THE_WAY)
 
 
 @dataclass(frozen=True)
@@ -73,22 +86,19 @@ def locate(
     if is_folder or name == EMBEDDED:
         if revision is not None:
             raise ValueError(f"{name} is a folder; revision={revision!r} is for repositories of the Hub: leave it out")
-        return Located(Path(name) if is_folder else _embedded())
+        folder = Path(name) if is_folder else EMBEDDED_FOLDER
+        if not is_folder and not (folder / CONFIG_NAME).is_file():
+            raise ValueError(
+                f"this installation of adpretrain has no embedded extractor ({folder} is missing): install a "
+                "released version, or give a folder or a Hub id"
+            )
+        return Located(folder)
     _refuse_paths(source, name)
     revision = _checked_revision(revision)
     cache = _Cache(name, token)
     commit = revision if GIT_SHA1.fullmatch(revision) else cache.resolve(revision)
     cache.fetch(commit, files, parts)
     return Located(cache.snapshot(commit), name, commit)
-
-
-def _embedded() -> Path:
-    if not (EMBEDDED_FOLDER / CONFIG_NAME).is_file():
-        raise ValueError(
-            f"this installation of adpretrain has no embedded extractor ({EMBEDDED_FOLDER} is missing): install a "
-            "released version, or give a folder or a Hub id"
-        )
-    return EMBEDDED_FOLDER
 
 
 def _refuse_paths(source: str | os.PathLike[str], name: str) -> None:
@@ -101,7 +111,7 @@ def _refuse_paths(source: str | os.PathLike[str], name: str) -> None:
     )
     if looks_like_path or Path(name).is_file():
         raise ValueError(f"{name} is not a folder: expected a folder written by save_pretrained, or a Hub id org/name")
-    if not REPO_ID.fullmatch(name) or "--" in name or ".." in name or name.endswith(".git"):
+    if not REPO_ID.fullmatch(name):
         raise ValueError(
             f"{name!r} is neither a folder nor the id of a Hub repository, which has the form org/name of letters, "
             f'digits, "-", "_" and "."; {EMBEDDED!r} is the extractor inside this package'
@@ -124,27 +134,20 @@ class _Cache:
 
     @property
     def _folder(self) -> Path:
-        name = "--".join(["models", *self.repo_id.split("/")])
-        return Path(huggingface_hub.constants.HF_HUB_CACHE) / name
+        return Path(constants.HF_HUB_CACHE) / f"models--{self.repo_id.replace('/', '--')}"
 
     def snapshot(self, commit: str) -> Path:
         return self._folder / "snapshots" / commit
 
     def resolve(self, revision: str) -> str:
         """The commit of a branch, tag or short commit: the Hub's answer, or else the one in the cache."""
-        from huggingface_hub.errors import OfflineModeIsEnabled
-
         memory = self._folder / "refs" / revision
         known = memory.read_text(encoding="utf-8").strip() if memory.is_file() else ""
-        api = huggingface_hub.HfApi(token=self.token)
-        timeout = huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT
-
-        def ask() -> Any:
-            return api.model_info(self.repo_id, revision=revision, timeout=timeout)
-
+        which: dict[str, Any] = {"revision": revision, "timeout": constants.HF_HUB_ETAG_TIMEOUT}
+        ask = partial(huggingface_hub.HfApi(token=self.token).model_info, self.repo_id, **which)
         try:
             commit = str((ask() if known else persistently(ask)).sha)
-        except troubles() as error:
+        except TROUBLES as error:
             if GIT_SHA1.fullmatch(known) and (may_pass(error) or isinstance(error, OfflineModeIsEnabled)):
                 warnings.warn(
                     f"the Hub cannot be asked ({type(root(error)).__name__}): {self.repo_id} is used at commit "
@@ -175,27 +178,22 @@ class _Cache:
 
     def _fetch_file(self, commit: str, name: str) -> None:
         path = self.snapshot(commit) / name
-        if path.is_file() and self._is_whole(path, _blob_name(path)):
+        if path.is_file() and _is_whole(path, _blob_name(path)):
             return
         what = f"file {name} at commit {commit}"
+        which: dict[str, Any] = {"revision": commit, "token": self.token, "library_name": "adpretrain"}
         for _ in range(2):
             _discard(path)
             try:
-                persistently(lambda: self._download(commit, name))
-                whole = path.is_file() and self._is_whole(path, _blob_name(path) or self._digest(commit, name))
-            except troubles() as error:
+                persistently(lambda: huggingface_hub.hf_hub_download(self.repo_id, name, **which))
+                if path.is_file() and _is_whole(path, _blob_name(path) or self._digest(commit, name)):
+                    return
+            except TROUBLES as error:
                 raise self._explained(error, what) from error
-            if whole:
-                return
         _discard(path)
         raise ValueError(
             f"cannot load {self.repo_id}: {name} at commit {commit} arrived damaged twice (its digest is not the "
             "one the Hub gives). Try again later or over another network; if that does not help, upload it again"
-        )
-
-    def _download(self, commit: str, name: str) -> None:
-        huggingface_hub.hf_hub_download(
-            self.repo_id, name, revision=commit, token=self.token, library_name="adpretrain"
         )
 
     def _digest(self, commit: str, name: str) -> str | None:
@@ -203,16 +201,10 @@ class _Cache:
         url = huggingface_hub.hf_hub_url(self.repo_id, name, revision=commit)
         return huggingface_hub.get_hf_file_metadata(url, token=self.token).etag
 
-    def _is_whole(self, path: Path, digest: str | None) -> bool:
-        known = digest is not None and (GIT_SHA1.fullmatch(digest) or SHA256.fullmatch(digest))
-        return has_digest(path, digest) if known and digest else True
-
     def _explained(self, error: BaseException, what: str) -> ValueError:
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RevisionNotFoundError
-
         if isinstance(error, RevisionNotFoundError):
             return ValueError(f"{self.repo_id} has no {what}: its branches, tags and commits are listed on its page")
-        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+        if isinstance(error, RemoteEntryNotFoundError):
             return ValueError(f"{self.repo_id} has no {what}: it is not a model that adpretrain saved")
         return explain(error, self.repo_id, f"load {what} of")
 
@@ -222,45 +214,22 @@ def _blob_name(path: Path) -> str | None:
     return Path(os.readlink(path)).name if path.is_symlink() else None
 
 
+def _is_whole(path: Path, digest: str | None) -> bool:
+    """Whether a file matches its digest; True if none is known."""
+    if digest is None or not (GIT_SHA1.fullmatch(digest) or SHA256.fullmatch(digest)):
+        return True
+    return has_digest(path, digest)
+
+
 def _discard(path: Path) -> None:
     """Delete a damaged file from the cache, so that no other program finds it either."""
     path.resolve().unlink(missing_ok=True)
     path.unlink(missing_ok=True)
 
 
-def digest(path: Path, kind: str) -> str:
-    """The hexadecimal "sha256" of a file, or its "git_sha1", which includes git's header."""
-    if kind == "sha256":
-        found = hashlib.sha256()
-    else:
-        found = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            found.update(chunk)
-    return found.hexdigest()
-
-
 def has_digest(path: Path, expected: str) -> bool:
     """Whether a file matches a digest: SHA-256 (64 digits, large files) or git's SHA-1 (40 digits, other files)."""
-    return digest(path, "sha256" if SHA256.fullmatch(expected) else "git_sha1") == expected
-
-
-def troubles() -> tuple[type[Exception], ...]:
-    """The exceptions that the client raises when a request fails, whichever HTTP library its version uses.
-
-    A RuntimeError wraps a failed upload; a JSONDecodeError means that the server is not a Hub.
-    """
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
-
-    transport = tuple(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
-    return OSError, RuntimeError, json.JSONDecodeError, EntryNotFoundError, *transport
-
-
-def on_the_way(error: BaseException) -> bool:
-    """Whether the Hub or the connection failed, rather than a file of this machine or its content."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    return isinstance(root(error), tuple(base for base in HfHubHTTPError.__bases__ if base is not OSError))
+    return expected == (sha256(path) if SHA256.fullmatch(expected) else git_sha1(path))
 
 
 def root(error: BaseException) -> BaseException:
@@ -280,8 +249,6 @@ def status(error: BaseException) -> int | None:
 
 def may_pass(error: BaseException) -> bool:
     """Whether the same request may succeed later: the Hub is busy or broken, or the connection was lost."""
-    from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
-
     if isinstance(error, FileNotFoundError):
         return False  # the client has already retried this download
     error = root(error)
@@ -303,7 +270,7 @@ def persistently(call: Callable[[], T], landed: Callable[[], T | None] = lambda:
     for wait in (*WAITS, None):
         try:
             return call()
-        except troubles() as error:
+        except TROUBLES as error:
             if not may_pass(error):
                 raise
             if wait is not None:
@@ -327,15 +294,6 @@ def explain(error: BaseException, repo_id: str, doing: str) -> ValueError:
 
 
 def _reason(error: BaseException, repo_id: str) -> str:
-    from huggingface_hub import constants
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalTokenNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
     code, page, namespace = status(error), f"{constants.ENDPOINT}/{repo_id}", repo_id.partition("/")[0]
     tokens = f"{constants.ENDPOINT}/settings/tokens"
     if isinstance(error, LocalTokenNotFoundError):

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import huggingface_hub
 import torch
+from huggingface_hub.errors import GatedRepoError, LocalTokenNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from adpretrain.backbones.weights import some
 from adpretrain.hub.download import (
     GIT_SHA1,
     PART,
     REPO_ID,
+    TROUBLES,
     explain,
     has_digest,
     persistently,
     root,
     status,
-    troubles,
 )
 from adpretrain.parsing import read_json
 from adpretrain.saved import (
@@ -36,7 +37,6 @@ from adpretrain.saved import (
     saved_tensors,
 )
 
-LONGEST = 96  # characters of a repository's id on the Hub
 PICTURE = r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.png"
 OURS = re.compile(rf"(?:{PART.pattern}/)*(?:config\.json|model\.safetensors|README\.md)|(?:assets/)?{PICTURE}")
 HOUSEKEEPING = re.compile(r"\.gitattributes|\.gitignore|LICENSE(?:\.[a-z]+)?|[A-Za-z0-9_-]+\.md")
@@ -117,12 +117,11 @@ def publish_space(
 
 
 def _check_names(repo_id: str, branch: str, tag: str | None, message: str | None) -> None:
-    known = REPO_ID.fullmatch(repo_id) and len(repo_id) <= LONGEST
-    if not known or "--" in repo_id or ".." in repo_id or repo_id.endswith((".git", "-", ".")):
+    if not REPO_ID.fullmatch(repo_id):
         raise ValueError(
             f"repository id {repo_id!r} is not valid: it is org/name, your user name or organisation and a name of "
             'letters, digits, "-", "_" and ".", which starts and ends with a letter or digit; '
-            f"{LONGEST} characters at most"
+            "96 characters at most"
         )
     for what, name in (("branch", branch), ("tag", tag)):
         if name is not None and (
@@ -149,7 +148,7 @@ def files_to_publish(folder: str | os.PathLike[str]) -> dict[str, Path]:
     files = _files(top)
     if strange := [name for name in files if not OURS.fullmatch(name)]:
         raise ValueError(
-            f"{folder} holds files that are not part of a saved model: {_some(strange)}. Published are {CONFIG_NAME}, "
+            f"{folder} holds files that are not part of a saved model: {some(strange)}. Published are {CONFIG_NAME}, "
             f"{WEIGHTS_NAME}, {CARD_NAME} and {PICTURE_SUFFIX} pictures; move the rest out of the folder"
         )
     parts = {name.rpartition("/")[0] for name in files if name.endswith((CONFIG_NAME, WEIGHTS_NAME))} | {""}
@@ -171,7 +170,7 @@ def files_of_space(folder: str | os.PathLike[str]) -> dict[str, Path]:
         raise ValueError(f"{folder} has no app.py and {CARD_NAME}: publish the folder of a Space")
     files = {name: path for name, path in _files(top).items() if "__pycache__/" not in name}
     if strange := [name for name in files if not SPACE.fullmatch(name)]:
-        raise ValueError(f"{folder} holds files that no Space needs: {_some(strange)}; move them out of the folder")
+        raise ValueError(f"{folder} holds files that no Space needs: {some(strange)}; move them out of the folder")
     return files
 
 
@@ -184,21 +183,18 @@ def _files(top: Path) -> dict[str, Path]:
 
 
 def _check_content(path: Path) -> None:
-    wrong: str | Exception = ""
     try:
         if path.name == CONFIG_NAME and not isinstance(read_json(path), dict):
-            wrong = "not a JSON object"
+            raise ValueError("not a JSON object")
         if path.name == WEIGHTS_NAME:
             with safe_open(path, framework="pt"):
                 pass
         if path.name == CARD_NAME:
             path.read_text(encoding="utf-8")
         if path.suffix == PICTURE_SUFFIX and path.read_bytes()[:8] != b"\x89PNG\r\n\x1a\n":
-            wrong = "not a PNG picture"
+            raise ValueError("not a PNG picture")
     except (OSError, ValueError, SafetensorError) as error:
-        wrong = error
-    if wrong:
-        raise ValueError(f"{path} is not what its name says ({wrong}): save the model again") from None
+        raise ValueError(f"{path} is not what its name says ({error}): save the model again") from None
 
 
 def _expected(folder: Path) -> dict[str, Tensor]:
@@ -217,11 +213,6 @@ def _expected(folder: Path) -> dict[str, Tensor]:
         return {name: torch.empty(shape, device="meta") for name, shape in content["tensors"].items()}
     except (TypeError, AttributeError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{folder / CONFIG_NAME}: tensors must map names to shapes ({error}): save again") from error
-
-
-def _some(names: Iterable[str]) -> str:
-    shown = list(names)
-    return ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")
 
 
 # How it is published
@@ -268,7 +259,7 @@ class _Repository:
             commit = None if changed or deleted else state.head
             if not dry_run:
                 commit = self._carry_out(state)
-        except troubles() as error:
+        except TROUBLES as error:
             raise explain(error, self.repo_id, "publish to") from error
         url = f"{self._api.endpoint}/{'spaces/' if self.kind == 'space' else ''}{self.repo_id}"
         sizes = {name: path.stat().st_size for name, path in self.local.items()}
@@ -276,8 +267,6 @@ class _Repository:
 
     def _is_anonymous(self, dry_run: bool) -> bool:
         """Whether no token is set, which only a dry run allows. Raises the client's error for a wrong one."""
-        from huggingface_hub.errors import LocalTokenNotFoundError
-
         try:
             persistently(self._api.whoami)
         except LocalTokenNotFoundError:
@@ -297,8 +286,6 @@ class _Repository:
 
     def _state(self) -> _State:
         """The state at the head of the branch or, if there is no such branch, of main."""
-        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
         try:
             info = self._info()
         except GatedRepoError:
@@ -331,7 +318,7 @@ class _Repository:
         if foreign := [name for name in state.files if not self._is_ours(name) and not HOUSEKEEPING.fullmatch(name)]:
             raise ValueError(
                 f"the name {repo_id} is taken: it holds files that are not a {self.kind} of adpretrain "
-                f"({_some(foreign)}). Choose another name, or delete them there"
+                f"({some(foreign)}). Choose another name, or delete them there"
             )
         if state.private is False and self.private:
             raise ValueError(f"{repo_id} is public: make it private in its settings first, or choose another name")
@@ -366,9 +353,16 @@ class _Repository:
         """Make all changes to the repository. Returns the commit."""
         options: dict[str, Any] = {"exist_ok": True, "repo_type": self.kind}
         if state.head is None:
-            self._create()
+            new: dict[str, Any] = {"private": True, "space_sdk": "gradio" if self.kind == "space" else None}
+            try:
+                persistently(lambda: self._api.create_repo(self.repo_id, repo_type=self.kind, **new))
+            except TROUBLES as error:
+                if status(root(error)) != 409:  # the first answer was lost, or it is somebody else's, hidden from us
+                    raise
             state = self._state()
-            if not state.is_new or state.private is not True or state.head is None:
+            if state.head is None:
+                raise ValueError(f"the name {self.repo_id} is taken: choose another")
+            if not state.is_new or state.private is not True:
                 raise ValueError(f"{self.repo_id} was just created by somebody else: look at it, then publish again")
         elif self.branch not in state.branches:
             persistently(lambda: self._api.create_branch(self.repo_id, branch=self.branch, **options))
@@ -386,22 +380,11 @@ class _Repository:
             if to_open:
                 visible: dict[str, Any] = {"private": False, "repo_type": self.kind}
                 persistently(lambda: self._api.update_repo_settings(self.repo_id, **visible))
-        except troubles() as error:
+        except TROUBLES as error:
             rest = "it is still private: make it public in its settings, then" if to_open else ""
             reason = explain(error, self.repo_id, "finish publishing to")
             raise ValueError(f"{reason}. The files are there, at commit {commit}; {rest} publish again") from error
         return commit
-
-    def _create(self) -> None:
-        """Make the repository, private. Raises ValueError if somebody else has one of the name."""
-        try:
-            sdk: dict[str, Any] = {"space_sdk": "gradio"} if self.kind == "space" else {}
-            persistently(lambda: self._api.create_repo(self.repo_id, private=True, repo_type=self.kind, **sdk))
-        except troubles() as error:
-            if status(root(error)) != 409:
-                raise
-            if self._state().head is None:  # it exists but is hidden from us; else the first answer was lost
-                raise ValueError(f"the name {self.repo_id} is taken: choose another") from error
 
     def _commit(self, state: _State) -> str:
         """Make one commit on top of ``state`` with exactly the local files. Returns it."""
@@ -426,7 +409,7 @@ class _Repository:
 
         try:
             commit = persistently(send, landed)
-        except troubles() as error:  # the parent is stale, perhaps because the commit was made after all
+        except TROUBLES as error:  # the parent is stale, perhaps because the commit was made after all
             if status(root(error)) not in STALE or (found := landed()) is None:
                 raise
             commit = found

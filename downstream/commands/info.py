@@ -56,7 +56,7 @@ class Info(Command):
 
 
 def describe_model(model: str | os.PathLike[str], revision: str | None = None) -> dict[str, Any]:
-    """Return JSON values by name, in reading order. ``model`` and ``revision`` are those of `adpretrain.hub.locate`.
+    """Return JSON values by name, in reading order; `adpretrain.hub.download.locate` finds ``model`` at ``revision``.
 
     Raises ValueError if the model is neither an extractor nor a fitted detector, or cannot be found or downloaded.
     """

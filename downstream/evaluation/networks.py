@@ -22,7 +22,7 @@ from torch import Tensor
 from adpretrain.backbones import Backbone, FeatureMaps, load_backbone
 from adpretrain.backbones.weights import fingerprint
 from adpretrain.extractor import ADExtractor
-from adpretrain.hub import locate
+from adpretrain.hub.download import locate
 from adpretrain.preprocess import Preprocess
 from adpretrain.saved import backbone_config, folder_digest
 from downstream.detectors.aligned import AlignedFeatureNorm

@@ -17,9 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adpretrain.data import ImageDataset, Sample, TooFewImages
+from adpretrain.data import ImageDataset, Sample
 from adpretrain.data.products import about_bare, about_inverted
 from adpretrain.preprocess import Preprocess
+from adpretrain.references import TooFewImages
 from downstream.detectors import build_detector
 from downstream.detectors.aligned import AlignedFeatureNormConfig
 from downstream.detectors.featurenorm import FeatureNorm

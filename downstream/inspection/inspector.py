@@ -26,7 +26,6 @@ from adpretrain.progress import Progress
 from downstream.appearance import Normals, Unlike
 from downstream.calibration import Calibration, calibrate, percent
 from downstream.detector import Detector
-from downstream.detectors.aligned import AlignedFeatureNorm, AlignedFeatureNormConfig
 from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
 from downstream.detectors.tiled import Tiled, TiledConfig
 from downstream.extracts import device_of, fixed_picture
@@ -440,6 +439,8 @@ def _detector(extractor: ADExtractor, options: Options, pool: int) -> FeatureNor
         return Tiled(extractor, TiledConfig(options.tiling))
     if options.references != "aligned" or pool <= options.shots:
         return FeatureNorm(extractor)
+    from downstream.detectors.aligned import AlignedFeatureNorm, AlignedFeatureNormConfig
+
     # Leave-one-out must use as many references as a new image has, or one fewer if there are not enough.
     return AlignedFeatureNorm(extractor, AlignedFeatureNormConfig(shots=options.shots))
 
@@ -464,8 +465,8 @@ def _score_is(detector: FeatureNorm | Tiled) -> str:
 def _describe(extractor: ADExtractor, detector: FeatureNorm | Tiled, options: Options) -> str:
     features = "projected residuals" if extractor.projector is not None else "raw residuals, no projector"
     chosen = f"references chosen: {options.references}"
-    if isinstance(detector, AlignedFeatureNorm):
-        chosen = f"the {detector.config.shots} best aligned references for every image"
+    if detector.references_are == "chosen":
+        chosen = f"the {options.shots} best aligned references for every image"
     if isinstance(detector, Tiled):
         tiling = detector.tiling
         chosen += f", tiles of {tiling.tile} px compared with {WHERE[tiling.positions]}"

@@ -21,6 +21,7 @@ import torch
 from typing_extensions import Self
 
 from adpretrain import __version__
+from adpretrain.files import sha256
 from adpretrain.saved import CONFIG_NAME, WEIGHTS_NAME
 from downstream.inspection import Options
 from downstream.inspection.findings import Finding, finding_from
@@ -55,12 +56,9 @@ def _files(model: Path) -> list[Path]:
 def _digest(paths: Sequence[Path]) -> str:
     found = hashlib.sha256()
     for path in paths:  # names count too, because the references are chosen by name
-        content = hashlib.sha256()
-        # An error is reported, with the file's name, when the file is used.
-        with contextlib.suppress(OSError), file_and_page(path)[0].open("rb") as file:
-            while piece := file.read(1 << 20):  # a PatchCore bank may have gigabytes
-                content.update(piece)
-        found.update(os.fsencode(path.name) + b"\0" + content.digest())
+        found.update(os.fsencode(path.name) + b"\0")
+        with contextlib.suppress(OSError):  # it is reported, with the file's name, when the file is used
+            found.update(sha256(file_and_page(path)[0]).encode())
     return found.hexdigest()
 
 

@@ -384,12 +384,12 @@ def _watch(inspector: Inspector, results: Sequence[Result]) -> Watch | None:
     calibration = inspector.calibration
     if calibration is None:
         return None
-    if not calibration.unlike:
-        watch, numbers = Watch(calibration.scores), [[result.score] for result in _watched(results)]
-    else:
+    normals: Any = calibration.scores
+    numbers: list[Any] = [result.score for result in _watched(results)]
+    if calibration.unlike:
         normals = list(zip(calibration.scores, calibration.unlike, strict=True))
-        watch = Watch(normals, measures=("score", "unlike value"))
-        numbers = [[result.score, result.unlike] for result in _watched(results)]
+        numbers = [(result.score, result.unlike) for result in _watched(results)]
+    watch = Watch(normals, measures=("score", "unlike value") if calibration.unlike else ("score",))
     if numbers:
         watch.update(numbers)
     return watch

@@ -21,11 +21,12 @@ from types import FrameType
 from urllib.parse import unquote
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adpretrain.extractor import ADExtractor
-from adpretrain.hub import EMBEDDED
+from adpretrain.hub.download import EMBEDDED
 from downstream.inspection.run import pick_device
 from downstream.terminal import plain
 from downstream.web.session import LIMITS
@@ -175,7 +176,8 @@ class Gate:
     def __init__(
         self, app: ASGIApp, folder: Path, upload_bytes: int, hosts: tuple[str, ...] | None, ancestors: str = "'self'"
     ) -> None:
-        self.app, self.folder, self.upload_bytes, self.hosts = app, folder.resolve(), upload_bytes, hosts
+        self.app = TrustedHostMiddleware(app, hosts, www_redirect=False)  # inside, so that its refusals have headers
+        self.folder, self.upload_bytes = folder.resolve(), upload_bytes
         self.headers = {
             "content-security-policy": POLICY.format(ancestors=ancestors),
             "x-content-type-options": "nosniff",
@@ -204,9 +206,6 @@ class Gate:
 
     async def _checked(self, scope: Scope, receive: Receive) -> Receive:
         headers = Headers(raw=[(name.lower(), value) for name, value in scope["headers"]])
-        host = re.sub(r":\d+$", "", headers.get("host", ""))
-        if self.hosts is not None and host not in self.hosts:
-            raise Refused(421, f"this page is not served under the name {host!r}")
         path, method = scope["path"], scope["method"]
         if method in ("GET", "HEAD"):
             if path.startswith(f"{API}/file="):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from adpretrain.hub import EMBEDDED
+from adpretrain.hub.download import EMBEDDED
 from downstream.web.serving import serve
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from adpretrain.backbones import Backbone, load_backbone
 from adpretrain.backbones.dinov2 import DinoV2
 from adpretrain.config import LossConfig, OptimConfig, PretrainConfig, ProjectorConfig, ReferencesConfig
-from adpretrain.data import index_realiad
+from adpretrain.data.layouts.realiad import index_realiad
 from adpretrain.extractor import ADExtractor
 from adpretrain.projector import FeatureProjector
 from adpretrain.residual import tokens

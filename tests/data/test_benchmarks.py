@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from pkgutil import resolve_name
 
 import numpy as np
 import pytest
@@ -262,11 +263,11 @@ def test_another_layout_is_refused_by_name(visa: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["mvtec_loco", "mvtec_3d", "btad", "visa"])
 def test_categories_are_chosen_by_name(trees: dict[str, Path], name: str) -> None:
-    samples = DATASETS[name](trees[name])
+    samples = resolve_name(DATASETS[name])(trees[name])
     last = samples[-1].category
-    assert DATASETS[name](trees[name], [last]) == [s for s in samples if s.category == last]
+    assert resolve_name(DATASETS[name])(trees[name], [last]) == [s for s in samples if s.category == last]
     with pytest.raises(ValueError, match=rf"categories \['bagle'\] are not in .*found: .*{last}"):
-        DATASETS[name](trees[name], ["bagle"])
+        resolve_name(DATASETS[name])(trees[name], ["bagle"])
 
 
 def test_a_tree_without_images_is_an_error(tmp_path: Path) -> None:

@@ -18,7 +18,9 @@ from huggingface_hub import constants
 from small_models import Saved, make_extractor, pictures
 
 from adpretrain.extractor import ADExtractor
-from adpretrain.hub import download, locate, publish
+from adpretrain.hub import download
+from adpretrain.hub.download import locate
+from adpretrain.hub.upload import publish
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = "/lfs/ada/one/"  # where the large file is fetched

@@ -18,8 +18,9 @@ from small_models import Saved
 from torch import Tensor
 
 from adpretrain.extractor import ADExtractor
-from adpretrain.hub import download, publish, publish_space
-from adpretrain.hub.download import digest
+from adpretrain.files import git_sha1, sha256
+from adpretrain.hub import download
+from adpretrain.hub.upload import publish, publish_space
 from downstream.cli import main as run
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(20)
@@ -360,10 +361,8 @@ def test_only_the_files_of_a_saved_model_are_published(hub: Hub, saved: Saved, d
 def test_digests_are_those_of_git_and_sha256sum(tmp_path: Path) -> None:
     """Known values: the empty JSON object as `printf '{}' | git hash-object --stdin` and `sha256sum` give it."""
     (tmp_path / "empty.json").write_text("{}")
-    assert digest(tmp_path / "empty.json", "git_sha1") == "9e26dfeeb6e641a33dae4961196235bdb965b21b"
-    assert (
-        digest(tmp_path / "empty.json", "sha256") == "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
-    )
+    assert git_sha1(tmp_path / "empty.json") == "9e26dfeeb6e641a33dae4961196235bdb965b21b"
+    assert sha256(tmp_path / "empty.json") == "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
 
 
 def test_a_space_is_published_as_it_lies_in_the_folder(hub: Hub, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, utils
 
 from hub_server.server import Hub
 
@@ -55,7 +55,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     for name, value in environment(server, home).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(time, "sleep", server.sleeps.append)
-    huggingface_hub.utils.disable_progress_bars()
+    utils.disable_progress_bars()
     huggingface_hub.close_session()
     yield server
     huggingface_hub.close_session()

@@ -11,7 +11,8 @@ from transformers import Dinov2Config, Dinov2Model
 from adpretrain.backbones import load_backbone
 from adpretrain.backbones.dinov2 import DinoV2
 from adpretrain.config import ReferencesConfig
-from adpretrain.data import Sample, index_realiad
+from adpretrain.data import Sample
+from adpretrain.data.layouts.realiad import index_realiad
 from adpretrain.extractor import ADExtractor
 from adpretrain.local_scale import LocalScale
 from adpretrain.training.batches import OnlineBatches, ResidualBatch, encode_batch, label, thin, token_labels

@@ -12,7 +12,7 @@ from processes import together
 from products import make_synthetic
 
 from adpretrain.backbones import load_backbone
-from adpretrain.data import index_realiad
+from adpretrain.data.layouts.realiad import index_realiad
 from adpretrain.extractor import ADExtractor
 from adpretrain.training.cache import ALONE, CachedBatches, LocalProcesses, local_processes
 from adpretrain.training.dataset import PretrainingSet

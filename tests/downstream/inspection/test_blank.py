@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from products import make_synthetic
 
-from adpretrain.data import index_realiad
+from adpretrain.data.layouts.realiad import index_realiad
 from downstream.inspection import Options
 from downstream.inspection.run import EXIT_INCOMPLETE, score_folder
 

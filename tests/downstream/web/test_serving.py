@@ -84,7 +84,7 @@ def test_gradio_s_own_doors_are_closed(server: Server, tmp_path: Path) -> None:
         file = {"path": path, "meta": {"_type": "gradio.FileData"}}
         body = json.dumps({"data": ["x", [file], [file], 5], "fn_index": 0, "session_hash": "abc"}).encode()
         assert ask(server, "POST", "/gradio_api/queue/join", body, **{"Content-Type": "application/json"})[0] == 403
-    assert ask(server, "GET", "/", Host="evil.example")[0] == 421
+    assert ask(server, "GET", "/", Host="evil.example")[0] == 400
 
 
 @pytest.mark.slow
