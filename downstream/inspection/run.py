@@ -208,9 +208,17 @@ def _remove_earlier_heatmaps(out: Path) -> None:
         with contextlib.suppress(OSError):
             listed = re.findall(rf'"heatmap": "({HEATMAPS}/[A-Za-z0-9._-]+\.png)"', (out / name).read_text("latin-1"))
             for heatmap in listed:
-                (out / heatmap).unlink(missing_ok=True)
-                (out / heatmap.replace(HEATMAPS, MASKS, 1)).unlink(missing_ok=True)
-                (out / heatmap.replace(HEATMAPS, MAPS, 1)).with_suffix(".tif").unlink(missing_ok=True)
+                _remove(out, heatmap)
+
+
+def _mask_and_map(out: Path, heatmap: str) -> tuple[Path, Path]:
+    """The other files of the photograph whose heatmap has this name below the output folder."""
+    return out / heatmap.replace(HEATMAPS, MASKS, 1), (out / heatmap.replace(HEATMAPS, MAPS, 1)).with_suffix(".tif")
+
+
+def _remove(out: Path, heatmap: str) -> None:
+    for file in (out / heatmap, *_mask_and_map(out, heatmap)):
+        file.unlink(missing_ok=True)
 
 
 def score_images(
@@ -272,7 +280,7 @@ def _score_batch(
         name, heatmap = relative_name(root, before.path), names[before.path]
         if isinstance(item, Unreadable):
             results.append(Result(name, None, None, UNREADABLE, reason=item.reason))
-            (out / heatmap).unlink(missing_ok=True)  # an interrupted run may have written one
+            _remove(out, heatmap)  # an interrupted run may have written some
         else:
             regions = inspector.regions(item)
             results.append(dataclasses.replace(inspector.judge(name, item, heatmap), regions=len(regions)))
@@ -285,12 +293,12 @@ def _score_batch(
         title = f"{printable(result.path)}: {result.judgement}, score {result.score:.4g}{p_value}"
         drawing = panel(photo.shown, scored.map_HW, scale, title=title, regions=regions, seen=photo.seen)
         save_png(drawing, out / picture)
-        mask = out / picture.replace(HEATMAPS, MASKS, 1)
+        mask, values = _mask_and_map(out, picture)
         mask.unlink(missing_ok=True)
         if regions:
             write_mask(mask, regions, photo.size)
         if inspector.options.maps:
-            write_map((out / picture.replace(HEATMAPS, MAPS, 1)).with_suffix(".tif"), scored.map_HW)
+            write_map(values, scored.map_HW)
 
     with ThreadPoolExecutor() as pool:  # compressing PNGs takes longer than scoring, and releases Python's lock
         list(pool.map(draw, drawn))
