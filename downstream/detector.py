@@ -5,6 +5,7 @@ Shapes: b images of a batch, B images, S side of the network's input in pixels, 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import os
@@ -98,6 +99,15 @@ class Detector:
     def from_features(self, features: FeatureMaps) -> Prediction:
         """L levels [B, C_l, H_l, W_l] -> scores [B], maps [B, S, S]."""
         raise NotImplementedError
+
+    def from_members(self, images: Tensor, predictions: Sequence[Prediction]) -> Prediction:
+        """Predict from the members' predictions for images [B, 3, S, S], if the detector is made of others."""
+        raise NotImplementedError
+
+    def traceable(self) -> Self:
+        """Return a copy of the fitted detector whose `from_features` or `from_members` torch.export can trace: for any
+        number of images, with constants for all that was fitted. ValueError with the reason if there is none."""
+        return copy.copy(self)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the fitted state to save: tensors, and facts that are JSON."""

@@ -143,6 +143,12 @@ class AlignedFeatureNorm(FeatureNorm):
             parts.append(self.from_features(self.extract.from_encoded([f[image : image + 1] for f in features], bank)))
         return Prediction(torch.cat([part.scores for part in parts]), torch.cat([part.maps for part in parts]))
 
+    def traceable(self) -> Self:
+        raise ValueError(
+            "aligned references are chosen anew for every image, which a graph cannot do: export a FeatureNorm, whose "
+            "references are the same for all images"
+        )
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the pool, which holds FEATURES OF EVERY POOL IMAGE."""
         return {f"pool.{level}": feature for level, feature in enumerate(self._pool)}, {}

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from adpretrain.backbones import Extract, FeatureMaps
 from adpretrain.memory import GrowingBank
@@ -24,6 +25,7 @@ from downstream.detector import Detector, NormalFeatures, Prediction
 from downstream.embedding import Embedding, EmbeddingConfig, settle_levels
 from downstream.maps import SIGMA, check_sigma, pixel_maps
 from downstream.neighbours import Neighbours, nearest
+from downstream.plain_search import PlainNeighbours, constant, plain_nearest
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class SPADE(Detector):
 
     descriptors_NC: Tensor
     patches_NTD: Tensor
-    _search: Neighbours
+    _search: Neighbours | PlainNeighbours
 
     def __init__(self, extract: Extract, config: SPADEConfig = DEFAULT) -> None:
         super().__init__(extract, replace(config, embedding=settle_levels(config.embedding, extract, STAGES)))
@@ -97,12 +99,23 @@ class SPADE(Detector):
 
     def from_features(self, features: FeatureMaps) -> Prediction:
         distance_BK, index_BK = self._search.search(describe(features), min(self.config.images, len(self.patches_NTD)))
-        grids = []
-        for rows_HWD, index_K in zip(self.embedding(features), index_BK, strict=True):
-            gallery_ND = self.patches_NTD[index_K].flatten(0, 1)
-            found_Tk = nearest(rows_HWD.flatten(0, 1), gallery_ND, self.config.patches)[0]
-            grids.append(found_Tk.mean(1).view(rows_HWD.shape[:2]))
-        return Prediction(distance_BK.mean(1), pixel_maps(torch.stack(grids), self.side, self.config.sigma))
+        rows_BHWD, count = self.embedding(features), self.config.patches
+        if isinstance(self._search, PlainNeighbours):  # a graph cannot loop over any number of images
+            gallery_BND = self.patches_NTD[index_BK].flatten(1, 2)
+            patch_BT = plain_nearest(rows_BHWD.flatten(1, 2), gallery_BND, count)[0].mean(2)
+        else:
+            found = []
+            for rows_TD, index_K in zip(rows_BHWD.flatten(1, 2), index_BK, strict=True):
+                gallery_ND = self.patches_NTD[index_K].flatten(0, 1)
+                found.append(nearest(rows_TD, gallery_ND, count)[0].mean(1))
+            patch_BT = torch.stack(found)
+        grid_BHW = patch_BT.unflatten(1, rows_BHWD.shape[1:3])
+        return Prediction(distance_BK.mean(1), pixel_maps(grid_BHW, self.side, self.config.sigma))
+
+    def traceable(self) -> Self:
+        copied = super().traceable()
+        copied._search, copied.patches_NTD = PlainNeighbours(self.descriptors_NC), constant(self.patches_NTD)
+        return copied
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return descriptors and patches, which are FEATURES OF EVERY NORMAL IMAGE."""

@@ -14,7 +14,7 @@ Shapes: n normal images, B images of a step, S side in pixels, C channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -154,7 +154,8 @@ class Refined(Detector):
                 made = simulate(
                     torch.stack([images[index] for index in indices]), keys, config.simulation, self.textures
                 )
-                maps = self._standard_maps(made.images)
+                with torch.no_grad():
+                    maps = self._standard_maps(self.detector.predict(made.images))
                 with torch.enable_grad():
                     logits = network(made.images.to(maps), maps)
                     loss = refinement_loss(logits, made.masks.to(maps.device), config)
@@ -169,16 +170,18 @@ class Refined(Detector):
                 raise ValueError(f"the loss of epoch {epoch + 1} is {losses[-1]}: lower learning_rate")
         return losses
 
-    def _standard_maps(self, images: Tensor) -> Tensor:
-        """Return the detector's maps of images [B, 3, S, S] as modified z-scores: [B, S, S]."""
-        with torch.no_grad():
-            return self._units.pixels.standard(self.detector.predict(images).maps.float())
+    def _standard_maps(self, prediction: Prediction) -> Tensor:
+        """Return the detector's maps as modified z-scores: [B, S, S]."""
+        return self._units.pixels.standard(prediction.maps.float())
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Prediction:
         """[B, 3, S, S] -> scores [B], maps [B, S, S]. Raises ValueError before `fit`."""
         self.check_fitted()
-        maps = self._standard_maps(images)
+        return self.from_members(images, [self.detector.predict(images)])
+
+    def from_members(self, images: Tensor, predictions: Sequence[Prediction]) -> Prediction:
+        maps = self._standard_maps(predictions[0])
         refined = self._network.to(maps.device)(images.to(maps), maps)
         return Prediction(refined.flatten(1).amax(1), refined)
 
