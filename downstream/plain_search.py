@@ -9,7 +9,6 @@ Shapes: Q queries and N rows of D channels, k neighbours; leading dimensions, if
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
@@ -41,16 +40,12 @@ def _prepared(bank_ND: Tensor) -> tuple[Tensor, Tensor]:
     return centre_D, -0.5 * (bank_ND - centre_D[..., None, :]).square().sum(-1)
 
 
-def _search(
-    query_QD: Tensor, bank_ND: Tensor, centre_D: Tensor, offset_N: Tensor, k: int
-) -> tuple[Tensor, Tensor]:
+def _search(query_QD: Tensor, bank_ND: Tensor, centre_D: Tensor, offset_N: Tensor, k: int) -> tuple[Tensor, Tensor]:
     # (q - m).b - ||b - m||^2 / 2 is -||q - b||^2 / 2 up to a term of the query alone. Without m it would cancel more;
     # with b - m instead of b a graph would hold the bank twice.
     similarity_QN = (query_QD - centre_D[..., None, :]) @ bank_ND.mT + offset_N[..., None, :]
-    if k == 1:  # a maximum is faster than a selection
-        index_Qk = similarity_QN.argmax(-1, keepdim=True)
-    else:
-        index_Qk = similarity_QN.topk(k).indices
+    # A maximum is faster than a selection.
+    index_Qk = similarity_QN.argmax(-1, keepdim=True) if k == 1 else similarity_QN.topk(k).indices
     if bank_ND.ndim == 2:
         found_QkD = bank_ND[index_Qk]
     else:

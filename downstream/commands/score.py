@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from downstream.commands.options import EMBEDDED, Command
+from downstream.commands.options import EMBEDDED, Command, refuse_beside_detector
 from downstream.inspection import DEFAULTS, Options
 from downstream.terminal import ProgressBars, plain
 
@@ -72,8 +72,7 @@ class Score(Command):
         given = ["--extractor"] if self.extractor != EMBEDDED else []
         chosen = ("references", "shots", "seed")
         given += [f"--{name}" for name in chosen if getattr(self.options, name) != getattr(DEFAULTS, name)]
-        if given:
-            raise ValueError(f"{' and '.join(given)} cannot be given with --detector: it was fitted with its own value")
+        refuse_beside_detector(given)
 
     def run(self) -> int:
         from adpretrain.photographs import pixels_allowed

@@ -182,9 +182,7 @@ class PatchCore(Detector):
         if self.config.squared:
             distance_N = distance_N.square()
         if self.config.reweight and self.config.reweight_all:
-            step = WEIGHED if self._around_Nb is None else rows_ND.shape[0]
-            steps = zip(rows_ND.split(step), index_N.split(step), strict=True)
-            distance_N = distance_N * torch.cat([self._weights(rows, index) for rows, index in steps])
+            distance_N = distance_N * self._all_weights(rows_ND, index_N)
         distance_BT = distance_N.view(batch, -1)
         scores, farthest_B = distance_BT.max(1)
         if self.config.reweight and not self.config.reweight_all:
@@ -201,6 +199,13 @@ class PatchCore(Detector):
         if bool(lost.any()):
             distance[lost], index[lost] = (found[:, 0] for found in nearest(rows_ND[lost], self.bank_ND, 1))
         return distance, index
+
+    def _all_weights(self, rows_ND: Tensor, nearest_N: Tensor) -> Tensor:
+        """Compute the weights of all patches, a few at a time except in a graph, which has no loops: [N]."""
+        if self._around_Nb is not None:
+            return self._weights(rows_ND, nearest_N)
+        steps = zip(rows_ND.split(WEIGHED), nearest_N.split(WEIGHED), strict=True)
+        return torch.cat([self._weights(rows, nearest) for rows, nearest in steps])
 
     def _weights(self, patch_BD: Tensor, nearest_B: Tensor) -> Tensor:
         """Compute w of Eq. 7 for some patches and their nearest rows m*: [B] in 0..1.

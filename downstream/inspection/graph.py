@@ -39,7 +39,7 @@ class DetectorGraph(nn.Module):
     def __init__(self, detector: Detector) -> None:
         super().__init__()
         detector.check_fitted()
-        self.fitted, self.traceable = detector, detector.traceable()
+        self.traceable = detector.traceable()
         self.members = nn.ModuleList(map(DetectorGraph, detector.members))
         self.extract = None if detector.members else _constant(detector.extract)
         self.eval()
@@ -67,7 +67,7 @@ class DetectorGraph(nn.Module):
 
     @torch.no_grad()
     def ties(self, images: Tensor, tolerance: float = TOLERANCE) -> Tensor:
-        """Find the images [B, 3, S, S] whose result depends on rounding, so that two correct programs may differ: bools.
+        """Find the images [B, 3, S, S] whose result depends on rounding; two correct programs may differ. Bools [B].
 
         Either a token's two nearest references tie (`ConstantExtractor.ties`), or the detector chooses between two
         patches, neighbours or images that tie: then random changes of the features by their rounding error change score
@@ -76,10 +76,10 @@ class DetectorGraph(nn.Module):
         if self.extract is None:
             return torch.stack([member.ties(images, tolerance) for member in self.members]).any(0)  # type: ignore[operator]
         features = self.extract(images)
-        expected, generator = self.fitted.from_features(features), torch.Generator().manual_seed(0)
+        expected, generator = self.traceable.from_features(features), torch.Generator().manual_seed(0)
         tied = torch.zeros(len(images), dtype=torch.bool)
         for _ in range(DRAWS):
-            other = self.fitted.from_features([_rounded(level, generator) for level in features])
+            other = self.traceable.from_features([_rounded(level, generator) for level in features])
             tied |= difference(other, expected, largest(expected)).amax(0) > tolerance
         return tied | self.extract.ties(images) if isinstance(self.extract, ConstantExtractor) else tied
 
@@ -102,8 +102,8 @@ def _rounded(level_BCHW: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class ConstantExtractor(nn.Module):
-    """An `ADExtractor` with its references, and what follows from them and the weights, as buffers: their search indices
-    and scales, and the projector's keys and values.
+    """An `ADExtractor` with constant references: these, their search indices and scales, and the projector's keys and
+    values are buffers.
 
     Raises ValueError if there are no references, or if every image has different ones.
     """

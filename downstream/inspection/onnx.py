@@ -27,12 +27,14 @@ from adpretrain.progress import Progress
 from adpretrain.saved import backbone_config
 from downstream.calibration import Calibration
 from downstream.detector import Detector, Prediction
+from downstream.detectors import detector_from_pretrained
 from downstream.extracts import Adapted
 from downstream.inspection import DEFAULTS, Options
 from downstream.inspection.graph import TOLERANCE, DetectorGraph, difference, largest
 from downstream.inspection.inspector import Inspector
 from downstream.inspection.photos import Unreadable, find_images, read_batches
 from downstream.inspection.run import pick_device
+from downstream.saved import locate_model
 from downstream.terminal import no_progress
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -77,8 +79,8 @@ def export_onnx(
     """Write any fitted detector to ``path`` (input "images" [B, 3, S, S], outputs "scores" [B] and "maps" [B, S, S]).
 
     The file is kept only if ONNX Runtime gives the same results as torch on ``check_batches`` (see `verify`). Its
-    metadata describe how to prepare a photograph, the ``threshold`` (by default that of ``calibration``), the detector with
-    its options, and the origin of its network.
+    metadata describe how to prepare a photograph, the ``threshold`` (by default that of ``calibration``), the detector
+    with its options, and the origin of its network.
 
     Raises ValueError if packages are missing, if ``opset`` is not in `OPSETS`, if the detector cannot be exported (see
     `DetectorGraph`), is not on the CPU or is too large for one file, or if the results differ.
@@ -221,12 +223,16 @@ def export_folder(
     opset: int = OPSET,
     device: str = "auto",
     progress: Progress = no_progress,
+    detector: str | os.PathLike[str] | None = None,
+    weights: str | os.PathLike[str] | None = None,
 ) -> tuple[Exported, Inspector]:
     """Fit on the photographs in `normal` as `score_folder` does, on ``device``, and export the result to ``out``.
 
-    The file is verified on at most `CHECKED` photographs in ``check`` (default: ``normal``), evenly spaced in sorted
-    order. Raises ValueError for input that `Inspector.from_folder` or `export_onnx` refuses; OSError if ``out`` cannot
-    be written.
+    If a fitted ``detector`` (a folder or a Hub id) is given, it is exported instead, and ``normal`` holds photographs
+    that it was not fitted on, which only calibrate. ``weights`` are those of the backbone, for machines without a
+    network. The file is verified on at most `CHECKED` photographs in ``check`` (default: ``normal``), evenly spaced in
+    sorted order. Raises ValueError for input that `Inspector.from_folder`, `Inspector.from_detector` or `export_onnx`
+    refuses; OSError if ``out`` cannot be written.
     """
     check_possible(opset)
     if out.is_dir():
@@ -235,15 +241,24 @@ def export_folder(
         raise ValueError(f"{out} does not end in .onnx; name the file to write, e.g. {out.with_suffix('.onnx')}")
     paths = find_images(check or normal)
     check_writable(out)
-    model = ADExtractor.from_pretrained(extractor, device=pick_device(device))
-    inspector = Inspector.from_folder(model, pick_device(device), normal, calibration, options, progress=progress)
-    assert isinstance(inspector.detector, FeatureNorm)
-    model.cpu()
+    where = pick_device(device)
+    if detector is None:
+        model = ADExtractor.from_pretrained(extractor, where, weights)
+        inspector = Inspector.from_folder(model, where, normal, calibration, options, progress=progress)
+        fitted = inspector.detector
+        assert isinstance(fitted.extract, ADExtractor)
+        fitted.extract.cpu()
+    else:
+        folder = locate_model(detector).folder
+        given = normal, calibration, options
+        inspector = Inspector.from_detector(folder, where, *given, weights=weights, progress=progress)
+        on_cpu = where.type == "cpu"
+        fitted = inspector.detector if on_cpu else detector_from_pretrained(folder, device="cpu", weights=weights)
     count = min(len(paths), CHECKED)
     chosen = [paths[index * len(paths) // count] for index in range(count)]
     progress("exporting", 0, 1)
     batches = _read(chosen, inspector, options.batch_size)
-    done = export_onnx(inspector.detector, out, batches, inspector.calibration, inspector.threshold, opset)
+    done = export_onnx(fitted, out, batches, inspector.calibration, inspector.threshold, opset)
     progress("exporting", 1, 1)
     return done, inspector
 
