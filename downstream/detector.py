@@ -5,6 +5,7 @@ Shapes: b images of a batch, B images, S side of the network's input in pixels, 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import os
@@ -129,6 +130,18 @@ class Detector:
     def from_features(self, features: FeatureMaps, region: RegionOfInterest | None = None) -> Prediction:
         """L levels [B, C_l, H_l, W_l] -> scores [B] of what is in the region, maps [B, S, S], arbitrary outside it."""
         raise NotImplementedError
+
+    def from_members(
+        self, images: Tensor, predictions: Sequence[Prediction], region: RegionOfInterest | None = None
+    ) -> Prediction:
+        """Predict from the members' predictions for images [B, 3, S, S] in the region, if the detector is made of
+        others."""
+        raise NotImplementedError
+
+    def traceable(self) -> Self:
+        """Return a copy of the fitted detector whose `from_features` or `from_members` torch.export can trace: for any
+        number of images, with constants for all that was fitted. ValueError with the reason if there is none."""
+        return copy.copy(self)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the fitted state to save: tensors, and facts that are JSON."""

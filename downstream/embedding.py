@@ -105,7 +105,7 @@ class Embedding(nn.Module):
             reducer = random_reducer(width, config.target_dim, config.reduction, config.seed)
             self.reducer = reducer.to(joined_BCHW.device)
         if config.reduction == "choose":
-            if int(self.reducer.amax()) >= width:
+            if not torch.compiler.is_compiling() and int(self.reducer.amax()) >= width:  # a graph was fitted on these
                 raise ValueError(f"features have {width} channels, fewer than those that channels were chosen from")
             return joined_BCHW[:, self.reducer].permute(0, 2, 3, 1).contiguous()
         if self.reducer.shape[0] != width:
@@ -147,8 +147,10 @@ def aggregate(feature_BCHW: Tensor, config: EmbeddingConfig) -> Tensor:
     if config.form == "released" and dim is not None and width % dim and patch > 1:
         height = (feature_BCHW.shape[2] - 1) // stride + 1
         # Images are handled one at a time, because unfolded maps are p * p times larger.
-        unfolded = (F.unfold(one[None], patch, padding=patch // 2, stride=stride) for one in feature_BCHW)
-        return torch.cat([pool_channels(one.unflatten(2, (height, -1)), dim) for one in unfolded])
+        # A graph for any number of images cannot have such a loop.
+        images = [feature_BCHW] if torch.compiler.is_compiling() else feature_BCHW.split(1)
+        unfolded = (F.unfold(some, patch, padding=patch // 2, stride=stride) for some in images)
+        return torch.cat([pool_channels(some.unflatten(2, (height, -1)), dim) for some in unfolded])
     if patch > 1:
         feature_BCHW = F.avg_pool2d(feature_BCHW, patch, stride=stride, padding=patch // 2)
     elif stride > 1:

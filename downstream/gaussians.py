@@ -74,6 +74,33 @@ class Gaussians:
         return torch.stack([delta_pBD.square().sum(2), inside_pBn.square().sum(2)])
 
 
+class PlainGaussians(Gaussians):
+    """The same, whose distances are a few plain operations that torch.export turns into a graph.
+
+    L is replaced by its inverse W, so that d^2 = ||W delta||^2 is a product. With V all squares are float64, because a
+    graph cannot choose the positions that need it.
+    """
+
+    def distances(self, rows_BPD: Tensor) -> Tensor:
+        dtype = torch.float64 if self.low_rank else self.mean_PD.dtype
+        delta_PBD = (rows_BPD.to(dtype) - self.mean_PD.to(dtype)).transpose(0, 1)
+        squared_PB = (delta_PBD @ self.factor_PFD.to(dtype).mT).square().sum(2)
+        if self.low_rank:
+            squared_PB = (delta_PBD.square().sum(2) - squared_PB).clamp_min(0) / self.eps
+        return squared_PB.sqrt().to(self.mean_PD.dtype).T
+
+
+def plain(gaussians: Gaussians) -> PlainGaussians:
+    """Prepare Gaussians for a graph, as copies."""
+    factor_PFD = gaussians.factor_PFD.clone().contiguous()
+    if not gaussians.low_rank:
+        unit = torch.eye(factor_PFD.shape[2], dtype=torch.float64, device=factor_PFD.device)
+        for chunk in _chunks(*gaussians.mean_PD.shape):
+            lower = gaussians.factor_PFD[chunk].double()
+            factor_PFD[chunk] = torch.linalg.solve_triangular(lower, unit.expand_as(lower), upper=False).float()
+    return PlainGaussians(gaussians.mean_PD.clone(), factor_PFD, gaussians.eps, gaussians.low_rank)
+
+
 def _chunks(positions: int, width: int) -> Iterator[slice]:
     step = max(1, CHUNK_BYTES // (8 * width * width))
     return (slice(start, min(start + step, positions)) for start in range(0, positions, step))

@@ -31,7 +31,7 @@ def pixel_maps(grid_BHW: Tensor, size: int, sigma: float = SIGMA, region: Region
 def highest(maps_BSS: Tensor, top: float = 0.0, region: RegionOfInterest | None = None) -> Tensor:
     """The mean of the highest ``top`` share of every map's values in the region; 0 = the maximum: [B]."""
     if region is not None:
-        return torch.cat([highest(values[None, None], top) for values in region.values(maps_BSS)])
+        return torch.cat([highest(values_Bn[:, None], top) for values_Bn in region.values(maps_BSS)])
     count = max(1, round(top * maps_BSS[0].numel()))
     return maps_BSS.flatten(1).topk(count).values.mean(1) if count > 1 else maps_BSS.flatten(1).amax(1)
 

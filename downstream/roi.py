@@ -45,6 +45,8 @@ class RegionOfInterest:
             )
         self.shared = roi.ndim == 2
         self.roi, self.pixels = roi, roi[None] if self.shared else roi
+        self._cells: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # size of a grid -> `_cells_of`
+        self._pixels: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # size of maps -> `_at`
 
     def of(self, images: Tensor, first: int = 0) -> RegionOfInterest:
         """The region of the images [B, 3, S, S] that follow the ``first`` ones. Raises ValueError if S differs or if
@@ -78,44 +80,54 @@ class RegionOfInterest:
 
     def inside(self, grid_BHW: Tensor) -> Tensor:
         """Which tokens of a grid are inside, bool [B, H, W] on its device. Raises ValueError if an image has none."""
-        return self._inside(grid_BHW).expand(grid_BHW.shape)
+        return self._cells_of(grid_BHW)[0].expand(grid_BHW.shape)
 
-    def _inside(self, grid_BHW: Tensor) -> Tensor:
+    def _cells_of(self, grid_BHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Which tokens of a grid are inside, and the number of the nearest inside token of each: [., H, W], [., H * W].
+
+        They are computed once for every size, so that in an exported graph they are constants.
+        """
         size = (int(grid_BHW.shape[1]), int(grid_BHW.shape[2]))
-        share_BHW = F.adaptive_avg_pool2d(self.pixels.to(grid_BHW.device, torch.float32)[:, None], size)[:, 0]
-        inside = share_BHW >= 0.5
-        if not bool(inside.flatten(1).any(1).all()):
-            fewest = int(self.pixels.flatten(1).sum(1).min())
-            raise ValueError(
-                f"a region of interest of {fewest} pixels covers half of no cell of a {size[0]} x {size[1]} grid of "
-                "features: enlarge it, choose finer levels or a larger image_size, or leave the image out"
-            )
-        return inside
+        if size not in self._cells:
+            inside = F.adaptive_avg_pool2d(self.pixels.float()[:, None], size)[:, 0] >= 0.5
+            if not bool(inside.flatten(1).any(1).all()):
+                fewest = int(self.pixels.flatten(1).sum(1).min())
+                raise ValueError(
+                    f"a region of interest of {fewest} pixels covers half of no cell of a {size[0]} x {size[1]} grid "
+                    "of features: enlarge it, choose finer levels or a larger image_size, or leave the image out"
+                )
+            nearest = np.stack([_nearest(one) for one in inside.cpu().numpy()])
+            self._cells[size] = inside, torch.from_numpy(nearest).to(inside.device)
+        inside, nearest_BT = self._cells[size]
+        return inside.to(grid_BHW.device), nearest_BT.to(grid_BHW.device)
 
     def filled(self, grid_BHW: Tensor) -> Tensor:
         """The grid with the value of the nearest inside token at every token outside."""
-        inside = self._inside(grid_BHW)
-        if bool(inside.all()):
-            return grid_BHW
-        nearest = np.stack([_nearest(one) for one in inside.cpu().numpy()])
-        index_BT = torch.from_numpy(nearest).to(grid_BHW.device).expand(len(grid_BHW), -1)
-        return grid_BHW.flatten(1).gather(1, index_BT).view_as(grid_BHW)
+        _, nearest_BT = self._cells_of(grid_BHW)
+        values_BT = grid_BHW.flatten(1)
+        filled = values_BT[:, nearest_BT[0]] if self.shared else values_BT.gather(1, nearest_BT)
+        return filled.view_as(grid_BHW)
 
     def only(self, maps_BSS: Tensor, outside: float = torch.nan) -> Tensor:
         """The maps with ``outside`` instead of the values of pixels that are not inspected."""
-        return maps_BSS.masked_fill(~self._at(maps_BSS), outside)
+        return maps_BSS.masked_fill(~self._at(maps_BSS)[0], outside)
 
     def values(self, maps_BSS: Tensor) -> list[Tensor]:
-        """The values of the inspected pixels of every map."""
-        inside = self._at(maps_BSS).expand(maps_BSS.shape)
-        return [one[pixels] for one, pixels in zip(maps_BSS, inside, strict=True)]
+        """The values [., n] of the inspected pixels: of all maps together if the region is shared, else of each."""
+        inside, places = self._at(maps_BSS)
+        if self.shared:
+            return [maps_BSS.flatten(1)[:, places]]
+        return [one[pixels][None] for one, pixels in zip(maps_BSS, inside.expand(maps_BSS.shape), strict=True)]
 
-    def _at(self, maps_BSS: Tensor) -> Tensor:
-        pixels = self.pixels.to(maps_BSS.device)
-        if pixels.shape[1:] == maps_BSS.shape[1:]:
-            return pixels
+    def _at(self, maps_BSS: Tensor) -> tuple[Tensor, Tensor]:
+        """Which pixels of maps are inspected, [., S, S], and the numbers [n] of those of the first map."""
         size = (int(maps_BSS.shape[1]), int(maps_BSS.shape[2]))  # maps of FeatureNorm have a side of their own
-        return F.interpolate(pixels[:, None].float(), size, mode="nearest-exact")[:, 0] > 0
+        if size not in self._pixels:
+            shown = F.interpolate(self.pixels[:, None].float(), size, mode="nearest-exact")[:, 0] > 0
+            shown = self.pixels if size == self.pixels.shape[1:] else shown
+            self._pixels[size] = shown, shown[0].flatten().nonzero()[:, 0]
+        inside, places = self._pixels[size]
+        return inside.to(maps_BSS.device), places.to(maps_BSS.device)
 
 
 def _nearest(inside_HW: np.ndarray) -> np.ndarray:

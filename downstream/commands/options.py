@@ -126,6 +126,12 @@ def usage_error(message: str, options: Sequence[str]) -> str:
     return line
 
 
+def refuse_beside_detector(given: Sequence[str]) -> None:
+    """Raise ValueError if flags were ``given`` that a fitted detector has settled."""
+    if given:
+        raise ValueError(f"{' and '.join(given)} cannot be given with --detector: it was fitted with its own value")
+
+
 def _flag(key: str) -> str:
     return f"--{key.replace('_', '-')}"
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from downstream.commands.options import EMBEDDED, Command
+from downstream.commands.options import EMBEDDED, Command, refuse_beside_detector
 from downstream.inspection import DEFAULTS, Options
 from downstream.terminal import ProgressBars, plain
 
@@ -76,8 +76,7 @@ class Score(Command):
         chosen = ("references", "shots", "seed", "tiling")
         given += [f"--{name}" for name in chosen if getattr(self.options, name) != getattr(DEFAULTS, name)]
         given += ["--image-size"] if self.image_size is not None else []
-        if given:
-            raise ValueError(f"{' and '.join(given)} cannot be given with --detector: it was fitted with its own value")
+        refuse_beside_detector(given)
 
     def run(self) -> int:
         from adpretrain.photographs import pixels_allowed

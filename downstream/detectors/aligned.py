@@ -154,6 +154,12 @@ class AlignedFeatureNorm(FeatureNorm):
             parts.append(self.inside(projected, region and region.pick([image])))
         return Prediction(torch.cat([part.scores for part in parts]), torch.cat([part.maps for part in parts]))
 
+    def traceable(self) -> Self:
+        raise ValueError(
+            "aligned references are chosen anew for every image, which a graph cannot do: export a FeatureNorm, whose "
+            "references are the same for all images"
+        )
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the pool, which holds FEATURES OF EVERY POOL IMAGE."""
         own = {} if self._pool_region is None else {REGION: self._pool_region.pixels}

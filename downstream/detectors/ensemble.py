@@ -228,9 +228,14 @@ class Ensemble(Detector):
         """[B, 3, S, S] -> scores [B], maps [B, S, S], as z-scores relative to normal images. ``roi`` and errors as in
         `Detector.predict`."""
         self.check_fitted()
+        return self.from_members(images, [member.predict(images, roi) for member in self.members])
+
+    def from_members(
+        self, images: Tensor, predictions: Sequence[Prediction], region: RegionOfInterest | None = None
+    ) -> Prediction:
+        """The members' predictions know the region."""
         scores, maps = [], []
-        for member, units in zip(self.members, self._units, strict=True):
-            prediction = member.predict(images, roi)
+        for prediction, units in zip(predictions, self._units, strict=True):
             scores.append(units.scores.standard(prediction.scores))
             maps.append(units.pixels.standard(prediction.maps))
         return Prediction(torch.stack(scores).mean(0), torch.stack(maps).mean(0))

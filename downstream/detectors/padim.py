@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from adpretrain.backbones import Extract, FeatureMaps
 from adpretrain.memory import hold, memory_limit
 from adpretrain.progress import Progress
 from downstream.detector import Detector, NormalFeatures, Prediction
 from downstream.embedding import Embedding, EmbeddingConfig, chosen_levels, settle_levels
-from downstream.gaussians import Gaussians, Moments, size_bytes
+from downstream.gaussians import Gaussians, Moments, plain, size_bytes
 from downstream.maps import SIGMA, check_sigma, gaussian_blur, highest, upsample
 from downstream.roi import RegionOfInterest
 
@@ -102,7 +103,7 @@ class PaDiM(Detector):
         self._grids = grids
 
     def from_features(self, features: FeatureMaps, region: RegionOfInterest | None = None) -> Prediction:
-        total = features[0].new_zeros(len(features[0]), self.side, self.side, dtype=torch.float32)
+        total = features[0].new_zeros(features[0].shape[0], self.side, self.side, dtype=torch.float32)
         rows = self._embed(features)
         for level, gaussians, grid in zip(rows, self._gaussians, self._grids, strict=True):
             distances = gaussians.distances(level.flatten(1, 2)).unflatten(1, grid)
@@ -130,6 +131,11 @@ class PaDiM(Detector):
         )
         what = f"the set of Gaussians of {images} images at {shapes} channels"
         hold(what, needed, memory_limit(rows[0].device, self.config.max_bytes), advice, say)
+
+    def traceable(self) -> Self:
+        copied = super().traceable()
+        copied._gaussians = [plain(gaussians) for gaussians in self._gaussians]
+        return copied
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the Gaussians, which hold MEANS AND VARIATION OF THE PRODUCT'S FEATURES."""

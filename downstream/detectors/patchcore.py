@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from adpretrain.backbones import Extract, FeatureMaps
 from adpretrain.memory import GrowingBank
@@ -21,6 +22,7 @@ from downstream.detector import Detector, NormalFeatures, Prediction
 from downstream.embedding import Embedding, EmbeddingConfig, settle_levels
 from downstream.maps import SIGMA, check_sigma, pixel_maps
 from downstream.neighbours import ApproximateNeighbours, Neighbours, nearest
+from downstream.plain_search import PlainNeighbours, constant
 from downstream.roi import RegionOfInterest
 
 SEARCHES = ("exact", "ivfpq")
@@ -103,7 +105,8 @@ class PatchCore(Detector):
     options = PatchCoreConfig
 
     bank_ND: Tensor
-    _search: Neighbours | ApproximateNeighbours
+    _search: Neighbours | ApproximateNeighbours | PlainNeighbours
+    _around_Nb: Tensor | None = None  # the b neighbours of every row, which only a `traceable` copy looks up
 
     def __init__(self, extract: Extract, config: PatchCoreConfig = DEFAULT) -> None:
         super().__init__(extract, replace(config, embedding=settle_levels(config.embedding, extract, STAGES)))
@@ -187,8 +190,7 @@ class PatchCore(Detector):
         if self.config.squared:
             distance_N = distance_N.square()
         if self.config.reweight and self.config.reweight_all:
-            steps = zip(rows_ND.split(WEIGHED), index_N.split(WEIGHED), strict=True)
-            distance_N = distance_N * torch.cat([self._weights(rows, index) for rows, index in steps])
+            distance_N = distance_N * self._all_weights(rows_ND, index_N)
         distance_BT = distance_N.view(batch, -1)
         inside = region and region.inside(rows_BHWD[..., 0]).flatten(1)
         scores, farthest_B = (distance_BT if inside is None else distance_BT.masked_fill(~inside, -torch.inf)).max(1)
@@ -202,10 +204,19 @@ class PatchCore(Detector):
     def _nearest(self, rows_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Return the distance to the nearest row of the bank, and its index: [N], [N]."""
         distance, index = (found[:, 0] for found in self._search.search(rows_ND, 1))
+        if self.config.search == "exact":
+            return distance, index
         lost = index < 0  # an approximate search found nothing, because the cells it visited are empty
         if bool(lost.any()):
             distance[lost], index[lost] = (found[:, 0] for found in nearest(rows_ND[lost], self.bank_ND, 1))
         return distance, index
+
+    def _all_weights(self, rows_ND: Tensor, nearest_N: Tensor) -> Tensor:
+        """Compute the weights of all patches, a few at a time except in a graph, which has no loops: [N]."""
+        if self._around_Nb is not None:
+            return self._weights(rows_ND, nearest_N)
+        steps = zip(rows_ND.split(WEIGHED), nearest_N.split(WEIGHED), strict=True)
+        return torch.cat([self._weights(rows, nearest) for rows, nearest in steps])
 
     def _weights(self, patch_BD: Tensor, nearest_B: Tensor) -> Tensor:
         """Compute w of Eq. 7 for some patches and their nearest rows m*: [B] in 0..1.
@@ -217,11 +228,28 @@ class PatchCore(Detector):
         count = min(self.config.reweight, len(self.bank_ND))
         if count < 2:
             return torch.ones_like(patch_BD[:, 0])
-        rows, back_B = nearest_B.unique(return_inverse=True)  # many patches share their nearest row
-        index_Bb = self._search.search(self.bank_ND[rows], count)[1][back_B]
+        index_Bb = self._around(nearest_B, count) if self._around_Nb is None else self._around_Nb[nearest_B]
         distance_Bb = (patch_BD[:, None] - self.bank_ND[index_Bb]).norm(dim=2)
         distance_Bb = distance_Bb.masked_fill(index_Bb < 0, -torch.inf)
         return distance_Bb.softmax(1)[:, 1:].sum(1)
+
+    def _around(self, row_M: Tensor, count: int) -> Tensor:
+        """Return the rows of the bank that are nearest to some of its rows, which are the first: [M, b] int64."""
+        rows, back_M = row_M.unique(return_inverse=True)  # many patches share their nearest row
+        return self._search.search(self.bank_ND[rows], count)[1][back_M]
+
+    def traceable(self) -> Self:
+        if self.config.search != "exact":
+            raise ValueError(
+                f"search {self.config.search!r} cannot be exported: a graph has no inverted lists; fit with search "
+                "'exact' and a smaller amount"
+            )
+        copied, rows = super().traceable(), torch.arange(len(self.bank_ND), device=self.bank_ND.device)
+        copied._search = PlainNeighbours(self.bank_ND)
+        copied.bank_ND = copied._search.bank_ND
+        if self.config.reweight:
+            copied._around_Nb = constant(self._around(rows, min(self.config.reweight, len(rows))))
+        return copied
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the bank, which holds FEATURES OF THE PRODUCT."""

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from adpretrain.backbones import Extract, FeatureMaps
 from adpretrain.memory import GrowingBank
@@ -25,6 +26,7 @@ from downstream.detector import Detector, NormalFeatures, Prediction
 from downstream.embedding import Embedding, EmbeddingConfig, settle_levels
 from downstream.maps import SIGMA, check_sigma, pixel_maps
 from downstream.neighbours import Neighbours, nearest
+from downstream.plain_search import PlainNeighbours, constant, plain_nearest
 from downstream.roi import RegionOfInterest
 
 
@@ -67,7 +69,7 @@ class SPADE(Detector):
     descriptors_NC: Tensor
     patches_NTD: Tensor
     inside_NT: Tensor | None = None  # patches in the region of interest; None = all
-    _search: Neighbours
+    _search: Neighbours | PlainNeighbours
 
     def __init__(self, extract: Extract, config: SPADEConfig = DEFAULT) -> None:
         super().__init__(extract, replace(config, embedding=settle_levels(config.embedding, extract, STAGES)))
@@ -110,13 +112,28 @@ class SPADE(Detector):
     def from_features(self, features: FeatureMaps, region: RegionOfInterest | None = None) -> Prediction:
         images = min(self.config.images, len(self.patches_NTD))
         distance_BK, index_BK = self._search.search(describe(features, region), images)
-        grids = []
-        for rows_HWD, index_K in zip(self.embedding(features), index_BK, strict=True):
-            gallery_KTD = self.patches_NTD[index_K]
-            gallery_ND = gallery_KTD.flatten(0, 1) if self.inside_NT is None else gallery_KTD[self.inside_NT[index_K]]
-            found_Tk = nearest(rows_HWD.flatten(0, 1), gallery_ND, self.config.patches)[0]
-            grids.append(found_Tk.mean(1).view(rows_HWD.shape[:2]))
-        return Prediction(distance_BK.mean(1), pixel_maps(torch.stack(grids), self.side, self.config.sigma, region))
+        rows_BHWD, count = self.embedding(features), self.config.patches
+        if isinstance(self._search, PlainNeighbours):  # a graph cannot loop over any number of images
+            gallery_BND = self.patches_NTD[index_BK].flatten(1, 2)
+            patch_BT = plain_nearest(rows_BHWD.flatten(1, 2), gallery_BND, count)[0].mean(2)
+        else:
+            found = []
+            for rows_TD, index_K in zip(rows_BHWD.flatten(1, 2), index_BK, strict=True):
+                gallery_KTD = self.patches_NTD[index_K]
+                inside_KT = None if self.inside_NT is None else self.inside_NT[index_K]
+                gallery_ND = gallery_KTD.flatten(0, 1) if inside_KT is None else gallery_KTD[inside_KT]
+                found.append(nearest(rows_TD, gallery_ND, count)[0].mean(1))
+            patch_BT = torch.stack(found)
+        grid_BHW = patch_BT.unflatten(1, rows_BHWD.shape[1:3])
+        return Prediction(distance_BK.mean(1), pixel_maps(grid_BHW, self.side, self.config.sigma, region))
+
+    def traceable(self) -> Self:
+        copied = super().traceable()
+        patches_NTD = self.patches_NTD
+        if self.inside_NT is not None:  # with one region for all, every image has the same patches inside
+            patches_NTD = patches_NTD[:, self.inside_NT[0]]
+        copied._search, copied.patches_NTD = PlainNeighbours(self.descriptors_NC), constant(patches_NTD)
+        return copied
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return descriptors and patches, which are FEATURES OF EVERY NORMAL IMAGE."""

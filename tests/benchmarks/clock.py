@@ -16,15 +16,18 @@ def cpu_seconds(function: Callable[[], object], repeats: int) -> float:
     return best
 
 
-def interleaved_cpu_seconds(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """The least CPU time of each function; taken in turns, so that a busy spell of the machine meets them all."""
-    best = dict.fromkeys(functions, float("inf"))
+def interleaved_cpu_seconds(
+    functions: dict[str, Callable[[], object]], repeats: int, of: Callable[[list[float]], float] = min
+) -> dict[str, float]:
+    """The least CPU time of each function; taken in turns, so that a busy spell of the machine meets them all.
+    ``of`` takes another statistic of the ``repeats`` times than the least."""
+    taken: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
             start = time.process_time()
             function()
-            best[name] = min(best[name], time.process_time() - start)
-    return best
+            taken[name].append(time.process_time() - start)
+    return {name: of(times) for name, times in taken.items()}
 
 
 def resident_kib(field: str) -> int:

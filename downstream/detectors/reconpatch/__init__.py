@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from adpretrain.backbones import Extract, FeatureMaps
 from adpretrain.memory import hold, memory_limit
@@ -116,6 +117,11 @@ class ReConPatch(Detector):
 
     def from_features(self, features: FeatureMaps, region: RegionOfInterest | None = None) -> Prediction:
         return self._core.score(self.representation(self._embed(features)), self.side, region)
+
+    def traceable(self) -> Self:
+        copied = super().traceable()
+        copied._core = self._core.traceable()
+        return copied
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the bank, which holds FEATURES OF THE PRODUCT, and the representation."""

@@ -14,7 +14,7 @@ Shapes: n normal images, B images of a step, S side in pixels, C channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -141,7 +141,8 @@ class Refined(Detector):
         self.detector.fit(batches, progress, roi)
         self._units = training_units(self.detector, batches, roi)
         images = [image for batch in batches for image in batch]
-        network = build_network(self.config).to(self._scored(images[0][None], region and region.pick([0]))[1].device)
+        first = self.detector.predict(images[0][None], region and region.pick([0]).roi)
+        network = build_network(self.config).to(first.maps.device)
         self.losses = self._train(network, images, progress, region)
         self._network, self.side = network.eval(), self._units.side
         return self
@@ -166,11 +167,13 @@ class Refined(Detector):
                     torch.stack([images[index] for index in indices]), keys, config.simulation, self.textures
                 )
                 part = region and region.pick(indices)
-                seen, maps = self._scored(made.images, part)
+                with torch.no_grad():
+                    prediction = self.detector.predict(made.images, part and part.roi)
+                    seen, maps = self._seen(made.images, prediction, part)
                 with torch.enable_grad():
                     logits, masks = network(seen, maps), made.masks.to(maps.device)
                     if part is not None:
-                        logits, masks = torch.cat(part.values(logits)), torch.cat(part.values(masks))
+                        logits, masks = (torch.cat([v.flatten() for v in part.values(x)]) for x in (logits, masks))
                     loss = refinement_loss(logits, masks, config)
                     optimizer.zero_grad()
                     loss.backward()
@@ -183,22 +186,26 @@ class Refined(Detector):
                 raise ValueError(f"the loss of epoch {epoch + 1} is {losses[-1]}: lower learning_rate")
         return losses
 
-    def _scored(self, images: Tensor, region: RegionOfInterest | None) -> tuple[Tensor, Tensor]:
+    def _seen(self, images: Tensor, prediction: Prediction, region: RegionOfInterest | None) -> tuple[Tensor, Tensor]:
         """Return images [B, 3, S, S] and the detector's maps as modified z-scores [B, S, S], as the network gets them:
         both are 0 outside the region, so that nothing there changes what it says of the inside."""
-        with torch.no_grad():
-            maps = self.detector.predict(images, region and region.roi).maps.float()
-            maps, images = self._units.pixels.standard(maps), images.to(maps)
-            if region is None:
-                return images, maps
-            return torch.stack([region.only(channel, 0) for channel in images.unbind(1)], 1), region.only(maps, 0)
+        maps = self._units.pixels.standard(prediction.maps.float())
+        images = images.to(maps)
+        if region is None:
+            return images, maps
+        return torch.stack([region.only(channel, 0) for channel in images.unbind(1)], 1), region.only(maps, 0)
 
     @torch.no_grad()
     def predict(self, images: Tensor, roi: Tensor | None = None) -> Prediction:
         """[B, 3, S, S] -> scores [B], maps [B, S, S]. ``roi`` and errors as in `Detector.predict`."""
         self.check_fitted()
         region = self._region(images, roi)
-        seen, maps = self._scored(images, region)
+        return self.from_members(images, [self.detector.predict(images, region and region.roi)], region)
+
+    def from_members(
+        self, images: Tensor, predictions: Sequence[Prediction], region: RegionOfInterest | None = None
+    ) -> Prediction:
+        seen, maps = self._seen(images, predictions[0], region)
         refined = self._network.to(maps.device)(seen, maps)
         scores = highest(refined, region=region)
         return Prediction(scores, refined if region is None else region.only(refined))
