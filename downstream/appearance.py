@@ -38,8 +38,14 @@ _STEP = 1 / 255  # one gray level, added before taking a logarithm
 _LUMA = (0.299, 0.587, 0.114)
 
 
-def appearance(pixels: Tensor) -> NDArray[np.float64]:
-    """Measure a photograph as the network sees it, uint8 [3, S, S]: five values and the 64 of the thumbnail, [F]."""
+def appearance(pixels: Tensor, roi: Tensor | None = None) -> NDArray[np.float64]:
+    """Measure a photograph as the network sees it, uint8 [3, S, S]: five values and the 64 of the thumbnail, [F].
+
+    ``roi``: the region of interest, bool [S, S]; the values are those of its pixels, and cells of the thumbnail without
+    any have the mean of the others.
+    """
+    if roi is not None:
+        return _within(pixels, roi)
     red, green, blue = pixels.float().div(255)
     gray_SS = _LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue
     inner = gray_SS[1:-1, 1:-1]
@@ -56,6 +62,29 @@ def appearance(pixels: Tensor) -> NDArray[np.float64]:
     )
     thumbnail = F.adaptive_avg_pool2d(gray_SS[None], THUMBNAIL).flatten()
     return torch.cat([values, thumbnail - thumbnail.mean()]).double().numpy()
+
+
+def _within(pixels: Tensor, roi_SS: Tensor) -> NDArray[np.float64]:
+    red, green, blue = pixels.float().div(255)
+    gray_SS = _LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue
+    around = gray_SS[:-2, 1:-1] + gray_SS[2:, 1:-1] + gray_SS[1:-1, :-2] + gray_SS[1:-1, 2:]
+    whole = roi_SS[1:-1, 1:-1] & roi_SS[:-2, 1:-1] & roi_SS[2:, 1:-1] & roi_SS[1:-1, :-2] & roi_SS[1:-1, 2:]
+    laplacian = (4 * gray_SS[1:-1, 1:-1] - around).abs()[whole]
+    gray_n = gray_SS[roi_SS]
+    values = torch.stack(
+        [
+            gray_n.mean(),
+            (gray_n.std(correction=0) + _STEP).log(),
+            (red - green)[roi_SS].mean(),
+            ((red + green) / 2 - blue)[roi_SS].mean(),
+            ((laplacian.mean() if laplacian.numel() else gray_n.new_zeros(())) + _STEP).log(),
+        ]
+    )
+    share = F.adaptive_avg_pool2d(roi_SS[None].float(), THUMBNAIL).flatten()
+    thumbnail = F.adaptive_avg_pool2d((gray_SS * roi_SS)[None], THUMBNAIL).flatten() / share
+    seen = share > 0
+    thumbnail = torch.where(seen, thumbnail - thumbnail[seen].mean(), 0.0)
+    return torch.cat([values, thumbnail]).double().numpy()
 
 
 @dataclass(frozen=True)

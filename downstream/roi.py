@@ -13,8 +13,9 @@ Shapes: B images, S side of the images in pixels, H x W tokens of a level, K pho
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import final
 
 import numpy as np
@@ -24,8 +25,8 @@ from PIL import Image, ImageChops
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
+from adpretrain.data.samples import is_image
 from adpretrain.photographs import read_mask
-from adpretrain.preprocess import Preprocess
 from adpretrain.references import ReferenceBank
 
 
@@ -146,18 +147,50 @@ def bank_within(bank: ReferenceBank, region: RegionOfInterest | None) -> Referen
     return bank.within(masks)
 
 
-def read_roi(path: str | os.PathLike[str], preprocess: Preprocess, border: int = 0) -> Tensor:
-    """Read a mask of the size of the photographs: bool [S, S], True where it is not black, but for ``border`` pixels.
+@dataclass(frozen=True)
+class RoiFiles:
+    """The region of interest of photographs: ``mask``, a picture for all or a folder with one for each by its name
+    (its file name without suffix; black is not inspected), and ``border``, pixels along the edges that are left out."""
 
-    It is prepared as a photograph is. Raises ValueError for a file that is not a picture, or if nothing is left.
-    """
-    mask = read_mask(path)
-    roi = preprocess.mask(ImageChops.darker(mask, ignore_border(mask.size, border)))
-    if not bool(roi.any()):
-        raise ValueError(
-            f"the region of interest {os.fspath(path)} is empty: paint what is inspected white, all else black"
-        )
-    return roi
+    mask: Path | None = None
+    border: int = 0
+
+    def files(self) -> list[Path]:
+        """The files of masks, sorted. Raises ValueError if there are none."""
+        if self.mask is None:
+            return []
+        if self.mask.is_file():
+            return [self.mask]
+        found = sorted(path for path in self.mask.glob("*") if is_image(path)) if self.mask.is_dir() else []
+        if not found:
+            raise ValueError(f"no mask at {self.mask}: --roi takes a picture, or a folder with one for each photograph")
+        return found
+
+    def of(self, photograph: Path, size: tuple[int, int]) -> Image.Image | None:
+        """The mask of a photograph of ``size`` (width, height), white where it is inspected; None = all of it.
+
+        Raises ValueError if there is no mask of its name, or if nothing is left.
+        """
+        if self.mask is None and not self.border:
+            return None
+        mask = ignore_border(size, self.border)
+        if self.mask is not None:
+            file = self._file(photograph.stem)
+            mask = ImageChops.darker(mask, read_mask(file).resize(size, Image.Resampling.NEAREST))
+            if mask.getextrema()[1] == 0:
+                raise ValueError(
+                    f"the region of interest {file} is empty: paint what is inspected white, all else black"
+                )
+        return mask
+
+    def _file(self, stem: str) -> Path:
+        assert self.mask is not None
+        if not self.mask.is_dir():
+            return self.mask
+        found = [path for path in sorted(self.mask.glob("*")) if is_image(path) and path.stem == stem]
+        if not found:
+            raise ValueError(f"no mask named {stem} in {self.mask}: with a folder of masks every photograph needs one")
+        return found[0]
 
 
 def ignore_border(size: tuple[int, int], px: int) -> Image.Image:

@@ -98,14 +98,17 @@ def overlay(photo: Image.Image, map_SS: NDArray[np.floating], scale: ColourScale
     """Draw the heatmap over the photograph, in its size, with a contour around values above `scale.limit`.
 
     Normal areas are nearly transparent, so that the product remains visible. The map is drawn over all of ``photo``, so
-    pass `shown_region` of a photograph if the network sees only a crop. Raises ValueError if the map is not [S, S] or
-    not finite.
+    pass `shown_region` of a photograph if the network sees only a crop. NaN marks what is not inspected, which is
+    darkened. Raises ValueError if the map is not [S, S] or holds infinite values.
     """
     values = np.asarray(map_SS, dtype=np.float32)
     if values.ndim != 2:
         raise ValueError(f"the map has shape {values.shape}; expected [S, S]")
-    if not np.isfinite(values).all():
-        raise ValueError("the map holds NaN or infinite values, for which there is no colour")
+    if np.isinf(values).any():
+        raise ValueError("the map holds infinite values, for which there is no colour")
+    unseen = np.isnan(values)
+    outside = np.asarray(Image.fromarray(unseen).resize(photo.size, Image.Resampling.NEAREST))
+    values = np.where(unseen, np.float32(scale.low), values)
     values = np.asarray(Image.fromarray(values).resize(photo.size, Image.Resampling.BILINEAR))
     share_HW = scale.shares(values)
     # The photograph is turned gray, so that the colour of a red product is not mistaken for heat.
@@ -115,6 +118,9 @@ def overlay(photo: Image.Image, map_SS: NDArray[np.floating], scale: ColourScale
     mixed = base * (1 - opacity) + heat * opacity
     if contour:
         mixed[outline(values > scale.limit)] = _CONTOUR
+    if outside.any():
+        mixed[outside] *= 0.4  # what is not inspected is dark, with an edge around the region of interest
+        mixed[outline(~outside, 1)] = _MUTED
     return Image.fromarray(np.rint(mixed).astype(np.uint8))
 
 

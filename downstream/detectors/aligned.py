@@ -23,7 +23,7 @@ from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
 from downstream.extracts import checked_features
 from downstream.roi import RegionOfInterest, bank_within
 
-REGION = "pool_region"  # the regions of interest of the pool's images
+REGION = "pool_region"  # the regions of interest of the pool's images, if they differ
 ADVICE = "fit fewer images, choose fewer levels or a smaller image_size of the backbone, or raise max_pool_bytes"
 
 
@@ -162,10 +162,10 @@ class AlignedFeatureNorm(FeatureNorm):
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the pool, which holds FEATURES OF EVERY POOL IMAGE."""
-        own = {} if self._pool_region is None else {REGION: self._pool_region.pixels}
+        own = {REGION: self._pool_region.roi} if self._pool_region is not None and self.roi_each else {}
         return {f"pool.{level}": feature for level, feature in enumerate(self._pool)} | own, {}
 
     def restore(self, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
-        pixels = tensors.pop(REGION, None)
-        region = None if pixels is None else RegionOfInterest(pixels if self.roi_each else pixels[0])
-        self._set_pool([tensors[f"pool.{level}"] for level in range(len(tensors))], region)
+        roi = tensors.pop(REGION, self.roi)
+        pool = [tensors[f"pool.{level}"] for level in range(len(tensors))]
+        self._set_pool(pool, None if roi is None else RegionOfInterest(roi))

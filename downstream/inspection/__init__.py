@@ -25,6 +25,9 @@ class Options:
         seed: random seed of --references random and kmeans
         batch_size: number of images per batch
         tiling: whether and how photographs are cut into tiles
+        roi: mask of what is inspected, white on black, the size of the photographs; or a folder with a mask for each
+            photograph, of its name. Outside nothing is scored, matched or calibrated
+        ignore_border: number of pixels along the edges of a photograph that are not inspected
         least_area: smallest region to report, in pixels of the photograph; the limit above which map values count is
             lower for larger regions. 0 reports every region
         maps: write the map of every photograph to maps/*.tif, as 32-bit floats
@@ -38,6 +41,8 @@ class Options:
     seed: int = 0
     batch_size: int = 16
     tiling: Tiling = WHOLE
+    roi: str | None = None
+    ignore_border: int = 0
     least_area: float = 0.0
     mm_per_pixel: float | None = None
     maps: bool = False
@@ -58,6 +63,8 @@ class Options:
             raise ValueError(
                 f"--references {self.references} looks at whole photographs: choose even or random with --tile"
             )
+        if self.ignore_border < 0:
+            raise ValueError(f"border of {self.ignore_border} pixels; expected 0 or more")
         if not 0 <= self.least_area < math.inf:
             raise ValueError(f"least area {self.least_area}; expected a number of pixels, 0 or more")
         if self.mm_per_pixel is not None and not 0 < self.mm_per_pixel < math.inf:

@@ -53,6 +53,7 @@ from downstream.inspection.photos import (
 )
 from downstream.inspection.results import ANOMALOUS, NORMAL, UNDECIDED, Result
 from downstream.regions import Region, find_regions
+from downstream.roi import RoiFiles
 from downstream.terminal import no_progress
 from downstream.visualise import ColourScale
 
@@ -226,7 +227,8 @@ class Inspector:
         normals = find_images(normal, exclude)
         more = find_images(extra, exclude) if extra else []
         tiled = bool(options.tiling.tile)
-        reader = PhotoReader.of_camera([*normals, *more], extractor.preprocess, options.batch_size, tiled)
+        roi = RoiFiles(Path(options.roi) if options.roi else None, options.ignore_border)
+        reader = PhotoReader.of_camera([*normals, *more], extractor.preprocess, options.batch_size, tiled, roi)
         chosen = choose_references(normals, extractor, options, reader, progress)
         used = {path.resolve() for path in chosen}
         further = {path.resolve(): path for path in (*normals, *more) if path.resolve() not in used}
@@ -307,7 +309,8 @@ class Inspector:
         preprocess = preprocess_of(folder)
         detector = detector_from_pretrained(folder, device=device, weights=weights)
         fitted = read_detector_config(folder)
-        reader = PhotoReader.of_camera(paths, preprocess, options.batch_size, isinstance(detector, Tiled))
+        roi = RoiFiles(Path(options.roi) if options.roi else None, options.ignore_border)
+        reader = PhotoReader.of_camera(paths, preprocess, options.batch_size, isinstance(detector, Tiled), roi)
         if fitted.photographs:
             reader = dataclasses.replace(reader, full_scale=fitted.full_scale)
         known = dict.fromkeys(fitted.photographs, FITTED)

@@ -158,15 +158,27 @@ def fit_references(
     detector: FeatureNorm | Tiled, photos: Sequence[Photo], device: torch.device, options: Options
 ) -> list[Normal]:
     """Fit a detector on references, and score each of them against the others."""
+    roi = _shared([photo.roi for photo in photos])
     if isinstance(detector, Tiled):
-        detector.fit([photo.whole[None] for photo in photos])
+        detector.fit([photo.whole[None] for photo in photos], roi=roi)
     else:
-        detector.fit(torch.stack([photo.pixels for photo in photos]).to(device).split(options.batch_size))
+        images_K = torch.stack([photo.pixels for photo in photos]).to(device)
+        detector.fit(images_K.split(options.batch_size), roi=roi)
     if len(photos) < 2:
         return [Normal.of(photo, True) for photo in photos]
-    found = detector.leave_one_out()
+    found = detector.leave_one_out() if isinstance(detector, Tiled) else detector.leave_one_out(roi=roi)
     rows = zip(photos, as_numpy(found.scores), found.maps.cpu().numpy(), strict=True)
     return [Normal.of(photo, True, float(score), map_HW, options.least_area) for photo, score, map_HW in rows]
+
+
+def _shared(rois: Sequence[Tensor | None]) -> Tensor | None:
+    """One region of interest if all photographs have the same one, else one for each, stacked."""
+    found = [roi for roi in rois if roi is not None]
+    if not found or all(torch.equal(roi, found[0]) for roi in found):
+        return found[0] if found else None
+    if len({roi.shape for roi in found}) > 1:
+        raise ValueError("with tiles and a region of interest, all photographs must have the same size")
+    return torch.stack(found)
 
 
 @dataclass
@@ -218,13 +230,14 @@ def predict_photos(detector: Detector, photos: Sequence[Photo], device: torch.de
         return []
     if isinstance(detector, Tiled):
         return [_predict_tiles(detector, photo) for photo in photos]
-    prediction = detector.predict(torch.stack([photo.pixels for photo in photos]).to(device))
+    images_B, rois = torch.stack([photo.pixels for photo in photos]).to(device), [photo.roi for photo in photos]
+    prediction = detector.predict(images_B, _shared(rois))
     return list(zip(as_numpy(prediction.scores).tolist(), as_numpy(prediction.maps), strict=True))
 
 
 def _predict_tiles(detector: Tiled, photo: Photo) -> tuple[float, Map] | str:
     try:
-        prediction = detector.predict(photo.whole[None])
+        prediction = detector.predict(photo.whole[None], photo.roi)
     except ValueError as error:  # of another size
         return f"{printable(photo.path)}: {error}"
     return float(prediction.scores), prediction.maps[0].numpy()

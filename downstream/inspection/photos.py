@@ -27,6 +27,7 @@ from adpretrain.photographs import FORMATS, find_full_scale, page_count, read_im
 from adpretrain.preprocess import Preprocess
 from downstream.appearance import appearance
 from downstream.regions import Box
+from downstream.roi import EVERYWHERE, RoiFiles
 from downstream.visualise import shown_region
 
 PAGED_SUFFIXES = (".gif", ".png", ".tif", ".tiff", ".webp")
@@ -166,6 +167,8 @@ class Photo:
     size: tuple[int, int]  # width and height of the file in pixels
     seen: Box  # the part of the file that the network sees: left, top, right, bottom
     image: Image.Image | None = None  # the whole RGB photograph, kept if it will be cut into tiles
+    # The region of interest, bool [S, S] of the network's input, for tiles [H, W] of the photograph; None = all of it.
+    roi: Tensor | None = None
 
     @property
     def aspect(self) -> float:
@@ -180,8 +183,10 @@ class Photo:
 
     @property
     def contrast(self) -> float:
-        """Standard deviation of the network's input, averaged over its channels."""
-        return float(self.pixels.std(dim=(1, 2)).mean())
+        """Standard deviation of the network's input, in the region of interest, averaged over its channels."""
+        if self.roi is None or self.image is not None:
+            return float(self.pixels.std(dim=(1, 2)).mean())
+        return float(self.pixels[:, self.roi].std(dim=1).mean())
 
 
 @dataclass(frozen=True)
@@ -195,21 +200,27 @@ class Unreadable:
 @dataclass(frozen=True)
 class PhotoReader:
     """Reads the photographs of one camera. ``full_scale`` is the value that becomes 255 in gray photographs with more
-    than 8 bits; see `adpretrain.photographs`. ``tiled``: they will be cut into tiles."""
+    than 8 bits; see `adpretrain.photographs`. ``tiled``: they will be cut into tiles. ``roi``: what is inspected."""
 
     preprocess: Preprocess
     batch_size: int
     full_scale: float | None = None
     tiled: bool = False
+    roi: RoiFiles = EVERYWHERE
 
     @classmethod
     def of_camera(
-        cls, paths: Sequence[Path], preprocess: Preprocess, batch_size: int, tiled: bool = False
+        cls,
+        paths: Sequence[Path],
+        preprocess: Preprocess,
+        batch_size: int,
+        tiled: bool = False,
+        roi: RoiFiles = EVERYWHERE,
     ) -> PhotoReader:
         """Make a reader with the full scale of the photographs in ``paths``."""
         if tiled:  # the appearance is that of the whole photograph; two large photographs are in memory
             preprocess, batch_size = replace(preprocess, crop_from=None), 1
-        return cls(preprocess, batch_size, find_full_scale(map(file_and_page, paths)), tiled)
+        return cls(preprocess, batch_size, find_full_scale(map(file_and_page, paths)), tiled, roi)
 
     def batches(self, paths: Sequence[Path]) -> Iterator[list[Photo | Unreadable]]:
         """Read photographs in threads, in order, one batch ahead of the consumer; at most two batches are in memory."""
@@ -226,7 +237,7 @@ class PhotoReader:
         file, page = file_and_page(path)
         try:
             photo = read_image(file, page=page, full_scale=self.full_scale)
-            return prepare_photo(path, photo, self.preprocess, self.tiled)
+            return prepare_photo(path, photo, self.preprocess, self.tiled, self.roi.of(path, photo.size))
         except (ValueError, OSError) as error:
             return Unreadable(path, printable(error))
 
@@ -245,20 +256,26 @@ def without_blank(read: Sequence[Photo | Unreadable], usual: float) -> list[Phot
     ]
 
 
-def prepare_photo(path: Path, photo: Image.Image, preprocess: Preprocess, tiled: bool = False) -> Photo:
-    """Prepare an RGB photograph for the network and for display; ``tiled``: it will be cut into tiles."""
-    pixels = preprocess.pixels(photo)
+def prepare_photo(
+    path: Path, photo: Image.Image, preprocess: Preprocess, tiled: bool = False, roi: Image.Image | None = None
+) -> Photo:
+    """Prepare an RGB photograph for the network and for display; ``tiled``: it will be cut into tiles. ``roi``: a mask
+    of its size, white where it is inspected."""
+    pixels, inside = preprocess.pixels(photo), None if roi is None else preprocess.mask(roi)
+    if inside is not None and not bool(inside.any()):
+        raise ValueError(f"the region of interest of {printable(path)} lies outside of what the network sees")
     return Photo(
         path,
         preprocess.normalise(pixels),
         shown_region(photo, preprocess, SHOWN_TILED if tiled else SHOWN),
         hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:32],
-        appearance(pixels),
+        appearance(pixels, inside),
         int(pixels.max()),
         photo.info.get("saturated") is True,
         photo.size,
         preprocess.seen(photo.size),
         photo if tiled else None,
+        inside if roi is None or not tiled else torch.from_numpy(np.asarray(roi) > 0),
     )
 
 

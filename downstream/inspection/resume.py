@@ -44,6 +44,7 @@ def settings_of(
         "device": str(device),
         "normal photographs": _digest(normal),
         "calibration photographs": _digest(calibration),
+        "masks of the region of interest": _digest(RoiFiles(Path(options.roi)).files() if options.roi else []),
         **dataclasses.asdict(options),
     }
 
