@@ -111,8 +111,8 @@ def test_an_anomaly_is_found_inside_and_changes_nothing_far_outside(fitted: Fitt
     torch.testing.assert_close(after.maps, before.maps, rtol=1e-4, atol=1e-4, equal_nan=True)
     assert torch.equal(before.maps.isnan(), ~LEFT.expand_as(before.maps))
     if name == "refined":  # a network trained for a second sees the block, but does not know yet that it is a defect
-        assert not torch.isclose(whole.predict(outside).scores, whole.predict(good).scores, rtol=1e-2).any()
-        assert not torch.isclose(found.scores, before.scores, rtol=1e-2).any()
+        changed = (found.maps - before.maps)[:, 28:68, 8:20].abs()  # logits, where the others changed by 1e-4 at most
+        assert bool((changed.mean((1, 2)) > 0.1).all())
         return
     assert bool((whole.predict(outside).scores > whole.predict(good).scores.max()).all())  # it is an anomaly
     assert bool((found.scores > before.scores.max()).all())
