@@ -193,6 +193,9 @@ class RoiFiles:
         return found[0]
 
 
+EVERYWHERE = RoiFiles()
+
+
 def ignore_border(size: tuple[int, int], px: int) -> Image.Image:
     """A mask, for ``preprocess.mask``, of photographs of ``size`` (width, height), black ``px`` pixels along its edges.
 

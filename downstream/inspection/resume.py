@@ -27,6 +27,7 @@ from downstream.inspection import Options
 from downstream.inspection.findings import Finding, finding_from
 from downstream.inspection.photos import file_and_page, relative_name
 from downstream.inspection.results import Result
+from downstream.roi import RoiFiles
 from downstream.visualise import ColourScale
 
 PART = "scores.part.jsonl"
