@@ -236,6 +236,20 @@ class Tiled(Detector):
                 yield from (Prediction(*one) for one in zip(found.scores.split(1), found.maps.split(1), strict=True))
             done += len(batch)
 
+    def of_tiles(self) -> Detector:
+        """The detector of all tiles. Raises ValueError with local places, where every place has one of its own."""
+        if self.local:
+            raise ValueError(
+                f"tiles are compared with the same place, by {len(self.places)} detectors, but one is exported: fit "
+                "with --positions global"
+            )
+        return self.places[0]
+
+    def tiles(self, photograph: Tensor) -> Tiles:
+        """All tiles of a photograph, uint8 [3, H, W], prepared for the network."""
+        cut = [(_crop(photograph, box), mask) for box, mask in chain(*self._tiles_of(photograph))]
+        return Tiles(cut, self.preprocess, device_of(self._given))
+
     def leave_one_out(self) -> Prediction:
         """Score each of the K photographs it was fitted on against the other K - 1, as if it were new.
 

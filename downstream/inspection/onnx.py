@@ -9,7 +9,7 @@ import dataclasses
 import importlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from adpretrain.saved import backbone_config
 from downstream.calibration import Calibration
 from downstream.detector import Detector, Prediction
 from downstream.detectors import detector_from_pretrained
+from downstream.detectors.tiled import Tiled
 from downstream.extracts import Adapted
 from downstream.inspection import DEFAULTS, Options
 from downstream.inspection.graph import TOLERANCE, DetectorGraph, difference, largest
@@ -75,12 +76,13 @@ def export_onnx(
     threshold: float | None = None,
     opset: int = OPSET,
     tolerance: float = TOLERANCE,
+    further: Mapping[str, str] | None = None,
 ) -> Exported:
     """Write any fitted detector to ``path`` (input "images" [B, 3, S, S], outputs "scores" [B] and "maps" [B, S, S]).
 
     The file is kept only if ONNX Runtime gives the same results as torch on ``check_batches`` (see `verify`). Its
     metadata describe how to prepare a photograph, the ``threshold`` (by default that of ``calibration``), the detector
-    with its options, and the origin of its network.
+    with its options, the origin of its network, and ``further`` entries.
 
     Raises ValueError if packages are missing, if ``opset`` is not in `OPSETS`, if the detector cannot be exported (see
     `DetectorGraph`), is not on the CPU or is too large for one file, or if the results differ.
@@ -101,7 +103,8 @@ def export_onnx(
     if threshold is None and calibration is not None:
         threshold = calibration.threshold
     program = _trace(graph, opset)
-    program.model.metadata_props.update(metadata(detector, graph.preprocess, calibration, threshold))
+    entries = metadata(detector, graph.preprocess, calibration, threshold) | dict(further or {})
+    program.model.metadata_props.update(entries)
     with atomic_path(path) as temporary:
         program.save(str(temporary), external_data=False)
         agreement = verify(temporary, detector, check_batches, tolerance)
@@ -257,17 +260,26 @@ def export_folder(
     count = min(len(paths), CHECKED)
     chosen = [paths[index * len(paths) // count] for index in range(count)]
     progress("exporting", 0, 1)
+    limit = inspector.pixel_limit
+    further = {} if limit is None else {"pixel_limit": repr(limit)}  # a map value above it belongs to a region
+    if isinstance(fitted, Tiled):
+        further["tiling"] = json.dumps(dataclasses.asdict(fitted.tiling))
     batches = _read(chosen, inspector)
-    done = export_onnx(fitted, out, batches, inspector.calibration, inspector.threshold, opset)
+    single = fitted.of_tiles() if isinstance(fitted, Tiled) else fitted
+    done = export_onnx(single, out, batches, inspector.calibration, inspector.threshold, opset, further=further)
     progress("exporting", 1, 1)
     return done, inspector
 
 
 def _read(paths: Sequence[Path], inspector: Inspector) -> Iterator[Tensor]:
+    """Yield batches of photographs, or of the first tiles of each."""
     for batch in inspector.reader.batches(paths):
         pixels = []
         for photo in batch:
             if isinstance(photo, Unreadable):
                 raise ValueError(f"the file cannot be verified on these photographs: {photo.reason}")
-            pixels.append(photo.pixels)
-        yield torch.stack(pixels)
+            pixels.append(photo)
+        if isinstance(inspector.detector, Tiled):
+            yield from (next(iter(inspector.detector.tiles(photo.whole))) for photo in pixels)
+        else:
+            yield torch.stack([photo.pixels for photo in pixels])

@@ -110,7 +110,7 @@ def test_a_map_that_is_not_finite_is_refused(value: float) -> None:
     """NaN has no colour: it was drawn in an arbitrary one."""
     map_SS = np.zeros((8, 8), np.float32)
     map_SS[3, 3] = value
-    with pytest.raises(ValueError, match="the map holds NaN or infinite values"):
+    with pytest.raises(ValueError, match="the map holds infinite values"):
         overlay(Image.new("RGB", (8, 8)), map_SS, ColourScale(0.0, 1.0, 2.0))
 
 

@@ -101,7 +101,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def test_there_is_a_case_for_every_detector() -> None:
-    assert {name for name, _ in CASES.values()} == {*DETECTORS} - {"aligned-featurenorm"}  # which is refused
+    assert {name for name, _ in CASES.values()} == {*DETECTORS} - {
+        "aligned-featurenorm",
+        "tiled",
+    }  # one is refused, and tiles are images
 
 
 @pytest.mark.slow
