@@ -26,10 +26,11 @@ from adpretrain.progress import Progress
 from downstream.detectors import build_detector, chosen_options
 from downstream.evaluation.board import RAW, Board, SetRow, detector_rows, extractor_rows, set_rows
 from downstream.evaluation.comparison_page import draw_features, report
+from downstream.evaluation.means import Record, in_order
 from downstream.evaluation.networks import ALIGNED, Contender, Features, load_features
 from downstream.evaluation.pictures import file_name
 from downstream.evaluation.protocols import Part, Trial, trials
-from downstream.evaluation.tables import Record, in_order, write_board, write_tables
+from downstream.evaluation.tables import write_board, write_tables
 from downstream.evaluation.trial import PhotographCache, Settings, run_trial
 
 POLL = 0.5  # seconds between checks of the folder, while the first process waits for the others
@@ -58,7 +59,12 @@ class Cell:
 
     def described(self, records: Sequence[Record]) -> list[Record]:
         """Add to records the names and the order that they have in the tables."""
-        own = {"set": self.set_name, "features": self.features.name, "order": list(self.order)}
+        own = {
+            "set": self.set_name,
+            "features": self.features.name,
+            "kind": self.features.kind,
+            "order": list(self.order),
+        }
         return [{**record, **own, "product": self.label(record["product"])} for record in records]
 
 
