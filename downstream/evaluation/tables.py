@@ -96,15 +96,17 @@ def summary_table(
     rows: Sequence[Row], metrics: Sequence[str] = (*MAIN, D_PRIME, ERRORS)
 ) -> tuple[list[str], list[list[str]]]:
     """Return heading and lines of the summary."""
-    lines = [line for row in rows for line in _lines(row, [row.setting, row.detector, row.features], metrics)]
+    lines = []
+    for row in rows:
+        lines += _lines(row, {"setting": row.setting, "detector": row.detector, "features": row.features}, metrics)
     return ["setting", "detector", "features", *(TITLES.get(name, name) for name in metrics)], lines
 
 
-def _lines(row: Row, first: list[str], metrics: Sequence[str]) -> list[list[str]]:
-    """Return the cells of a row after its ``first`` ones and, for pretrained features, a line of gains."""
-    lines = [[*first, *(summary_cell(row, name) for name in metrics)]]
+def _lines(row: Row, names: dict[str, str], metrics: Sequence[str]) -> list[list[str]]:
+    """Return the cells of a row, the first of which are its ``names``, and a line of gains for pretrained features."""
+    lines = [[*names.values(), *(summary_cell(row, name) for name in metrics)]]
     if row.gain is not None and row.gain_spread is not None:
-        gains = [""] * (len(first) - 1) + [GAIN]
+        gains = [GAIN if column == "features" else "" for column in names]
         for name in metrics:
             spread = f" ± {number(row.gain_spread[name])}" if row.repeats > 1 and name in row.gain else ""
             gains.append(number(row.gain[name], sign=True) + spread if name in row.gain else "")
@@ -149,10 +151,11 @@ def write_board(folder: Path, records: Sequence[Record], planned: int, notes: Se
     title = "Means in %, ± standard deviation between draws"
     if len(records) < planned:
         title += f"; {len(records)} of {planned} cells are finished, and the means are over these"
-    heading = ["set", "images", "draws", "detector", "features", *(TITLES[name] for name in MAIN)]
+    heading = ["set", "images", "detector", "features", "draws", *(TITLES[name] for name in MAIN)]
     lines = []
     for name, row in found:
-        lines += _lines(row, [name, row.setting, str(row.repeats), row.detector, row.features], MAIN)
+        names = {"set": name, "images": row.setting, "detector": row.detector, "features": row.features}
+        lines += _lines(row, {**names, "draws": str(row.repeats)}, MAIN)
     told = [f"- {' '.join(note.split())}" for note in (*notes, *all_notes(records))]
     text = "\n".join([markdown(title, heading, lines), *told]).rstrip() + "\n"
     _write(folder, {"board.md": text, "board.csv": _board_csv(found)})
@@ -239,7 +242,7 @@ def markdown(title: str, heading: Sequence[str], lines: Sequence[Sequence[str]])
 
 
 def _texts(heading: Sequence[str]) -> int:
-    return 5 if heading[0] == "set" else 1 if heading[0] == "product" else 3
+    return 4 if heading[0] == "set" else 1 if heading[0] == "product" else 3
 
 
 _ESCAPES = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", "±": r"$\pm$"}
