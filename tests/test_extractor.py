@@ -437,9 +437,9 @@ def test_a_loaded_extractor_takes_larger_images(tmp_path: Path) -> None:
     features = larger.set_references(references)(references)
     assert [level.shape[2:] for level in features] == [(40, 40), (40, 40), (20, 20)]
     plain = ADExtractor.from_pretrained("embedded")
-    by_hand = plain.backbone(references)  # a network without positions takes any size
-    for found, expected in zip(larger.encode(references), by_hand, strict=True):
-        torch.testing.assert_close(found, expected)
+    by_hand = plain.backbone.network(references)  # a network without positions takes any size
+    assert by_hand[1].shape[2:] == (40, 40)
+    torch.testing.assert_close(larger.encode(references)[1], by_hand[1])
     again = ADExtractor.from_pretrained(larger.save_pretrained(tmp_path / "larger"))
     assert again.preprocess == larger.preprocess
     with pytest.raises(ValueError, match="choose 96 or 112"):
