@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 COMMANDS = {  # name on the command line -> name of the class
     "score": "Score",
+    "inspector": "InspectorCommand",
     "fit": "Fit",
     "evaluate": "Evaluate",
     "check-data": "CheckData",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator
@@ -36,6 +37,8 @@ class Score(Command):
 
     Args:
         normal: folder of normal photographs; 2 to 8 are enough, more are better
+        at: score with the inspector in this folder instead (made by adpretrain inspector new), which holds its normal
+            photographs and options
         images: folder of photographs to score, searched with its subfolders
         out: folder for the results; created if needed
         extractor: a folder written by save_pretrained, "org/name" on the Hugging Face Hub, or "embedded"
@@ -54,7 +57,8 @@ class Score(Command):
     """
 
     from_file = True
-    normal: Path
+    normal: Path | None = None
+    at: Path | None = None
     images: Path
     out: Path
     extractor: str = EMBEDDED
@@ -70,6 +74,10 @@ class Score(Command):
     json: bool = False
 
     def __post_init__(self) -> None:
+        if (self.normal is None) == (self.at is None):
+            raise ValueError("needed: --normal GOOD, a folder of normal photographs, or --at PRODUCT, an inspector")
+        if self.at is not None:
+            self._refuse_beside_inspector()
         if self.detector is None:
             return
         given = ["--extractor"] if self.extractor != EMBEDDED else []
@@ -77,6 +85,16 @@ class Score(Command):
         given += [f"--{name}" for name in chosen if getattr(self.options, name) != getattr(DEFAULTS, name)]
         given += ["--image-size"] if self.image_size is not None else []
         refuse_beside_detector(given)
+
+    def _refuse_beside_inspector(self) -> None:
+        given = ["--extractor"] if self.extractor != EMBEDDED else []
+        for name in ("detector", "revision", "image_size", "calibration"):
+            given += [f"--{name.replace('_', '-')}"] if getattr(self, name) is not None else []
+        for option in dataclasses.fields(Options):
+            if getattr(self.options, option.name) != getattr(DEFAULTS, option.name):
+                given.append(f"--{option.name.replace('_', '-')}")
+        if given:
+            raise ValueError(f"{' and '.join(given)} cannot be given with --at: the inspector was made with its own")
 
     def run(self) -> int:
         from adpretrain.photographs import pixels_allowed
@@ -94,6 +112,7 @@ class Score(Command):
                 progress,
                 weights=self.weights,
                 image_size=self.image_size,
+                at=self.at,
                 revision=self.revision,
                 resume=self.resume,
                 detector=self.detector,

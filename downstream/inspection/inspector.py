@@ -337,6 +337,22 @@ class Inspector:
             fitted_on=frozenset(fitted.photographs),
         )
 
+    @classmethod
+    def load(
+        cls, folder: str | os.PathLike[str], device: str | torch.device = "cpu", weights: Path | None = None
+    ) -> Inspector:
+        """Load a saved inspector, or that of a product folder (`downstream.inspection.product`), which raises the
+        errors."""
+        from downstream.inspection.product import load_inspector
+
+        return load_inspector(Path(folder), device, weights)
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Save the inspector, which HOLDS FEATURES OF THE PRODUCT; see `downstream.inspection.product`."""
+        from downstream.inspection.product import save_inspector
+
+        return save_inspector(self, Path(folder))
+
     def score(self, read: Sequence[Photo | Unreadable]) -> list[Scored | Unreadable]:
         """Score the photographs of one batch, in order; one that is blank or has no finite score becomes unreadable."""
         read = without_blank(read, self.contrast)

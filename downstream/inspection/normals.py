@@ -7,7 +7,7 @@ network's input side, F numbers of an appearance.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +18,12 @@ from torch import Tensor
 from adpretrain.extractor import ADExtractor
 from adpretrain.progress import Progress
 from adpretrain.references import kmeans_references, random_references
-from downstream.detector import Detector
+from downstream.detector import Detector, Prediction
 from downstream.detectors.featurenorm import FeatureNorm
 from downstream.detectors.tiled import Tiled
 from downstream.inspection import Options
 from downstream.inspection.photos import Photo, PhotoReader, Unreadable, printable, without_blank, without_copies
-from downstream.regions import least_cells, peak_of
+from downstream.regions import Box, least_cells, peak_of
 from downstream.terminal import no_progress
 
 Map = NDArray[np.floating]
@@ -132,23 +132,15 @@ class Normal:
     peak: float | None = None
 
     @classmethod
-    def of(
-        cls,
-        photo: Photo,
-        reference: bool,
-        score: float | None = None,
-        map_HW: Map | None = None,
-        least_area: float = 0.0,
-    ) -> Normal:
-        """Describe a photograph, with its score and map if it has them; ``least_area`` is that of its regions."""
-        low = peak = None
-        if map_HW is not None:
-            low = float(np.nanmedian(map_HW))
-            peak = peak_of(map_HW, least_cells(least_area, map_HW.shape, photo.size, photo.seen))
+    def of(cls, photo: Photo, reference: bool) -> Normal:
+        """Describe a photograph that has not been scored."""
         name, numbers = printable(photo.path.name), tuple(photo.appearance.tolist())
-        return cls(
-            name, photo.digest, numbers, photo.size, photo.contrast, photo.brightest, reference, score, low, peak
-        )
+        return cls(name, photo.digest, numbers, photo.size, photo.contrast, photo.brightest, reference)
+
+    def scored(self, score: float, map_HW: Map, seen: Box, least_area: float) -> Normal:
+        """The same photograph with its score and map, which covers the part ``seen``; see `least_cells`."""
+        peak = peak_of(map_HW, least_cells(least_area, map_HW.shape, self.size, seen))
+        return replace(self, score=float(score), low=float(np.nanmedian(map_HW)), peak=peak)
 
 
 def fit_references(
@@ -161,11 +153,17 @@ def fit_references(
     else:
         images_K = torch.stack([photo.pixels for photo in photos]).to(device)
         detector.fit(images_K.split(options.batch_size), roi=roi)
+    normals = [Normal.of(photo, True) for photo in photos]
     if len(photos) < 2:
-        return [Normal.of(photo, True) for photo in photos]
+        return normals
     found = detector.leave_one_out() if isinstance(detector, Tiled) else detector.leave_one_out(roi=roi)
-    rows = zip(photos, as_numpy(found.scores), found.maps.cpu().numpy(), strict=True)
-    return [Normal.of(photo, True, float(score), map_HW, options.least_area) for photo, score, map_HW in rows]
+    return left_out(normals, found, [photo.seen for photo in photos], options.least_area)
+
+
+def left_out(normals: Sequence[Normal], found: Prediction, seen: Sequence[Box], least_area: float) -> list[Normal]:
+    """The references with the scores and maps that each has against the others."""
+    rows = zip(normals, as_numpy(found.scores), found.maps.cpu().numpy(), seen, strict=True)
+    return [normal.scored(score, map_HW, box, least_area) for normal, score, map_HW, box in rows]
 
 
 def _shared(rois: Sequence[Tensor | None]) -> Tensor | None:
@@ -215,7 +213,7 @@ def score_normals(
             if isinstance(predicted, str):
                 found.unreadable.append(Unreadable(photo.path, predicted))
             else:
-                found.normals.append(Normal.of(photo, False, *predicted, least_area))
+                found.normals.append(Normal.of(photo, False).scored(*predicted, photo.seen, least_area))
         done += len(read)
         progress("calibrating", done, len(paths))
     return found

@@ -52,7 +52,8 @@ def settings_of(
 
 def _files(model: Path) -> list[Path]:
     """Find configuration and weights, also of a detector's parts; no pipes or devices, whose reading never ends."""
-    return sorted(path for path in model.rglob("*") if path.name in (CONFIG_NAME, WEIGHTS_NAME) and path.is_file())
+    names = (CONFIG_NAME, WEIGHTS_NAME, "inspector.json", "product.json", "roi.png")
+    return sorted(path for path in model.rglob("*") if path.name in names and path.is_file())
 
 
 def _digest(paths: Sequence[Path]) -> str:

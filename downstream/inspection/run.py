@@ -99,7 +99,7 @@ def pick_device(name: str) -> torch.device:
 
 def score_folder(
     extractor: str | os.PathLike[str],
-    normal: Path,
+    normal: Path | None,
     images: Path,
     out: Path,
     calibration: Path | None = None,
@@ -111,6 +111,7 @@ def score_folder(
     resume: bool = False,
     detector: str | os.PathLike[str] | None = None,
     image_size: int | None = None,
+    at: Path | None = None,
 ) -> Inspection:
     """Score every image below `images` against the normal photographs in `normal`.
 
@@ -130,18 +131,23 @@ def score_folder(
     started = time.perf_counter()
     where = pick_device(device)
     kind, name = ("extractor", extractor) if detector is None else ("detector", detector)
-    folder = locate_model(name, revision=revision).folder
+    kind, name = (kind, name) if at is None else ("inspector", at)
+    folder = Path(name) if at is not None else locate_model(name, revision=revision).folder
+    if at is not None:
+        inspector = Inspector.load(at, where, None if weights is None else Path(weights))
+        options = inspector.options
     extra = find_images(calibration, exclude=out) if calibration else []
-    normals = find_images(normal, exclude=out)
+    normals = find_images(normal, exclude=out) if normal else []
     settings = settings_of(kind, folder, where, normals, extra, options) | {"image_size": image_size}
     record = Record(out, settings, resume)
-    given = where, normal, calibration, options, out
-    if detector is None:
-        inspector = Inspector.from_folder(
-            ADExtractor.from_pretrained(folder, where, weights, image_size=image_size), *given, progress
-        )
-    else:
-        inspector = Inspector.from_detector(folder, *given, weights, progress)
+    if at is None:
+        assert normal is not None
+        given = where, normal, calibration, options, out
+        if detector is None:
+            model = ADExtractor.from_pretrained(folder, where, weights, image_size=image_size)
+            inspector = Inspector.from_folder(model, *given, progress)
+        else:
+            inspector = Inspector.from_detector(folder, *given, weights, progress)
     if not record.goes_on:
         _remove_earlier_heatmaps(out)
     (out / SUMMARY).unlink(missing_ok=True)
@@ -150,7 +156,11 @@ def score_folder(
     warnings = [*inspector.warnings, *more_warnings, *_copies_note(results), *foreign]
     watch = _watch(inspector, results)
     drift = [*_drift_note(inspector, results), *_change_note(watch, results)]
-    summary: dict[str, Any] = {kind: printable(name), "normal": printable(normal), "images_folder": printable(images)}
+    summary: dict[str, Any] = {
+        kind: printable(name),
+        "normal": printable(normal or name),
+        "images_folder": printable(images),
+    }
     summary |= _summary(inspector, results, [*drift, *warnings]) | {"more_alarms_than_promised": bool(drift)}
     summary["seconds"] = round(time.perf_counter() - started, 3)
     about = Fact(kind.capitalize(), printable(name), inspector.description)
