@@ -30,6 +30,7 @@ from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
 from downstream.detectors.tiled import Tiled, TiledConfig
 from downstream.extracts import device_of, fixed_picture
 from downstream.inspection import DEFAULTS, Options
+from downstream.inspection.camera import Drawn, Picture, Verdict, take
 from downstream.inspection.normals import (
     Map,
     Normal,
@@ -371,6 +372,29 @@ class Inspector:
             else:
                 scored.append(Unreadable(item.path, f"the extractor gave the score {found[0]}"))
         return scored
+
+    def __call__(self, image: Picture, name: str = "") -> Verdict:
+        """Judge one photograph and write nothing; threads may call it at the same time.
+
+        image: a path, a PIL image, a numpy array [H, W] or [H, W, 3 or 4] or a torch tensor [H, W] or [3 or 4, H, W],
+        in the order red, green, blue (OpenCV's frames: ``frame[..., ::-1]``), of uint8, uint16 or floats in 0..1 or
+        0..255; any size. Gray values of more than 8 bits have the full scale of the normal photographs. name: a name
+        for the reasons; by default that of the file. A photograph that is blank, cannot be read or compared has the
+        verdict "unreadable", with the reason. Raises ValueError for another type, shape or kind of number.
+        """
+        read = take(image, self.reader, name)
+        return self.verdict(read, name or (read.path.name if isinstance(image, str | os.PathLike) else ""))
+
+    def verdict(self, read: Photo | Unreadable, name: str) -> Verdict:
+        """Judge one photograph of `camera.take`; its heatmap is drawn later, if it is asked for."""
+        (scored,) = self.score([read])
+        if isinstance(scored, Unreadable):
+            return Verdict.unreadable(name, scored.reason)
+        photo, regions = scored.photo, self.regions(scored)
+        scale = self.scale or ColourScale.from_typical_map([scored.map_HW], self.threshold)
+        drawn = Drawn(photo.shown, self.reader, scored.map_HW, scale)
+        result = dataclasses.replace(self.judge(name, scored), regions=len(regions))
+        return Verdict(result, tuple(regions), drawn)
 
     def judge(self, name: str, scored: Scored, heatmap: str | None = None) -> Result:
         """Judge one image; a copy of a normal photograph is undecided, because it is compared with itself."""

@@ -51,10 +51,10 @@ def find_images(folder: Path, exclude: Path | None = None) -> list[Path]:
     the folder to use instead), for masks among the photographs, and if there is no such folder or no image in it.
     """
     if folder.is_file():
-        return _each_page(folder)
+        return each_page(folder)
     if not folder.is_dir():
         raise ValueError(f"no such folder: {printable(folder)}")
-    files = sorted(path for path in _files(folder, exclude) if is_image(path))
+    files = sorted(path for path in files_below(folder, exclude) if is_image(path))
     if not files:
         barred = exclude.resolve() if exclude else None
         if barred and folder.resolve().is_relative_to(barred):
@@ -62,14 +62,16 @@ def find_images(folder: Path, exclude: Path | None = None) -> list[Path]:
         raise ValueError(f"no images in {printable(folder)}; known kinds are {', '.join(IMAGE_SUFFIXES)}")
     _refuse_data_set(folder)
     _refuse_masks(folder, files)
-    return [page for file in files for page in _each_page(file)]
+    return [page for file in files for page in each_page(file)]
 
 
 def passed_over(folder: Path, exclude: Path | None = None) -> list[str]:
     """Return a warning if files below a folder are not photographs; hidden files do not count."""
     if not folder.is_dir():
         return []
-    kinds = Counter(path.suffix.lower() or "without suffix" for path in _files(folder, exclude) if not is_image(path))
+    kinds = Counter(
+        path.suffix.lower() or "without suffix" for path in files_below(folder, exclude) if not is_image(path)
+    )
     if not kinds:
         return []
     listing = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
@@ -84,7 +86,7 @@ def file_and_page(path: Path) -> tuple[Path, int | None]:
     return path, None
 
 
-def _files(folder: Path, exclude: Path | None) -> Iterator[Path]:
+def files_below(folder: Path, exclude: Path | None) -> Iterator[Path]:
     """Yield the files below a folder. A folder reached by several links, or that contains itself, is entered once."""
     barred, entered = exclude.resolve() if exclude else None, set[Path]()
     for place, folders, names in os.walk(folder, followlinks=True):
@@ -99,7 +101,8 @@ def _files(folder: Path, exclude: Path | None) -> Iterator[Path]:
                 yield path
 
 
-def _each_page(file: Path) -> list[Path]:
+def each_page(file: Path) -> list[Path]:
+    """The photographs in a file: itself, or its pages."""
     if file.suffix.lower() not in PAGED_SUFFIXES:
         return [file]
     try:
@@ -233,10 +236,18 @@ class PhotoReader:
                 ahead = [pool.submit(self._read, path) for path in paths[start : start + size]]
                 yield [future.result() for future in current]
 
-    def _read(self, path: Path) -> Photo | Unreadable:
+    def open(self, path: Path) -> Image.Image:
+        """Read one photograph, a file or a page of one, as 8-bit RGB. Raises ValueError if that is impossible."""
         file, page = file_and_page(path)
+        return read_image(file, page=page, full_scale=self.full_scale)
+
+    def to_show(self, photo: Image.Image) -> Image.Image:
+        """The region of an RGB photograph that the network sees, undistorted, in the size for people."""
+        return shown_region(photo, self.preprocess, SHOWN_TILED if self.tiled else SHOWN)
+
+    def _read(self, path: Path) -> Photo | Unreadable:
         try:
-            photo = read_image(file, page=page, full_scale=self.full_scale)
+            photo = self.open(path)
             return prepare_photo(path, photo, self.preprocess, self.tiled, self.roi.of(path, photo.size))
         except (ValueError, OSError) as error:
             return Unreadable(path, printable(error))
@@ -257,17 +268,23 @@ def without_blank(read: Sequence[Photo | Unreadable], usual: float) -> list[Phot
 
 
 def prepare_photo(
-    path: Path, photo: Image.Image, preprocess: Preprocess, tiled: bool = False, roi: Image.Image | None = None
+    path: Path,
+    photo: Image.Image,
+    preprocess: Preprocess,
+    tiled: bool = False,
+    roi: Image.Image | None = None,
+    shown: Image.Image | None = None,
 ) -> Photo:
     """Prepare an RGB photograph for the network and for display; ``tiled``: it will be cut into tiles. ``roi``: a mask
-    of its size, white where it is inspected."""
+    of its size, white where it is inspected. ``shown``: by default a small picture of the region that the network sees,
+    whose drawing takes a third as long as scoring."""
     pixels, inside = preprocess.pixels(photo), None if roi is None else preprocess.mask(roi)
     if inside is not None and not bool(inside.any()):
         raise ValueError(f"the region of interest of {printable(path)} lies outside of what the network sees")
     return Photo(
         path,
         preprocess.normalise(pixels),
-        shown_region(photo, preprocess, SHOWN_TILED if tiled else SHOWN),
+        shown or shown_region(photo, preprocess, SHOWN_TILED if tiled else SHOWN),
         hashlib.sha256(pixels.numpy().tobytes()).hexdigest()[:32],
         appearance(pixels, inside),
         int(pixels.max()),

@@ -37,6 +37,12 @@ class Result:
         """The verdict with the reason in brackets, such as "anomalous (score)"."""
         return f"{self.verdict} ({self.reason})" if self.reason else self.verdict
 
+    @property
+    def title(self) -> str:
+        """The line above the picture of a scored image: its name, judgement and numbers."""
+        p_value = "" if self.p_value is None else f", p {self.p_value:.3g}"
+        return f"{printable(self.path)}: {self.judgement}, score {self.score:.4g}{p_value}"
+
 
 def write_scores(path: Path, results: Sequence[Result]) -> None:
     """Write scores.csv, one row per result with `COLUMNS`; None becomes an empty field."""

@@ -299,9 +299,7 @@ def _score_batch(
     def draw(made: tuple[Scored, Result, list[Region]]) -> None:
         scored, result, regions = made
         photo, picture = scored.photo, names[scored.photo.path]
-        p_value = "" if result.p_value is None else f", p {result.p_value:.3g}"
-        title = f"{printable(result.path)}: {result.judgement}, score {result.score:.4g}{p_value}"
-        drawing = panel(photo.shown, scored.map_HW, scale, title=title, regions=regions, seen=photo.seen)
+        drawing = panel(photo.shown, scored.map_HW, scale, title=result.title, regions=regions, seen=photo.seen)
         save_png(drawing, out / picture)
         mask, values = _mask_and_map(out, picture)
         mask.unlink(missing_ok=True)
