@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 COMMANDS = {  # name on the command line -> name of the class
     "score": "Score",
     "inspector": "InspectorCommand",
+    "watch": "WatchCommand",
     "fit": "Fit",
     "evaluate": "Evaluate",
     "check-data": "CheckData",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,18 +45,23 @@ class Result:
         return f"{printable(self.path)}: {self.judgement}, score {self.score:.4g}{p_value}"
 
 
-def write_scores(path: Path, results: Sequence[Result]) -> None:
+def write_scores(path: Path, results: Iterable[Result]) -> None:
     """Write scores.csv, one row per result with `COLUMNS`; None becomes an empty field."""
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        file.write(_row(COLUMNS))
+        file.writelines(row_of(result) for result in results)
+
+
+def row_of(result: Result) -> bytes:
+    """The row of a result in scores.csv, with its end of line."""
+    return _row([getattr(result, name) for name in COLUMNS])
+
+
+def _row(values: Sequence[object]) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow("" if value is None else value for value in values)
     # surrogateescape writes the original bytes of a file name that is not UTF-8, so that scripts find the file.
-    with (
-        atomic_path(path) as temporary,
-        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
-    ):
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for result in results:
-            values = [getattr(result, name) for name in COLUMNS]
-            writer.writerow("" if value is None else value for value in values)
+    return text.getvalue().encode("utf-8", errors="surrogateescape")
 
 
 def counted(results: Sequence[Result]) -> dict[str, int]:

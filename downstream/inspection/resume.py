@@ -113,7 +113,7 @@ class Record:
                 if "scale" in line:
                     self._scale = images, ColourScale(*map(float, line["scale"]))
                 else:
-                    results = tuple(map(_result, line["results"]))
+                    results = tuple(map(result_from, line["results"]))
                     sizes = {str(path): (int(width), int(height)) for path, (width, height) in line["sizes"].items()}
                     findings = tuple(map(finding_from, line["findings"]))
                     numbers = int(line["odd_shapes"]), int(line["saturated"])
@@ -198,7 +198,8 @@ class Record:
         self.path.unlink(missing_ok=True)
 
 
-def _result(entry: Mapping[str, Any]) -> Result:
+def result_from(entry: Mapping[str, Any]) -> Result:
+    """Read a result back from JSON. Raises KeyError, TypeError or ValueError if it is none."""
     numbers = ("score", "p_value", "unlike", "unlike_p_value")
     score, p_value, unlike, unlike_p_value = (None if entry[key] is None else float(entry[key]) for key in numbers)
     heatmap = None if entry["heatmap"] is None else str(entry["heatmap"])

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -343,23 +343,26 @@ def _scale_of_sample(
 
 
 def picture_names(root: Path, paths: Sequence[Path]) -> dict[Path, str]:
-    """Name each image's heatmap below the output folder: readable, safe in a URL, and distinct even without case.
+    """Name each image's heatmap below the output folder."""
+    taken = set[str]()
+    return {path: picture_name(relative_name(root, path), taken) for path in paths}
+
+
+def picture_name(name: str, taken: set[str]) -> str:
+    """Name the heatmap of an image: readable, safe in a URL, and, even without case, none of those in ``taken``, to
+    which it is added.
 
     ``a/b c.jpg`` -> ``heatmaps/a_b-c.png``; a second image with the same name gets ``heatmaps/a_b-c-2.png``.
     """
-    names: dict[Path, str] = {}
-    taken: set[str] = set()
-    for path in paths:
-        stem = relative_name(root, path).removesuffix(path.suffix).replace("/", "_")
-        # File systems allow 255 bytes, and the temporary file's name is longer than the final one.
-        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip(".")[-120:] or "image"
-        name, copies = f"{stem}.png", 1
-        while name.casefold() in taken:
-            copies += 1
-            name = f"{stem}-{copies}.png"
-        taken.add(name.casefold())
-        names[path] = f"{HEATMAPS}/{name}"
-    return names
+    stem = name.removesuffix(PurePosixPath(name).suffix).replace("/", "_")
+    # File systems allow 255 bytes, and the temporary file's name is longer than the final one.
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip(".")[-120:] or "image"
+    picture, copies = f"{HEATMAPS}/{stem}.png", 1
+    while picture.casefold() in taken:
+        copies += 1
+        picture = f"{HEATMAPS}/{stem}-{copies}.png"
+    taken.add(picture.casefold())
+    return picture
 
 
 def _copies_note(results: Sequence[Result]) -> list[str]:

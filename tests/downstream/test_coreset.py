@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -172,6 +173,24 @@ def test_products_are_in_full_precision_and_the_settings_come_back() -> None:
     x = draw("isotropic", 500, 32, torch.Generator().manual_seed(5)).float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert greedy_coreset(x, 50).tolist() == plain_loop(x, 50)
+
+
+def test_two_threads_can_be_in_full_precision() -> None:
+    """The setting is the process's: the thread that leaves first must not end it for the other, nor keep it."""
+    before, cpu = torch.get_float32_matmul_precision(), torch.device("cpu")
+    try:
+        torch.set_float32_matmul_precision("high")
+        first, second = full_precision(cpu), full_precision(cpu)
+        first.__enter__()
+        inside = torch.backends.cuda.matmul.allow_tf32
+        with ThreadPoolExecutor(1) as other:
+            other.submit(second.__enter__).result()
+            first.__exit__(None, None, None)
+            assert torch.backends.cuda.matmul.allow_tf32 == inside is False
+            other.submit(second.__exit__, None, None, None).result()
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_progress_is_told_up_to_the_end() -> None:
