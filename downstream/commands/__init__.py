@@ -12,6 +12,8 @@ COMMANDS = {  # name on the command line -> name of the class
     "score": "Score",
     "inspector": "InspectorCommand",
     "watch": "WatchCommand",
+    "serve": "Serve",
+    "identify": "Identify",
     "fit": "Fit",
     "evaluate": "Evaluate",
     "check-data": "CheckData",

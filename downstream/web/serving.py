@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 from urllib.parse import unquote
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -64,14 +65,15 @@ def serve(
         # Gradio reads these when it is imported.
         os.environ.update(GRADIO_TEMP_DIR=folder, GRADIO_ANALYTICS_ENABLED="False")
         where = host_of(host, os.environ)
-        with _listen(where, port) as listener:
+        with listen(where, port) as listener:
             place = pick_device(device)
             models = {name: ADExtractor.from_pretrained(given, place) for name, given in names_of(extractors).items()}
             address = f"http://{LOCAL if where == EVERYWHERE else _bracketed(where)}:{listener.getsockname()[1]}"
             if where not in (LOCAL, "localhost", "::1") and "SPACE_ID" not in os.environ:
                 message = f"warning: listening on {plain(where)}: everybody who can reach this machine can use the demo"
                 print(message, file=sys.stderr, flush=True)
-            _run(_app(models, place, Path(folder), where), listener, address)
+            app = _app(models, place, Path(folder), where)
+            run_until_stopped(app, listener, f"demo on {address} (Ctrl-C ends it)")
     print("demo stopped; the uploaded photographs are deleted", flush=True)
 
 
@@ -109,7 +111,8 @@ def _app(models: Mapping[str, ADExtractor], device: object, folder: Path, where:
     return Gate(app, folder, LIMITS.upload_bytes, LOCAL_NAMES if local else None, ancestors)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """Listen on an address. Raises OSError that names host and port."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -121,13 +124,14 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _run(app: Gate, listener: socket.socket, address: str) -> None:
+def run_until_stopped(app: Any, listener: socket.socket, announcement: str) -> None:
+    """Serve an ASGI app until Ctrl-C or SIGTERM; print the announcement when it is up."""
     import uvicorn
 
     class Announced(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
-            print(f"demo on {address} (Ctrl-C ends it)", flush=True)
+            print(announcement, flush=True)
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt

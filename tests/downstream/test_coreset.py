@@ -177,20 +177,21 @@ def test_products_are_in_full_precision_and_the_settings_come_back() -> None:
 
 def test_two_threads_can_be_in_full_precision() -> None:
     """The setting is the process's: the thread that leaves first must not end it for the other, nor keep it."""
-    before, cpu = torch.get_float32_matmul_precision(), torch.device("cpu")
-    try:
-        torch.set_float32_matmul_precision("high")
-        first, second = full_precision(cpu), full_precision(cpu)
+
+    def setting() -> str:
+        matmul = getattr(torch.backends.mkldnn, "matmul", None)
+        return matmul.fp32_precision if hasattr(matmul, "fp32_precision") else torch.get_float32_matmul_precision()
+
+    before, cpu = setting(), torch.device("cpu")
+    first, second = full_precision(cpu), full_precision(cpu)
+    with ThreadPoolExecutor(1) as other:
         first.__enter__()
-        inside = torch.backends.cuda.matmul.allow_tf32
-        with ThreadPoolExecutor(1) as other:
-            other.submit(second.__enter__).result()
-            first.__exit__(None, None, None)
-            assert torch.backends.cuda.matmul.allow_tf32 == inside is False
-            other.submit(second.__exit__, None, None, None).result()
-        assert torch.get_float32_matmul_precision() == "high"
-    finally:
-        torch.set_float32_matmul_precision(before)
+        inside = setting()
+        other.submit(second.__enter__).result()
+        first.__exit__(None, None, None)
+        assert setting() == inside
+        other.submit(second.__exit__, None, None, None).result()
+    assert setting() == before
 
 
 def test_progress_is_told_up_to_the_end() -> None:
