@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from downstream.commands.options import EMBEDDED, Command, refuse_beside_detector
-from downstream.inspection import DEFAULTS, Options
+from downstream.inspection import DEFAULTS, TABLES, Options, TableOptions
 from downstream.terminal import ProgressBars, plain
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ class Score(Command):
     image_size: int | None = None
     calibration: Path | None = None
     options: Options = DEFAULTS
+    tables: TableOptions = TABLES
     max_pixels: int = 178_956_970  # copied from adpretrain.preprocess, which is slow to import
     device: str = "auto"
     resume: bool = False
@@ -96,9 +97,10 @@ class Score(Command):
         if given:
             raise ValueError(f"{' and '.join(given)} cannot be given with --at: the inspector was made with its own")
 
-    def run(self) -> int:
+    def run(self, rank: int = 0, processes: int = 1, device: str | None = None) -> int:
+        """Score the share of process ``rank`` of ``processes`` on ``device``, and, in the first, write the results."""
         from adpretrain.photographs import pixels_allowed
-        from downstream.inspection.run import score_folder
+        from downstream.inspection.run import Share, score_folder
 
         with ProgressBars() as progress, _resume_hint(self.out), pixels_allowed(self.max_pixels):
             inspection = score_folder(
@@ -108,17 +110,32 @@ class Score(Command):
                 self.out,
                 self.calibration,
                 self.options,
-                self.device,
+                self.device if device is None or self.device != "auto" else device,
                 progress,
                 weights=self.weights,
                 image_size=self.image_size,
                 at=self.at,
+                tables=self.tables,
+                share=Share(rank, processes, _wait if processes > 1 else _go_on),
                 revision=self.revision,
                 resume=self.resume,
                 detector=self.detector,
             )
+        if rank > 0:
+            return 0
         print(json.dumps(inspection.summary, allow_nan=False) if self.json else describe(inspection))
         return inspection.exit_code
+
+
+def _wait() -> None:
+    """Wait for the other processes, which a launcher has started."""
+    import torch
+
+    torch.distributed.barrier()
+
+
+def _go_on() -> None:
+    """Do not wait: there is one process."""
 
 
 @contextlib.contextmanager

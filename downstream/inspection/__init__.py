@@ -74,3 +74,38 @@ class Options:
 
 
 DEFAULTS = Options()
+
+
+@dataclass(frozen=True)
+class TableOptions:
+    """How scores.csv and regions.csv are written. Raises ValueError for options that do not go together.
+
+    Args:
+        csv_separator: character between the fields of scores.csv and regions.csv, or tab; by default a comma, with
+            --decimal-comma a semicolon
+        decimal_comma: write 1,25 instead of 1.25, as spreadsheets expect in many countries
+        bom: begin the CSV files with the mark by which Excel recognises UTF-8
+        xlsx: write scores.xlsx too, with sheets for scores and regions
+    """
+
+    csv_separator: str | None = None
+    decimal_comma: bool = False
+    bom: bool = False
+    xlsx: bool = False
+
+    def __post_init__(self) -> None:
+        given = self.csv_separator
+        if given is not None and given != "tab" and (len(given) != 1 or given.isalnum() or given in '"\n\r.-+'):
+            raise ValueError(f"separator {given!r}; choose one character such as , ; or |, or the word tab")
+        if self.decimal_comma and self.separator == ",":
+            raise ValueError("the comma cannot be both separator and decimal comma: choose --csv-separator ';'")
+
+    @property
+    def separator(self) -> str:
+        """The separator itself."""
+        if self.csv_separator is None:
+            return ";" if self.decimal_comma else ","
+        return "\t" if self.csv_separator == "tab" else self.csv_separator
+
+
+TABLES = TableOptions()

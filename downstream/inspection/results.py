@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from adpretrain.files import atomic_path
 from downstream.inspection.photos import printable
 
 ANOMALOUS, NORMAL, UNDECIDED, UNREADABLE = "anomalous", "normal", "undecided", "unreadable"
@@ -45,23 +41,9 @@ class Result:
         return f"{printable(self.path)}: {self.judgement}, score {self.score:.4g}{p_value}"
 
 
-def write_scores(path: Path, results: Iterable[Result]) -> None:
-    """Write scores.csv, one row per result with `COLUMNS`; None becomes an empty field."""
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        file.write(_row(COLUMNS))
-        file.writelines(row_of(result) for result in results)
-
-
-def row_of(result: Result) -> bytes:
-    """The row of a result in scores.csv, with its end of line."""
-    return _row([getattr(result, name) for name in COLUMNS])
-
-
-def _row(values: Sequence[object]) -> bytes:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow("" if value is None else value for value in values)
-    # surrogateescape writes the original bytes of a file name that is not UTF-8, so that scripts find the file.
-    return text.getvalue().encode("utf-8", errors="surrogateescape")
+def row_of(result: Result) -> list[object]:
+    """The row of a result in scores.csv."""
+    return [getattr(result, name) for name in COLUMNS]
 
 
 def counted(results: Sequence[Result]) -> dict[str, int]:

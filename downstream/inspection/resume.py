@@ -65,6 +65,11 @@ def _digest(paths: Sequence[Path]) -> str:
     return found.hexdigest()
 
 
+def parts(out: Path) -> list[Path]:
+    """The records in an output folder: one, or one for each process."""
+    return sorted(path for path in out.glob("scores.part*.jsonl") if path.is_file())
+
+
 def stamp(root: Path, path: Path) -> Stamp:
     """Return what tells an image from a later one of the same name; zeros if the file cannot be accessed."""
     try:
@@ -89,20 +94,31 @@ class Batch:
 class Record:
     """The record of one run in ``out``, used in a ``with`` statement, which keeps the file; `finish` removes it.
 
-    With ``resume``, the batches of a run that was interrupted there are taken over. Raises ValueError if that run had
-    other ``settings`` (the message names them), or if its record cannot be read.
+    With ``resume``, the batches of a run that was interrupted there are taken over. If several processes share the run,
+    each has a file of its own, by its ``rank``, and reads those of all. Raises ValueError if that run had other
+    ``settings`` (the message names them), or if its record cannot be read.
     """
 
-    def __init__(self, out: Path, settings: Mapping[str, Any], resume: bool) -> None:
-        self.folder, self.path, self.settings = out, out / PART, dict(settings)
+    def __init__(self, out: Path, settings: Mapping[str, Any], resume: bool, rank: int = 0) -> None:
+        self.folder, self.settings = out, dict(settings)
+        self.path = out / (PART if rank == 0 else f"scores.part-{rank}.jsonl")
         self._batches: dict[tuple[Stamp, ...], Batch] = {}
         self._scale: tuple[tuple[Stamp, ...], ColourScale] | None = None
-        self._whole = self._read() if resume and self.path.exists() else 0
+        self._whole = 0
+        if resume:
+            self.read()
         self._file: BinaryIO | None = None
 
-    def _read(self) -> int:
-        """Read the file and return the length of its whole lines; the last may be torn if the run was killed."""
-        content = self.path.read_bytes()
+    def read(self) -> None:
+        """Read the files of all processes; what they have recorded since the last time is then known too."""
+        for path in parts(self.folder):
+            whole = self._read(path)
+            if path == self.path:
+                self._whole = whole
+
+    def _read(self, path: Path) -> int:
+        """Read a file and return the length of its whole lines; the last may be torn if the run was killed."""
+        content = path.read_bytes()
         whole = content.rfind(b"\n") + 1
         try:
             lines = [json.loads(line) for line in content[:whole].splitlines()]
@@ -119,7 +135,7 @@ class Record:
                     numbers = int(line["odd_shapes"]), int(line["saturated"])
                     self._batches[images] = Batch(results, *numbers, sizes, findings)
         except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"cannot read {self.path} ({error}): leave out --resume to start anew") from error
+            raise ValueError(f"cannot read {path} ({error}): leave out --resume to start anew") from error
         return whole
 
     def _compare(self, earlier: Mapping[str, Any]) -> None:
@@ -134,7 +150,7 @@ class Record:
     @property
     def goes_on(self) -> bool:
         """Whether this run continues an earlier one."""
-        return self._whole > 0
+        return self._whole > 0 or bool(self._batches)
 
     @property
     def has_batches(self) -> bool:
@@ -194,8 +210,9 @@ class Record:
         self._write({"images": images, "scale": dataclasses.astuple(scale)})
 
     def finish(self) -> None:
-        """Remove the file, because the run is complete."""
-        self.path.unlink(missing_ok=True)
+        """Remove the files, because the run is complete."""
+        for path in parts(self.folder):
+            path.unlink(missing_ok=True)
 
 
 def result_from(entry: Mapping[str, Any]) -> Result:

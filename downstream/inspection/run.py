@@ -15,7 +15,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -29,8 +29,16 @@ from adpretrain.files import atomic_path, sweep
 from adpretrain.progress import Progress
 from downstream.calibration import Calibration, percent
 from downstream.exchangeability import Watch, plot
-from downstream.inspection import DEFAULTS, Options
-from downstream.inspection.findings import Finding, findings_of, write_findings, write_map, write_mask
+from downstream.inspection import DEFAULTS, TABLES, Options, TableOptions
+from downstream.inspection.findings import COLUMNS as FINDING_COLUMNS
+from downstream.inspection.findings import (
+    Finding,
+    findings_of,
+    row_of_finding,
+    write_findings,
+    write_map,
+    write_mask,
+)
 from downstream.inspection.inspector import Inspector, Scored, shape_note
 from downstream.inspection.normals import Map, predict_photos
 from downstream.inspection.photos import (
@@ -44,15 +52,17 @@ from downstream.inspection.photos import (
 from downstream.inspection.report import Fact, write_report
 from downstream.inspection.results import (
     ANOMALOUS,
+    COLUMNS,
     NORMAL,
     UNDECIDED,
     UNREADABLE,
     Result,
     as_dict,
     counted,
-    write_scores,
+    row_of,
 )
-from downstream.inspection.resume import PART, Batch, Record, Stamp, settings_of, stamp
+from downstream.inspection.resume import Batch, Record, Stamp, parts, settings_of, stamp
+from downstream.inspection.spreadsheet import write_table, write_xlsx
 from downstream.regions import Region
 from downstream.saved import locate_model
 from downstream.terminal import no_progress
@@ -79,6 +89,21 @@ class Inspection:
         if ANOMALOUS in verdicts:
             return EXIT_ANOMALY
         return EXIT_INCOMPLETE if verdicts & {UNREADABLE, UNDECIDED} else EXIT_FINE
+
+
+@dataclass(frozen=True)
+class Share:
+    """The share of one of several processes in a run: the batches whose number modulo ``processes`` is ``rank``.
+
+    ``wait`` returns when all processes have come to it.
+    """
+
+    rank: int = 0
+    processes: int = 1
+    wait: Callable[[], None] = lambda: None
+
+
+ALONE = Share()
 
 
 def pick_device(name: str) -> torch.device:
@@ -112,6 +137,8 @@ def score_folder(
     detector: str | os.PathLike[str] | None = None,
     image_size: int | None = None,
     at: Path | None = None,
+    tables: TableOptions = TABLES,
+    share: Share = ALONE,
 ) -> Inspection:
     """Score every image below `images` against the normal photographs in `normal`.
 
@@ -121,6 +148,9 @@ def score_folder(
     Writes out/scores.csv, out/heatmaps/*.png, out/report.html and, last, out/summary.json, which marks a complete run.
     Until then out/scores.part.jsonl records what has been scored; `resume` continues an interrupted run from there and
     writes the same files as an uninterrupted one (`downstream.inspection.resume`).
+
+    `tables` says how the tables are written. `share` is that of this process, if several score the same folder; all but
+    the first return an inspection without results.
 
     Raises ValueError for input that makes the whole run meaningless, or if the run to resume had other settings;
     OSError if `out` cannot be written.
@@ -139,7 +169,10 @@ def score_folder(
     extra = find_images(calibration, exclude=out) if calibration else []
     normals = find_images(normal, exclude=out) if normal else []
     settings = settings_of(kind, folder, where, normals, extra, options) | {"image_size": image_size}
-    record = Record(out, settings, resume)
+    if share.rank == 0 and not resume:
+        _remove_earlier(out)
+    share.wait()  # for the removal
+    record = Record(out, settings, resume, share.rank)
     if at is None:
         assert normal is not None
         given = where, normal, calibration, options, out
@@ -148,12 +181,13 @@ def score_folder(
             inspector = Inspector.from_folder(model, *given, progress)
         else:
             inspector = Inspector.from_detector(folder, *given, weights, progress)
-    if not record.goes_on:
-        _remove_earlier_heatmaps(out)
     (out / SUMMARY).unlink(missing_ok=True)
     with record:
-        results, more_warnings = score_images(inspector, images, paths, record, progress)
-    warnings = [*inspector.warnings, *more_warnings, *_copies_note(results), *foreign]
+        scores = score_images(inspector, images, paths, record, progress, share)
+    if scores is None:
+        return Inspection([], {}, out)
+    results = scores.results
+    warnings = [*inspector.warnings, *scores.notes, *_copies_note(results), *foreign]
     watch = _watch(inspector, results)
     drift = [*_drift_note(inspector, results), *_change_note(watch, results)]
     summary: dict[str, Any] = {
@@ -164,9 +198,19 @@ def score_folder(
     summary |= _summary(inspector, results, [*drift, *warnings]) | {"more_alarms_than_promised": bool(drift)}
     summary["seconds"] = round(time.perf_counter() - started, 3)
     about = Fact(kind.capitalize(), printable(name), inspector.description)
+    _write_tables(out, scores, tables)
     _write(out, inspector, results, summary, about, f"Inspection of {images.resolve().name}", watch)
     record.finish()
     return Inspection(results, summary, out)
+
+
+def _write_tables(out: Path, scores: Scores, tables: TableOptions) -> None:
+    rows = [row_of(result) for result in scores.results]
+    write_table(out / "scores.csv", COLUMNS, rows, tables)
+    write_findings(out, scores.sizes, scores.findings, tables)
+    if tables.xlsx:
+        regions = FINDING_COLUMNS, map(row_of_finding, scores.findings)
+        write_xlsx(out / "scores.xlsx", {"scores": (COLUMNS, rows), "regions": regions})
 
 
 def _write(
@@ -178,8 +222,7 @@ def _write(
     title: str,
     watch: Watch | None,
 ) -> None:
-    """Write scores, report and, last, the summary, which marks a complete run."""
-    write_scores(out / "scores.csv", results)
+    """Write the report and, last, the summary, which marks a complete run."""
     write_report(
         out / "report.html",
         results,
@@ -209,16 +252,18 @@ def _make_writable(out: Path) -> None:
         sweep(out / folder)
 
 
-def _remove_earlier_heatmaps(out: Path) -> None:
-    """Delete the heatmaps, masks and maps of an earlier run, so that none remains whose image is gone.
+def _remove_earlier(out: Path) -> None:
+    """Delete the heatmaps, masks, maps and records of an earlier run, so that none remains whose image is gone.
 
     Only files that this toolkit wrote are deleted; a list that cannot be read is ignored.
     """
-    for name in (SUMMARY, PART):
+    for path in (out / SUMMARY, *parts(out)):
         with contextlib.suppress(OSError):
-            listed = re.findall(rf'"heatmap": "({HEATMAPS}/[A-Za-z0-9._-]+\.png)"', (out / name).read_text("latin-1"))
+            listed = re.findall(rf'"heatmap": "({HEATMAPS}/[A-Za-z0-9._-]+\.png)"', path.read_text("latin-1"))
             for heatmap in listed:
                 _remove(out, heatmap)
+    for path in parts(out):
+        path.unlink(missing_ok=True)
 
 
 def _mask_and_map(out: Path, heatmap: str) -> tuple[Path, Path]:
@@ -231,49 +276,75 @@ def _remove(out: Path, heatmap: str) -> None:
         file.unlink(missing_ok=True)
 
 
+@dataclass(frozen=True)
+class Scores:
+    """The results and findings of a run in the order of the images, width and height of each, and warnings."""
+
+    results: list[Result]
+    findings: list[Finding]
+    sizes: dict[str, tuple[int, int]]
+    notes: list[str]
+
+
 def score_images(
     inspector: Inspector,
     root: Path,
     paths: Sequence[Path],
     record: Record,
     progress: Progress = no_progress,
-) -> tuple[list[Result], list[str]]:
-    """Score `paths` and save a panel for each; return the results in the order of `paths`, and warnings.
+    share: Share = ALONE,
+) -> Scores | None:
+    """Score `paths` and save a panel for each; None for all processes but the first, which gathers what all recorded.
 
     Panels are written below the record's folder. Batches in the record are taken from it; the others are scored and
-    added to it. A photograph that is blank or has no finite score counts as unreadable.
+    added to it. A photograph that is blank or has no finite score counts as unreadable. Raises ValueError if another
+    process has ended before its share was done; the same run with `resume` goes on.
     """
     names, images = picture_names(root, paths), [stamp(root, path) for path in paths]
     scale = inspector.scale or _scale_of_sample(inspector, paths, images, record)
     size = inspector.reader.batch_size
     spans = [slice(start, start + size) for start in range(0, len(paths), size)]
-    earlier = [record.scored(images[span], [names[path] for path in paths[span]]) for span in spans]
-    if record.has_batches and not any(earlier):
+
+    def recorded() -> list[Batch | None]:
+        return [record.scored(images[span], [names[path] for path in paths[span]]) for span in spans]
+
+    batches = recorded()
+    if record.has_batches and not any(batches):
         warnings.warn(
             f"the unfinished run in {printable(record.folder)} has scored none of these {len(paths)} images as they "
             "are now: all are scored anew",
             stacklevel=2,
         )
-    to_read = [path for span, batch in zip(spans, earlier, strict=True) if batch is None for path in paths[span]]
-    read = inspector.reader.batches(to_read)
-    results, findings, sizes = list[Result](), list[Finding](), dict[str, tuple[int, int]]()
-    odd_shapes = saturated = 0
-    progress("scoring", 0, len(paths))
-    for span, batch in zip(spans, earlier, strict=True):
-        if batch is None:
-            batch = _score_batch(inspector, root, next(read), names, record.folder, scale)
-            record.add(images[span], batch)
-        results += batch.results
-        findings += batch.findings
-        sizes |= batch.sizes
-        odd_shapes += batch.odd_shapes
-        saturated += batch.saturated
-        progress("scoring", len(results), len(paths))
-    write_findings(record.folder, sizes, findings)
-    return results, [
-        *shape_note(odd_shapes, len(paths)),
-        *_saturation_note(saturated, len(paths), inspector.reader.full_scale),
-    ]
+    mine = [number for number, batch in enumerate(batches) if batch is None and number % share.processes == share.rank]
+    read = inspector.reader.batches([path for number in mine for path in paths[spans[number]]])
+    done = sum(len(paths[span]) for span, batch in zip(spans, batches, strict=True) if batch is not None)
+    progress("scoring", done, len(paths))
+    for number in mine:
+        batch = _score_batch(inspector, root, next(read), names, record.folder, scale)
+        record.add(images[spans[number]], batch)
+        batches[number] = batch
+        done += len(batch.results)
+        progress("scoring", done, len(paths))
+    if share.processes > 1:
+        share.wait()
+        if share.rank > 0:
+            return None
+        record.read()
+        batches = recorded()
+    found = [batch for batch in batches if batch is not None]
+    if len(found) < len(batches):
+        raise ValueError(
+            f"{len(batches) - len(found)} batches were not scored, as a process ended: go on with --resume"
+        )
+    return Scores(
+        [result for batch in found for result in batch.results],
+        [finding for batch in found for finding in batch.findings],
+        {path: size for batch in found for path, size in batch.sizes.items()},
+        [
+            *shape_note(sum(batch.odd_shapes for batch in found), len(paths)),
+            *_saturation_note(sum(batch.saturated for batch in found), len(paths), inspector.reader.full_scale),
+        ],
+    )
 
 
 def _score_batch(

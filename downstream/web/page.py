@@ -18,7 +18,8 @@ from PIL import Image
 
 from adpretrain.extractor import ADExtractor
 from downstream.inspection.report import TEMPLATES
-from downstream.inspection.results import counted, write_scores
+from downstream.inspection.results import COLUMNS, counted, row_of
+from downstream.inspection.spreadsheet import write_table
 from downstream.visualise import colour_bar
 from downstream.web.session import (
     LIMITS,
@@ -124,7 +125,7 @@ class Desk:
     def _shown(self, scored: Scored, chosen: int, rate: float) -> list[Any]:
         found = verdicts(scored, _share(rate))
         csv = Path(tempfile.mkdtemp(dir=self.folder, prefix="scores-")) / "scores.csv"
-        write_scores(csv, found.results)
+        write_table(csv, COLUMNS, map(row_of, found.results))
         shown = summary(scored, found), notes(found.warnings), table(scored, found, chosen)
         return [*shown, viewer(scored, found, chosen), str(csv)]
 
