@@ -14,9 +14,10 @@ from PIL import Image
 from adpretrain.extractor import ADExtractor
 from downstream.inspection import Options
 from downstream.inspection.inspector import Inspector
-from downstream.inspection.results import ANOMALOUS, NORMAL, UNDECIDED, UNREADABLE, write_scores
+from downstream.inspection.results import ANOMALOUS, COLUMNS, NORMAL, UNDECIDED, UNREADABLE, row_of
 from downstream.inspection.resume import Record
 from downstream.inspection.run import score_images
+from downstream.inspection.spreadsheet import write_table
 from downstream.web import page as showing
 from downstream.web.page import EXAMPLES
 from downstream.web.session import SINGLE, Scored, Upload, heatmap, score_uploads, uploads, verdicts
@@ -43,7 +44,9 @@ def test_every_rate_gives_what_a_fresh_run_gives(
         found = verdicts(scored, rate)
         inspector = Inspector.from_folder(extractor, CPU, good, options=Options(rate))
         with Record(tmp_path, {}, resume=False) as record:
-            results, _ = score_images(inspector, new, sorted(new.iterdir()), record)
+            scores = score_images(inspector, new, sorted(new.iterdir()), record)
+        assert scores is not None
+        results = scores.results
         assert [result.path for result in found.results] == [result.path for result in results]
         assert [result.verdict for result in found.results] == [result.verdict for result in results]
         assert [result.p_value for result in found.results] == [result.p_value for result in results]
@@ -60,7 +63,7 @@ def test_the_table_is_that_of_the_command(
 ) -> None:
     scored = scored_of(extractor, write_tiles("good", range(3)), write_tiles("new", range(10, 13)))
     found = verdicts(scored, 0.25)
-    write_scores(tmp_path / "ours.csv", found.results)
+    write_table(tmp_path / "ours.csv", COLUMNS, map(row_of, found.results))
     rows = list(csv.DictReader((tmp_path / "ours.csv").open(encoding="utf-8")))
     assert [row["path"] for row in rows] == ["tile_10.png", "tile_11.png", "tile_12.png"]
     assert [float(row["score"]) for row in rows] == [result.score for result in found.results]
