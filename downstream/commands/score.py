@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from downstream.commands.options import EMBEDDED, Command, refuse_beside_detector
-from downstream.inspection import DEFAULTS, Options
+from downstream.inspection import DEFAULTS, PLAIN, Options, Tables
 from downstream.terminal import ProgressBars, plain
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ class Score(Command):
     image_size: int | None = None
     calibration: Path | None = None
     options: Options = DEFAULTS
+    tables: Tables = PLAIN
     max_pixels: int = 178_956_970  # copied from adpretrain.preprocess, which is slow to import
     device: str = "auto"
     resume: bool = False
@@ -93,10 +94,11 @@ class Score(Command):
                 self.device,
                 progress,
                 weights=self.weights,
-                image_size=self.image_size,
                 revision=self.revision,
                 resume=self.resume,
                 detector=self.detector,
+                image_size=self.image_size,
+                tables=self.tables,
             )
         print(json.dumps(inspection.summary, allow_nan=False) if self.json else describe(inspection))
         return inspection.exit_code
@@ -141,9 +143,17 @@ def describe(inspection: Inspection) -> str:
         lines.append(f"{result.score:>10.4g}  {p_value:>7}  {plain(result.path)}{why}")
     if len(ranked) > TOP:
         lines.append(f"{'...':>10}  and {len(ranked) - TOP} more")
+    if regions := summary["regions"]:
+        shown = sum(bool(result.regions) for result in results)
+        where = plain(inspection.out / "regions.csv")
+        lines.append(f"regions: {_number(regions, 'region')} in {_number(shown, 'image')}: {where}")
     lines += [f"unreadable: {plain(result.path)} ({plain(result.reason)})" for result in unreadable[:TOP]]
     if len(unreadable) > TOP:
         lines.append(f"unreadable: and {len(unreadable) - TOP} more")
     lines += [f"note: {warning}" for warning in summary["warnings"]]
     lines.append(f"report: {plain(inspection.out / 'report.html')}")
     return "\n".join(lines)
+
+
+def _number(count: int, name: str) -> str:
+    return f"{count} {name}{'' if count == 1 else 's'}"

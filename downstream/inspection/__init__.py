@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from adpretrain.extras import need
 from downstream.tiles import Tiling
 
 WHOLE = Tiling()
@@ -74,3 +75,43 @@ class Options:
 
 
 DEFAULTS = Options()
+
+
+@dataclass(frozen=True)
+class Tables:
+    """How tables are written. Raises ValueError for a separator that cannot be told from what it separates.
+
+    Args:
+        csv_separator: character between the fields of scores.csv and regions.csv, or "tab"; a comma by default, with
+            --decimal-comma a semicolon
+        decimal_comma: write 1,25 instead of 1.25 in these files, as spreadsheets in much of Europe expect it
+        bom: begin these files with a byte order mark, so that Excel reads umlauts and other letters in file names
+        xlsx: write scores.xlsx too, a workbook with the sheets "scores" and "regions"
+    """
+
+    csv_separator: str | None = None
+    decimal_comma: bool = False
+    bom: bool = False
+    xlsx: bool = False
+
+    def __post_init__(self) -> None:
+        separator = self.separator
+        if len(separator) != 1 or separator.isalnum() or separator in '"\r\n.-+_ ' or not separator.isascii():
+            raise ValueError(f"csv separator {separator!r}; expected one character such as , ; | or the word tab")
+        if self.decimal_comma and separator == ",":
+            raise ValueError(
+                "a comma cannot stand both between fields and in numbers (--csv-separator , with --decimal-comma): leave "
+                'out --csv-separator, which is then a semicolon, or give ";" or tab'
+            )
+        if self.xlsx:
+            need("xlsx", "openpyxl")
+
+    @property
+    def separator(self) -> str:
+        """The character between two fields."""
+        if self.csv_separator is None:
+            return ";" if self.decimal_comma else ","
+        return "\t" if self.csv_separator == "tab" else self.csv_separator
+
+
+PLAIN = Tables()

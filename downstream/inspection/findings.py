@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,9 @@ from numpy.typing import ArrayLike
 from PIL import Image
 
 from adpretrain.files import atomic_path
+from downstream.inspection import PLAIN, Tables
 from downstream.inspection.photos import printable
+from downstream.inspection.spreadsheet import write_table
 from downstream.regions import Region, paint
 from downstream.visualise import save_png
 
@@ -92,7 +93,9 @@ def run_lengths(region: Region, photo_size: tuple[int, int]) -> tuple[int, ...]:
     return tuple(counts if counts[-1] else counts[:-1])
 
 
-def write_findings(out: Path, photos: Mapping[str, tuple[int, int]], findings: Sequence[Finding]) -> None:
+def write_findings(
+    out: Path, photos: Mapping[str, tuple[int, int]], findings: Sequence[Finding], tables: Tables = PLAIN
+) -> None:
     """Write regions.csv and regions.json below ``out``.
 
     photos: path -> (width, height) of every inspected photograph, those without regions included. Raises ValueError for
@@ -101,16 +104,7 @@ def write_findings(out: Path, photos: Mapping[str, tuple[int, int]], findings: S
     strange = sorted({printable(finding.path) for finding in findings if finding.path not in photos})
     if strange:
         raise ValueError(f"regions of photographs without a size: {', '.join(strange[:3])}; give all in `photos`")
-    # surrogateescape writes the original bytes of a file name that is not UTF-8, as in scores.csv.
-    with (
-        atomic_path(out / "regions.csv") as temporary,
-        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
-    ):
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for finding in findings:
-            values = [getattr(finding, name) for name in COLUMNS]
-            writer.writerow("" if value is None else value for value in values)
+    write_table(out / "regions.csv", (COLUMNS, findings), tables)
     with atomic_path(out / "regions.json") as temporary, temporary.open("w", encoding="utf-8") as file:
         json.dump(_coco(photos, findings), file, allow_nan=False)
 

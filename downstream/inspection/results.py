@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
@@ -10,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adpretrain.files import atomic_path
+from downstream.inspection import PLAIN, Tables
 from downstream.inspection.photos import printable
+from downstream.inspection.spreadsheet import write_table
 
 ANOMALOUS, NORMAL, UNDECIDED, UNREADABLE = "anomalous", "normal", "undecided", "unreadable"
 COLUMNS = ("path", "score", "p_value", "verdict", "unlike", "unlike_p_value", "measure", "reason", "regions")
@@ -38,18 +38,9 @@ class Result:
         return f"{self.verdict} ({self.reason})" if self.reason else self.verdict
 
 
-def write_scores(path: Path, results: Sequence[Result]) -> None:
+def write_scores(path: Path, results: Sequence[Result], tables: Tables = PLAIN) -> None:
     """Write scores.csv, one row per result with `COLUMNS`; None becomes an empty field."""
-    # surrogateescape writes the original bytes of a file name that is not UTF-8, so that scripts find the file.
-    with (
-        atomic_path(path) as temporary,
-        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
-    ):
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for result in results:
-            values = [getattr(result, name) for name in COLUMNS]
-            writer.writerow("" if value is None else value for value in values)
+    write_table(path, (COLUMNS, results), tables)
 
 
 def counted(results: Sequence[Result]) -> dict[str, int]:

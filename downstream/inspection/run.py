@@ -21,16 +21,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from adpretrain import __version__
 from adpretrain.extractor import ADExtractor
 from adpretrain.files import atomic_path, sweep
 from adpretrain.progress import Progress
-from downstream.calibration import Calibration, percent
+from downstream.calibration import percent
 from downstream.exchangeability import Watch, plot
-from downstream.inspection import DEFAULTS, Options
-from downstream.inspection.findings import Finding, findings_of, write_findings, write_map, write_mask
+from downstream.inspection import DEFAULTS, PLAIN, Options, Tables
+from downstream.inspection.facts import facts_of, in_brief, regions_note
+from downstream.inspection.findings import COLUMNS as REGION_COLUMNS
+from downstream.inspection.findings import findings_of, write_findings, write_map, write_mask
 from downstream.inspection.inspector import Inspector, Scored, shape_note
 from downstream.inspection.normals import Map, predict_photos
 from downstream.inspection.photos import (
@@ -44,6 +47,7 @@ from downstream.inspection.photos import (
 from downstream.inspection.report import Fact, write_report
 from downstream.inspection.results import (
     ANOMALOUS,
+    COLUMNS,
     NORMAL,
     UNDECIDED,
     UNREADABLE,
@@ -53,6 +57,7 @@ from downstream.inspection.results import (
     write_scores,
 )
 from downstream.inspection.resume import PART, Batch, Record, Stamp, settings_of, stamp
+from downstream.inspection.spreadsheet import write_workbook
 from downstream.regions import Region
 from downstream.saved import locate_model
 from downstream.terminal import no_progress
@@ -61,7 +66,8 @@ from downstream.visualise import ColourScale, panel, save_png
 # `Inspection.exit_code` chooses between them; --help explains them.
 EXIT_FINE, EXIT_ANOMALY, EXIT_USAGE, EXIT_INCOMPLETE = 0, 1, 2, 3
 SCALE_SAMPLE = 64  # images that fix the colour scale if the normals cannot
-SUMMARY, HEATMAPS, MASKS, MAPS = "summary.json", "heatmaps", "masks", "maps"  # in the output folder
+# In the output folder:
+SUMMARY, HEATMAPS, MASKS, MAPS, WORKBOOK = "summary.json", "heatmaps", "masks", "maps", "scores.xlsx"
 
 
 @dataclass(frozen=True)
@@ -111,13 +117,15 @@ def score_folder(
     resume: bool = False,
     detector: str | os.PathLike[str] | None = None,
     image_size: int | None = None,
+    tables: Tables = PLAIN,
 ) -> Inspection:
     """Score every image below `images` against the normal photographs in `normal`.
 
     `extractor`, `weights`, `revision` and `image_size` are those of `ADExtractor.from_pretrained`. `detector` is a
     fitted detector (a folder, or "org/name" on the Hub) to score with instead; the normal photographs, which it must
-    not have seen, calibrate it.
-    Writes out/scores.csv, out/heatmaps/*.png, out/report.html and, last, out/summary.json, which marks a complete run.
+    not have seen, calibrate it. `tables` says how scores.csv and regions.csv are written.
+    Writes out/scores.csv, out/regions.csv, out/heatmaps/*.png, out/report.html and, last, out/summary.json, which marks
+    a complete run.
     Until then out/scores.part.jsonl records what has been scored; `resume` continues an interrupted run from there and
     writes the same files as an uninterrupted one (`downstream.inspection.resume`).
 
@@ -146,15 +154,19 @@ def score_folder(
         _remove_earlier_heatmaps(out)
     (out / SUMMARY).unlink(missing_ok=True)
     with record:
-        results, more_warnings = score_images(inspector, images, paths, record, progress)
-    warnings = [*inspector.warnings, *more_warnings, *_copies_note(results), *foreign]
+        whole, more_warnings = score_images(inspector, images, paths, record, progress)
+    results = list(whole.results)
+    warnings = [*inspector.warnings, *more_warnings, *regions_note(inspector, results), *_copies_note(results)]
+    warnings += foreign
     watch = _watch(inspector, results)
     drift = [*_drift_note(inspector, results), *_change_note(watch, results)]
     summary: dict[str, Any] = {kind: printable(name), "normal": printable(normal), "images_folder": printable(images)}
-    summary |= _summary(inspector, results, [*drift, *warnings]) | {"more_alarms_than_promised": bool(drift)}
+    summary |= _summary(inspector, whole, [*drift, *warnings]) | {"more_alarms_than_promised": bool(drift)}
+    summary["in_brief"] = printable(in_brief(inspector, results, bool(drift)))
+    summary["files"] |= {"workbook": WORKBOOK} if tables.xlsx else {}
     summary["seconds"] = round(time.perf_counter() - started, 3)
     about = Fact(kind.capitalize(), printable(name), inspector.description)
-    _write(out, inspector, results, summary, about, f"Inspection of {images.resolve().name}", watch)
+    _write(out, inspector, whole, summary, about, f"Inspection of {images.resolve().name}", watch, tables)
     record.finish()
     return Inspection(results, summary, out)
 
@@ -162,20 +174,27 @@ def score_folder(
 def _write(
     out: Path,
     inspector: Inspector,
-    results: Sequence[Result],
+    whole: Batch,
     summary: Mapping[str, Any],
     about: Fact,
     title: str,
     watch: Watch | None,
+    tables: Tables,
 ) -> None:
-    """Write scores, report and, last, the summary, which marks a complete run."""
-    write_scores(out / "scores.csv", results)
+    """Write scores, regions, report and, last, the summary, which marks a complete run."""
+    results = whole.results
+    write_scores(out / "scores.csv", results, tables)
+    write_findings(out, whole.sizes, whole.findings, tables)
+    if tables.xlsx:
+        write_workbook(out / WORKBOOK, {"scores": (COLUMNS, results), "regions": (REGION_COLUMNS, whole.findings)})
     write_report(
         out / "report.html",
         results,
         title=title,
         where=f"{summary['images_folder']} compared with {summary['normal']}",
-        facts=[*_facts(inspector, results), about],
+        facts=[*facts_of(inspector, results, summary["inspected_share"]), about],
+        in_brief=summary["in_brief"],
+        findings=whole.findings,
         warnings=summary["warnings"],
         threshold=inspector.threshold,
         evidence=plot(watch) if watch is not None and len(watch) else "",
@@ -227,8 +246,8 @@ def score_images(
     paths: Sequence[Path],
     record: Record,
     progress: Progress = no_progress,
-) -> tuple[list[Result], list[str]]:
-    """Score `paths` and save a panel for each; return the results in the order of `paths`, and warnings.
+) -> tuple[Batch, list[str]]:
+    """Score `paths` and save a panel for each; return all as one batch, in the order of `paths`, and warnings.
 
     Panels are written below the record's folder. Batches in the record are taken from it; the others are scored and
     added to it. A photograph that is blank or has no finite score counts as unreadable.
@@ -246,23 +265,19 @@ def score_images(
         )
     to_read = [path for span, batch in zip(spans, earlier, strict=True) if batch is None for path in paths[span]]
     read = inspector.reader.batches(to_read)
-    results, findings, sizes = list[Result](), list[Finding](), dict[str, tuple[int, int]]()
-    odd_shapes = saturated = 0
+    done, batches = 0, list[Batch]()
     progress("scoring", 0, len(paths))
     for span, batch in zip(spans, earlier, strict=True):
         if batch is None:
             batch = _score_batch(inspector, root, next(read), names, record.folder, scale)
             record.add(images[span], batch)
-        results += batch.results
-        findings += batch.findings
-        sizes |= batch.sizes
-        odd_shapes += batch.odd_shapes
-        saturated += batch.saturated
-        progress("scoring", len(results), len(paths))
-    write_findings(record.folder, sizes, findings)
-    return results, [
-        *shape_note(odd_shapes, len(paths)),
-        *_saturation_note(saturated, len(paths), inspector.reader.full_scale),
+        batches.append(batch)
+        done += len(batch.results)
+        progress("scoring", done, len(paths))
+    whole = Batch.joined(batches)
+    return whole, [
+        *shape_note(whole.odd_shapes, len(paths)),
+        *_saturation_note(whole.saturated, len(paths), inspector.reader.full_scale),
     ]
 
 
@@ -313,6 +328,7 @@ def _score_batch(
             for scored, result, regions in drawn
             for finding in findings_of(result.path, regions, scored.photo.size)
         ),
+        math.fsum(1 - float(np.isnan(scored.map_HW).mean()) for scored, _, _ in drawn),
     )
 
 
@@ -417,8 +433,8 @@ def _saturation_note(saturated: int, total: int, full_scale: float | None) -> li
     return [f"{saturated} of {total} images hold values above {limit}: everything brighter looks white."]
 
 
-def _summary(inspector: Inspector, results: Sequence[Result], warnings: Sequence[str]) -> dict[str, Any]:
-    calibration, options = inspector.calibration, inspector.options
+def _summary(inspector: Inspector, whole: Batch, warnings: Sequence[str]) -> dict[str, Any]:
+    calibration, options, results = inspector.calibration, inspector.options, whole.results
     promised = calibration if options.threshold is None else None
     return {
         "references": inspector.references,
@@ -435,6 +451,9 @@ def _summary(inspector: Inspector, results: Sequence[Result], warnings: Sequence
         "pixel_limit": inspector.pixel_limit,
         "pixels_per_cell": [round(side, 2) for side in inspector.cell],
         "regions": sum(result.regions or 0 for result in results),
+        "region_of_interest": None if options.roi is None else printable(options.roi),
+        "ignored_border": options.ignore_border,
+        "inspected_share": round(whole.inspected / len(whole.sizes), 4) if whole.sizes else None,
         "full_scale": inspector.reader.full_scale,
         "counts": counted(results),
         "warnings": [printable(warning) for warning in warnings],
@@ -453,47 +472,3 @@ def _summary(inspector: Inspector, results: Sequence[Result], warnings: Sequence
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _facts(inspector: Inspector, results: Sequence[Result]) -> list[Fact]:
-    calibration, options = inspector.calibration, inspector.options
-    threshold = "none" if inspector.threshold is None else f"{inspector.threshold:.4g}"
-    origin = "given by the user" if options.threshold is not None else "from normal photographs only"
-    # This explains why a heatmap can have outlines although the verdict is normal.
-    origin += f"; a score is {inspector.score_is}"
-    beyond = calibration.unlike_threshold if calibration else math.inf
-    limit = f"above {beyond:.3g}" if math.isfinite(beyond) else "not judged"
-    calibrated = len(calibration.scores) if calibration else 0
-    verdicts = ", ".join(f"{n} {verdict}" for verdict, n in counted(results).items() if n)
-    used = f"as references; {calibrated} calibrate the threshold" if inspector.references else "calibrate the threshold"
-    return [
-        Fact("Images", str(len(results)), verdicts),
-        Fact("Threshold", threshold, origin if inspector.threshold is not None else "one reference cannot give one"),
-        Fact("Unlike the normals", limit, "brightness, contrast, colour, sharpness, layout; in units of their spread"),
-        _rate_fact(calibration if options.threshold is None else None, options.false_alarm_rate),
-        _region_fact(inspector, results),
-        Fact(
-            "Detail",
-            "{:.0f} x {:.0f} px".format(*inspector.cell),
-            "of a photograph in one cell of the finest features; much smaller marks are not seen",
-        ),
-        Fact("Normal photographs", str(inspector.references or calibrated), used),
-    ]
-
-
-def _region_fact(inspector: Inspector, results: Sequence[Result]) -> Fact:
-    count, limit = sum(result.regions or 0 for result in results), inspector.pixel_limit
-    if limit is None:
-        return Fact("Regions", "none", "one normal photograph gives no limit for map values")
-    rate = percent(inspector.calibration.rate if inspector.calibration else inspector.options.false_alarm_rate)
-    note = f"where the map exceeds {limit:.4g}, as in {rate} of normal photographs at most; listed in regions.csv"
-    return Fact("Regions", str(count), note)
-
-
-def _rate_fact(calibration: Calibration | None, asked: float) -> Fact:
-    if calibration is None:
-        return Fact("False-alarm rate", "not known", "no calibrated threshold")
-    note = f"on average; for these photographs up to {percent(calibration.rate_upper)} (95 % confidence)"
-    if calibration.rate > asked + 1e-9:
-        note = f"{percent(asked)} was asked; {note}"
-    return Fact("Promised false-alarm rate", percent(calibration.rate), note)

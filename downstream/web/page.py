@@ -168,8 +168,10 @@ def viewer(scored: Scored, found: Verdicts, chosen: int) -> str:
     """Render the chosen photograph, its heatmap over it (the CSS variable --heat is its opacity), and the legend."""
     legend = io.BytesIO()
     colour_bar(found.scale, 480).save(legend, "PNG")
-    photo, heat = scored.shots[chosen].photo, heatmap(scored, chosen, found.scale)
-    return str(FRAGMENTS.viewer(chosen, found.results[chosen], found.threshold, photo, heat, legend.getvalue()))
+    photo, heat = scored.shots[chosen].photo, heatmap(scored, chosen, found)
+    limits = found.threshold, found.pixel_limit
+    pictures = photo, heat, legend.getvalue()
+    return str(FRAGMENTS.viewer(chosen, found.results[chosen], limits, found.regions[chosen], pictures))
 
 
 def build_page(desk: Desk) -> gr.Blocks:

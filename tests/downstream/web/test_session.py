@@ -43,7 +43,8 @@ def test_every_rate_gives_what_a_fresh_run_gives(
         found = verdicts(scored, rate)
         inspector = Inspector.from_folder(extractor, CPU, good, options=Options(rate))
         with Record(tmp_path, {}, resume=False) as record:
-            results, _ = score_images(inspector, new, sorted(new.iterdir()), record)
+            whole, _ = score_images(inspector, new, sorted(new.iterdir()), record)
+        results = whole.results
         assert [result.path for result in found.results] == [result.path for result in results]
         assert [result.verdict for result in found.results] == [result.verdict for result in results]
         assert [result.p_value for result in found.results] == [result.p_value for result in results]
@@ -86,7 +87,7 @@ def test_one_good_photograph_ranks_and_promises_nothing(
     assert found.results[found.ranked()[0]].path == "blob_20.png"
     assert found.warnings == (SINGLE,)
     assert "No threshold" in showing.summary(scored, found)
-    assert heatmap(scored, 0, found.scale) is not None
+    assert heatmap(scored, 0, found) is not None
 
 
 def test_visitors_share_weights_and_nothing_else(extractor_dir: Path, write_tiles: Callable[..., Path]) -> None:

@@ -1,0 +1,137 @@
+"""What the report says about a run: a few sentences for whoever leads the shift, then the facts behind them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from downstream.calibration import Calibration, percent
+from downstream.inspection.inspector import Inspector
+from downstream.inspection.photos import printable
+from downstream.inspection.report import Fact
+from downstream.inspection.results import ANOMALOUS, NORMAL, UNDECIDED, UNREADABLE, Result, counted
+
+NAMED = 3  # worst photographs that are named
+
+
+def in_brief(inspector: Inspector, results: Sequence[Result], drift: bool) -> str:
+    """Say in a few plain sentences what was found, whether the promise holds, and what to do next. ``drift``: there
+    are more alarms than promised, or the photographs no longer look like the normal ones."""
+    counts = counted(results)
+    bad = [result for result in results if result.verdict == ANOMALOUS]
+    named = bad or [result for result in results if result.verdict == UNDECIDED and inspector.threshold is None]
+    if not counts[ANOMALOUS] + counts[NORMAL] + len(named):
+        return "No photograph could be judged: the reason stands on each card."
+    sentences = [_found(len(bad), counts[ANOMALOUS] + counts[NORMAL], named, inspector.threshold is not None)]
+    sentences += [_promise(inspector, counts[ANOMALOUS] + counts[NORMAL], drift), *_next(counts, drift)]
+    return " ".join(sentence for sentence in sentences if sentence)
+
+
+def _found(bad: int, judged: int, named: Sequence[Result], verdicts: bool) -> str:
+    worst = [
+        printable(one.path) for one in sorted(named, key=lambda one: (one.p_value or 0.0, -(one.score or 0.0)))[:NAMED]
+    ]
+    names = " and ".join([part for part in (", ".join(worst[:-1]), worst[-1]) if part]) if worst else ""
+    if not verdicts:
+        return f"The photographs are only ranked; {names} look{'s' if len(worst) == 1 else ''} most unusual."
+    if not bad:
+        return "The photograph looks good." if judged == 1 else f"All {judged} photographs look good."
+    some = f"{bad} of {judged} photographs look{'s' if bad == 1 else ''} bad"
+    return f"{some}: {names}." if bad <= NAMED else f"{some}, and {names} look worst."
+
+
+def _promise(inspector: Inspector, judged: int, drift: bool) -> str:
+    calibration, options = inspector.calibration, inspector.options
+    if options.threshold is not None:
+        return "The threshold was chosen by hand, so that no rate of false alarms is promised."
+    if calibration is None:
+        return "One normal photograph promises nothing: add at least one more."
+    rate = percent(calibration.rate)
+    if drift:
+        return f"The promise of at most {rate} false alarms no longer seems to hold: the notes below say why."
+    text = f"Nothing speaks against the promise that at most {rate} of good photographs look bad"
+    expected = round(calibration.rate * judged)
+    text += f" (about {expected} of {judged})" if expected else ""
+    return f"{text}."
+
+
+def _next(counts: dict[str, int], drift: bool) -> list[str]:
+    steps = []
+    if drift:
+        steps.append(
+            "Look at the line and at the photographs that look bad: if they are good, add some to the normal ones."
+        )
+    elif counts[ANOMALOUS]:
+        steps.append("Look at their heatmaps, the worst first; what turns out to be good can join the normal ones.")
+    elif counts[NORMAL]:
+        steps.append("Nothing has to be done.")
+    if counts[UNREADABLE]:
+        some = "One photograph" if counts[UNREADABLE] == 1 else f"{counts[UNREADABLE]} photographs"
+        steps.append(f"{some} could not be read and should be taken again.")
+        steps = [step for step in steps if step != "Nothing has to be done."]
+    return steps
+
+
+def regions_note(inspector: Inspector, results: Sequence[Result]) -> list[str]:
+    """Return a note if photographs with a normal score have regions above the pixel limit."""
+    found = sum(result.verdict == NORMAL and bool(result.regions) for result in results)
+    if not found:
+        return []
+    have, their = ("photograph has", "its") if found == 1 else ("photographs have", "their")
+    note = f"{found} {have} a region above the limit for map values although {their} score is not above the threshold"
+    if inspector.options.threshold is None:
+        note += ": each of the two limits keeps the promised rate by itself, both together at most twice that"
+    return [f"{note}; look at {'it' if found == 1 else 'them'}."]
+
+
+def facts_of(inspector: Inspector, results: Sequence[Result], inspected: float | None) -> list[Fact]:
+    """The facts of a run; ``inspected`` is the share of a photograph that is inspected, as in the summary."""
+    calibration, options = inspector.calibration, inspector.options
+    threshold = "none" if inspector.threshold is None else f"{inspector.threshold:.4g}"
+    origin = "given by the user" if options.threshold is not None else "from normal photographs only"
+    # This explains why a heatmap can have outlines although the verdict is normal.
+    origin += f"; a score is {inspector.score_is}"
+    beyond = calibration.unlike_threshold if calibration else math.inf
+    limit = f"above {beyond:.3g}" if math.isfinite(beyond) else "not judged"
+    calibrated = len(calibration.scores) if calibration else 0
+    verdicts = ", ".join(f"{n} {verdict}" for verdict, n in counted(results).items() if n)
+    used = f"as references; {calibrated} calibrate the threshold" if inspector.references else "calibrate the threshold"
+    return [
+        Fact("Images", str(len(results)), verdicts),
+        Fact("Threshold", threshold, origin if inspector.threshold is not None else "one reference cannot give one"),
+        Fact("Unlike the normals", limit, "brightness, contrast, colour, sharpness, layout; in units of their spread"),
+        _rate_fact(calibration if options.threshold is None else None, options.false_alarm_rate),
+        _region_fact(inspector, results),
+        *_inspected_fact(inspected),
+        Fact(
+            "Detail",
+            "{:.0f} x {:.0f} px".format(*inspector.cell),
+            "of a photograph in one cell of the finest features; much smaller marks are not seen",
+        ),
+        Fact("Normal photographs", str(inspector.references or calibrated), used),
+    ]
+
+
+def _inspected_fact(inspected: float | None) -> list[Fact]:
+    if inspected is None or inspected == 1:
+        return []
+    note = "of a photograph is inspected, on average; outside it nothing is scored, matched or calibrated"
+    return [Fact("Region of interest", percent(inspected), note)]
+
+
+def _region_fact(inspector: Inspector, results: Sequence[Result]) -> Fact:
+    count, limit = sum(result.regions or 0 for result in results), inspector.pixel_limit
+    if limit is None:
+        return Fact("Regions", "none", "one normal photograph gives no limit for map values")
+    rate = percent(inspector.calibration.rate if inspector.calibration else inspector.options.false_alarm_rate)
+    note = f"where the map exceeds {limit:.4g}, as in {rate} of normal photographs at most; listed in regions.csv"
+    return Fact("Regions", str(count), note)
+
+
+def _rate_fact(calibration: Calibration | None, asked: float) -> Fact:
+    if calibration is None:
+        return Fact("False-alarm rate", "not known", "no calibrated threshold")
+    note = f"on average; for these photographs up to {percent(calibration.rate_upper)} (95 % confidence)"
+    if calibration.rate > asked + 1e-9:
+        note = f"{percent(asked)} was asked; {note}"
+    return Fact("Promised false-alarm rate", percent(calibration.rate), note)
