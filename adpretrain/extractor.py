@@ -111,14 +111,18 @@ class ADExtractor(nn.Module):
 
     @torch.no_grad()
     def encode_references(self, images: Tensor) -> ReferenceBank:
-        """K normal photographs [K, 3, S, S] -> one bank; [B, K, 3, S, S] gives a bank for each image of a batch."""
-        if images.ndim == 4:
-            images = images[None]
-        if images.ndim != 5 or images.shape[1] == 0:
+        """K normal photographs [K, 3, S, S] -> one bank; [B, K, 3, S, S] gives a bank for each image of a batch.
+
+        Those of one bank are encoded one by one: in a batch, the last bits depend on how many there are, and a
+        reference must be the same whether it was there from the start or was added later."""
+        if images.ndim not in (4, 5) or images.shape[images.ndim - 4] == 0:
             raise ValueError(
                 f"references must be [K, 3, S, S] or [B, K, 3, S, S] with K > 0, got {tuple(images.shape)}"
             )
-        return self.bank_of(self.encode(images.flatten(0, 1)), images.shape[0])
+        if images.ndim == 5:
+            return self.bank_of(self.encode(images.flatten(0, 1)), images.shape[0])
+        each = [self.encode(image[None]) for image in images]
+        return self.bank_of([torch.cat(level) for level in zip(*each, strict=True)])
 
     def bank_of(self, features: FeatureMaps, banks: int = 1) -> ReferenceBank:
         """The bank of photographs that are already encoded: L levels [R * K, C_l, H_l, W_l], R = ``banks``."""

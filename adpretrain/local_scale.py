@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from adpretrain.backbones.base import FeatureMaps
 from adpretrain.config import LocalScaleConfig
-from adpretrain.residual import leave_one_out_residuals, residual_features, tokens
+from adpretrain.leave_one_out import LeaveOneOut, leave_one_out_residuals, residuals_to
+from adpretrain.residual import residual_features, tokens
 
 EPS = 1e-6
 
@@ -63,9 +64,10 @@ class LocalScale(nn.Module):
         grids: Sequence[tuple[int, int]],
         metric: str = "l2",
         inside: Sequence[Tensor] | None = None,
+        tables: Sequence[LeaveOneOut] | None = None,
     ) -> list[Tensor]:
         """The divisor of every reference token, L levels [R, N_l], for feature maps of H_l x W_l = ``grids`` tokens.
-        ``inside``: which tokens of the references count, L levels [N_l].
+        ``inside``: which tokens of the references count, L levels [N_l]. ``tables``: those of the levels, if known.
 
         Raises ValueError if a bank is not a whole number of photographs.
         """
@@ -74,7 +76,8 @@ class LocalScale(nn.Module):
             images = bank_RNC.shape[1] // (height * width)
             ratio = self.single[level] if images == 1 else 1.0
             mask = None if inside is None else inside[level]
-            norms = torch.stack([leave_one_out_residuals(bank, images, metric, mask).norm(dim=1) for bank in bank_RNC])
+            table = LeaveOneOut.of(bank_RNC, images, metric, mask) if tables is None else tables[level]
+            norms = residuals_to(bank_RNC, table.matches()).norm(dim=2)
             out.append(self.smoothed(norms * ratio, height, width, mask))
         return out
 
@@ -93,7 +96,7 @@ class LocalScale(nn.Module):
             first, second = ([level[i : i + 1] for level in batch] for i in (0, 1))
             bank = [tokens(level) for level in second]
             between = [r.norm(dim=1).mean() for r in residual_features(first, bank, metric)]
-            within = [leave_one_out_residuals(level[0], 1, metric).norm(dim=1).mean() for level in bank]
+            within = [leave_one_out_residuals(level, 1, metric).norm(dim=2).mean() for level in bank]
             ratios.append(torch.stack(between) / torch.stack(within).clamp_min(EPS))
         self.single.copy_(torch.stack(ratios).mean(0))
         return self

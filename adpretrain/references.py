@@ -15,16 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adpretrain.backbones.base import FeatureMaps
+from adpretrain.leave_one_out import LeaveOneOut, residuals_to
 from adpretrain.local_scale import LocalScale
-from adpretrain.residual import (
-    LeaveOneOut,
-    SearchIndex,
-    as_map,
-    leave_one_out_residuals,
-    residual_tokens,
-    search_index,
-    tokens,
-)
+from adpretrain.residual import SearchIndex, as_map, residual_tokens, search_index, tokens
 
 CELLS, CENTRES = 5, 5  # S and N_c of the paper
 EPS = 1e-8
@@ -40,10 +33,10 @@ class ReferenceBank:
 
     ``levels``: L tensors [R, K * T_l, C_l], the tokens of a photograph together and in order. Bank r belongs to B / R
     consecutive images of a batch: R = 1 is one bank for all, R = B one for each image. ``grids``: (H_l, W_l) of
-    each level. ``metric`` finds the nearest reference, and ``local_scale`` scales residuals. Scales, search indices and
-    attention context are computed when they are first needed, and kept. ``inside``: which tokens of a single bank are
-    within the region of interest, L levels of bools [N_l], every photograph having some; the others are never matched
-    and count for nothing. None = all.
+    each level. ``metric`` finds the nearest reference, and ``local_scale`` scales residuals. Leave-one-out tables,
+    scales, search indices and attention context are computed when they are first needed, and kept. ``inside``: which
+    tokens of a single bank are within the region of interest, L levels of bools [N_l], every photograph having some;
+    the others are never matched and count for nothing. None = all.
 
     Raises ValueError if a level is not a whole number of photographs.
     """
@@ -73,7 +66,7 @@ class ReferenceBank:
         cls, features: FeatureMaps, metric: str = "l2", local_scale: LocalScale | None = None, banks: int = 1
     ) -> ReferenceBank:
         """The bank of encoded photographs: L levels [R * K, C_l, H_l, W_l], ordered by bank; R = ``banks``."""
-        levels = [tokens(level).reshape(banks, -1, level.shape[1]) for level in features]
+        levels = [tokens(level).reshape(banks, -1, level.shape[1]).contiguous() for level in features]
         grids = [(int(level.shape[2]), int(level.shape[3])) for level in features]
         return cls(levels, grids, metric, local_scale)
 
@@ -88,11 +81,17 @@ class ReferenceBank:
         return [level.shape[2] for level in self.levels]
 
     @cached_property
+    def tables(self) -> list[LeaveOneOut]:
+        """The nearest tokens of the photographs among one another, for each level."""
+        levels = zip(self.levels, self._masks, strict=True)
+        return [LeaveOneOut.of(level, self.shots, self.metric, inside) for level, inside in levels]
+
+    @cached_property
     def scales(self) -> list[Tensor] | None:
         """The divisors of the residuals, L levels [R, N_l]; None without a local scale."""
         if self.local_scale is None:
             return None
-        return self.local_scale.scales(self.levels, self.grids, self.metric, self.inside)
+        return self.local_scale.scales(self.levels, self.grids, self.metric, self.inside, self.tables)
 
     @cached_property
     def indices(self) -> list[SearchIndex] | None:
@@ -111,7 +110,7 @@ class ReferenceBank:
         """The references' (scaled) residuals among themselves, inside, for cross attention: L levels [R, N_l, C_l]."""
         out = []
         for level, (bank_RNC, inside) in enumerate(zip(self.levels, self._masks, strict=True)):
-            context = torch.stack([leave_one_out_residuals(bank, self.shots, self.metric, inside) for bank in bank_RNC])
+            context = residuals_to(bank_RNC, self.tables[level].matches())
             context = context if self.scales is None else context / self.scales[level][..., None]
             out.append(context if inside is None else context[:, inside])
         return out
@@ -142,12 +141,32 @@ class ReferenceBank:
         each = (level[0].unflatten(0, (self.shots, -1)) for level in self.levels)
         return [x_KTC.transpose(1, 2).unflatten(2, grid) for x_KTC, grid in zip(each, self.grids, strict=True)]
 
+    def joined(self, other: ReferenceBank) -> ReferenceBank:
+        """The photographs of this single bank, then those of another. Leave-one-out tables that are here already are
+        extended: only pairs with a new photograph are compared. Raises ValueError if only one has a region of interest.
+        """
+        assert self.banks == other.banks == 1
+        assert self.grids == other.grids
+        if (self.inside is None) != (other.inside is None):
+            raise ValueError("references with and without a region of interest cannot be joined: give both the same")
+        levels = [torch.cat(pair, 1) for pair in zip(self.levels, other.levels, strict=True)]
+        inside = self.inside and [torch.cat(pair) for pair in zip(self.inside, other.inside or (), strict=True)]
+        bank = ReferenceBank(levels, self.grids, self.metric, self.local_scale, inside)
+        if earlier := self.__dict__.get("tables"):
+            parts = zip(bank.levels, bank._masks, earlier, strict=True)
+            bank.tables = [LeaveOneOut.of(x, bank.shots, self.metric, mask, table) for x, mask, table in parts]
+        return bank
+
     def without(self, images: Sequence[int]) -> ReferenceBank:
-        """The bank without these photographs. Raises ValueError if none remain."""
+        """The bank without these photographs, and their part of the leave-one-out tables. Raises ValueError if none
+        remain."""
         kept = [image for image in range(self.shots) if image not in images]
         levels = [level.unflatten(1, (self.shots, -1))[:, kept].flatten(1, 2) for level in self.levels]
         inside = self.inside and [mask.unflatten(0, (self.shots, -1))[kept].flatten() for mask in self.inside]
-        return ReferenceBank(levels, self.grids, self.metric, self.local_scale, inside)
+        bank = ReferenceBank(levels, self.grids, self.metric, self.local_scale, inside)
+        if len(kept) > 1 and "tables" in self.__dict__:
+            bank.tables = [table.only(kept) for table in self.tables]
+        return bank
 
     def within(self, inside: Sequence[Tensor]) -> ReferenceBank:
         """A single bank, of which only the tokens ``inside`` are matched: L levels of bools [N_l]."""
@@ -170,24 +189,29 @@ class ReferenceBank:
         if self.shots == 2:  # the scale of a single reference is measured in another way
             alone = [self.without([i]).residuals([level[i : i + 1] for level in maps]) for i in range(2)]
             return [torch.cat(level) for level in zip(*alone, strict=True)]
-        return [self._left_out(level, inside) for level, inside in zip(maps, self._masks, strict=True)]
+        return [as_map(self._left_out(level), maps[level]) for level in range(len(maps))]
 
-    def _left_out(self, feature_KCHW: Tensor, inside_N: Tensor | None) -> Tensor:
-        shots, _, height, width = feature_KCHW.shape
-        table = LeaveOneOut(tokens(feature_KCHW).flatten(0, 1), shots, self.metric, inside_N)
-        image_N = torch.arange(shots, device=feature_KCHW.device).repeat_interleave(height * width)
-        parts = []
-        for image in range(shots):
-            residual, matched = table.residuals((image_N == image).nonzero()[:, 0])
-            if self.local_scale is not None:
-                rest = (image_N != image).nonzero()[:, 0]
-                norms, _ = table.residuals(rest, without=image)
-                scale = torch.empty_like(image_N, dtype=norms.dtype)
-                mask = None if inside_N is None else inside_N[rest]
-                scale[rest] = self.local_scale.smoothed(norms.norm(dim=1)[None], height, width, mask)[0]
-                residual = residual / scale[matched][:, None]
-            parts.append(residual)
-        return as_map(torch.stack(parts), feature_KCHW)
+    def _left_out(self, level: int) -> Tensor:
+        """Residuals [K, T, C] on one level. Without photograph i, a token that was matched there is matched with its
+        second choice, which only changes the scales."""
+        bank_1NC, table, (height, width) = self.levels[level], self.tables[level], self.grids[level]
+        match_N = table.matches()[0]
+        residual_NC = residuals_to(bank_1NC, match_N[None])[0]
+        shape = (self.shots, height * width)
+        residual_KTC = residual_NC.unflatten(0, shape)
+        if self.local_scale is None:
+            return residual_KTC
+        norm_KT = residual_NC.norm(dim=1).view(shape)
+        second_KT = residuals_to(bank_1NC, table.matches(second=True))[0].norm(dim=1).view(shape)
+        match_KT, mask = match_N.view(shape), self._masks[level]
+        photograph_KT, scale_KT, parts = match_KT // shape[1], torch.zeros_like(norm_KT), list[Tensor]()
+        for image in range(self.shots):
+            rest = torch.tensor([other for other in range(self.shots) if other != image], device=norm_KT.device)
+            norms = torch.where(photograph_KT == image, second_KT, norm_KT)[rest]
+            inside = None if mask is None else mask.view(shape)[rest].flatten()
+            scale_KT[rest] = self.local_scale.smoothed(norms.flatten()[None], height, width, inside).view_as(norms)
+            parts.append(residual_KTC[image] / scale_KT.flatten()[match_KT[image]][:, None])
+        return torch.stack(parts)
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> ReferenceBank:
         """The bank with ``change`` applied to its features, such as a move to a device."""

@@ -93,10 +93,10 @@ def similarities(query: Tensor, index: SearchIndex) -> Tensor:
     query = query.to(index.rows.dtype)
     if index.shift is not None:
         query = query - index.shift
-    return _product(F.pad(query, (0, 1), value=1.0), index.rows.mT)
+    return full_product(F.pad(query, (0, 1), value=1.0), index.rows.mT)
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
+def full_product(left: Tensor, right: Tensor) -> Tensor:
     """A matrix product without rounding to TF32 or bfloat16, which would change the neighbours."""
     if torch.compiler.is_compiling():  # a compiled graph runs under its caller's settings
         return left @ right
@@ -181,61 +181,3 @@ def residual_features(features: FeatureMaps, references: Sequence[Tensor], metri
         raise ValueError(f"features have {len(features)} levels but references have {len(references)}")
     levels = zip(features, references, strict=True)
     return [as_map(residual_tokens(tokens(feature), bank, metric), feature) for feature, bank in levels]
-
-
-class LeaveOneOut:
-    """The nearest token in every other photograph, for each token of K photographs, found in one pass over all pairs of
-    tokens.
-
-    ``bank_NC`` holds the tokens of ``images`` = K photographs, one after the other. Attributes: ``similarity_NK``, -inf
-    for the token's own photograph, and ``index_NK`` into the N tokens. If there is a single photograph, its tokens are
-    matched with its other tokens, never with themselves. Only tokens of ``inside_N`` are matched (bool; None = all);
-    every photograph must have one.
-
-    Raises ValueError if N is not a multiple of ``images``.
-    """
-
-    def __init__(self, bank_NC: Tensor, images: int, metric: str = "l2", inside_N: Tensor | None = None) -> None:
-        size = bank_NC.shape[0]
-        if images < 1 or size % images:
-            raise ValueError(f"{size} reference tokens cannot come from {images} images of one size")
-        if images == 1 and inside_N is not None and int(inside_N.sum()) < 2:
-            raise ValueError("a single reference needs at least 2 tokens in the region of interest: enlarge it")
-        each = size // images
-        block = max(number for number in range(1, BLOCK + 1) if each % number == 0)
-        self.bank_NC = bank_NC
-        nearest, indices, done = [], [], 0
-        with torch.no_grad(), torch.autocast(bank_NC.device.type, enabled=False):
-            index = search_index(bank_NC, metric, inside_N=inside_N)
-            first_K = torch.arange(0, size, each, device=bank_NC.device)
-            for chunk in bank_NC.split(max(1, CHUNK_BYTES // (size * index.rows.element_size()))):
-                similarity = similarities(chunk, index)[:, :size]
-                rows = torch.arange(len(chunk), device=bank_NC.device)
-                own = rows + done
-                if images == 1:
-                    similarity[rows, own] = -torch.inf
-                blocks = similarity.unflatten(1, (images, -1, block))  # two short stages, as in the search above
-                best = blocks.amax(3).argmax(2)
-                inside = blocks.gather(2, best[..., None, None].expand(-1, -1, 1, block))[:, :, 0]
-                column = inside.argmax(2)
-                nearest.append(inside.gather(2, column[..., None])[..., 0])
-                indices.append(first_K + best * block + column)
-                if images > 1:
-                    nearest[-1][rows, own // each] = -torch.inf
-                done += len(chunk)
-        self.similarity_NK, self.index_NK = torch.cat(nearest), torch.cat(indices)
-
-    def residuals(self, rows: Tensor | slice = slice(None), without: int | None = None) -> tuple[Tensor, Tensor]:
-        """Residuals [n, C] of the tokens ``rows`` against all photographs except their own and ``without``, and the
-        indices [n] of the matched tokens."""
-        similarity = self.similarity_NK[rows]
-        if without is not None:
-            similarity = similarity.clone()
-            similarity[:, without] = -torch.inf
-        matched = self.index_NK[rows].gather(1, similarity.argmax(1, keepdim=True))[:, 0]
-        return self.bank_NC[rows] - self.bank_NC[matched], matched
-
-
-def leave_one_out_residuals(bank_NC: Tensor, images: int, metric: str = "l2", inside_N: Tensor | None = None) -> Tensor:
-    """Residuals [N, C] of a bank's own tokens, each against the tokens of the other images. See `LeaveOneOut`."""
-    return LeaveOneOut(bank_NC, images, metric, inside_N).residuals()[0]

@@ -140,7 +140,8 @@ def aupro(maps_NHW: ArrayLike, masks_NHW: ArrayLike, limit: float = LIMIT, form:
     if maps.ndim != 3:
         raise ValueError(f"maps have shape {maps.shape}; expected [N, H, W]")
     if form == "official":
-        return thresholds.official_area_under_pro(maps, masks, region_weights(masks), limit, STEPS)
+        normals = thresholds.sorted_normals(maps, masks)
+        return thresholds.official_area_under_pro(maps, masks, region_weights(masks), normals, limit, STEPS)
     return thresholds.area_under_pro(count(maps, masks, region_weights(masks)), limit)
 
 

@@ -20,13 +20,12 @@ from adpretrain.backbones.dinov2 import DinoV2
 from adpretrain.config import LossConfig, ProjectorConfig
 from adpretrain.data.layouts.realiad import index_realiad
 from adpretrain.extractor import ADExtractor
+from adpretrain.leave_one_out import LeaveOneOut, leave_one_out_residuals
 from adpretrain.local_scale import LocalScale
 from adpretrain.losses import angle_loss, norm_loss
 from adpretrain.projector import FeatureProjector
 from adpretrain.references import AlignedReferences, kmeans_references
 from adpretrain.residual import (
-    LeaveOneOut,
-    leave_one_out_residuals,
     nearest_reference,
     residual_features,
     residual_tokens,
@@ -72,9 +71,9 @@ RESIDUALS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "index": lambda x, bank: search_index(bank[0]),
     "residuals": lambda x, bank: residual_features([x.mT.unflatten(2, (5, 4))], [bank]),
     "scaled": lambda x, bank: residual_tokens(x, bank, scale_RN=bank[..., 0].abs() + 1),
-    "leave one out": lambda x, bank: leave_one_out_residuals(bank[0], 3),
-    "within one": lambda x, bank: leave_one_out_residuals(bank[0], 1),
-    "in each image": lambda x, bank: LeaveOneOut(bank[0], 3).index_NK,
+    "leave one out": lambda x, bank: leave_one_out_residuals(bank, 3),
+    "within one": lambda x, bank: leave_one_out_residuals(bank, 1),
+    "in each image": lambda x, bank: LeaveOneOut.of(bank, 3).index_RKKT,
     "local scale": lambda x, bank: _local_scale(x.mT.unflatten(2, (5, 4))),
     "aligned": lambda x, bank: AlignedReferences(x.mT.unflatten(2, (4, 5)), 2, 2).distances(x.mT.unflatten(2, (4, 5))),
 }

@@ -50,8 +50,9 @@ class Extract(Command):
             raise ValueError(f"--shots {self.shots}: expected at least 1")
 
     def run(self) -> int:
+        from downstream.inspection import Options
         from downstream.inspection.extraction import extract_folder, refuse_others
-        from downstream.inspection.normals import set_references
+        from downstream.inspection.normals import NormalBatches, choose_references, set_references
         from downstream.inspection.photos import PhotoReader, find_images
         from downstream.inspection.run import pick_device
 
@@ -62,7 +63,9 @@ class Extract(Command):
         normals = find_images(self.normal, exclude=self.out) if self.normal else []
         reader = PhotoReader.of_camera(normals or images, model.preprocess, self.network.batch_size)
         if normals:
-            set_references(cast("ADExtractor", model), normals, self.shots, reader)
+            extractor = cast("ADExtractor", model)
+            chosen = choose_references(normals, extractor, Options(shots=self.shots), reader)
+            set_references(extractor, NormalBatches(chosen, reader, device))
         with ProgressBars() as progress:
             done = extract_folder(model, self.images, self.out, reader, device, progress)
         unreadable = done.index["unreadable"]

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from downstream.commands.options import Command, Network
+from downstream.inspection import WHOLE
 from downstream.terminal import ProgressBars, plain, tell_memory
+from downstream.tiles import Tiling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,8 @@ class Fit(Command):
         out: folder to save the fitted detector in
         set: options of the detector, such as amount=0.01 embedding.patch=5; the error for an unknown one lists them all
         shots: with --extractor, the number of normal photographs used as its references
+        roi: mask of what is inspected, white on black, the size of the photographs; nothing is learnt outside
+        ignore_border: number of pixels along the edges of a photograph that are not inspected
     """
 
     from_file = True
@@ -37,12 +41,16 @@ class Fit(Command):
     out: Path
     set: list[str] = field(default_factory=list)
     shots: int = 8
+    roi: Path | None = None
+    ignore_border: int = 0
+    tiling: Tiling = WHOLE
     network: Network
 
     def run(self) -> int:
         from downstream.inspection.fitting import fit_folder
         from downstream.inspection.photos import find_images
         from downstream.inspection.run import pick_device
+        from downstream.roi import RoiFiles
 
         if self.shots < 1:
             raise ValueError(f"--shots {self.shots}: expected at least 1")
@@ -56,7 +64,17 @@ class Fit(Command):
         model = self.network.load(device)
         with ProgressBars() as progress:
             done = fit_folder(
-                self.detector, model, self.normal, self.out, settings, self.shots, batch_size, device, progress
+                self.detector,
+                model,
+                self.normal,
+                self.out,
+                settings,
+                self.shots,
+                batch_size,
+                device,
+                progress,
+                self.tiling,
+                RoiFiles(self.roi, self.ignore_border),
             )
         references = f"{done.references} references" if done.references else ""
         fitted = ", ".join(filter(None, [f"{done.images} images" if done.images else "", references]))

@@ -217,12 +217,12 @@ class Tiled(Detector):
             tiles = Tiles(cut, self.preprocess, device_of(self._given))
             for (box, _), one in zip(row, self._row(tiles, place), strict=True):
                 if stitched is None:
-                    stitched = Stitched(self.tiling, photograph.shape[2], photograph.shape[1], one.maps.shape[1])
-                stitched.add(box, one.maps[0])
+                    stitched = Stitched(self.tiling, photograph.shape[2], photograph.shape[1], one.maps)
+                stitched.add(box, one.maps)
                 highest = max(highest, float(one.scores[0]))
             place += len(row)
         assert stitched is not None
-        return torch.tensor(highest), stitched.map()
+        return torch.tensor(highest), stitched.maps()[0]
 
     def _row(self, tiles: Tiles, place: int) -> Iterator[Prediction]:
         """The predictions of the tiles of a row, whose first has the number ``place``, one by one."""
@@ -255,13 +255,14 @@ class Tiled(Detector):
 
         Raises ValueError if K < 2, or if the detector of the tiles is not FeatureNorm.
         """
-        tiles, stitched, scores = list(chain(*self._plan)), list[Stitched](), list[Tensor]()
+        tiles, stitched, scores = list(chain(*self._plan)), None, list[Tensor]()
         for (box, _), one in zip(tiles, self._left_out(tiles), strict=True):
-            stitched = stitched or [Stitched(self.tiling, *self.size, one.maps.shape[1]) for _ in one.maps]
-            for whole, map_SS in zip(stitched, one.maps, strict=True):
-                whole.add(box, map_SS)
+            if stitched is None:
+                stitched = Stitched(self.tiling, *self.size, one.maps)
+            stitched.add(box, one.maps)
             scores.append(one.scores.cpu())
-        return Prediction(torch.stack(scores).amax(0), torch.stack([whole.map() for whole in stitched]))
+        assert stitched is not None
+        return Prediction(torch.stack(scores).amax(0), stitched.maps())
 
     def _left_out(self, tiles: Sequence[Tile]) -> Iterator[Prediction]:
         """For every place, the predictions of the K photographs' tiles there, each without its own photograph."""
@@ -336,33 +337,34 @@ def _covers(mask_SS: Tensor, grids: Sequence[tuple[int, int]]) -> bool:
 
 
 class Stitched:
-    """The map of a photograph of ``width`` x ``height`` pixels, made of the maps [S, S] of its tiles.
+    """The maps of photographs of ``width`` x ``height`` pixels, made of the maps [B, S, S] of their tiles, ``like``.
 
-    It has S cells for the side of a tile: [H', W'] with H' = height S / tile. Where tiles overlap it is their average,
-    weighted by the distance from the border of each, where the network sees only one side: there are no seams.
+    They have S cells for the side of a tile: [B, H', W'] with H' = height S / tile. Where tiles overlap they are their
+    average, weighted by the distance from the border of each, where the network sees only one side: there are no seams.
     """
 
-    def __init__(self, tiling: Tiling, width: int, height: int, side: int) -> None:
+    def __init__(self, tiling: Tiling, width: int, height: int, like: Tensor) -> None:
+        side = like.shape[1]
         self.zoom = side / tiling.tile  # map cells for a pixel of the photograph
         shape = max(side, round(height * self.zoom)), max(side, round(width * self.zoom))
-        self.total, self.weight = torch.zeros(shape), torch.zeros(shape)
+        self.total, self.weight = torch.zeros(len(like), *shape), torch.zeros(shape)
         ramp = ((torch.arange(side) + 0.5) / max(1.0, tiling.overlap * side)).clamp_max(1.0)
         ramp = torch.minimum(ramp, ramp.flip(0))
         self.ramp_SS = ramp[:, None] * ramp
 
-    def add(self, box: Box, map_SS: Tensor) -> None:
-        """Add the map of the tile at ``box``; cells that are NaN do not count."""
-        side, (height, width) = len(self.ramp_SS), self.total.shape
+    def add(self, box: Box, maps_BSS: Tensor) -> None:
+        """Add the maps of the tile at ``box``; cells that are NaN, in all photographs, do not count."""
+        side, (height, width) = len(self.ramp_SS), self.weight.shape
         top, left = min(round(box[1] * self.zoom), height - side), min(round(box[0] * self.zoom), width - side)
-        at = slice(top, top + side), slice(left, left + side)
-        map_SS = map_SS.float().cpu()
-        weight_SS = self.ramp_SS * ~map_SS.isnan()
-        self.total[at] += map_SS.nan_to_num(0.0) * weight_SS
-        self.weight[at] += weight_SS
+        rows, columns = slice(top, top + side), slice(left, left + side)
+        maps_BSS = maps_BSS.float().cpu()
+        weight_SS = self.ramp_SS * ~maps_BSS[0].isnan()
+        self.total[:, rows, columns] += maps_BSS.nan_to_num(0.0) * weight_SS
+        self.weight[rows, columns] += weight_SS
 
-    def map(self) -> Tensor:
-        """The map [H', W']; NaN where no tile was added."""
-        return self.total / self.weight
+    def maps(self) -> Tensor:
+        """The maps [B, H', W']; NaN where no tile was added. This ends the stitching."""
+        return self.total.div_(self.weight)
 
 
 class Tiles:

@@ -1,21 +1,7 @@
-"""A board compares data sets x extractors x detectors by one protocol; flags or a YAML file (docs/evaluate.md) set it.
+"""What a board compares: data sets x extractors x detectors by one protocol, from flags or a YAML file.
 
-  protocol: few-shot
-  sets:
-    - {name: tiles, root: data/mtd}
-    - {name: solar cells, root: data/elpv, products: [poly], optional: true}
-  extractors:
-    ours: embedded                                # a folder, org/name of the Hub, or embedded
-    its residuals: {extractor: embedded, features: residual}
-    raw: {backbone: lite0, image_size: 320}  # a network's own features
-  detectors:
-    - featurenorm
-    - patchcore: {amount: 0.1}
-  shots: [4, all]
-  draws: 3
-
-Folders are relative to the file. One data set, and extractors of one kind, can be given as flags. `engine` computes the
-board. This module does not import torch, so that --help is fast.
+docs/evaluate.md has an example of the file; folders in it are relative to it. One data set, and extractors of one kind,
+can be given as flags. `engine` computes the board. This module does not import torch, so that --help is fast.
 """
 
 from __future__ import annotations
@@ -295,24 +281,17 @@ def _shared(board: Board, kind: type) -> dict[str, Any]:
 def _seen_from_here(content: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Return a file's content with its folders, which are relative to ``folder``, relative to the working directory."""
 
-    def root(value: Any) -> Any:
-        return value if not isinstance(value, str) or "://" in value else str(folder / Path(value).expanduser())
-
-    def source(value: Any) -> Any:
+    def seen(key: str, value: Any) -> Any:
         if isinstance(value, list):
-            return [source(item) for item in value]
-        beside = isinstance(value, str) and value != "embedded" and (folder / value).exists()
+            return [seen(key, item) for item in value]
+        if isinstance(value, dict):  # of named extractors, each may be a mapping, one folder or several
+            several = key == "extractors"
+            return {n: seen(key if several and not isinstance(v, dict) else n, v) for n, v in value.items()}
+        if not isinstance(value, str):
+            return value
+        if key == "root":
+            return value if "://" in value else str(folder / Path(value).expanduser())
+        beside = key in ("extractor", "extractors", "weights") and value != "embedded" and (folder / value).exists()
         return str(folder / value) if beside else value
 
-    def row(value: Any) -> Any:
-        if not isinstance(value, dict):
-            return source(value)
-        return {key: source(item) if key in ("extractor", "weights") else item for key, item in value.items()}
-
-    out = {key: root(value) if key == "root" else value for key, value in row(content).items()}
-    if isinstance(sets := content.get("sets"), list):
-        out["sets"] = [{**s, "root": root(s.get("root", ""))} if isinstance(s, dict) else s for s in sets]
-    if (extractors := content.get("extractors")) is not None:
-        named = isinstance(extractors, dict)
-        out["extractors"] = {name: row(r) for name, r in extractors.items()} if named else source(extractors)
-    return out
+    return {key: value if key == "detectors" else seen(key, value) for key, value in content.items()}

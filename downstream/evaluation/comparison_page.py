@@ -25,19 +25,15 @@ from adpretrain.files import atomic_path
 from adpretrain.preprocess import Preprocess
 from downstream.evaluation import plots
 from downstream.evaluation.board import PRETRAINED, RAW
+from downstream.evaluation.means import Record, summarise
 from downstream.evaluation.networks import Contender, Features
 from downstream.evaluation.pictures import file_name, in_two_dimensions, sampled_patches
 from downstream.evaluation.protocols import Part, Trial
 from downstream.evaluation.tables import (
     ABOUT_ERRORS,
-    MAIN,
-    TITLES,
-    Record,
+    GAIN,
     all_notes,
-    defect_tables,
-    number,
-    products_table,
-    summarise,
+    details,
     summary_table,
 )
 from downstream.evaluation.trial import Images, Settings, give_references
@@ -113,9 +109,10 @@ def write_comparison(
         notes=notes,
         summary=summary_table(summarise(records)),
         last=last,
+        gain=GAIN,
         curves=_base64(plots.curves(shown)),
         embeddings=[_base64(path.read_bytes()) for path in embeddings],
-        tables=[*defect_tables(records), *_product_tables(records)],
+        tables=details(records),
         products=products,
         more=max(0, len(names) - MOST_PRODUCTS),
         scale_note=SCALE_NOTE,
@@ -136,17 +133,6 @@ def _style() -> Markup:
     assert found is not None
     ramp = ",".join(to_hex(colormaps[COLORMAP](at)) for at in np.linspace(0, 1, 9))
     return Markup(Template(found[1]).render(ramp=ramp))
-
-
-def _product_tables(records: Sequence[Record]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Return title, heading and lines of a table of products, for every setting and metric."""
-    out = []
-    for setting in dict.fromkeys(record["setting"] for record in records):
-        for metric in MAIN:
-            heading, lines = products_table(records, metric, setting)
-            text = [[str(line[0]), *(number(value) for value in line[1:])] for line in lines]
-            out.append((f"{TITLES[metric]} in %, {setting}", heading, text))
-    return out
 
 
 def _product(folder: Path, name: str, records: Sequence[Record]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -27,15 +27,21 @@ from downstream.detectors.featurenorm import FeatureNorm
 from downstream.detectors.refined import Refined
 from downstream.evaluation.board import RAW
 from downstream.evaluation.few_shot import PIXEL_METRICS
+from downstream.evaluation.means import COUNTS, TITLES
 from downstream.evaluation.networks import ALIGNED, ROOM, Contender, Networks, Withheld
 from downstream.evaluation.pictures import Shown, choose_shown, median_images
 from downstream.evaluation.protocols import Part, PerturbedImages, Trial
-from downstream.metric_counts import count, pro_curve, region_weights, unmarked
-from downstream.metrics import Metrics, aupro, checked, d_prime, errors_at_best_f1, evaluate_maps, from_counts
+from downstream.metric_counts import (
+    count,
+    official_area_under_pro,
+    pro_curve,
+    region_weights,
+    sorted_normals,
+    unmarked,
+)
+from downstream.metrics import LIMIT, STEPS, checked, d_prime, errors_at_best_f1, evaluate_maps, from_counts
 from downstream.streamed_metrics import StreamingMetrics
 
-ERRORS = ("false_positives_at_best_f1", "false_negatives_at_best_f1")
-METRICS = (*(field.name for field in fields(Metrics) if field.name != "notes"), "aupro_official", "d_prime", *ERRORS)
 WHOLE = 150_000_000  # a product whose maps have more pixels is measured in a stream; others are measured at once
 OWN = "one detector for all products, but every image is compared with references of its own product"
 UNDRAWN = "this detector chooses its references itself: draws would change nothing, so there is only one"
@@ -207,7 +213,7 @@ def _unfitted(trial: Trial, part: Part, contender: Contender, reason: str) -> di
     """Return a record without metrics, for a detector that could not be fitted because there are too few images."""
     return {
         **_heading(trial, part, contender),
-        "metrics": dict.fromkeys(METRICS),
+        "metrics": dict.fromkeys(TITLES),
         "scores": [],
         "labels": [],
         "pro": None,
@@ -250,9 +256,10 @@ def _scored(detector: Any, part: Part, images: Images, settings: Settings, size:
     else:
         all_maps, all_masks = np.concatenate(maps), np.concatenate(masks)
         all_maps, all_masks, all_scores, labels = checked(all_maps, all_masks, all_scores, labels)
-        pixels = count(all_maps, all_masks, region_weights(all_masks))
+        weights, normals = region_weights(all_masks), sorted_normals(all_maps, all_masks)
+        pixels = count(all_maps, all_masks, weights, normals)
         metrics, notes = from_counts(count(all_scores, labels), pixels, unmarked(all_masks, labels)), []
-        swept = aupro(all_maps, all_masks, form="official")
+        swept = official_area_under_pro(all_maps, all_masks, weights, normals, LIMIT, STEPS)
         if all_masks.any() and not all_masks.all():
             fpr, pro = pro_curve(pixels)
             curve = [round(float(value), 5) for value in np.interp(CURVE, fpr, pro)]
@@ -261,7 +268,7 @@ def _scored(detector: Any, part: Part, images: Images, settings: Settings, size:
         if settings.panels and part.perturbed is None:
             shown.typical = median_images(part.test, all_scores, all_maps, all_masks)
     values = {**asdict(metrics), "aupro_official": swept, "d_prime": d_prime(out["scores"], labels)}
-    values |= dict(zip(ERRORS, errors_at_best_f1(out["scores"], labels) or (None, None), strict=True))
+    values |= dict(zip(COUNTS, errors_at_best_f1(out["scores"], labels) or (None, None), strict=True))
     notes += list(values.pop("notes"))
     if doubt := about_inverted(part.test, shares):
         notes.append(doubt)

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from adpretrain.backbones import Backbone
 from adpretrain.extractor import ADExtractor
 from adpretrain.files import check_writable
+from adpretrain.photographs import picture_size
 from adpretrain.progress import Progress
 from adpretrain.saved import refuse_others
-from downstream.detectors import build_detector
-from downstream.inspection.normals import NormalBatches, set_references
-from downstream.inspection.photos import Photo, PhotoReader, find_images
+from downstream.detectors import build_detector, find_detector
+from downstream.detectors.tiled import Tiled
+from downstream.inspection import WHOLE, Options
+from downstream.inspection.normals import NormalBatches, choose_references, set_references
+from downstream.inspection.photos import PhotoReader, file_and_page, find_images
+from downstream.roi import EVERYWHERE, RoiFiles
 from downstream.saved import EXTRACTOR, member, remember_photographs
 from downstream.terminal import no_progress
+from downstream.tiles import Tiling
 
 
 @dataclass(frozen=True)
@@ -40,11 +48,15 @@ def fit_folder(
     batch_size: int = 16,
     device: torch.device | None = None,
     progress: Progress = no_progress,
+    tiling: Tiling = WHOLE,
+    roi: RoiFiles = EVERYWHERE,
 ) -> Fitted:
     """Fit on the photographs in ``normal`` and save to ``out``, which then HOLDS FEATURES OF THE PRODUCT.
 
     An extractor takes ``shots`` of the photographs, evenly spaced by name, as its references; the detector is fitted
     on the others, because the residuals of a reference to itself are zero (FeatureNorm is fitted on references alone).
+
+    ``tiling``: the detector is fitted on tiles of the photographs. ``roi``: what is inspected, one mask for all.
 
     The digests of the photographs and their full scale are saved with the detector.
 
@@ -52,24 +64,48 @@ def fit_folder(
     """
     device = device or torch.device("cpu")
     detector = build_detector(name, model, settings)
+    if tiling.tile:
+        tiled = {"tiling": dataclasses.asdict(tiling), "detector": name, "options": dict(settings)}
+        detector = build_detector("tiled", model, tiled)
     own = [EXTRACTOR] if isinstance(model, ADExtractor) else []
     refuse_others(out, "detector", [member(number) for number in range(len(detector.members))] or own)
     check_writable(out)  # checked before the fitting, which may take hours
     paths = find_images(normal, exclude=out)
-    references: list[Photo] = []
-    reader = PhotoReader.of_camera(paths, model.preprocess, batch_size)
-    if isinstance(model, ADExtractor) and detector.references_are != "chosen":
-        if detector.references_are == "given" and len(paths) <= shots:
-            raise ValueError(
-                f"{len(paths)} normal photographs, up to {shots} of which become references: none is left to fit "
-                f"{name} on; give more, or lower --shots"
-            )
-        references = set_references(model, paths, shots, reader)
-    taken = {photo.path for photo in references}
-    rest = [path for path in paths if path not in taken and detector.references_are != "fitted"]
+    reader = PhotoReader.of_camera(paths, model.preprocess, batch_size, bool(tiling.tile))
+    inside = _inside(paths[0], reader, roi)
+    takes = find_detector(name).load().references_are if isinstance(model, ADExtractor) else "none"
+    if takes == "given" and len(paths) <= shots:
+        raise ValueError(
+            f"{len(paths)} normal photographs, up to {shots} of which become references: none is left to fit "
+            f"{name} on; give more, or lower --shots"
+        )
+    chosen: list[Path] = []
+    if isinstance(model, ADExtractor) and takes in ("given", "fitted"):
+        chosen = choose_references(paths, model, Options(shots=shots), reader)
+    rest = [path for path in paths if path not in chosen] if takes != "fitted" else []
+    if takes == "none" and detector.fitted:  # a raw backbone's FeatureNorm needs no photographs
+        rest = []
     normals = NormalBatches(rest, reader, device, progress, "normal photographs")
-    if rest:
-        detector.fit(normals)
+    references = NormalBatches(chosen, reader, device, progress, "references")
+    if takes == "fitted":
+        detector.fit(references, roi=inside)
+    elif isinstance(detector, Tiled):
+        detector.fit(normals, progress, inside, references if chosen else None)
+    elif rest:
+        if isinstance(model, ADExtractor) and chosen:
+            set_references(model, references)
+        detector.fit(normals, roi=inside)
     folder = detector.save_pretrained(out)
-    remember_photographs(folder, normals.digests.union(photo.digest for photo in references), reader.full_scale)
-    return Fitted(folder, len(rest), len(references))
+    remember_photographs(folder, normals.digests | references.digests, reader.full_scale)
+    return Fitted(folder, len(rest), len(chosen))
+
+
+def _inside(path: Path, reader: PhotoReader, roi: RoiFiles) -> Tensor | None:
+    """The region of interest of all photographs: bool [S, S], or [H, W] of the whole photograph for tiles."""
+    if roi == EVERYWHERE:
+        return None
+    if roi.mask is not None and roi.mask.is_dir():
+        raise ValueError(f"{roi.mask} is a folder: a detector is fitted with one mask for all photographs")
+    mask = roi.of(path, picture_size(file_and_page(path)[0]))
+    assert mask is not None
+    return torch.from_numpy(np.asarray(mask) > 0) if reader.tiled else reader.preprocess.mask(mask)

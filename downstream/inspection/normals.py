@@ -31,7 +31,8 @@ DARK = 256 / 8  # photographs are dark if their brightest value is below this
 
 
 class NormalBatches:
-    """Batches [b, 3, S, S] of the photographs in ``paths``, read anew in every iteration, one batch ahead.
+    """Batches [b, 3, S, S] of the photographs in ``paths``, read anew in every iteration, one batch ahead; for tiles,
+    whole photographs, uint8 [1, 3, H, W].
 
     Raises ValueError for an unreadable photograph, because every score would depend on it.
     """
@@ -55,7 +56,10 @@ class NormalBatches:
         for batch in self.reader.batches(self.paths):
             photos = readable(batch)
             self.digests.update(photo.digest for photo in photos)
-            yield torch.stack([photo.pixels for photo in photos]).to(self.device)
+            if self.reader.tiled:
+                yield from (photo.whole[None] for photo in photos)
+            else:
+                yield torch.stack([photo.pixels for photo in photos]).to(self.device)
             done += len(photos)
             self.progress(self.purpose, done, len(self.paths))
 
@@ -102,17 +106,10 @@ def choose_references(
     return [paths[index] for index in chosen]
 
 
-def set_references(extractor: ADExtractor, paths: Sequence[Path], shots: int, reader: PhotoReader) -> list[Photo]:
-    """Make at most ``shots`` normal photographs, evenly spaced in ``paths``, the references; return them.
-
-    They are encoded in batches. Raises ValueError for an unreadable one.
-    """
-    photos = read_all(choose_references(paths, extractor, Options(shots=shots), reader), reader)
-    pixels = torch.stack([photo.pixels for photo in photos])
-    device = next(extractor.buffers()).device
-    parts = [extractor.encode(part.to(device)) for part in pixels.split(reader.batch_size)]
+def set_references(extractor: ADExtractor, references: NormalBatches) -> None:
+    """Make these photographs the references. They are encoded in batches."""
+    parts = [extractor.encode(images) for images in references]
     extractor.set_references(extractor.bank_of([torch.cat(level) for level in zip(*parts, strict=True)]))
-    return photos
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,10 @@ from adpretrain import load_backbone
 from adpretrain.config import LocalScaleConfig
 from adpretrain.data.products import draw_shots
 from adpretrain.files import atomic_path
+from adpretrain.leave_one_out import leave_one_out_residuals
 from adpretrain.local_scale import LocalScale
 from adpretrain.parsing import parse_flags
-from adpretrain.residual import leave_one_out_residuals, nearest_reference, tokens
+from adpretrain.residual import nearest_reference, tokens
 from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
 from downstream.evaluation.few_shot import FeatureSet, encode_samples, measure
 
@@ -64,7 +65,7 @@ def norms(images: FeatureSet, references: list[int], queries: list[int]) -> Iter
         query_BTC, grid = tokens(level[queries]), level.shape[2:]
         matched_BT = nearest_reference(query_BTC, bank)
         norm_BT = (query_BTC - bank[0][matched_BT]).norm(dim=2)
-        own_N = leave_one_out_residuals(bank[0], len(references)).norm(dim=1)
+        own_N = leave_one_out_residuals(bank, len(references))[0].norm(dim=1)
         yield norm_BT.unflatten(1, grid), matched_BT.unflatten(1, grid), own_N
 
 

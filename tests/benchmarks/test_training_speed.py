@@ -269,8 +269,8 @@ def test_small_vit_on_the_cpu(recipes: None, tmp_path: Path, monkeypatch: pytest
     torch.set_num_threads(1)
     geometry = Dinov2Config(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, patch_size=14)
     backbone = DinoV2(Dinov2Model(geometry), "dinov2-small", 112, [3, 6, 9, 12])
-    root = make_synthetic(tmp_path / "set", 3, 24, 8, size=128, seed=1, workers=1, progress=False)
-    measure(Bench(root, backbone, ProjectorConfig(references=512), 12, "no"), workers=1, rounds=3)
+    root = make_synthetic(tmp_path / "set", 2, 18, 6, size=128, seed=1, workers=1, progress=False)
+    measure(Bench(root, backbone, ProjectorConfig(references=512), 12, "no"), workers=1, rounds=2)
     torch.set_num_threads(before)
 
 

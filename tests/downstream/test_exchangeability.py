@@ -20,9 +20,9 @@ from scipy import integrate, stats
 from adpretrain.extractor import ADExtractor
 from downstream.exchangeability import FLOOR, MOST_PEAKS, POWERS, Watch, plot
 from downstream.inspection.inspector import Inspector, Scored
-from downstream.inspection.photos import find_images, read_batches
+from downstream.inspection.photos import find_images
 
-BOTTLES = Path("/work/shared/data/board/mvtec_bottle/train")
+BOTTLES = Path(__file__).parents[3] / "shared" / "data" / "board" / "mvtec_bottle" / "train"
 
 
 @functools.cache
@@ -298,7 +298,7 @@ def watch_of(folder: Path, photos: list[Image.Image]) -> Watch:
     calibration = inspector.calibration
     assert calibration is not None
     watch = Watch(np.column_stack([calibration.scores, calibration.unlike]), measures=("score", "unlike value"), seed=0)
-    for batch in read_batches(find_images(folder / "new"), inspector.preprocess, 16, inspector.full_scale):
+    for batch in inspector.reader.batches(find_images(folder / "new")):
         found = [item for item in inspector.score(batch) if isinstance(item, Scored)]
         watch.update([[item.score, item.unlike.values[0]] for item in found])
     return watch

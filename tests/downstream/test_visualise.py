@@ -105,13 +105,18 @@ def test_a_map_of_another_rank_is_refused() -> None:
         overlay(gray(), np.zeros((1, 4, 4)), ColourScale(0.0, 1.0, 2.0))
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_map_that_is_not_finite_is_refused(value: float) -> None:
-    """NaN has no colour: it was drawn in an arbitrary one."""
+def test_an_infinite_map_is_refused() -> None:
     map_SS = np.zeros((8, 8), np.float32)
-    map_SS[3, 3] = value
+    map_SS[3, 3] = np.inf
     with pytest.raises(ValueError, match="the map holds infinite values"):
         overlay(Image.new("RGB", (8, 8)), map_SS, ColourScale(0.0, 1.0, 2.0))
+
+
+def test_what_is_not_inspected_is_dark() -> None:
+    map_SS = np.full((8, 8), 0.5, np.float32)
+    map_SS[:, 4:] = np.nan
+    drawn = np.asarray(overlay(Image.new("RGB", (32, 32), "white"), map_SS, ColourScale(0.0, 1.0, 2.0))).astype(int)
+    assert drawn[:, 20:].max() < 0.65 * drawn[:, :14].min()
 
 
 def test_a_failed_write_leaves_the_old_picture_and_no_litter(tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ from scipy import ndimage
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
+from adpretrain.leave_one_out import leave_one_out_residuals
 from adpretrain.losses import angle_loss, norm_loss
-from adpretrain.residual import METRICS, leave_one_out_residuals, nearest_reference, residual_tokens
+from adpretrain.residual import METRICS, nearest_reference, residual_tokens
 from downstream.coreset import greedy_coreset
 from downstream.metrics import aupro, auroc, average_precision
 
@@ -76,7 +77,7 @@ def test_residuals_are_those_of_a_loop(
 def test_leave_one_out_never_meets_its_own_image(seed: int, images: int, tokens: int, width: int) -> None:
     bank_NC = numbers(seed, images * tokens, width)
     part = tokens if images > 1 else 1
-    for number, residual in enumerate(leave_one_out_residuals(bank_NC, images)):
+    for number, residual in enumerate(leave_one_out_residuals(bank_NC[None], images)[0]):
         others = [row for other, row in enumerate(bank_NC) if other // part != number // part]
         nearest = min(float((bank_NC[number] - row).norm()) for row in others)
         assert float(residual.norm()) == pytest.approx(nearest, rel=1e-9)

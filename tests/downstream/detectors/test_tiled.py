@@ -67,12 +67,12 @@ def test_stitching_the_tiles_of_a_map_gives_the_map_back(tile: int, side: int) -
     def field(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return torch.sin(x / 60)[None] + torch.cos(y / 50)[:, None]
 
-    stitched = Stitched(tiling, width, height, side)
+    stitched = Stitched(tiling, width, height, torch.zeros(1, side, side))
     at = (torch.arange(side) + 0.5) * tile / side
     for row in tiling.rows(width, height):
         for box in row:
-            stitched.add(box, field(box[0] + at, box[1] + at))
-    found = stitched.map()
+            stitched.add(box, field(box[0] + at, box[1] + at)[None])
+    found = stitched.maps()[0]
     rows, columns = found.shape
     assert (rows, columns) == (round(height * side / tile), round(width * side / tile))
     expected = field((torch.arange(columns) + 0.5) * width / columns, (torch.arange(rows) + 0.5) * height / rows)

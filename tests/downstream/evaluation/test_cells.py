@@ -12,7 +12,7 @@ from adpretrain.backbones import load_backbone
 from adpretrain.data import Sample
 from adpretrain.extractor import ADExtractor
 from downstream.evaluation.board import Board, SetRow
-from downstream.evaluation.engine import Cell, cells_of, shares
+from downstream.evaluation.cells import Cell, cells_of, shares
 from downstream.evaluation.networks import ALIGNED, Contender, Features, Networks
 from downstream.evaluation.protocols import Part, Trial, trials
 
@@ -69,7 +69,7 @@ def test_products_are_spread_by_their_size(rows: list[Features]) -> None:
         return Trial(name, "full", 0, (Part(name, (), (), samples),))
 
     def cells(*given: Trial) -> list[Cell]:
-        rest: Any = ("set", "product")
+        rest: Any = ("set", "{product}")
         return [
             Cell(*rest, each, row, Contender("padim", row.kind), (0,), {"of": [each.name, row.kind]})
             for each in given
@@ -81,4 +81,4 @@ def test_products_are_spread_by_their_size(rows: list[Features]) -> None:
     assert [cell.trial.name for cell in first] == ["large"] * 2
     assert [cell.trial.name for cell in second] == ["middle"] * 2 + ["small"] * 2
     assert [len(share) for share in shares(cells(trial("all products", 9)), 2)] == [1, 1]
-    assert replace(found[0], set_name="both", naming="set/product").label("cap") == "both/cap"
+    assert replace(found[0], set_name="both", naming="{set}/{product}").label("cap") == "both/cap"

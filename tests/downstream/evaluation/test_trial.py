@@ -21,10 +21,10 @@ from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
 from downstream.evaluation import plots, trial
 from downstream.evaluation.comparison_page import write_comparison
 from downstream.evaluation.few_shot import encode_samples, few_shot
+from downstream.evaluation.means import TITLES
 from downstream.evaluation.networks import Contender, Networks, Withheld
 from downstream.evaluation.pictures import in_two_dimensions, sampled_patches
 from downstream.evaluation.protocols import Part, ProtocolOptions, Trial, trials
-from downstream.evaluation.tables import TITLES
 from downstream.evaluation.trial import CURVE, Images, Settings, Training, run_trial
 from downstream.inspection.report import Fact
 from downstream.metrics import auroc, d_prime
@@ -256,7 +256,11 @@ def test_the_report_is_self_contained_and_escapes_names(
             part = found.parts[0]
             saved = shown.save(tmp_path / "pictures", f"0-0-{order}", part.test, networks.backbone.preprocess)
             assert [entry["defect"] for entry in saved] == ["disc"]
-            record |= {"pictures": [{**entry, "folder": "pictures"} for entry in saved], "order": [0, 0, order, 0, 0]}
+            record |= {
+                "pictures": [{**entry, "folder": "pictures"} for entry in saved],
+                "order": [0, 0, order, 0, 0],
+                "kind": features,
+            }
             records.append({**record, "product": "<b>tile</b>"})
     path = write_comparison(tmp_path, records, "<script>alert(1)</script>", "/data", [Fact("Protocol", "full")])
     page = path.read_text(encoding="utf-8")
@@ -281,7 +285,7 @@ def test_the_report_says_a_note_of_many_products_once(
     (found,) = trials(product(samples), ProtocolOptions())
     (record,) = run_trial(found, Contender("featurenorm", "raw"), networks, Settings(pictures=0))
     del record["shown"]
-    record |= {"pictures": [], "order": [0] * 5, "notes": ["no test split"]}
+    record |= {"pictures": [], "order": [0] * 5, "kind": "raw", "notes": ["no test split"]}
     records = [{**record, "product": f"p{number}"} for number in range(9)]
     records[8] = {**records[8], "notes": ["no test split", "no masks"]}
     path = write_comparison(tmp_path, records, "T", "/data", [Fact("Protocol", "full")])

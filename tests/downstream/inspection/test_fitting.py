@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from adpretrain.backbones import load_backbone
@@ -24,7 +26,12 @@ from downstream.detectors.padim import PaDiM
 from downstream.detectors.patchcore import PatchCore, PatchCoreConfig
 from downstream.embedding import EmbeddingConfig
 from downstream.extracts import Adapted
+from downstream.inspection import Options
+from downstream.inspection.fitting import fit_folder
+from downstream.inspection.inspector import Inspector
 from downstream.inspection.photos import Photo, PhotoReader, find_images
+from downstream.roi import RoiFiles
+from downstream.tiles import Tiling
 
 
 def pixels(folder: Path, size: int = 64) -> Tensor:
@@ -184,3 +191,41 @@ def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert [line.split()[0] for line in lines] == list(DETECTORS)
     assert main(["detectors", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["padim"]["name"] == "PaDiM"
+
+
+@pytest.mark.parametrize("features", ["backbone", "extractor"])
+@pytest.mark.parametrize("detector", ["featurenorm", "patchcore"])
+def test_a_detector_is_fitted_on_tiles_within_a_region_of_interest(
+    tmp_path: Path, features: str, detector: str
+) -> None:
+    """A mark of 9 x 9 pixels on photographs of 200 x 136 is found inside the region, and ignored outside."""
+    draw = np.random.default_rng(0)
+    for place, count in (("good", 6), ("more", 4)):
+        (tmp_path / place).mkdir()
+        for number in range(count):
+            pixels = np.clip(120 + draw.normal(0, 5, (136, 200)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / place / f"{number}.png")
+    (tmp_path / "line").mkdir()
+    for name, left in (("inside", 30), ("outside", 170)):
+        pixels = np.clip(120 + draw.normal(0, 5, (136, 200)), 0, 255).astype(np.uint8)
+        pixels[60:69, left : left + 9] = 255
+        Image.fromarray(pixels).save(tmp_path / "line" / f"{name}.png")
+    mask = np.zeros((136, 200), np.uint8)
+    mask[:, :100] = 255
+    Image.fromarray(mask).save(tmp_path / "roi.png")
+    backbone = load_backbone("lite0", image_size=64)
+    model = backbone if features == "backbone" else ADExtractor(backbone)
+    roi, fitted = RoiFiles(tmp_path / "roi.png"), tmp_path / "fitted"
+    options = {"embedding": {"levels": [-2, -1]}} if detector == "patchcore" else {}
+    if (features, detector) == ("backbone", "featurenorm"):  # nothing to fit, and its plain norm finds nothing
+        return
+    fit_folder(detector, model, tmp_path / "good", fitted, options, shots=3, tiling=Tiling(64), roi=roi)
+    given = Options(false_alarm_rate=0.2, roi=str(tmp_path / "roi.png"))
+    inspector = Inspector.from_detector(fitted, torch.device("cpu"), tmp_path / "more", options=given)
+    scored = inspector.score(next(inspector.reader.batches([tmp_path / "line" / "inside.png"])))
+    ignored = inspector.score(next(inspector.reader.batches([tmp_path / "line" / "outside.png"])))
+    found, missed = (inspector.judge("photo", one[0]) for one in (scored, ignored))  # type: ignore[arg-type]
+    assert found.verdict == "anomalous"
+    assert "score" not in missed.reason
+    assert inspector.regions(scored[0])[0].box[0] < 60  # type: ignore[arg-type]
+    assert all(region.box[2] <= 104 for region in inspector.regions(ignored[0]))  # type: ignore[arg-type]
