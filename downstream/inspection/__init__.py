@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from adpretrain.extras import need
 from downstream.tiles import Tiling
 
 WHOLE = Tiling()
@@ -100,10 +99,12 @@ class Tables:
             raise ValueError(f"csv separator {separator!r}; expected one character such as , ; | or the word tab")
         if self.decimal_comma and separator == ",":
             raise ValueError(
-                "a comma cannot stand both between fields and in numbers (--csv-separator , with --decimal-comma): leave "
-                'out --csv-separator, which is then a semicolon, or give ";" or tab'
+                "a comma cannot stand both between fields and in numbers (--csv-separator , with --decimal-comma): "
+                'leave out --csv-separator, which is then a semicolon, or give ";" or tab'
             )
         if self.xlsx:
+            from adpretrain.extras import need
+
             need("xlsx", "openpyxl")
 
     @property

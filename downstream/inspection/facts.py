@@ -14,23 +14,21 @@ from downstream.inspection.results import ANOMALOUS, NORMAL, UNDECIDED, UNREADAB
 NAMED = 3  # worst photographs that are named
 
 
-def in_brief(inspector: Inspector, results: Sequence[Result], drift: bool) -> str:
-    """Say in a few plain sentences what was found, whether the promise holds, and what to do next. ``drift``: there
-    are more alarms than promised, or the photographs no longer look like the normal ones."""
+def in_brief(inspector: Inspector, results: Sequence[Result], many: bool, changed: bool) -> str:
+    """Say in a few plain sentences what was found, whether the promise holds, and what to do next. ``many``: there are
+    more alarms than promised; ``changed``: since some photograph they no longer look like the normal ones."""
     counts = counted(results)
     bad = [result for result in results if result.verdict == ANOMALOUS]
     named = bad or [result for result in results if result.verdict == UNDECIDED and inspector.threshold is None]
     if not counts[ANOMALOUS] + counts[NORMAL] + len(named):
         return "No photograph could be judged: the reason stands on each card."
-    sentences = [_found(len(bad), counts[ANOMALOUS] + counts[NORMAL], named, inspector.threshold is not None)]
-    sentences += [_promise(inspector, counts[ANOMALOUS] + counts[NORMAL], drift), *_next(counts, drift)]
-    return " ".join(sentence for sentence in sentences if sentence)
+    judged = counts[ANOMALOUS] + counts[NORMAL]
+    found = _found(len(bad), judged, named, inspector.threshold is not None)
+    return " ".join([found, _promise(inspector, judged, many, changed), *_next(counts, many or changed)])
 
 
 def _found(bad: int, judged: int, named: Sequence[Result], verdicts: bool) -> str:
-    worst = [
-        printable(one.path) for one in sorted(named, key=lambda one: (one.p_value or 0.0, -(one.score or 0.0)))[:NAMED]
-    ]
+    worst = [printable(one.path) for one in sorted(named, key=_oddness)[:NAMED]]
     names = " and ".join([part for part in (", ".join(worst[:-1]), worst[-1]) if part]) if worst else ""
     if not verdicts:
         return f"The photographs are only ranked; {names} look{'s' if len(worst) == 1 else ''} most unusual."
@@ -40,15 +38,23 @@ def _found(bad: int, judged: int, named: Sequence[Result], verdicts: bool) -> st
     return f"{some}: {names}." if bad <= NAMED else f"{some}, and {names} look worst."
 
 
-def _promise(inspector: Inspector, judged: int, drift: bool) -> str:
+def _oddness(result: Result) -> tuple[float, float]:
+    """Sort the most unusual photographs first, be it by score or as a whole."""
+    p_values = [value for value in (result.p_value, result.unlike_p_value) if value is not None]
+    return min(p_values, default=1.0), -(result.score or 0.0)
+
+
+def _promise(inspector: Inspector, judged: int, many: bool, changed: bool) -> str:
     calibration, options = inspector.calibration, inspector.options
     if options.threshold is not None:
         return "The threshold was chosen by hand, so that no rate of false alarms is promised."
     if calibration is None:
         return "One normal photograph promises nothing: add at least one more."
     rate = percent(calibration.rate)
-    if drift:
-        return f"The promise of at most {rate} false alarms no longer seems to hold: the notes below say why."
+    if changed:
+        return f"The photographs have changed on the way, so that the promise of at most {rate} false alarms has ended."
+    if many:
+        return f"That is more than {rate} false alarms explain: many are defective, or the line has changed."
     text = f"Nothing speaks against the promise that at most {rate} of good photographs look bad"
     expected = round(calibration.rate * judged)
     text += f" (about {expected} of {judged})" if expected else ""

@@ -22,11 +22,10 @@ from PIL import Image
 from torch import Tensor
 
 from adpretrain.data.layouts.detect import PATTERNS, layout_of
-from adpretrain.data.samples import IMAGE_SUFFIXES, is_image
+from adpretrain.data.samples import IMAGE_SUFFIXES, how_to_make_photographs, is_image
 from adpretrain.photographs import FORMATS, find_full_scale, page_count, read_image
 from adpretrain.preprocess import Preprocess
 from downstream.appearance import appearance
-from downstream.inspection.foreign import remedies
 from downstream.regions import Box
 from downstream.roi import EVERYWHERE, RoiFiles
 from downstream.visualise import shown_region
@@ -52,7 +51,7 @@ def find_images(folder: Path, exclude: Path | None = None) -> list[Path]:
     the folder to use instead), for masks among the photographs, and if there is no such folder or no image in it.
     """
     if folder.is_file():
-        if how := remedies([folder.suffix.lower()]):
+        if how := how_to_make_photographs([folder.suffix.lower()]):
             raise ValueError(f"{printable(folder)} is not a photograph. {how}")
         return _each_page(folder)
     if not folder.is_dir():
@@ -62,7 +61,7 @@ def find_images(folder: Path, exclude: Path | None = None) -> list[Path]:
         barred = exclude.resolve() if exclude else None
         if barred and folder.resolve().is_relative_to(barred):
             raise ValueError(f"{printable(folder)} lies in the output folder {printable(exclude)}: give another --out")
-        how = remedies({path.suffix.lower() for path in _files(folder, exclude)})
+        how = how_to_make_photographs({path.suffix.lower() for path in _files(folder, exclude)})
         known = f"known kinds are {', '.join(IMAGE_SUFFIXES)}"
         raise ValueError(f"no images in {printable(folder)}; {known}" + (f". {how}" if how else ""))
     _refuse_data_set(folder)
@@ -78,7 +77,7 @@ def passed_over(folder: Path, exclude: Path | None = None) -> list[str]:
     if not kinds:
         return []
     listing = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-    how = remedies(kinds)
+    how = how_to_make_photographs(kinds)
     said = f"Files in {printable(folder)} without the suffix of a photograph were passed over: {listing}."
     return [f"{said} {how}" if how else said]
 

@@ -159,10 +159,11 @@ def score_folder(
     warnings = [*inspector.warnings, *more_warnings, *regions_note(inspector, results), *_copies_note(results)]
     warnings += foreign
     watch = _watch(inspector, results)
-    drift = [*_drift_note(inspector, results), *_change_note(watch, results)]
+    many, changed = _drift_note(inspector, results), _change_note(watch, results)
+    drift = [*many, *changed]
     summary: dict[str, Any] = {kind: printable(name), "normal": printable(normal), "images_folder": printable(images)}
     summary |= _summary(inspector, whole, [*drift, *warnings]) | {"more_alarms_than_promised": bool(drift)}
-    summary["in_brief"] = printable(in_brief(inspector, results, bool(drift)))
+    summary["in_brief"] = printable(in_brief(inspector, results, bool(many), bool(changed)))
     summary["files"] |= {"workbook": WORKBOOK} if tables.xlsx else {}
     summary["seconds"] = round(time.perf_counter() - started, 3)
     about = Fact(kind.capitalize(), printable(name), inspector.description)
