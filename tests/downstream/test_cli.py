@@ -290,6 +290,11 @@ def test_wrong_folders_exit_2_with_one_line(
     ("arguments", "message"),
     [
         (["--false-alarm-rate", "5"], "expected a share between 0 and 1"),
+        (
+            ["--false-alarm-rate", "0"],
+            "cannot be promised by any number of photographs: n normal ones promise 1 in n + 1",
+        ),
+        (["--decimal-comma", "--csv-separator", ","], "a comma cannot stand both between fields and in numbers"),
         (["--batch-size", "0"], "expected at least 1"),
         (["--threshold", "nan"], "--threshold nan: expected a number; see adpretrain score --help"),
         (["--shots", "3.5"], "--shots 3.5: expected a whole number"),

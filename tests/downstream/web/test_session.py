@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
+import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,6 +50,10 @@ def test_every_rate_gives_what_a_fresh_run_gives(
         assert [result.path for result in found.results] == [result.path for result in results]
         assert [result.verdict for result in found.results] == [result.verdict for result in results]
         assert [result.p_value for result in found.results] == [result.p_value for result in results]
+        assert [result.regions for result in found.results] == [result.regions for result in results]
+        assert found.pixel_limit == pytest.approx(inspector.pixel_limit, rel=1e-6)
+        boxes = [region.box for regions in found.regions for region in regions]
+        assert boxes == [(one.left, one.top, one.right, one.bottom) for one in whole.findings]
         np.testing.assert_allclose([r.score for r in found.results], [r.score for r in results], rtol=1e-6)
         assert found.threshold == pytest.approx(inspector.threshold, rel=1e-6)
         assert found.scale.limit == pytest.approx(inspector.scale.limit, rel=1e-6)
@@ -65,6 +71,27 @@ def test_the_table_is_that_of_the_command(
     rows = list(csv.DictReader((tmp_path / "ours.csv").open(encoding="utf-8")))
     assert [row["path"] for row in rows] == ["tile_10.png", "tile_11.png", "tile_12.png"]
     assert [float(row["score"]) for row in rows] == [result.score for result in found.results]
+
+
+def test_regions_are_drawn_counted_and_told(extractor: ADExtractor, write_tiles: Callable[..., Path]) -> None:
+    scored = scored_of(extractor, write_tiles("good", range(5)), write_tiles("new", range(20, 22), blob=True))
+    found = verdicts(scored, 0.2)
+    first = found.regions[0]
+    assert first
+    assert f'<td class="ad-p">{len(first)}</td>' in showing.table(scored, found, 0)
+    area = f"{first[0].area:.0f} px"
+    assert f"above the limit {found.pixel_limit:.4g}; the highest peak is" in showing.viewer(scored, found, 0)
+    assert area in showing.viewer(scored, found, 0)
+    # Without its regions the picture differs, and only around the boxes (JPEG: blocks of 8 or 16 pixels).
+    bare = dataclasses.replace(found, regions=([],) * len(found.regions))
+    pictures = [Image.open(io.BytesIO(heatmap(scored, 0, one))) for one in (found, bare)]
+    differing = np.abs(np.subtract(*(np.asarray(one, dtype=int) for one in pictures))).max(axis=2) > 24
+    assert differing.any()
+    zoom = pictures[0].width / scored.shots[0].size[0]
+    lefts, tops, rights, bottoms = (np.multiply(sides, zoom) for sides in zip(*(one.box for one in first), strict=True))
+    rows, columns = np.nonzero(differing)
+    assert min(lefts) - 16 <= columns.min() <= columns.max() <= max(rights) + 16
+    assert min(tops) - 32 <= rows.min() <= rows.max() <= max(bottoms) + 16
 
 
 def test_a_higher_rate_never_loses_an_anomaly(extractor: ADExtractor, write_tiles: Callable[..., Path]) -> None:
@@ -86,6 +113,7 @@ def test_one_good_photograph_ranks_and_promises_nothing(
     assert {(r.verdict, r.p_value) for r in found.results} == {(UNDECIDED, None)}
     assert found.results[found.ranked()[0]].path == "blob_20.png"
     assert found.warnings == (SINGLE,)
+    assert (found.pixel_limit, {*map(len, found.regions)}) == (None, {0})
     assert "No threshold" in showing.summary(scored, found)
     assert heatmap(scored, 0, found) is not None
 
