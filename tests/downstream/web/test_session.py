@@ -78,7 +78,7 @@ def test_regions_are_drawn_counted_and_told(extractor: ADExtractor, write_tiles:
     found = verdicts(scored, 0.2)
     first = found.regions[0]
     assert first
-    assert f'<td class="ad-p">{len(first)}</td>' in showing.table(scored, found, 0)
+    assert f'<td class="ad-regions">{len(first)}</td>' in showing.table(scored, found, 0)
     area = f"{first[0].area:.0f} px"
     assert f"above the limit {found.pixel_limit:.4g}; the highest peak is" in showing.viewer(scored, found, 0)
     assert area in showing.viewer(scored, found, 0)
