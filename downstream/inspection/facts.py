@@ -34,7 +34,9 @@ def _found(bad: int, judged: int, named: Sequence[Result], verdicts: bool) -> st
         return f"The photographs are only ranked; {names} look{'s' if len(worst) == 1 else ''} most unusual."
     if not bad:
         return "The photograph looks good." if judged == 1 else f"All {judged} photographs look good."
-    some = f"{bad} of {judged} photographs look{'s' if bad == 1 else ''} bad"
+    some = (
+        f"{bad} of {judged} photographs look{'s' if bad == 1 else ''} bad" if judged > 1 else "The photograph looks bad"
+    )
     return f"{some}: {names}." if bad <= NAMED else f"{some}, and {names} look worst."
 
 
