@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from downstream.calibration import Calibration, percent
 from downstream.inspection.inspector import Inspector
 from downstream.inspection.photos import printable
 from downstream.inspection.report import Fact
-from downstream.inspection.results import ANOMALOUS, NORMAL, UNDECIDED, UNREADABLE, Result, counted
+from downstream.inspection.results import ANOMALOUS, NORMAL, UNDECIDED, UNREADABLE, Result
 
 NAMED = 3  # worst photographs that are named
 
 
-def in_brief(inspector: Inspector, results: Sequence[Result], many: bool, changed: bool) -> str:
-    """Say in a few plain sentences what was found, whether the promise holds, and what to do next. ``many``: there are
-    more alarms than promised; ``changed``: since some photograph they no longer look like the normal ones."""
-    counts = counted(results)
+def in_brief(
+    inspector: Inspector, counts: Mapping[str, int], results: Sequence[Result], many: bool, changed: bool
+) -> str:
+    """Say in a few plain sentences what was found, whether the promise holds, and what to do next.
+
+    counts: verdict -> number of photographs. results: those among which the worst are named. many: there are more
+    alarms than promised. changed: since some photograph they no longer look like the normal ones.
+    """
     bad = [result for result in results if result.verdict == ANOMALOUS]
     named = bad or [result for result in results if result.verdict == UNDECIDED and inspector.threshold is None]
     if not counts[ANOMALOUS] + counts[NORMAL] + len(named):
         return "No photograph could be judged: the reason stands on each card."
     judged = counts[ANOMALOUS] + counts[NORMAL]
-    found = _found(len(bad), judged, named, inspector.threshold is not None)
+    found = _found(counts[ANOMALOUS], judged, named, inspector.threshold is not None)
     return " ".join([found, _promise(inspector, judged, many, changed), *_next(counts, many or changed)])
 
 
@@ -63,7 +67,7 @@ def _promise(inspector: Inspector, judged: int, many: bool, changed: bool) -> st
     return f"{text}."
 
 
-def _next(counts: dict[str, int], drift: bool) -> list[str]:
+def _next(counts: Mapping[str, int], drift: bool) -> list[str]:
     steps = []
     if drift:
         steps.append(
@@ -80,9 +84,8 @@ def _next(counts: dict[str, int], drift: bool) -> list[str]:
     return steps
 
 
-def regions_note(inspector: Inspector, results: Sequence[Result]) -> list[str]:
-    """Return a note if photographs with a normal score have regions above the pixel limit."""
-    found = sum(result.verdict == NORMAL and bool(result.regions) for result in results)
+def regions_note(inspector: Inspector, found: int) -> list[str]:
+    """Return a note if ``found`` > 0 photographs that are normal have regions above the pixel limit."""
     if not found:
         return []
     have, their = ("photograph has", "its") if found == 1 else ("photographs have", "their")
@@ -92,8 +95,9 @@ def regions_note(inspector: Inspector, results: Sequence[Result]) -> list[str]:
     return [f"{note}; look at {'it' if found == 1 else 'them'}."]
 
 
-def facts_of(inspector: Inspector, results: Sequence[Result], inspected: float | None) -> list[Fact]:
-    """The facts of a run; ``inspected`` is the share of a photograph that is inspected, as in the summary."""
+def facts_of(inspector: Inspector, counts: Mapping[str, int], regions: int, inspected: float | None) -> list[Fact]:
+    """The facts of a run: ``counts`` of the verdicts, the number of regions, and the share of a photograph that is
+    inspected, on average, if any was."""
     calibration, options = inspector.calibration, inspector.options
     threshold = "none" if inspector.threshold is None else f"{inspector.threshold:.4g}"
     origin = "given by the user" if options.threshold is not None else "from normal photographs only"
@@ -102,14 +106,14 @@ def facts_of(inspector: Inspector, results: Sequence[Result], inspected: float |
     beyond = calibration.unlike_threshold if calibration else math.inf
     limit = f"above {beyond:.3g}" if math.isfinite(beyond) else "not judged"
     calibrated = len(calibration.scores) if calibration else 0
-    verdicts = ", ".join(f"{n} {verdict}" for verdict, n in counted(results).items() if n)
+    verdicts = ", ".join(f"{n} {verdict}" for verdict, n in counts.items() if n)
     used = f"as references; {calibrated} calibrate the threshold" if inspector.references else "calibrate the threshold"
     return [
-        Fact("Images", str(len(results)), verdicts),
+        Fact("Images", str(sum(counts.values())), verdicts),
         Fact("Threshold", threshold, origin if inspector.threshold is not None else "one reference cannot give one"),
         Fact("Unlike the normals", limit, "brightness, contrast, colour, sharpness, layout; in units of their spread"),
         _rate_fact(calibration if options.threshold is None else None, options.false_alarm_rate),
-        _region_fact(inspector, results),
+        _region_fact(inspector, regions),
         *_inspected_fact(inspected),
         Fact(
             "Detail",
@@ -127,8 +131,8 @@ def _inspected_fact(inspected: float | None) -> list[Fact]:
     return [Fact("Region of interest", percent(inspected), note)]
 
 
-def _region_fact(inspector: Inspector, results: Sequence[Result]) -> Fact:
-    count, limit = sum(result.regions or 0 for result in results), inspector.pixel_limit
+def _region_fact(inspector: Inspector, count: int) -> Fact:
+    limit = inspector.pixel_limit
     if limit is None:
         return Fact("Regions", "none", "one normal photograph gives no limit for map values")
     rate = percent(inspector.calibration.rate if inspector.calibration else inspector.options.false_alarm_rate)

@@ -155,15 +155,15 @@ def score_folder(
     (out / SUMMARY).unlink(missing_ok=True)
     with record:
         whole, more_warnings = score_images(inspector, images, paths, record, progress)
-    results = list(whole.results)
-    warnings = [*inspector.warnings, *more_warnings, *regions_note(inspector, results), *_copies_note(results)]
-    warnings += foreign
+    results, counts = list(whole.results), counted(whole.results)
+    quiet = sum(result.verdict == NORMAL and bool(result.regions) for result in results)
+    warnings = [*inspector.warnings, *more_warnings, *regions_note(inspector, quiet), *_copies_note(results), *foreign]
     watch = _watch(inspector, results)
     many, changed = _drift_note(inspector, results), _change_note(watch, results)
     drift = [*many, *changed]
     summary: dict[str, Any] = {kind: printable(name), "normal": printable(normal), "images_folder": printable(images)}
     summary |= _summary(inspector, whole, [*drift, *warnings]) | {"more_alarms_than_promised": bool(drift)}
-    summary["in_brief"] = printable(in_brief(inspector, results, bool(many), bool(changed)))
+    summary["in_brief"] = printable(in_brief(inspector, counts, results, bool(many), bool(changed)))
     summary["files"] |= {"workbook": WORKBOOK} if tables.xlsx else {}
     summary["seconds"] = round(time.perf_counter() - started, 3)
     about = Fact(kind.capitalize(), printable(name), inspector.description)
@@ -193,7 +193,7 @@ def _write(
         results,
         title=title,
         where=f"{summary['images_folder']} compared with {summary['normal']}",
-        facts=[*facts_of(inspector, results, summary["inspected_share"]), about],
+        facts=[*facts_of(inspector, summary["counts"], summary["regions"], summary["inspected_share"]), about],
         in_brief=summary["in_brief"],
         findings=whole.findings,
         warnings=summary["warnings"],

@@ -20,7 +20,7 @@ from downstream.inspection import Options
 from downstream.inspection.facts import in_brief, regions_note
 from downstream.inspection.inspector import Inspector
 from downstream.inspection.photos import Photo, prepare_photo
-from downstream.inspection.results import ANOMALOUS, NORMAL, UNDECIDED, UNREADABLE, Result
+from downstream.inspection.results import ANOMALOUS, NORMAL, UNDECIDED, UNREADABLE, Result, counted
 from downstream.visualise import photo_and_heatmap
 
 Write = Callable[..., Path]
@@ -33,13 +33,17 @@ def inspector(extractor_dir: Path, write_tiles: Write) -> Inspector:
     return Inspector.from_folder(extractor, torch.device("cpu"), write_tiles("shots", range(4)), options=Options(0.2))
 
 
-def good(number: int, regions: int = 0) -> list[Result]:
-    return [Result(f"good_{index}.png", 1.0, 0.8, NORMAL, regions=regions) for index in range(number)]
+def good(number: int) -> list[Result]:
+    return [Result(f"good_{index}.png", 1.0, 0.8, NORMAL) for index in range(number)]
 
 
 BAD = [Result(f"bad_{index}.png", 5.0 + index, 0.2, ANOMALOUS, regions=1) for index in range(5)]
 WHOLE = Result("dark.png", 1.0, 0.9, ANOMALOUS, unlike=9.0, unlike_p_value=0.1)
 CUT = Result("cut.png", None, None, UNREADABLE, reason="cut off")
+
+
+def brief(inspector: Inspector, results: list[Result], many: bool = False, changed: bool = False) -> str:
+    return in_brief(inspector, counted(results), results, many, changed)
 
 
 @pytest.mark.parametrize(
@@ -55,23 +59,23 @@ CUT = Result("cut.png", None, None, UNREADABLE, reason="cut off")
     ],
 )
 def test_the_sentences_say_what_was_found(inspector: Inspector, results: list[Result], expected: str) -> None:
-    assert in_brief(inspector, results, many=False, changed=False).startswith(expected)
+    assert brief(inspector, results).startswith(expected)
 
 
 def test_the_sentences_say_what_becomes_of_the_promise(inspector: Inspector, extractor_dir: Path) -> None:
     results = [*good(1), *BAD]
-    assert "That is more than 20 % false alarms explain: many are defective, or the line has changed." in in_brief(
-        inspector, results, many=True, changed=False
+    assert "That is more than 20 % false alarms explain: many are defective, or the line has changed." in brief(
+        inspector, results, many=True
     )
-    changed = in_brief(inspector, results, many=True, changed=True)
+    changed = brief(inspector, results, many=True, changed=True)
     assert "have changed on the way, so that the promise of at most 20 % false alarms has ended. Look at the" in changed
     given = dataclasses.replace(inspector, options=Options(threshold=3.0))
-    assert "chosen by hand, so that no rate of false alarms is promised" in in_brief(given, results, False, False)
+    assert "chosen by hand, so that no rate of false alarms is promised" in brief(given, results)
     alone = Inspector.from_photos(
         ADExtractor.from_pretrained(extractor_dir), torch.device("cpu"), [_photo(inspector, tile(1))]
     )
     ranked = [Result(f"{score}.png", score, None, UNDECIDED) for score in (1.0, 3.0)]
-    assert in_brief(alone, ranked, False, False) == (
+    assert brief(alone, ranked) == (
         "The photographs are only ranked; 3.0.png and 1.0.png look most unusual. "
         "One normal photograph promises nothing: add at least one more."
     )
@@ -82,17 +86,33 @@ def _photo(inspector: Inspector, picture: Image.Image) -> Photo:
 
 
 def test_regions_without_an_alarm_are_told(inspector: Inspector) -> None:
-    assert regions_note(inspector, [*good(3), *BAD]) == []
-    (note,) = regions_note(inspector, [*good(2, regions=1), *BAD])
+    assert regions_note(inspector, 0) == []
+    (note,) = regions_note(inspector, 2)
     assert note == (
         "2 photographs have a region above the limit for map values although their score is not above the threshold: "
         "each of the two limits keeps the promised rate by itself, both together at most twice that; look at them."
     )
     given = dataclasses.replace(inspector, options=Options(threshold=3.0))
-    assert regions_note(given, good(1, regions=2)) == [
+    assert regions_note(given, 1) == [
         "1 photograph has a region above the limit for map values although its score is not above the threshold; look "
         "at it."
     ]
+
+
+def test_a_run_counts_the_regions_that_raise_no_alarm(
+    write_tiles: Write, extractor_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Small spots, which leave the photograph as a whole like the others, under a threshold that nothing exceeds."""
+    normal, images, out = write_tiles("shots", range(4)), write_tiles("line", range(10, 13)), tmp_path / "out"
+    for name in ("tile_10.png", "tile_11.png"):
+        pixels = np.array(Image.open(images / name))
+        pixels[44:52, 44:52] = 40
+        Image.fromarray(pixels).save(images / name)
+    folders = [f"--normal={normal}", f"--images={images}", f"--out={out}", f"--extractor={extractor_dir}"]
+    assert main(["score", *folders, "--device=cpu", "--false-alarm-rate=0.2", "--threshold=1e9"]) == 0
+    printed = capsys.readouterr().out
+    assert "note: 2 photographs have a region above the limit for map values although their score" in printed
+    assert f"regions: 2 regions in 2 images: {out / 'regions.csv'}\n" in printed
 
 
 def test_outside_the_region_of_interest_nothing_is_found(
