@@ -84,13 +84,15 @@ def _next(counts: Mapping[str, int], drift: bool) -> list[str]:
     return steps
 
 
-def regions_note(inspector: Inspector, found: int) -> list[str]:
-    """Return a note if ``found`` > 0 photographs that are normal have regions above the pixel limit."""
+def regions_note(results: Sequence[Result], promised: bool) -> list[str]:
+    """Return a note if photographs that are normal have regions above the pixel limit; ``promised``: the threshold of
+    the score keeps a rate."""
+    found = sum(result.verdict == NORMAL and bool(result.regions) for result in results)
     if not found:
         return []
     have, their = ("photograph has", "its") if found == 1 else ("photographs have", "their")
     note = f"{found} {have} a region above the limit for map values although {their} score is not above the threshold"
-    if inspector.options.threshold is None:
+    if promised:
         note += ": each of the two limits keeps the promised rate by itself, both together at most twice that"
     return [f"{note}; look at {'it' if found == 1 else 'them'}."]
 

@@ -156,8 +156,8 @@ def score_folder(
     with record:
         whole, more_warnings = score_images(inspector, images, paths, record, progress)
     results, counts = list(whole.results), counted(whole.results)
-    quiet = sum(result.verdict == NORMAL and bool(result.regions) for result in results)
-    warnings = [*inspector.warnings, *more_warnings, *regions_note(inspector, quiet), *_copies_note(results), *foreign]
+    quiet = regions_note(results, options.threshold is None)
+    warnings = [*inspector.warnings, *more_warnings, *quiet, *_copies_note(results), *foreign]
     watch = _watch(inspector, results)
     many, changed = _drift_note(inspector, results), _change_note(watch, results)
     drift = [*many, *changed]

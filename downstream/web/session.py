@@ -30,6 +30,7 @@ from adpretrain.progress import Progress
 from downstream.appearance import Unlike
 from downstream.calibration import Calibration, calibrate
 from downstream.inspection import Options
+from downstream.inspection.facts import regions_note
 from downstream.inspection.inspector import Inspector, judge, shape_note
 from downstream.inspection.photos import Photo, Unreadable, prepare_photo
 from downstream.inspection.results import UNREADABLE, Result
@@ -263,7 +264,7 @@ def verdicts(scored: Scored, rate: float) -> Verdicts:
         results=tuple(results),
         calibration=calibration,
         scale=scored.scale.with_limit(limit),
-        warnings=(*(calibration.warnings if calibration else (SINGLE,)), *scored.notes),
+        warnings=(*(calibration.warnings if calibration else (SINGLE,)), *scored.notes, *regions_note(results, True)),
         pixel_limit=limit,
         regions=regions,
     )

@@ -33,8 +33,8 @@ def inspector(extractor_dir: Path, write_tiles: Write) -> Inspector:
     return Inspector.from_folder(extractor, torch.device("cpu"), write_tiles("shots", range(4)), options=Options(0.2))
 
 
-def good(number: int) -> list[Result]:
-    return [Result(f"good_{index}.png", 1.0, 0.8, NORMAL) for index in range(number)]
+def good(number: int, regions: int = 0) -> list[Result]:
+    return [Result(f"good_{index}.png", 1.0, 0.8, NORMAL, regions=regions) for index in range(number)]
 
 
 BAD = [Result(f"bad_{index}.png", 5.0 + index, 0.2, ANOMALOUS, regions=1) for index in range(5)]
@@ -85,15 +85,14 @@ def _photo(inspector: Inspector, picture: Image.Image) -> Photo:
     return prepare_photo(Path("a.png"), picture, inspector.reader.preprocess)
 
 
-def test_regions_without_an_alarm_are_told(inspector: Inspector) -> None:
-    assert regions_note(inspector, 0) == []
-    (note,) = regions_note(inspector, 2)
+def test_regions_without_an_alarm_are_told() -> None:
+    assert regions_note([*good(3), *BAD], True) == []
+    (note,) = regions_note([*good(2, regions=1), *BAD], True)
     assert note == (
         "2 photographs have a region above the limit for map values although their score is not above the threshold: "
         "each of the two limits keeps the promised rate by itself, both together at most twice that; look at them."
     )
-    given = dataclasses.replace(inspector, options=Options(threshold=3.0))
-    assert regions_note(given, 1) == [
+    assert regions_note(good(1, regions=2), False) == [
         "1 photograph has a region above the limit for map values although its score is not above the threshold; look "
         "at it."
     ]
