@@ -160,9 +160,9 @@ def score_folder(
     warnings = [*inspector.warnings, *more_warnings, *quiet, *_copies_note(results), *foreign]
     watch = _watch(inspector, results)
     many, changed = _drift_note(inspector, results), _change_note(watch, results)
-    drift = [*many, *changed]
     summary: dict[str, Any] = {kind: printable(name), "normal": printable(normal), "images_folder": printable(images)}
-    summary |= _summary(inspector, whole, [*drift, *warnings]) | {"more_alarms_than_promised": bool(drift)}
+    summary |= _summary(inspector, whole, [*many, *changed, *warnings])
+    summary |= {"more_alarms_than_promised": bool(many), "photographs_changed": bool(changed)}
     summary["in_brief"] = printable(in_brief(inspector, counts, results, bool(many), bool(changed)))
     summary["files"] |= {"workbook": WORKBOOK} if tables.xlsx else {}
     summary["seconds"] = round(time.perf_counter() - started, 3)
