@@ -29,7 +29,7 @@ _INK, _PAPER, _MUTED = (28, 30, 34), (255, 255, 255), (110, 115, 125)
 _CONTOUR, _TRUTH = (64, 224, 255), (80, 255, 120)
 _BOX = (255, 255, 255)
 _GAP, _HEADER, _FOOTER = 8, 22, 40
-_MOST_BOXES = 20  # more would hide the product
+MOST_BOXES = 20  # more would hide the product
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def panel(
 
 
 def numbered(picture: Image.Image, regions: Sequence[Region], seen: Box | None = None) -> Image.Image:
-    """Draw thin boxes with the numbers 1, 2, ... around the first `_MOST_BOXES` regions.
+    """Draw thin boxes with the numbers 1, 2, ... around the first `MOST_BOXES` regions.
 
     seen: (left, top, right, bottom), the part of the photograph, in its pixels, that ``picture`` shows, whatever its
     size; by default the picture is the photograph itself.
@@ -175,7 +175,7 @@ def numbered(picture: Image.Image, regions: Sequence[Region], seen: Box | None =
     picture = picture.copy()
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=11)
     # The first is drawn last, so that no other box lies over it.
-    for number, region in reversed(list(enumerate(regions[:_MOST_BOXES], start=1))):
+    for number, region in reversed(list(enumerate(regions[:MOST_BOXES], start=1))):
         x0, y0, x1, y1 = region.box
         box = [round((x0 - left) * across), round((y0 - top) * down)]
         box += [max(box[0], round((x1 - left) * across) - 1), max(box[1], round((y1 - top) * down) - 1)]

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from downstream.cli import main
 from downstream.commands import COMMANDS
@@ -104,9 +105,13 @@ def test_pretrain_and_inspect_commands(tmp_path: Path, monkeypatch: pytest.Monke
     run(shlex.split(score), tmp_path, expected=(0, 1))
     assert (tmp_path / "out" / "report.html").is_file()
     assert (tmp_path / "out" / "scores.csv").read_text().startswith("path,score,p_value,verdict")
+    Image.new("L", (128, 128), "white").save("roi.png")
     for command in commands("inspect"):
         if command.startswith("adpretrain "):
-            adpretrain(command, expected=(0, 1))
+            adpretrain(f"{command} --tile 64" if "--tile" in command else command, expected=(0, 1))
+    assert {"regions.csv", "regions.json", "masks", "maps", "scores.xlsx"} <= {
+        path.name for path in Path("out").iterdir()
+    }
     for name in ("extract", "backbones", "fit", "detectors", "info"):
         adpretrain(next(c for c in commands() if c.startswith(f"adpretrain {name}")))
     adpretrain(fitted, expected=(0, 1))

@@ -23,6 +23,8 @@ IMAGE_SUFFIXES = (
     *(".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
 )
 FOREIGN_SUFFIXES = (".avif", ".heic", ".heif")  # also photographs: reported as unreadable instead of ignored
+VIDEOS = (".avi", ".mkv", ".mov", ".mp4")
+RAWS = (".arw", ".cr2", ".dng", ".nef", ".raw")  # a camera's raw data
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,22 @@ def refuse_missing(samples: Sequence[Sample], missing: Mapping[Path, str]) -> No
 def is_image(path: Path) -> bool:
     """Whether the name looks like a photograph (suffix known, not hidden)."""
     return path.suffix.lower() in (*IMAGE_SUFFIXES, *FOREIGN_SUFFIXES) and not path.name.startswith(".")
+
+
+def how_to_make_photographs(suffixes: Iterable[str]) -> str:
+    """Say how the videos and raw files among files with these lower-case suffixes become photographs, or nothing."""
+    given, found = set(suffixes), list[str]()
+    if videos := [suffix for suffix in VIDEOS if suffix in given]:
+        found.append(
+            f"Videos ({', '.join(videos)}) become photographs with ffmpeg, one for each frame: "
+            f"ffmpeg -i clip{videos[0]} frames/%06d.png (into a folder frames that exists)."
+        )
+    if raws := [suffix for suffix in RAWS if suffix in given]:
+        found.append(
+            f"A camera's raw files ({', '.join(raws)}) become photographs in a raw converter, such as that of the "
+            "camera's maker: export them as TIFF or PNG, all with the same settings."
+        )
+    return " ".join(found)
 
 
 def to_learn_from(samples: Iterable[Sample]) -> list[Sample]:

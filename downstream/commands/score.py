@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from downstream.commands.options import EMBEDDED, Command, refuse_beside_detector
-from downstream.inspection import DEFAULTS, TABLES, Options, TableOptions
+from downstream.inspection import DEFAULTS, PLAIN, Options, Tables
 from downstream.terminal import ProgressBars, plain
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Score(Command):
     image_size: int | None = None
     calibration: Path | None = None
     options: Options = DEFAULTS
-    tables: TableOptions = TABLES
+    tables: Tables = PLAIN
     max_pixels: int = 178_956_970  # copied from adpretrain.preprocess, which is slow to import
     device: str = "auto"
     resume: bool = False
@@ -177,9 +177,17 @@ def describe(inspection: Inspection) -> str:
         lines.append(f"{result.score:>10.4g}  {p_value:>7}  {plain(result.path)}{why}")
     if len(ranked) > TOP:
         lines.append(f"{'...':>10}  and {len(ranked) - TOP} more")
+    if regions := summary["regions"]:
+        shown = sum(bool(result.regions) for result in results)
+        where = plain(inspection.out / "regions.csv")
+        lines.append(f"regions: {_number(regions, 'region')} in {_number(shown, 'image')}: {where}")
     lines += [f"unreadable: {plain(result.path)} ({plain(result.reason)})" for result in unreadable[:TOP]]
     if len(unreadable) > TOP:
         lines.append(f"unreadable: and {len(unreadable) - TOP} more")
     lines += [f"note: {warning}" for warning in summary["warnings"]]
     lines.append(f"report: {plain(inspection.out / 'report.html')}")
     return "\n".join(lines)
+
+
+def _number(count: int, name: str) -> str:
+    return f"{count} {name}{'' if count == 1 else 's'}"

@@ -77,15 +77,15 @@ DEFAULTS = Options()
 
 
 @dataclass(frozen=True)
-class TableOptions:
-    """How scores.csv and regions.csv are written. Raises ValueError for options that do not go together.
+class Tables:
+    """How tables are written. Raises ValueError for a separator that cannot be told from what it separates.
 
     Args:
-        csv_separator: character between the fields of scores.csv and regions.csv, or tab; by default a comma, with
+        csv_separator: character between the fields of scores.csv and regions.csv, or "tab"; a comma by default, with
             --decimal-comma a semicolon
-        decimal_comma: write 1,25 instead of 1.25, as spreadsheets expect in many countries
-        bom: begin the CSV files with the mark by which Excel recognises UTF-8
-        xlsx: write scores.xlsx too, with sheets for scores and regions
+        decimal_comma: write 1,25 instead of 1.25 in these files, as spreadsheets in much of Europe expect it
+        bom: begin these files with a byte order mark, so that Excel reads umlauts and other letters in file names
+        xlsx: write scores.xlsx too, a workbook with the sheets "scores" and "regions"
     """
 
     csv_separator: str | None = None
@@ -94,18 +94,25 @@ class TableOptions:
     xlsx: bool = False
 
     def __post_init__(self) -> None:
-        given = self.csv_separator
-        if given is not None and given != "tab" and (len(given) != 1 or given.isalnum() or given in '"\n\r.-+'):
-            raise ValueError(f"separator {given!r}; choose one character such as , ; or |, or the word tab")
-        if self.decimal_comma and self.separator == ",":
-            raise ValueError("the comma cannot be both separator and decimal comma: choose --csv-separator ';'")
+        separator = self.separator
+        if len(separator) != 1 or separator.isalnum() or separator in '"\r\n.-+_ ' or not separator.isascii():
+            raise ValueError(f"csv separator {separator!r}; expected one character such as , ; | or the word tab")
+        if self.decimal_comma and separator == ",":
+            raise ValueError(
+                "a comma cannot stand both between fields and in numbers (--csv-separator , with --decimal-comma): "
+                'leave out --csv-separator, which is then a semicolon, or give ";" or tab'
+            )
+        if self.xlsx:
+            from adpretrain.extras import need
+
+            need("xlsx", "openpyxl")
 
     @property
     def separator(self) -> str:
-        """The separator itself."""
+        """The character between two fields."""
         if self.csv_separator is None:
             return ";" if self.decimal_comma else ","
         return "\t" if self.csv_separator == "tab" else self.csv_separator
 
 
-TABLES = TableOptions()
+PLAIN = Tables()

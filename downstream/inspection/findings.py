@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from PIL import Image
 
 from adpretrain.files import atomic_path
-from downstream.inspection import TABLES, TableOptions
+from downstream.inspection import PLAIN, Tables
 from downstream.inspection.photos import printable
 from downstream.inspection.spreadsheet import write_table
 from downstream.regions import Region, paint
@@ -94,7 +94,7 @@ def run_lengths(region: Region, photo_size: tuple[int, int]) -> tuple[int, ...]:
 
 
 def write_findings(
-    out: Path, photos: Mapping[str, tuple[int, int]], findings: Sequence[Finding], options: TableOptions = TABLES
+    out: Path, photos: Mapping[str, tuple[int, int]], findings: Sequence[Finding], tables: Tables = PLAIN
 ) -> None:
     """Write regions.csv and regions.json below ``out``.
 
@@ -104,14 +104,9 @@ def write_findings(
     strange = sorted({printable(finding.path) for finding in findings if finding.path not in photos})
     if strange:
         raise ValueError(f"regions of photographs without a size: {', '.join(strange[:3])}; give all in `photos`")
-    write_table(out / "regions.csv", COLUMNS, map(row_of_finding, findings), options)
+    write_table(out / "regions.csv", (COLUMNS, findings), tables)
     with atomic_path(out / "regions.json") as temporary, temporary.open("w", encoding="utf-8") as file:
         json.dump(_coco(photos, findings), file, allow_nan=False)
-
-
-def row_of_finding(finding: Finding) -> list[object]:
-    """The row of a finding in regions.csv."""
-    return [getattr(finding, name) for name in COLUMNS]
 
 
 def _coco(photos: Mapping[str, tuple[int, int]], findings: Sequence[Finding]) -> dict[str, list[dict[str, object]]]:

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from adpretrain.data.layouts.detect import PATTERNS, layout_of
-from adpretrain.data.samples import IMAGE_SUFFIXES, is_image
+from adpretrain.data.samples import IMAGE_SUFFIXES, how_to_make_photographs, is_image
 from adpretrain.photographs import FORMATS, find_full_scale, page_count, read_image
 from adpretrain.preprocess import Preprocess
 from downstream.appearance import appearance
@@ -51,6 +51,8 @@ def find_images(folder: Path, exclude: Path | None = None) -> list[Path]:
     the folder to use instead), for masks among the photographs, and if there is no such folder or no image in it.
     """
     if folder.is_file():
+        if how := how_to_make_photographs([folder.suffix.lower()]):
+            raise ValueError(f"{printable(folder)} is not a photograph. {how}")
         return each_page(folder)
     if not folder.is_dir():
         raise ValueError(f"no such folder: {printable(folder)}")
@@ -59,7 +61,9 @@ def find_images(folder: Path, exclude: Path | None = None) -> list[Path]:
         barred = exclude.resolve() if exclude else None
         if barred and folder.resolve().is_relative_to(barred):
             raise ValueError(f"{printable(folder)} lies in the output folder {printable(exclude)}: give another --out")
-        raise ValueError(f"no images in {printable(folder)}; known kinds are {', '.join(IMAGE_SUFFIXES)}")
+        how = how_to_make_photographs({path.suffix.lower() for path in files_below(folder, exclude)})
+        known = f"known kinds are {', '.join(IMAGE_SUFFIXES)}"
+        raise ValueError(f"no images in {printable(folder)}; {known}" + (f". {how}" if how else ""))
     _refuse_data_set(folder)
     _refuse_masks(folder, files)
     return [page for file in files for page in each_page(file)]
@@ -75,7 +79,9 @@ def passed_over(folder: Path, exclude: Path | None = None) -> list[str]:
     if not kinds:
         return []
     listing = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-    return [f"Files in {printable(folder)} without the suffix of a photograph were passed over: {listing}."]
+    how = how_to_make_photographs(kinds)
+    said = f"Files in {printable(folder)} without the suffix of a photograph were passed over: {listing}."
+    return [f"{said} {how}" if how else said]
 
 
 def file_and_page(path: Path) -> tuple[Path, int | None]:

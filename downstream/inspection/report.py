@@ -24,9 +24,10 @@ from PIL import Image
 
 from adpretrain.files import atomic_path
 from downstream.calibration import percent
+from downstream.inspection.findings import Finding
 from downstream.inspection.photos import printable
 from downstream.inspection.results import ANOMALOUS, NORMAL, UNDECIDED, Result, counted
-from downstream.visualise import COLORMAP, photo_and_heatmap
+from downstream.visualise import COLORMAP, MOST_BOXES, photo_and_heatmap
 
 THUMBNAIL = 320  # longest side in pixels
 BUDGET = 32 * 2**20  # bytes of inlined JPEG, which base64 makes a third larger
@@ -66,10 +67,13 @@ def write_report(
     evidence: str = "",
     footer: str = "",
     budget: int = BUDGET,
+    in_brief: str = "",
+    findings: Sequence[Finding] = (),
 ) -> None:
     """Write the page to `path`, beside the results' heatmaps. All texts are plain text and are escaped here.
 
-    `normal_scores` are marked in the histogram. `evidence` is the plot of a `Watch`, an SVG that is put in as it is.
+    `in_brief` says in a few sentences what was found. The cards list their regions among `findings`. `normal_scores`
+    are marked in the histogram. `evidence` is the plot of a `Watch`, an SVG that is put in as it is.
     The pictures of the highest scores are inlined until about `budget` bytes are used, so that the page fits into
     memory, however many results there are.
     """
@@ -89,12 +93,22 @@ def write_report(
         plot=_histogram(results, threshold, normal_scores),
         evidence=evidence,
         results=results,
+        in_brief=in_brief,
+        regions=_by_photograph(findings),
+        most_regions=MOST_BOXES,
         pictures=pictures,
         ramp=",".join(to_hex(colormaps[COLORMAP](at)) for at in np.linspace(0, 1, 9)),
         footer=footer,
     )
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as page:
         page.writelines(map(printable, parts))
+
+
+def _by_photograph(findings: Sequence[Finding]) -> dict[str, list[Finding]]:
+    found: dict[str, list[Finding]] = {}
+    for finding in findings:
+        found.setdefault(finding.path, []).append(finding)
+    return found
 
 
 def _inlined(folder: Path, results: Sequence[Result], budget: int) -> dict[str, list[bytes]]:

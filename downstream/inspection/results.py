@@ -6,9 +6,12 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from downstream.inspection import PLAIN, Tables
 from downstream.inspection.photos import printable
+from downstream.inspection.spreadsheet import write_table
 
 ANOMALOUS, NORMAL, UNDECIDED, UNREADABLE = "anomalous", "normal", "undecided", "unreadable"
 COLUMNS = ("path", "score", "p_value", "verdict", "unlike", "unlike_p_value", "measure", "reason", "regions")
@@ -41,9 +44,9 @@ class Result:
         return f"{printable(self.path)}: {self.judgement}, score {self.score:.4g}{p_value}"
 
 
-def row_of(result: Result) -> list[object]:
-    """The row of a result in scores.csv."""
-    return [getattr(result, name) for name in COLUMNS]
+def write_scores(path: Path, results: Sequence[Result], tables: Tables = PLAIN) -> None:
+    """Write scores.csv, one row per result with `COLUMNS`; None becomes an empty field."""
+    write_table(path, (COLUMNS, results), tables)
 
 
 def counted(results: Sequence[Result]) -> dict[str, int]:

@@ -82,13 +82,26 @@ def stamp(root: Path, path: Path) -> Stamp:
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """A scored batch: its results, how many images have another shape than the normal photographs, how many have values
-    above the full scale, width and height of each, and the regions found."""
+    above the full scale, width and height of each, the regions found, and the sum of the shares that are inspected."""
 
     results: tuple[Result, ...]
     odd_shapes: int = 0
     saturated: int = 0
     sizes: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
+    inspected: float = 0.0
+
+    @classmethod
+    def joined(cls, batches: Sequence[Batch]) -> Batch:
+        """Join the batches of a run."""
+        return cls(
+            tuple(result for batch in batches for result in batch.results),
+            sum(batch.odd_shapes for batch in batches),
+            sum(batch.saturated for batch in batches),
+            {path: size for batch in batches for path, size in batch.sizes.items()},
+            tuple(finding for batch in batches for finding in batch.findings),
+            sum(batch.inspected for batch in batches),
+        )
 
 
 class Record:
@@ -133,7 +146,7 @@ class Record:
                     sizes = {str(path): (int(width), int(height)) for path, (width, height) in line["sizes"].items()}
                     findings = tuple(map(finding_from, line["findings"]))
                     numbers = int(line["odd_shapes"]), int(line["saturated"])
-                    self._batches[images] = Batch(results, *numbers, sizes, findings)
+                    self._batches[images] = Batch(results, *numbers, sizes, findings, float(line["inspected"]))
         except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"cannot read {path} ({error}): leave out --resume to start anew") from error
         return whole

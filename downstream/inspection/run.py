@@ -21,24 +21,19 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 import torch
 
 from adpretrain import __version__
 from adpretrain.extractor import ADExtractor
 from adpretrain.files import atomic_path, sweep
 from adpretrain.progress import Progress
-from downstream.calibration import Calibration, percent
+from downstream.calibration import percent
 from downstream.exchangeability import Watch, plot
-from downstream.inspection import DEFAULTS, TABLES, Options, TableOptions
-from downstream.inspection.findings import COLUMNS as FINDING_COLUMNS
-from downstream.inspection.findings import (
-    Finding,
-    findings_of,
-    row_of_finding,
-    write_findings,
-    write_map,
-    write_mask,
-)
+from downstream.inspection import DEFAULTS, PLAIN, Options, Tables
+from downstream.inspection.facts import facts_of, in_brief, regions_note
+from downstream.inspection.findings import COLUMNS as REGION_COLUMNS
+from downstream.inspection.findings import findings_of, write_findings, write_map, write_mask
 from downstream.inspection.inspector import Inspector, Scored, shape_note
 from downstream.inspection.normals import Map, predict_photos
 from downstream.inspection.photos import (
@@ -59,10 +54,10 @@ from downstream.inspection.results import (
     Result,
     as_dict,
     counted,
-    row_of,
+    write_scores,
 )
 from downstream.inspection.resume import Batch, Record, Stamp, parts, settings_of, stamp
-from downstream.inspection.spreadsheet import write_table, write_xlsx
+from downstream.inspection.spreadsheet import write_workbook
 from downstream.regions import Region
 from downstream.saved import locate_model
 from downstream.terminal import no_progress
@@ -71,7 +66,8 @@ from downstream.visualise import ColourScale, panel, save_png
 # `Inspection.exit_code` chooses between them; --help explains them.
 EXIT_FINE, EXIT_ANOMALY, EXIT_USAGE, EXIT_INCOMPLETE = 0, 1, 2, 3
 SCALE_SAMPLE = 64  # images that fix the colour scale if the normals cannot
-SUMMARY, HEATMAPS, MASKS, MAPS = "summary.json", "heatmaps", "masks", "maps"  # in the output folder
+# In the output folder:
+SUMMARY, HEATMAPS, MASKS, MAPS, WORKBOOK = "summary.json", "heatmaps", "masks", "maps", "scores.xlsx"
 
 
 @dataclass(frozen=True)
@@ -136,21 +132,23 @@ def score_folder(
     resume: bool = False,
     detector: str | os.PathLike[str] | None = None,
     image_size: int | None = None,
+    tables: Tables = PLAIN,
     at: Path | None = None,
-    tables: TableOptions = TABLES,
     share: Share = ALONE,
 ) -> Inspection:
     """Score every image below `images` against the normal photographs in `normal`.
 
     `extractor`, `weights`, `revision` and `image_size` are those of `ADExtractor.from_pretrained`. `detector` is a
     fitted detector (a folder, or "org/name" on the Hub) to score with instead; the normal photographs, which it must
-    not have seen, calibrate it.
-    Writes out/scores.csv, out/heatmaps/*.png, out/report.html and, last, out/summary.json, which marks a complete run.
+    not have seen, calibrate it. `tables` says how scores.csv and regions.csv are written.
+    Writes out/scores.csv, out/regions.csv, out/heatmaps/*.png, out/report.html and, last, out/summary.json, which marks
+    a complete run.
     Until then out/scores.part.jsonl records what has been scored; `resume` continues an interrupted run from there and
     writes the same files as an uninterrupted one (`downstream.inspection.resume`).
 
-    `tables` says how the tables are written. `share` is that of this process, if several score the same folder; all but
-    the first return an inspection without results.
+    `at` is a saved inspector (`downstream.inspection.product`) to score with instead, with its own options; `normal` is
+    then None. `share` is that of this process, if several score the same folder; all but the first return an inspection
+    without results.
 
     Raises ValueError for input that makes the whole run meaningless, or if the run to resume had other settings;
     OSError if `out` cannot be written.
@@ -183,52 +181,54 @@ def score_folder(
             inspector = Inspector.from_detector(folder, *given, weights, progress)
     (out / SUMMARY).unlink(missing_ok=True)
     with record:
-        scores = score_images(inspector, images, paths, record, progress, share)
-    if scores is None:
+        whole, more_warnings = score_images(inspector, images, paths, record, progress, share)
+    if share.rank > 0:
         return Inspection([], {}, out)
-    results = scores.results
-    warnings = [*inspector.warnings, *scores.notes, *_copies_note(results), *foreign]
+    results, counts = list(whole.results), counted(whole.results)
+    quiet = regions_note(results, options.threshold is None)
+    warnings = [*inspector.warnings, *more_warnings, *quiet, *_copies_note(results), *foreign]
     watch = _watch(inspector, results)
-    drift = [*_drift_note(inspector, results), *_change_note(watch, results)]
+    many, changed = _drift_note(inspector, results), _change_note(watch, results)
     summary: dict[str, Any] = {
         kind: printable(name),
         "normal": printable(normal or name),
         "images_folder": printable(images),
     }
-    summary |= _summary(inspector, results, [*drift, *warnings]) | {"more_alarms_than_promised": bool(drift)}
+    summary |= _summary(inspector, whole, [*many, *changed, *warnings])
+    summary |= {"more_alarms_than_promised": bool(many), "photographs_changed": bool(changed)}
+    summary["in_brief"] = printable(in_brief(inspector, counts, results, bool(many), bool(changed)))
+    summary["files"] |= {"workbook": WORKBOOK} if tables.xlsx else {}
     summary["seconds"] = round(time.perf_counter() - started, 3)
     about = Fact(kind.capitalize(), printable(name), inspector.description)
-    _write_tables(out, scores, tables)
-    _write(out, inspector, results, summary, about, f"Inspection of {images.resolve().name}", watch)
+    _write(out, inspector, whole, summary, about, f"Inspection of {images.resolve().name}", watch, tables)
     record.finish()
     return Inspection(results, summary, out)
-
-
-def _write_tables(out: Path, scores: Scores, tables: TableOptions) -> None:
-    rows = [row_of(result) for result in scores.results]
-    write_table(out / "scores.csv", COLUMNS, rows, tables)
-    write_findings(out, scores.sizes, scores.findings, tables)
-    if tables.xlsx:
-        regions = FINDING_COLUMNS, map(row_of_finding, scores.findings)
-        write_xlsx(out / "scores.xlsx", {"scores": (COLUMNS, rows), "regions": regions})
 
 
 def _write(
     out: Path,
     inspector: Inspector,
-    results: Sequence[Result],
+    whole: Batch,
     summary: Mapping[str, Any],
     about: Fact,
     title: str,
     watch: Watch | None,
+    tables: Tables,
 ) -> None:
-    """Write the report and, last, the summary, which marks a complete run."""
+    """Write scores, regions, report and, last, the summary, which marks a complete run."""
+    results = whole.results
+    write_scores(out / "scores.csv", results, tables)
+    write_findings(out, whole.sizes, whole.findings, tables)
+    if tables.xlsx:
+        write_workbook(out / WORKBOOK, {"scores": (COLUMNS, results), "regions": (REGION_COLUMNS, whole.findings)})
     write_report(
         out / "report.html",
         results,
         title=title,
         where=f"{summary['images_folder']} compared with {summary['normal']}",
-        facts=[*_facts(inspector, results), about],
+        facts=[*facts_of(inspector, summary["counts"], summary["regions"], summary["inspected_share"]), about],
+        in_brief=summary["in_brief"],
+        findings=whole.findings,
         warnings=summary["warnings"],
         threshold=inspector.threshold,
         evidence=plot(watch) if watch is not None and len(watch) else "",
@@ -276,16 +276,6 @@ def _remove(out: Path, heatmap: str) -> None:
         file.unlink(missing_ok=True)
 
 
-@dataclass(frozen=True)
-class Scores:
-    """The results and findings of a run in the order of the images, width and height of each, and warnings."""
-
-    results: list[Result]
-    findings: list[Finding]
-    sizes: dict[str, tuple[int, int]]
-    notes: list[str]
-
-
 def score_images(
     inspector: Inspector,
     root: Path,
@@ -293,12 +283,13 @@ def score_images(
     record: Record,
     progress: Progress = no_progress,
     share: Share = ALONE,
-) -> Scores | None:
-    """Score `paths` and save a panel for each; None for all processes but the first, which gathers what all recorded.
+) -> tuple[Batch, list[str]]:
+    """Score `paths` and save a panel for each; return all as one batch, in the order of `paths`, and warnings.
 
     Panels are written below the record's folder. Batches in the record are taken from it; the others are scored and
-    added to it. A photograph that is blank or has no finite score counts as unreadable. Raises ValueError if another
-    process has ended before its share was done; the same run with `resume` goes on.
+    added to it. A photograph that is blank or has no finite score counts as unreadable. Of several processes, each
+    scores its ``share``, and only the first returns the others' too. Raises ValueError if one has ended before its
+    share was done; the same run with `resume` goes on.
     """
     names, images = picture_names(root, paths), [stamp(root, path) for path in paths]
     scale = inspector.scale or _scale_of_sample(inspector, paths, images, record)
@@ -325,26 +316,19 @@ def score_images(
         batches[number] = batch
         done += len(batch.results)
         progress("scoring", done, len(paths))
-    if share.processes > 1:
-        share.wait()
-        if share.rank > 0:
-            return None
+    share.wait()
+    if share.processes > 1 and share.rank == 0:
         record.read()
         batches = recorded()
     found = [batch for batch in batches if batch is not None]
-    if len(found) < len(batches):
-        raise ValueError(
-            f"{len(batches) - len(found)} batches were not scored, as a process ended: go on with --resume"
-        )
-    return Scores(
-        [result for batch in found for result in batch.results],
-        [finding for batch in found for finding in batch.findings],
-        {path: size for batch in found for path, size in batch.sizes.items()},
-        [
-            *shape_note(sum(batch.odd_shapes for batch in found), len(paths)),
-            *_saturation_note(sum(batch.saturated for batch in found), len(paths), inspector.reader.full_scale),
-        ],
-    )
+    if share.rank == 0 and len(found) < len(batches):
+        missing = len(batches) - len(found)
+        raise ValueError(f"{missing} batches were not scored, because a process has ended: go on with --resume")
+    whole = Batch.joined(found)
+    return whole, [
+        *shape_note(whole.odd_shapes, len(paths)),
+        *_saturation_note(whole.saturated, len(paths), inspector.reader.full_scale),
+    ]
 
 
 def _score_batch(
@@ -392,6 +376,7 @@ def _score_batch(
             for scored, result, regions in drawn
             for finding in findings_of(result.path, regions, scored.photo.size)
         ),
+        math.fsum(1 - float(np.isnan(scored.map_HW).mean()) for scored, _, _ in drawn),
     )
 
 
@@ -499,8 +484,8 @@ def _saturation_note(saturated: int, total: int, full_scale: float | None) -> li
     return [f"{saturated} of {total} images hold values above {limit}: everything brighter looks white."]
 
 
-def _summary(inspector: Inspector, results: Sequence[Result], warnings: Sequence[str]) -> dict[str, Any]:
-    calibration, options = inspector.calibration, inspector.options
+def _summary(inspector: Inspector, whole: Batch, warnings: Sequence[str]) -> dict[str, Any]:
+    calibration, options, results = inspector.calibration, inspector.options, whole.results
     promised = calibration if options.threshold is None else None
     return {
         "references": inspector.references,
@@ -517,6 +502,9 @@ def _summary(inspector: Inspector, results: Sequence[Result], warnings: Sequence
         "pixel_limit": inspector.pixel_limit,
         "pixels_per_cell": [round(side, 2) for side in inspector.cell],
         "regions": sum(result.regions or 0 for result in results),
+        "region_of_interest": None if options.roi is None else printable(options.roi),
+        "ignored_border": options.ignore_border,
+        "inspected_share": round(whole.inspected / len(whole.sizes), 4) if whole.sizes else None,
         "full_scale": inspector.reader.full_scale,
         "counts": counted(results),
         "warnings": [printable(warning) for warning in warnings],
@@ -535,47 +523,3 @@ def _summary(inspector: Inspector, results: Sequence[Result], warnings: Sequence
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _facts(inspector: Inspector, results: Sequence[Result]) -> list[Fact]:
-    calibration, options = inspector.calibration, inspector.options
-    threshold = "none" if inspector.threshold is None else f"{inspector.threshold:.4g}"
-    origin = "given by the user" if options.threshold is not None else "from normal photographs only"
-    # This explains why a heatmap can have outlines although the verdict is normal.
-    origin += f"; a score is {inspector.score_is}"
-    beyond = calibration.unlike_threshold if calibration else math.inf
-    limit = f"above {beyond:.3g}" if math.isfinite(beyond) else "not judged"
-    calibrated = len(calibration.scores) if calibration else 0
-    verdicts = ", ".join(f"{n} {verdict}" for verdict, n in counted(results).items() if n)
-    used = f"as references; {calibrated} calibrate the threshold" if inspector.references else "calibrate the threshold"
-    return [
-        Fact("Images", str(len(results)), verdicts),
-        Fact("Threshold", threshold, origin if inspector.threshold is not None else "one reference cannot give one"),
-        Fact("Unlike the normals", limit, "brightness, contrast, colour, sharpness, layout; in units of their spread"),
-        _rate_fact(calibration if options.threshold is None else None, options.false_alarm_rate),
-        _region_fact(inspector, results),
-        Fact(
-            "Detail",
-            "{:.0f} x {:.0f} px".format(*inspector.cell),
-            "of a photograph in one cell of the finest features; much smaller marks are not seen",
-        ),
-        Fact("Normal photographs", str(inspector.references or calibrated), used),
-    ]
-
-
-def _region_fact(inspector: Inspector, results: Sequence[Result]) -> Fact:
-    count, limit = sum(result.regions or 0 for result in results), inspector.pixel_limit
-    if limit is None:
-        return Fact("Regions", "none", "one normal photograph gives no limit for map values")
-    rate = percent(inspector.calibration.rate if inspector.calibration else inspector.options.false_alarm_rate)
-    note = f"where the map exceeds {limit:.4g}, as in {rate} of normal photographs at most; listed in regions.csv"
-    return Fact("Regions", str(count), note)
-
-
-def _rate_fact(calibration: Calibration | None, asked: float) -> Fact:
-    if calibration is None:
-        return Fact("False-alarm rate", "not known", "no calibrated threshold")
-    note = f"on average; for these photographs up to {percent(calibration.rate_upper)} (95 % confidence)"
-    if calibration.rate > asked + 1e-9:
-        note = f"{percent(asked)} was asked; {note}"
-    return Fact("Promised false-alarm rate", percent(calibration.rate), note)

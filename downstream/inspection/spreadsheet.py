@@ -1,64 +1,75 @@
-"""Tables of results as CSV files, in the form that spreadsheets of different countries read, and as an Excel file."""
+"""Tables of a run as files that a spreadsheet opens: CSV in the reader's own notation, and a workbook (XLSX)."""
 
 from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
-from adpretrain.extras import need
 from adpretrain.files import atomic_path
-from downstream.inspection import TABLES, TableOptions
+from downstream.inspection import PLAIN, Tables
+from downstream.inspection.photos import printable
 
-FORMULA = ("=", "+", "-", "@")  # a cell that begins so could be run as a formula
-Row = Sequence[object]
-
-
-def write_table(path: Path, columns: Sequence[str], rows: Iterable[Row], options: TableOptions = TABLES) -> None:
-    """Write a CSV file, one line for each row; None becomes an empty field."""
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        file.write(b"\xef\xbb\xbf" if options.bom else b"")
-        file.write(table_line(columns, options))
-        file.writelines(table_line(row, options) for row in rows)
+Table = tuple[Sequence[str], Iterable[object]]  # the columns, and objects with an attribute for each of them
+BOM = "\ufeff".encode()
+SHEET_ROWS = 2**20 - 1  # that a sheet holds below its header
+_NO_XML = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")  # characters that a workbook cannot hold
 
 
-def table_line(row: Row, options: TableOptions = TABLES) -> bytes:
-    """One line of a CSV file, with its end."""
+def csv_row(values: Iterable[object], tables: Tables = PLAIN) -> bytes:
+    """Return one row with its end of line; None becomes an empty field."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n", delimiter=options.separator)
-    writer.writerow("" if value is None else _field(value, options) for value in row)
+    writer = csv.writer(text, delimiter=tables.separator, lineterminator="\n")
+    writer.writerow([_field(value, tables) for value in values])
     # surrogateescape writes the original bytes of a file name that is not UTF-8, so that scripts find the file.
     return text.getvalue().encode("utf-8", errors="surrogateescape")
 
 
-def _field(value: object, options: TableOptions) -> object:
-    return repr(value).replace(".", ",") if options.decimal_comma and isinstance(value, float) else value
+def _field(value: object, tables: Tables) -> object:
+    if tables.decimal_comma and isinstance(value, float):
+        return repr(value).replace(".", ",")
+    return "" if value is None else value
 
 
-def write_xlsx(path: Path, sheets: Mapping[str, tuple[Sequence[str], Iterable[Row]]]) -> None:
-    """Write an Excel file with a sheet of columns and rows for each name. Texts stay texts, never formulas.
+def write_table(path: Path, table: Table, tables: Tables = PLAIN) -> None:
+    """Write a CSV file: the names of the columns, then a row for each object."""
+    columns, rows = table
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        file.write(BOM if tables.bom else b"")
+        file.write(csv_row(columns, tables))
+        file.writelines(csv_row((getattr(row, name) for name in columns), tables) for row in rows)
 
-    Raises ValueError if openpyxl, of the extra `xlsx`, is missing.
+
+def write_workbook(path: Path, sheets: Mapping[str, Table]) -> None:
+    """Write an XLSX file with a sheet for each table. Numbers are numbers, and every other cell is text, also one that
+    begins like a formula (= + - @). A table that is longer than a sheet goes on in the next one, such as "regions 2".
     """
-    need("xlsx", "openpyxl")
-    import openpyxl  # type: ignore[import-untyped]
-    from openpyxl.cell import WriteOnlyCell  # type: ignore[import-untyped]
+    from openpyxl import Workbook
 
-    book = openpyxl.Workbook(write_only=True)
+    book = Workbook(write_only=True)
     for name, (columns, rows) in sheets.items():
-        sheet = book.create_sheet(name)
-        sheet.append(list(columns))
-        for row in rows:
-            cells = [WriteOnlyCell(sheet, _plain(value) if isinstance(value, str) else value) for value in row]
-            for cell in cells:
-                if isinstance(cell.value, str) and cell.value.startswith(FORMULA):
-                    cell.data_type = "s"
-            sheet.append(cells)
+        left, part = iter(rows), 1
+        while (chunk := list(islice(left, SHEET_ROWS))) or part == 1:
+            sheet = book.create_sheet(name if part == 1 else f"{name} {part}")
+            sheet.freeze_panes = "A2"
+            sheet.append(list(columns))
+            for row in chunk:
+                sheet.append([_cell(sheet, getattr(row, column)) for column in columns])
+            part += 1
     with atomic_path(path) as temporary:
         book.save(temporary)
 
 
-def _plain(text: str) -> str:
-    """A text that Excel files can hold: valid Unicode without control characters."""
-    return "".join(character if character.isprintable() else "?" for character in text)
+def _cell(sheet: Any, value: object) -> Any:
+    if not isinstance(value, str):
+        return value
+    from openpyxl.cell import WriteOnlyCell
+
+    cell = WriteOnlyCell(sheet, _NO_XML.sub("�", printable(value)))
+    cell.data_type = "s"  # openpyxl takes a text that begins with = for a formula
+    cell.quotePrefix = value[:1] in ("=", "+", "-", "@")  # nor does a spreadsheet when the cell is edited
+    return cell

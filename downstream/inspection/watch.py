@@ -27,10 +27,10 @@ from adpretrain.files import sweep
 from downstream.inspection.camera import take
 from downstream.inspection.inspector import Inspector
 from downstream.inspection.photos import Photo, each_page, files_below, printable, relative_name
-from downstream.inspection.results import COLUMNS, Result, row_of
+from downstream.inspection.results import COLUMNS, Result
 from downstream.inspection.resume import Stamp, result_from, stamp
 from downstream.inspection.run import HEATMAPS, picture_name
-from downstream.inspection.spreadsheet import table_line, write_table
+from downstream.inspection.spreadsheet import csv_row, write_table
 from downstream.visualise import save_png
 
 JOURNAL, SCORES = "journal.jsonl", "scores.csv"
@@ -152,7 +152,7 @@ class Journal:
             sweep(out)
             sweep(out / HEATMAPS)
             earlier = self._replay({"version": 1, "folder": printable(folder.resolve())})
-            write_table(out / SCORES, COLUMNS, map(row_of, earlier))
+            write_table(out / SCORES, (COLUMNS, earlier))
         except BaseException:
             self._file.close()
             raise
@@ -218,7 +218,7 @@ class Journal:
         line |= {"results": [dataclasses.asdict(result) for result in results]}
         self._write(line)
         self._remember(line)
-        self._scores.writelines(table_line(row_of(result)) for result in results)
+        self._scores.writelines(csv_row(getattr(result, name) for name in COLUMNS) for result in results)
         self._scores.flush()
 
     def _write(self, line: dict[str, Any]) -> None:

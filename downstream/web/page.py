@@ -18,7 +18,7 @@ from PIL import Image
 
 from adpretrain.extractor import ADExtractor
 from downstream.inspection.report import TEMPLATES
-from downstream.inspection.results import COLUMNS, counted, row_of
+from downstream.inspection.results import COLUMNS, counted
 from downstream.inspection.spreadsheet import write_table
 from downstream.visualise import colour_bar
 from downstream.web.session import (
@@ -125,7 +125,7 @@ class Desk:
     def _shown(self, scored: Scored, chosen: int, rate: float) -> list[Any]:
         found = verdicts(scored, _share(rate))
         csv = Path(tempfile.mkdtemp(dir=self.folder, prefix="scores-")) / "scores.csv"
-        write_table(csv, COLUMNS, map(row_of, found.results))
+        write_table(csv, (COLUMNS, found.results))
         shown = summary(scored, found), notes(found.warnings), table(scored, found, chosen)
         return [*shown, viewer(scored, found, chosen), str(csv)]
 
@@ -169,8 +169,10 @@ def viewer(scored: Scored, found: Verdicts, chosen: int) -> str:
     """Render the chosen photograph, its heatmap over it (the CSS variable --heat is its opacity), and the legend."""
     legend = io.BytesIO()
     colour_bar(found.scale, 480).save(legend, "PNG")
-    photo, heat = scored.shots[chosen].photo, heatmap(scored, chosen, found.scale)
-    return str(FRAGMENTS.viewer(chosen, found.results[chosen], found.threshold, photo, heat, legend.getvalue()))
+    photo, heat = scored.shots[chosen].photo, heatmap(scored, chosen, found)
+    limits = found.threshold, found.pixel_limit
+    pictures = photo, heat, legend.getvalue()
+    return str(FRAGMENTS.viewer(chosen, found.results[chosen], limits, found.regions[chosen], pictures))
 
 
 def build_page(desk: Desk) -> gr.Blocks:

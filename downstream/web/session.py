@@ -9,6 +9,7 @@ Shape legend: S = the network's input side.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import math
 import re
@@ -29,11 +30,13 @@ from adpretrain.progress import Progress
 from downstream.appearance import Unlike
 from downstream.calibration import Calibration, calibrate
 from downstream.inspection import Options
+from downstream.inspection.facts import regions_note
 from downstream.inspection.inspector import Inspector, judge, shape_note
 from downstream.inspection.photos import Photo, Unreadable, prepare_photo
 from downstream.inspection.results import UNREADABLE, Result
+from downstream.regions import Box, Region, find_regions
 from downstream.terminal import no_progress
-from downstream.visualise import ColourScale, overlay
+from downstream.visualise import ColourScale, numbered, overlay
 
 MEGA = 10**6
 FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")  # Pillow's names
@@ -160,6 +163,8 @@ class Shot:
     photo: bytes | None = None
     reason: str = ""
     unlike: Unlike | None = None
+    size: tuple[int, int] = (0, 0)  # width and height of the photograph in pixels
+    seen: Box | None = None  # the part of it that the network sees, and ``photo`` shows
 
 
 @dataclass(frozen=True)
@@ -183,6 +188,8 @@ class Verdicts:
     calibration: Calibration | None
     scale: ColourScale
     warnings: tuple[str, ...]
+    pixel_limit: float | None  # map values above it make regions; None if there is only one good photograph
+    regions: tuple[list[Region], ...]  # of each result, the highest peak first
 
     @property
     def threshold(self) -> float | None:
@@ -224,7 +231,8 @@ def score_uploads(
                 shots.append(Shot(str(one.path), reason=one.reason))
                 continue
             photo, map_SS = jpeg(one.photo.shown), one.map_HW.astype(np.float32)
-            shots.append(Shot(str(one.photo.path), one.score, map_SS, photo, unlike=one.unlike))
+            where = one.photo.size, one.photo.seen
+            shots.append(Shot(str(one.photo.path), one.score, map_SS, photo, "", one.unlike, *where))
             odd += inspector.has_odd_shape(one.photo)
     progress("scoring", len(new), len(new))
     maps = [shot.map_SS for shot in shots if shot.map_SS is not None]
@@ -244,26 +252,38 @@ def verdicts(scored: Scored, rate: float) -> Verdicts:
     unlike = scored.normal_unlike, ()
     calibration = calibrate(scored.normal_scores, rate, unlike=unlike) if scored.normal_scores else None
     threshold = calibration.threshold if calibration else None
+    limit = calibrate(scored.normal_peaks, rate).threshold if scored.normal_peaks else None
+    regions = tuple(_regions(shot, limit) for shot in scored.shots)
     results = [
         Result(shot.name, None, None, UNREADABLE, reason=shot.reason)
         if shot.score is None or shot.unlike is None
-        else judge(shot.name, shot.score, shot.unlike, calibration, threshold)
-        for shot in scored.shots
+        else dataclasses.replace(judge(shot.name, shot.score, shot.unlike, calibration, threshold), regions=len(found))
+        for shot, found in zip(scored.shots, regions, strict=True)
     ]
     return Verdicts(
         results=tuple(results),
         calibration=calibration,
-        scale=scored.scale.with_limit(calibrate(scored.normal_peaks, rate).threshold if calibration else None),
-        warnings=(*(calibration.warnings if calibration else (SINGLE,)), *scored.notes),
+        scale=scored.scale.with_limit(limit),
+        warnings=(*(calibration.warnings if calibration else (SINGLE,)), *scored.notes, *regions_note(results, True)),
+        pixel_limit=limit,
+        regions=regions,
     )
 
 
-def heatmap(scored: Scored, place: int, scale: ColourScale) -> bytes | None:
-    """Draw the heatmap over photograph number ``place``, as a JPEG of its size; None if it could not be read."""
+def _regions(shot: Shot, limit: float | None) -> list[Region]:
+    if shot.map_SS is None or limit is None:
+        return []
+    return find_regions(shot.map_SS, limit, shot.size, shot.seen)
+
+
+def heatmap(scored: Scored, place: int, found: Verdicts) -> bytes | None:
+    """Draw the heatmap, with the numbered regions, over photograph number ``place``, as a JPEG of its size; None if it
+    could not be read."""
     shot = scored.shots[place]
     if shot.photo is None or shot.map_SS is None:
         return None
-    return jpeg(overlay(Image.open(io.BytesIO(shot.photo)), shot.map_SS, scale))
+    drawn = overlay(Image.open(io.BytesIO(shot.photo)), shot.map_SS, found.scale)
+    return jpeg(numbered(drawn, found.regions[place], shot.seen))
 
 
 def jpeg(picture: Image.Image, longest: int | None = None) -> bytes:

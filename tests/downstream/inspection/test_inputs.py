@@ -80,6 +80,24 @@ def test_the_product_folder_among_the_faults_is_refused() -> None:
         find_images(FAULTS / "mvtec_root" / "tile part A")
 
 
+def test_videos_and_raw_files_are_told_with_the_remedy(write_tiles: Write, tmp_path: Path) -> None:
+    (tmp_path / "clips").mkdir()
+    for name in ("a.MP4", "b.mov", "c.NEF", "notes.txt"):
+        (tmp_path / "clips" / name).write_bytes(b"\0" * 64)
+    frames, export = r"ffmpeg -i clip\.mov frames/%06d\.png", r"raw files \(\.nef\) .* export them as TIFF or PNG"
+    with pytest.raises(ValueError, match=rf"no images in .*Videos \(\.mov, \.mp4\) .*{frames}.*{export}"):
+        find_images(tmp_path / "clips")
+    with pytest.raises(ValueError, match=r"c\.NEF is not a photograph\. A camera's raw files"):
+        find_images(tmp_path / "clips" / "c.NEF")
+    tile(0).save(tmp_path / "clips" / "d.png")
+    (note,) = passed_over(tmp_path / "clips")
+    assert "passed over: 1 .mov, 1 .mp4, 1 .nef, 1 .txt. Videos (.mov, .mp4) become" in note
+    (tmp_path / "clips" / "b.mov").unlink()
+    (tmp_path / "clips" / "a.MP4").unlink()
+    (tmp_path / "clips" / "c.NEF").unlink()
+    assert passed_over(tmp_path / "clips")[0].endswith("passed over: 1 .txt.")
+
+
 def test_copies_neither_calibrate_nor_are_judged(write_tiles: Write, score: Callable[..., int], tmp_path: Path) -> None:
     """Under other names, as other lossless formats, and twice in the same folder."""
     normal, images = write_tiles("normal", range(6)), write_tiles("line", range(10, 12))
@@ -195,7 +213,7 @@ def test_links_are_followed_once_and_other_files_are_counted(write_tiles: Write,
     names = [path.relative_to(images).as_posix() for path in find_images(images)]
     assert names == ["day2/tile_5.png", "day2/tile_6.png", "tile_0.png", "tile_1.png"]
     (told,) = passed_over(images)
-    assert told.endswith("were passed over: 1 .arw, 1 .txt, 1 without suffix.")
+    assert "were passed over: 1 .arw, 1 .txt, 1 without suffix. A camera's raw files (.arw) become" in told
     assert passed_over(elsewhere / "tile_5.png") == []
 
 

@@ -260,6 +260,6 @@ def test_the_command_exports_a_fitted_detector(
     inspector = Inspector.from_detector(tmp_path / "fit", torch.device("cpu"), further, options=options)
     assert float(told["threshold"]) == inspector.threshold
     assert 0 < float(told["promised_false_alarm_rate"]) <= 0.2
-    images = torch.stack([inspector.preprocess(read_image(path)) for path in find_images(normal)])
+    images = torch.stack([inspector.reader.preprocess(read_image(path)) for path in find_images(normal)])
     scores = session.run(["scores"], {"images": images.numpy()})[0]
     np.testing.assert_allclose(scores, inspector.detector.predict(images).scores, rtol=1e-4, atol=1e-4)

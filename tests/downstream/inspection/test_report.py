@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from downstream.inspection.findings import Finding
 from downstream.inspection.report import Fact, write_report
 from downstream.inspection.results import ANOMALOUS, NORMAL, UNREADABLE, Result
 from downstream.visualise import ColourScale, panel, save_png
@@ -22,8 +23,8 @@ needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PAT
 
 RESULTS = [
     Result("b/tile10.png", 0.5, 0.6, NORMAL, "heatmaps/b_tile10.png"),
-    Result("b/tile9.png", 2.5, 0.2, ANOMALOUS, "heatmaps/b_tile9.png"),
-    Result(EVIL, 1.5, 0.4, ANOMALOUS, "heatmaps/evil.png"),
+    Result("b/tile9.png", 2.5, 0.2, ANOMALOUS, "heatmaps/b_tile9.png", regions=24),
+    Result(EVIL, 1.5, 0.4, ANOMALOUS, "heatmaps/evil.png", regions=0),
     Result("a/cut.png", None, None, UNREADABLE, reason="cannot read <b>a/cut.png</b>"),
 ]
 
@@ -35,9 +36,14 @@ def make_report(folder: Path, budget: int = 2**20) -> Path:
             photo = Image.new("RGB", (60, 40), (90, 120, 150))
             save_png(panel(photo, np.zeros((8, 8)), ColourScale(0, 1, 2), title="t"), folder / result.heatmap)
     path = folder / "report.html"
+    sizes = [(2048.4, 5.121)] + [(64.0, None)] * 23
+    findings = [
+        Finding("b/tile9.png", number, 0, 0, 9, 9, px, mm2, 3.25 - number / 100, 1.0, 4, 4, (0, 81))
+        for number, (px, mm2) in enumerate(sizes, start=1)
+    ]
     facts = [Fact("Extractor", "<script>document.title=2</script>", "a & b")]
     texts = ("T", "<u>w</u>", facts, ["few <i>photos</i>"], 1.0, [0.3, 0.7], "made by us")
-    write_report(path, RESULTS, *texts, budget=budget)
+    write_report(path, RESULTS, *texts, budget=budget, in_brief="2 look <b>bad</b>.", findings=findings)
     return path
 
 
@@ -72,6 +78,9 @@ def test_names_and_texts_are_escaped(tmp_path: Path) -> None:
     assert not any("onerror" in attributes for _, attributes in elements.tags)
     assert [tag for tag, _ in elements.tags].count("script") == 1
     assert not any(tag == "u" for tag, _ in elements.tags)
+    assert '<p class="brief">2 look &lt;b&gt;bad&lt;/b&gt;.</p>' in page
+    assert "<span>24 regions</span>" in page
+    assert "<span>no region</span>" in page
     assert "few &lt;i&gt;photos&lt;/i&gt;" in page
     assert "p: share of the normal photographs, and the image itself" in page  # what the cards' p is
     assert "cannot read &lt;b&gt;a/cut.png" in page
@@ -113,6 +122,25 @@ def test_sorting_and_filtering_in_the_browser(tmp_path: Path, fragment: str, exp
     assert visible == expected
     assert f"{len(expected)} of 4 shown" in page
     assert "<title>T</title>" in page  # no script from a file name has run
+
+
+@needs_chromium
+def test_an_enlarged_photograph_lists_its_regions(tmp_path: Path) -> None:
+    """The largest 20, as many as the picture shows; those of another photograph vanish when it is left."""
+    path, listed = make_report(tmp_path), []
+    script = "document.querySelector('[data-name=\"b/tile9.png\"] .look').click();"
+    for steps in ("", "byId('next').click();"):
+        probe = (
+            "document.body.dataset.listed = [...document.querySelectorAll('#zoom-regions tr')].map(row => "
+            "[...row.children].map(cell => cell.innerText).join()).join(';');"
+        )
+        text = path.read_text(encoding="utf-8").replace("\nrestore();\n", f"\nrestore();{script}{steps}{probe}\n")
+        (tmp_path / "open.html").write_text(text, encoding="utf-8")
+        page = dump((tmp_path / "open.html").as_uri(), tmp_path / "profile")
+        listed.append(re.findall('data-listed="(.*?)"', page)[0].split(";"))
+    assert listed[0][:3] == ["Region,Area,Peak", "1,5.12 mm²,3.24", "2,64 px,3.23"]
+    assert listed[0][-2:] == ["20,64 px,3.05", "and 4 more in regions.csv"]
+    assert listed[1] == [""]
 
 
 @needs_chromium

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
+import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,11 +15,11 @@ from PIL import Image
 
 from adpretrain.extractor import ADExtractor
 from downstream.inspection import Options
+from downstream.inspection.facts import regions_note
 from downstream.inspection.inspector import Inspector
-from downstream.inspection.results import ANOMALOUS, COLUMNS, NORMAL, UNDECIDED, UNREADABLE, row_of
+from downstream.inspection.results import ANOMALOUS, NORMAL, UNDECIDED, UNREADABLE, write_scores
 from downstream.inspection.resume import Record
 from downstream.inspection.run import score_images
-from downstream.inspection.spreadsheet import write_table
 from downstream.web import page as showing
 from downstream.web.page import EXAMPLES
 from downstream.web.session import SINGLE, Scored, Upload, heatmap, score_uploads, uploads, verdicts
@@ -44,17 +46,20 @@ def test_every_rate_gives_what_a_fresh_run_gives(
         found = verdicts(scored, rate)
         inspector = Inspector.from_folder(extractor, CPU, good, options=Options(rate))
         with Record(tmp_path, {}, resume=False) as record:
-            scores = score_images(inspector, new, sorted(new.iterdir()), record)
-        assert scores is not None
-        results = scores.results
+            whole, _ = score_images(inspector, new, sorted(new.iterdir()), record)
+        results = whole.results
         assert [result.path for result in found.results] == [result.path for result in results]
         assert [result.verdict for result in found.results] == [result.verdict for result in results]
         assert [result.p_value for result in found.results] == [result.p_value for result in results]
+        assert [result.regions for result in found.results] == [result.regions for result in results]
+        assert found.pixel_limit == pytest.approx(inspector.pixel_limit, rel=1e-6)
+        boxes = [region.box for regions in found.regions for region in regions]
+        assert boxes == [(one.left, one.top, one.right, one.bottom) for one in whole.findings]
         np.testing.assert_allclose([r.score for r in found.results], [r.score for r in results], rtol=1e-6)
         assert found.threshold == pytest.approx(inspector.threshold, rel=1e-6)
         assert found.scale.limit == pytest.approx(inspector.scale.limit, rel=1e-6)
         assert found.scale.high == pytest.approx(inspector.scale.high, rel=1e-6)
-        assert found.warnings == inspector.warnings
+        assert found.warnings == (*inspector.warnings, *regions_note(results, promised=True))
         assert {r.verdict for r in found.results if r.path.startswith("blob")} == {ANOMALOUS}
 
 
@@ -63,10 +68,31 @@ def test_the_table_is_that_of_the_command(
 ) -> None:
     scored = scored_of(extractor, write_tiles("good", range(3)), write_tiles("new", range(10, 13)))
     found = verdicts(scored, 0.25)
-    write_table(tmp_path / "ours.csv", COLUMNS, map(row_of, found.results))
+    write_scores(tmp_path / "ours.csv", found.results)
     rows = list(csv.DictReader((tmp_path / "ours.csv").open(encoding="utf-8")))
     assert [row["path"] for row in rows] == ["tile_10.png", "tile_11.png", "tile_12.png"]
     assert [float(row["score"]) for row in rows] == [result.score for result in found.results]
+
+
+def test_regions_are_drawn_counted_and_told(extractor: ADExtractor, write_tiles: Callable[..., Path]) -> None:
+    scored = scored_of(extractor, write_tiles("good", range(5)), write_tiles("new", range(20, 22), blob=True))
+    found = verdicts(scored, 0.2)
+    first = found.regions[0]
+    assert first
+    assert f'<td class="ad-regions">{len(first)}</td>' in showing.table(scored, found, 0)
+    area = f"{first[0].area:.0f} px"
+    assert f"above the limit {found.pixel_limit:.4g}; the highest peak is" in showing.viewer(scored, found, 0)
+    assert area in showing.viewer(scored, found, 0)
+    # Without its regions the picture differs, and only around the boxes (JPEG: blocks of 8 or 16 pixels).
+    bare = dataclasses.replace(found, regions=([],) * len(found.regions))
+    pictures = [Image.open(io.BytesIO(heatmap(scored, 0, one))) for one in (found, bare)]
+    differing = np.abs(np.subtract(*(np.asarray(one, dtype=int) for one in pictures))).max(axis=2) > 24
+    assert differing.any()
+    zoom = pictures[0].width / scored.shots[0].size[0]
+    lefts, tops, rights, bottoms = (np.multiply(sides, zoom) for sides in zip(*(one.box for one in first), strict=True))
+    rows, columns = np.nonzero(differing)
+    assert min(lefts) - 16 <= columns.min() <= columns.max() <= max(rights) + 16
+    assert min(tops) - 32 <= rows.min() <= rows.max() <= max(bottoms) + 16
 
 
 def test_a_higher_rate_never_loses_an_anomaly(extractor: ADExtractor, write_tiles: Callable[..., Path]) -> None:
@@ -88,8 +114,9 @@ def test_one_good_photograph_ranks_and_promises_nothing(
     assert {(r.verdict, r.p_value) for r in found.results} == {(UNDECIDED, None)}
     assert found.results[found.ranked()[0]].path == "blob_20.png"
     assert found.warnings == (SINGLE,)
+    assert (found.pixel_limit, {*map(len, found.regions)}) == (None, {0})
     assert "No threshold" in showing.summary(scored, found)
-    assert heatmap(scored, 0, found.scale) is not None
+    assert heatmap(scored, 0, found) is not None
 
 
 def test_visitors_share_weights_and_nothing_else(extractor_dir: Path, write_tiles: Callable[..., Path]) -> None:
