@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from pkgutil import resolve_name
 
 import torch
 
@@ -62,6 +63,7 @@ ALONE = (
     "One normal photograph cannot be compared with another one: there is no threshold, no p-value and no verdict, only "
     "a ranking. Give at least 2, or further ones with --calibration."
 )
+PRODUCT = "downstream.inspection.product"  # imported when it is used, as it imports this module
 FITTED = "one that the detector was fitted on"
 WHERE = {"local": "the same place", "global": "all places"}
 DEFAULT_TOP = FeatureNormConfig().top
@@ -344,15 +346,13 @@ class Inspector:
     ) -> Inspector:
         """Load a saved inspector, or that of a product folder (`downstream.inspection.product`), which raises the
         errors."""
-        from downstream.inspection.product import load_inspector
-
-        return load_inspector(Path(folder), device, weights)
+        inspector: Inspector = resolve_name(f"{PRODUCT}:load_inspector")(Path(folder), device, weights)
+        return inspector
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Save the inspector, which HOLDS FEATURES OF THE PRODUCT; see `downstream.inspection.product`."""
-        from downstream.inspection.product import save_inspector
-
-        return save_inspector(self, Path(folder))
+        saved: Path = resolve_name(f"{PRODUCT}:save_inspector")(self, Path(folder))
+        return saved
 
     def score(self, read: Sequence[Photo | Unreadable]) -> list[Scored | Unreadable]:
         """Score the photographs of one batch, in order; one that is blank or has no finite score becomes unreadable."""
