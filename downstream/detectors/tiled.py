@@ -40,6 +40,7 @@ from downstream.saved import REFERENCES
 from downstream.tiles import Box, Tiling
 
 Tile = tuple[Box, Tensor | None]  # where it is, and its region of interest [S, S]; None = all of it
+SCALES = "scales."  # of each level of the references
 BATCH = 16  # tiles that go through a network at a time
 
 
@@ -290,8 +291,9 @@ class Tiled(Detector):
         tensors, facts = dict[str, Tensor](), list[dict[str, Any]]()
         for number, place in enumerate(self.places):
             own, told = place.state()
-            if isinstance(place.extract, ADExtractor) and place.extract.references is not None:
-                own |= {f"{REFERENCES}{i}": level for i, level in enumerate(place.extract.references.levels)}
+            if isinstance(place.extract, ADExtractor) and (bank := place.extract.references) is not None:
+                own |= {f"{REFERENCES}{i}": level for i, level in enumerate(bank.levels)}
+                own |= {f"{SCALES}{i}": scale for i, scale in enumerate(bank.scales or ())}  # they take long to compute
             tensors |= {f"place.{number}.{name}": value for name, value in own.items()}
             facts.append(told)
         return tensors, {"size": list(self.size), "places": facts}
@@ -305,20 +307,25 @@ class Tiled(Detector):
             mark = f"place.{number}."
             own = {name.removeprefix(mark): value for name, value in tensors.items() if name.startswith(mark)}
             levels = [own.pop(name) for name in sorted(own) if name.startswith(REFERENCES)]
+            scales = [own.pop(name) for name in sorted(own) if name.startswith(SCALES)]
             roi = masks[number] if self.local else None
             if roi is None and masks[0] is not None:  # the tiles of all photographs, one after the other
                 roi = torch.stack([mask for mask in masks if mask is not None])
-            place = self._one(self._bank(levels, roi) if levels else None)
+            place = self._one(self._bank(levels, scales, roi) if levels else None)
             place.keep_roi(roi)
             place.restore(own, told)
             place.side = self.side
             self.places.append(place)
 
-    def _bank(self, levels: list[Tensor], roi: Tensor | None) -> ReferenceBank:
-        bank = ReferenceBank(levels, self._grids())
-        if roi is None:
-            return bank
-        return bank_within(bank, RegionOfInterest(roi if roi.ndim == 2 else roi.repeat(bank.shots // len(roi), 1, 1)))
+    def _bank(self, levels: list[Tensor], scales: list[Tensor], roi: Tensor | None) -> ReferenceBank:
+        assert isinstance(self._given, ADExtractor)
+        bank = ReferenceBank(levels, self._grids(), self._given.config.matching, self._given.local_scale)
+        if roi is not None:
+            each = roi if roi.ndim == 2 else roi.repeat(bank.shots // len(roi), 1, 1)
+            bank = bank_within(bank, RegionOfInterest(each))
+        if scales:
+            bank.scales = scales
+        return bank
 
     def _grids(self) -> list[tuple[int, int]]:
         """H_l x W_l tokens of a tile on every level of the features."""
