@@ -95,6 +95,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "padim, fewer images than channels": ("padim", {"embedding": {"target_dim": 16, "reduction": "orthogonal"}}),
     "padim for each level": ("padim", {"per_level": True, "embedding": {"target_dim": None, "reduction": "pool"}}),
     "spade": ("spade", {"images": 3, "patches": 2}),
+    "subspacead": ("subspacead", {"rotations": 2}),
+    "anomalydino": ("anomalydino", {"rotations": 3}),
+    "musc": ("musc", {}),
     "ensemble": ("ensemble", {"members": [{"detector": "featurenorm"}, {"detector": "patchcore"}]}),
     "refined": ("refined", {"detector": "featurenorm", "network": {"epochs": 1, "width": 8}}),
 }
