@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from downstream.detectors.refined import Refined
     from downstream.detectors.spade import SPADE, SPADEConfig
     from downstream.detectors.subspacead import SubspaceAD, SubspaceADConfig
+    from downstream.detectors.winclip import WinCLIP, WinCLIPConfig
     from downstream.embedding import EmbeddingConfig
     from downstream.metrics import evaluate_maps
 
@@ -45,6 +46,8 @@ _PLACES = {
     "SPADEConfig": "detectors.spade",
     "SubspaceAD": "detectors.subspacead",
     "SubspaceADConfig": "detectors.subspacead",
+    "WinCLIP": "detectors.winclip",
+    "WinCLIPConfig": "detectors.winclip",
     "calibrate": "calibration",
     "detector_from_pretrained": "detectors",
     "evaluate_maps": "metrics",
@@ -74,6 +77,8 @@ __all__ = [
     "SPADEConfig",
     "SubspaceAD",
     "SubspaceADConfig",
+    "WinCLIP",
+    "WinCLIPConfig",
     "calibrate",
     "detector_from_pretrained",
     "evaluate_maps",

@@ -101,6 +101,12 @@ DETECTORS: dict[str, DetectorEntry] = {
         "unlabelled photographs score each other; those it is fitted on need not be normal",
         "MuSc, Li et al. 2024",
     ),
+    "winclip": DetectorEntry(
+        "downstream.detectors.winclip",
+        "WinCLIP",
+        "windows against sentences about damage, with or without normal photographs; CLIP, in Python only",
+        "WinCLIP, Jeong et al. 2023",
+    ),
     "ensemble": DetectorEntry(
         "downstream.detectors.ensemble",
         "Ensemble",
