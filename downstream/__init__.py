@@ -8,24 +8,32 @@ if TYPE_CHECKING:
     from downstream.detector import Detector, Prediction
     from downstream.detectors import detector_from_pretrained
     from downstream.detectors.aligned import AlignedFeatureNorm, AlignedFeatureNormConfig
+    from downstream.detectors.anomalydino import AnomalyDINO, AnomalyDINOConfig
     from downstream.detectors.ensemble import Ensemble
     from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
+    from downstream.detectors.musc import MuSc, MuScConfig
     from downstream.detectors.padim import PaDiM, PaDiMConfig
     from downstream.detectors.patchcore import PatchCore, PatchCoreConfig
     from downstream.detectors.reconpatch import ReConPatch, ReConPatchConfig
     from downstream.detectors.refined import Refined
     from downstream.detectors.spade import SPADE, SPADEConfig
+    from downstream.detectors.subspacead import SubspaceAD, SubspaceADConfig
+    from downstream.detectors.winclip import WinCLIP, WinCLIPConfig
     from downstream.embedding import EmbeddingConfig
     from downstream.metrics import evaluate_maps
 
 _PLACES = {
     "AlignedFeatureNorm": "detectors.aligned",
     "AlignedFeatureNormConfig": "detectors.aligned",
+    "AnomalyDINO": "detectors.anomalydino",
+    "AnomalyDINOConfig": "detectors.anomalydino",
     "Detector": "detector",
     "EmbeddingConfig": "embedding",
     "Ensemble": "detectors.ensemble",
     "FeatureNorm": "detectors.featurenorm",
     "FeatureNormConfig": "detectors.featurenorm",
+    "MuSc": "detectors.musc",
+    "MuScConfig": "detectors.musc",
     "PaDiM": "detectors.padim",
     "PaDiMConfig": "detectors.padim",
     "PatchCore": "detectors.patchcore",
@@ -36,6 +44,10 @@ _PLACES = {
     "Refined": "detectors.refined",
     "SPADE": "detectors.spade",
     "SPADEConfig": "detectors.spade",
+    "SubspaceAD": "detectors.subspacead",
+    "SubspaceADConfig": "detectors.subspacead",
+    "WinCLIP": "detectors.winclip",
+    "WinCLIPConfig": "detectors.winclip",
     "calibrate": "calibration",
     "detector_from_pretrained": "detectors",
     "evaluate_maps": "metrics",
@@ -45,11 +57,15 @@ __all__ = [
     "SPADE",
     "AlignedFeatureNorm",
     "AlignedFeatureNormConfig",
+    "AnomalyDINO",
+    "AnomalyDINOConfig",
     "Detector",
     "EmbeddingConfig",
     "Ensemble",
     "FeatureNorm",
     "FeatureNormConfig",
+    "MuSc",
+    "MuScConfig",
     "PaDiM",
     "PaDiMConfig",
     "PatchCore",
@@ -59,6 +75,10 @@ __all__ = [
     "ReConPatchConfig",
     "Refined",
     "SPADEConfig",
+    "SubspaceAD",
+    "SubspaceADConfig",
+    "WinCLIP",
+    "WinCLIPConfig",
     "calibrate",
     "detector_from_pretrained",
     "evaluate_maps",

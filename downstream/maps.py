@@ -22,6 +22,12 @@ def check_sigma(sigma: float) -> None:
         raise ValueError(f"sigma {sigma} must be a number of pixels, such as 4, or 0 for no smoothing")
 
 
+def check_top(top: float) -> None:
+    """Raise ValueError unless ``top`` is a share, 0 (only the maximum) to 1."""
+    if not 0 <= top <= 1:
+        raise ValueError(f"top {top} must be a share of the map's values, between 0 (the maximum) and 1")
+
+
 def pixel_maps(grid_BHW: Tensor, size: int, sigma: float = SIGMA, region: RegionOfInterest | None = None) -> Tensor:
     """Turn patch scores [B, H, W] into smoothed maps [B, S, S]. ``sigma`` is in pixels; 0 = no smoothing. Patches
     outside the region count for nothing."""
@@ -34,6 +40,12 @@ def highest(maps_BSS: Tensor, top: float = 0.0, region: RegionOfInterest | None 
         return torch.cat([highest(values_Bn[:, None], top) for values_Bn in region.values(maps_BSS)])
     count = max(1, round(top * maps_BSS[0].numel()))
     return maps_BSS.flatten(1).topk(count).values.mean(1) if count > 1 else maps_BSS.flatten(1).amax(1)
+
+
+def highest_tokens(grid_BHW: Tensor, top: float, region: RegionOfInterest | None = None) -> Tensor:
+    """The mean of the highest ``top`` share of every image's patch scores in the region, before upsampling: [B]."""
+    values = [grid_BHW.flatten(1)] if region is None else region.tokens(grid_BHW)
+    return torch.cat([highest(values_Bn[:, None], top) for values_Bn in values])
 
 
 def upsample(

@@ -46,7 +46,7 @@ class RegionOfInterest:
             )
         self.shared = roi.ndim == 2
         self.roi, self.pixels = roi, roi[None] if self.shared else roi
-        self._cells: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # size of a grid -> `_cells_of`
+        self._cells: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}  # size of a grid -> `_cells_of`
         self._pixels: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # size of maps -> `_at`
 
     def of(self, images: Tensor, first: int = 0) -> RegionOfInterest:
@@ -83,14 +83,22 @@ class RegionOfInterest:
         """Which tokens of a grid are inside, bool [B, H, W] on its device. Raises ValueError if an image has none."""
         return self._cells_of(grid_BHW)[0].expand(grid_BHW.shape)
 
-    def _cells_of(self, grid_BHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Which tokens of a grid are inside, and the number of the nearest inside token of each: [., H, W], [., H * W].
+    def tokens(self, grid_BHW: Tensor) -> list[Tensor]:
+        """The values [., n] of the inside tokens: of all images together if the region is shared, else of each."""
+        inside, _, places = self._cells_of(grid_BHW)
+        if self.shared:
+            return [grid_BHW.flatten(1)[:, places]]
+        return [one[cells][None] for one, cells in zip(grid_BHW, inside.expand(grid_BHW.shape), strict=True)]
+
+    def _cells_of(self, grid_BHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Which tokens of a grid are inside, the number of the nearest inside token of each, and the numbers of the
+        inside tokens of the first image: [., H, W], [., H * W], [n].
 
         They are computed once for every size, so that in an exported graph they are constants.
         """
         size = (int(grid_BHW.shape[1]), int(grid_BHW.shape[2]))
         if size not in self._cells:
-            inside = F.adaptive_avg_pool2d(self.pixels.float()[:, None], size)[:, 0] >= 0.5
+            inside = cells_inside(self.pixels, size)
             if not bool(inside.flatten(1).any(1).all()):
                 fewest = int(self.pixels.flatten(1).sum(1).min())
                 raise ValueError(
@@ -98,13 +106,14 @@ class RegionOfInterest:
                     "of features: enlarge it, choose finer levels or a larger image_size, or leave the image out"
                 )
             nearest = np.stack([_nearest(one) for one in inside.cpu().numpy()])
-            self._cells[size] = inside, torch.from_numpy(nearest).to(inside.device)
-        inside, nearest_BT = self._cells[size]
-        return inside.to(grid_BHW.device), nearest_BT.to(grid_BHW.device)
+            places = inside[0].flatten().nonzero()[:, 0]
+            self._cells[size] = inside, torch.from_numpy(nearest).to(inside.device), places
+        inside, nearest_BT, places = self._cells[size]
+        return inside.to(grid_BHW.device), nearest_BT.to(grid_BHW.device), places.to(grid_BHW.device)
 
     def filled(self, grid_BHW: Tensor) -> Tensor:
         """The grid with the value of the nearest inside token at every token outside."""
-        _, nearest_BT = self._cells_of(grid_BHW)
+        _, nearest_BT, _ = self._cells_of(grid_BHW)
         values_BT = grid_BHW.flatten(1)
         filled = values_BT[:, nearest_BT[0]] if self.shared else values_BT.gather(1, nearest_BT)
         return filled.view_as(grid_BHW)
@@ -129,6 +138,11 @@ class RegionOfInterest:
             self._pixels[size] = shown, shown[0].flatten().nonzero()[:, 0]
         inside, places = self._pixels[size]
         return inside.to(maps_BSS.device), places.to(maps_BSS.device)
+
+
+def cells_inside(pixels_BSS: Tensor, size: tuple[int, int]) -> Tensor:
+    """Which cells of a grid of ``size`` have at least half of their pixels inside: bool [B, H, W]."""
+    return F.adaptive_avg_pool2d(pixels_BSS.float()[:, None], size)[:, 0] >= 0.5
 
 
 def _nearest(inside_HW: np.ndarray) -> np.ndarray:

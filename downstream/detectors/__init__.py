@@ -83,6 +83,30 @@ DETECTORS: dict[str, DetectorEntry] = {
         "nearest normal images, then their nearest patches; a baseline",
         "Sub-Image Anomaly Detection, Cohen & Hoshen 2020",
     ),
+    "subspacead": DetectorEntry(
+        "downstream.detectors.subspacead",
+        "SubspaceAD",
+        "distance of every patch to the principal subspace of a few normal photographs",
+        "SubspaceAD, Lendering et al. 2026",
+    ),
+    "anomalydino": DetectorEntry(
+        "downstream.detectors.anomalydino",
+        "AnomalyDINO",
+        "cosine distance to the nearest patch of a few normal photographs and their rotations",
+        "AnomalyDINO, Damm et al. 2025",
+    ),
+    "musc": DetectorEntry(
+        "downstream.detectors.musc",
+        "MuSc",
+        "unlabelled photographs score each other; those it is fitted on need not be normal",
+        "MuSc, Li et al. 2024",
+    ),
+    "winclip": DetectorEntry(
+        "downstream.detectors.winclip",
+        "WinCLIP",
+        "windows against sentences about damage, with or without normal photographs; CLIP, in Python only",
+        "WinCLIP, Jeong et al. 2023",
+    ),
     "ensemble": DetectorEntry(
         "downstream.detectors.ensemble",
         "Ensemble",

@@ -15,7 +15,6 @@ from typing_extensions import Self
 
 from adpretrain.backbones import FeatureMaps
 from adpretrain.extractor import ADExtractor
-from adpretrain.memory import GrowingBank, hold, memory_limit
 from adpretrain.progress import Progress
 from adpretrain.references import AlignedReferences, TooFewImages
 from downstream.detector import Detector, NormalFeatures, Prediction
@@ -87,22 +86,7 @@ class AlignedFeatureNorm(FeatureNorm):
 
     def fit_features(self, normals: NormalFeatures, progress: Progress | None) -> None:
         """Keep the features of the pool."""
-        banks: list[GrowingBank] = []
-        count = 0
-        for features in normals:
-            images = len(features[0])
-            if not banks:
-                expected = normals.most_images(images)
-                limit = memory_limit(features[0].device, self.config.max_pool_bytes)
-                banks = [GrowingBank(expected, limit) for _ in features]
-                shapes = [level.shape[1:] for level in features]
-            count += images
-            needed = max(count, expected or 0) * sum(level[0].nbytes for level in features)
-            what = f"a pool of {max(count, expected or 0)} images"
-            hold(what, needed, limit, ADVICE, say=count == images)
-            for bank, level in zip(banks, features, strict=True):
-                bank.add(level.flatten(1))
-        pool = [bank.take().unflatten(1, shape) for bank, shape in zip(banks, shapes, strict=True)]
+        pool = normals.together("a pool", ADVICE, self.config.max_pool_bytes)
         self._set_pool(pool, normals.region)
 
     def _features(self, images: Tensor) -> FeatureMaps:

@@ -20,7 +20,7 @@ from adpretrain.progress import Progress
 from adpretrain.saved import NORMS
 from downstream.detector import Detector, Prediction, check_images
 from downstream.extracts import keeping_references
-from downstream.maps import SIGMA, check_sigma, gaussian_blur, highest, upsample
+from downstream.maps import SIGMA, check_sigma, check_top, gaussian_blur, highest, upsample
 from downstream.roi import RegionOfInterest, bank_within
 
 SIDE = 224
@@ -51,8 +51,7 @@ class FeatureNormConfig:
             raise ValueError(f"norm {self.norm!r} is unknown; choose one of {NORMS}")
         if self.image_size is not None and self.image_size < 1:
             raise ValueError(f"image_size {self.image_size}, the side of the maps in pixels, must be at least 1")
-        if not 0 <= self.top <= 1:
-            raise ValueError(f"top {self.top} must be a share of the map's pixels, between 0 (the maximum) and 1")
+        check_top(self.top)
 
 
 DEFAULT = FeatureNormConfig()

@@ -25,8 +25,10 @@ from downstream.coreset import greedy_coreset, subsample
 from downstream.detector import Prediction
 from downstream.detectors import detector_from_pretrained
 from downstream.detectors.aligned import AlignedFeatureNorm, AlignedFeatureNormConfig
+from downstream.detectors.anomalydino import AnomalyDINO, AnomalyDINOConfig
 from downstream.detectors.ensemble import Ensemble
 from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
+from downstream.detectors.musc import MuSc
 from downstream.detectors.padim import PaDiM, PaDiMConfig
 from downstream.detectors.patchcore import PatchCore, PatchCoreConfig
 from downstream.detectors.reconpatch import ReConPatch, ReConPatchConfig
@@ -35,6 +37,7 @@ from downstream.detectors.reconpatch.similarity import relaxed_contrastive_loss,
 from downstream.detectors.refined import Refined, RefinementConfig
 from downstream.detectors.refined.simulation import SimulationConfig
 from downstream.detectors.spade import SPADE
+from downstream.detectors.subspacead import SubspaceAD, SubspaceADConfig
 from downstream.distances import squared_distances
 from downstream.embedding import Embedding, EmbeddingConfig
 from downstream.maps import gaussian_blur, pixel_maps, upsample
@@ -135,6 +138,9 @@ MAKE: dict[str, Callable[[Callable[[Any], Any]], Any]] = {
     "padim": lambda move: PaDiM(move(backbone()), GAUSSIANS),
     "padim, low rank": lambda move: PaDiM(move(backbone()), PaDiMConfig(EmbeddingConfig(patch=1), per_level=True)),
     "spade": lambda move: SPADE(move(backbone())),
+    "subspacead": lambda move: SubspaceAD(move(backbone()), SubspaceADConfig(rotations=3)),
+    "anomalydino": lambda move: AnomalyDINO(move(backbone()), AnomalyDINOConfig(rotations=3, masking=0.5)),
+    "musc": lambda move: MuSc(move(backbone())),
     "reconpatch": lambda move: ReConPatch(move(backbone()), ReConPatchConfig(PATCHES, TRAINING)),
     "ensemble": lambda move: Ensemble([PatchCore(move(backbone()), PATCHES), PaDiM(move(backbone()), GAUSSIANS)]),
     "refined": lambda move: Refined(PaDiM(move(backbone()), GAUSSIANS), REFINING),

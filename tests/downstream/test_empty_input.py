@@ -12,8 +12,10 @@ from drawn import SIZE, photographs
 
 from adpretrain.backbones import Backbone
 from downstream.calibration import calibrate, conformal_p_values
+from downstream.detectors.anomalydino import AnomalyDINO
 from downstream.detectors.ensemble import Ensemble, training_units
 from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
+from downstream.detectors.musc import MuSc
 from downstream.detectors.padim import PaDiM, PaDiMConfig
 from downstream.detectors.patchcore import PatchCore, PatchCoreConfig
 from downstream.detectors.reconpatch import ReConPatchConfig
@@ -22,6 +24,7 @@ from downstream.detectors.reconpatch.similarity import relaxed_contrastive_loss
 from downstream.detectors.refined import RefinementConfig
 from downstream.detectors.refined.simulation import simulate
 from downstream.detectors.spade import SPADE, SPADEConfig
+from downstream.detectors.subspacead import SubspaceAD
 from downstream.embedding import Embedding, pool_channels, random_reducer
 from downstream.maps import gaussian_blur, upsample
 from downstream.metrics import errors_at_best_f1
@@ -78,7 +81,7 @@ def test_it_is_our_error(call: Callable[[], object], message: str) -> None:
         call()
 
 
-@pytest.mark.parametrize("kind", [PatchCore, PaDiM, SPADE, FeatureNorm, Ensemble])
+@pytest.mark.parametrize("kind", [PatchCore, PaDiM, SPADE, SubspaceAD, AnomalyDINO, MuSc, FeatureNorm, Ensemble])
 def test_an_empty_batch_is_refused_by_every_detector(backbone: Backbone, kind: Any) -> None:
     detector = kind([PaDiM(backbone)]) if kind is Ensemble else kind(backbone)
     if kind is not FeatureNorm:  # of a raw backbone it reads nothing

@@ -18,6 +18,8 @@ import logging, sys, torch
 from torch import Tensor
 from downstream.neighbours import Neighbours
 from downstream.embedding import EmbeddingConfig
+from downstream.detectors.anomalydino import AnomalyDINO, AnomalyDINOConfig
+from downstream.detectors.musc import MuSc, MuScConfig
 from downstream.detectors.padim import PaDiM, PaDiMConfig
 from downstream.detectors.patchcore import PatchCore, PatchCoreConfig
 from downstream.detectors.reconpatch import ReConPatch, ReConPatchConfig
@@ -53,6 +55,8 @@ PLAIN = "EmbeddingConfig(patch=1)"
 FITS = {  # detector, batches of 4 images, grid, channels / 3
     "patchcore": (f"PatchCore(extract, PatchCoreConfig({PLAIN}, amount=20, projection_dim=32))", 40, 32, 64),
     "spade": ("SPADE(extract)", 40, 32, 64),
+    "anomalydino": ("AnomalyDINO(extract, AnomalyDINOConfig(rotations=2))", 20, 32, 64),
+    "musc": ("MuSc(extract, MuScConfig(degrees=[1]))", 10, 28, 400),
     "padim, many images": (f"PaDiM(extract, PaDiMConfig({PLAIN}))", 40, 28, 44),
     "reconpatch": (
         f"ReConPatch(extract, ReConPatchConfig(PatchCoreConfig({PLAIN}, amount=20), "
@@ -100,6 +104,8 @@ def test_what_is_said_is_what_is_taken(said: dict[str, str], name: str) -> None:
         ("patchcore", "max_bank_bytes", r"a memory bank of \d+ patches x \d+ channels", "keep a share"),
         ("padim", "max_bytes", r"Gaussians of 6 images at", "embedding.target_dim"),
         ("spade", "max_bank_bytes", r"a memory bank of \d+ patches", "fewer levels"),
+        ("anomalydino", "max_bank_bytes", r"a memory bank of \d+ patches", "fewer levels"),
+        ("musc", "max_bytes", r"the features of 6 images", "fewer levels"),
     ],
 )
 def test_fit_says_what_it_holds_or_refuses_before_it_does(

@@ -25,10 +25,13 @@ from adpretrain.extractor import ADExtractor
 from adpretrain.local_scale import LocalScale
 from downstream.detectors import DETECTORS, detector_from_pretrained, find_detector
 from downstream.detectors.aligned import AlignedFeatureNorm, AlignedFeatureNormConfig
+from downstream.detectors.anomalydino import AnomalyDINO, AnomalyDINOConfig
 from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
+from downstream.detectors.musc import MuSc
 from downstream.detectors.padim import ADPRETRAIN, PaDiM, PaDiMConfig
 from downstream.detectors.patchcore import PatchCore, PatchCoreConfig
 from downstream.detectors.spade import SPADE
+from downstream.detectors.subspacead import SubspaceAD, SubspaceADConfig
 from downstream.embedding import EmbeddingConfig
 
 SIZE = 96
@@ -70,6 +73,11 @@ MAKE: dict[str, Callable[[], Any]] = {
         backbone(), PaDiMConfig(EmbeddingConfig(patch=1, target_dim=3, reduction="orthogonal"))
     ),
     "spade": lambda: SPADE(backbone()),
+    "subspacead": lambda: SubspaceAD(backbone()),
+    "subspacead-rotated": lambda: SubspaceAD(extractor(), SubspaceADConfig(variance=5, rotations=3, top=0.0)),
+    "anomalydino": lambda: AnomalyDINO(backbone()),
+    "anomalydino-masked": lambda: AnomalyDINO(backbone(), AnomalyDINOConfig(rotations=1, masking=0.5)),
+    "musc": lambda: MuSc(backbone()),
 }
 
 LOAD = """

@@ -17,12 +17,25 @@ from hypothesis import strategies as st
 from adpretrain.config import PretrainConfig
 from adpretrain.parsing import DEEPEST, from_dict, parse_command_line, read_json, read_yaml, to_yaml
 from adpretrain.saved import ExtractorConfig
+from downstream.detectors.anomalydino import AnomalyDINOConfig
+from downstream.detectors.musc import MuScConfig
 from downstream.detectors.padim import PaDiMConfig
 from downstream.detectors.patchcore import PatchCoreConfig
 from downstream.detectors.reconpatch import ReConPatchConfig
 from downstream.detectors.spade import SPADEConfig
+from downstream.detectors.subspacead import SubspaceADConfig
 
-CLASSES = [PretrainConfig, ExtractorConfig, PatchCoreConfig, PaDiMConfig, ReConPatchConfig, SPADEConfig]
+CLASSES = [
+    PretrainConfig,
+    ExtractorConfig,
+    PatchCoreConfig,
+    PaDiMConfig,
+    ReConPatchConfig,
+    SPADEConfig,
+    SubspaceADConfig,
+    AnomalyDINOConfig,
+    MuScConfig,
+]
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)
 PLAIN: dict[Any, st.SearchStrategy[Any]] = {
     str: TEXT,

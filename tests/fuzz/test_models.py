@@ -28,13 +28,16 @@ from adpretrain.saved import folder_digest
 from downstream.cli import main
 from downstream.commands.info import describe_model
 from downstream.detectors import detector_from_pretrained
+from downstream.detectors.anomalydino import AnomalyDINO
 from downstream.detectors.ensemble import Ensemble
 from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
+from downstream.detectors.musc import MuSc
 from downstream.detectors.padim import PaDiM, PaDiMConfig
 from downstream.detectors.patchcore import PatchCore, PatchCoreConfig
 from downstream.detectors.reconpatch import ReConPatch, ReConPatchConfig
 from downstream.detectors.reconpatch.representation import RepresentationConfig
 from downstream.detectors.spade import SPADE
+from downstream.detectors.subspacead import SubspaceAD
 from downstream.embedding import EmbeddingConfig
 
 SIDE = 64
@@ -81,13 +84,27 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "patchcore": members[0],
         "padim": members[1],
         "spade": SPADE(backbone).fit([images]),
+        "subspacead": SubspaceAD(backbone).fit([images]),
+        "anomalydino": AnomalyDINO(backbone).fit([images]),
+        "musc": MuSc(backbone).fit([images]),
         "reconpatch": ReConPatch(backbone, ReConPatchConfig(core, training)).fit([images]),
         "ensemble": Ensemble(members).fit([images]),
     }
     return {name: model.save_pretrained(root / name) for name, model in made.items()}
 
 
-NAMES = ["extractor", "featurenorm", "patchcore", "padim", "spade", "reconpatch", "ensemble"]
+NAMES = [
+    "extractor",
+    "featurenorm",
+    "patchcore",
+    "padim",
+    "spade",
+    "subspacead",
+    "anomalydino",
+    "musc",
+    "reconpatch",
+    "ensemble",
+]
 
 
 def load(folder: Path, name: str) -> None:

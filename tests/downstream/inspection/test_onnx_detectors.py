@@ -95,16 +95,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "padim, fewer images than channels": ("padim", {"embedding": {"target_dim": 16, "reduction": "orthogonal"}}),
     "padim for each level": ("padim", {"per_level": True, "embedding": {"target_dim": None, "reduction": "pool"}}),
     "spade": ("spade", {"images": 3, "patches": 2}),
+    "subspacead": ("subspacead", {"rotations": 2}),
+    "anomalydino": ("anomalydino", {"rotations": 3}),
+    "musc": ("musc", {}),
     "ensemble": ("ensemble", {"members": [{"detector": "featurenorm"}, {"detector": "patchcore"}]}),
     "refined": ("refined", {"detector": "featurenorm", "network": {"epochs": 1, "width": 8}}),
 }
 
 
 def test_there_is_a_case_for_every_detector() -> None:
-    assert {name for name, _ in CASES.values()} == {*DETECTORS} - {
-        "aligned-featurenorm",
-        "tiled",
-    }  # one is refused, and tiles are images
+    # One is refused, tiles are images, and winclip needs a network of its own (test_winclip).
+    assert {name for name, _ in CASES.values()} == {*DETECTORS} - {"aligned-featurenorm", "tiled", "winclip"}
 
 
 @pytest.mark.slow
