@@ -84,7 +84,7 @@ PARTS: dict[str, Callable[[Tensor], Any]] = {
     "distances": lambda x: squared_distances(x, x.argmax(0), x, x.argmin(0)),
     "upsampling": lambda x: upsample(x.view(4, -1, 16)[:, :16], 40),
     "blur": lambda x: gaussian_blur(x.view(4, -1, 16)[:, :16], 2.0),
-    "maps": lambda x: pixel_maps(x.view(4, -1, 16)[:, :16], 40, 1.5, align_corners=True),
+    "maps": lambda x: pixel_maps(x.view(4, -1, 16)[:, :16], 40, 1.5),
     "similarity": lambda x: similarity(x[:60]),
     "contrast": lambda x: _contrast(x[:60]),
     **{
