@@ -4,7 +4,8 @@ rotations (Damm et al. 2025).
 The paper's features are the last level of DINOv2; any extract will do. Unlike PatchCore there is no neighbourhood, no
 subsampling and no re-weighting: with a few photographs, every patch counts. Background can be left out of the images
 that are scored (`foreground`), as in the paper; the normal patches of the background stay in the bank, which does no
-harm.
+harm. Only directions are compared, so give it raw features: the length of a residual, which says how anomalous it is,
+counts for nothing.
 
 Shapes: B images, S side in pixels, H x W patches of an image (T in all), N rows of the bank, D channels.
 """

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import carry_over
 import choose_embedded
+import mutual_scoring
 import numpy as np
 import pytest
 from products import make_synthetic
@@ -88,3 +89,15 @@ def test_the_recorded_search_holds_what_is_shipped() -> None:
 
 def numbers(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.strip("()").split(","))
+
+
+@pytest.mark.slow
+def test_photographs_without_labels_score_each_other(
+    drawn: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["mutual_scoring.py", "--sets", str(drawn)])
+    mutual_scoring.main()
+    rows = capsys.readouterr().out.splitlines()[2:]
+    names = sorted({sample.category for sample in carry_over.index_dataset("auto", drawn)})
+    assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in names]
+    assert all(float(row.split(" | ")[3].split(" / ")[1]) > 70 for row in rows)  # pixel AUROC in %

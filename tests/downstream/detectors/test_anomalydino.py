@@ -38,6 +38,24 @@ def test_equals_a_loop_over_patches(backbone: Backbone, level: int, rotations: i
         assert float(found.scores[index]) == pytest.approx(highest, rel=1e-4)
 
 
+def test_the_score_is_of_the_patches_in_the_region(backbone: Backbone) -> None:
+    """Half of the patches, all images at once or each with its own region: the mean of the highest quarter of these."""
+    left = torch.zeros(SIZE, SIZE, dtype=torch.bool)
+    left[:, : SIZE // 2] = True
+    detector = AnomalyDINO(backbone, AnomalyDINOConfig(rotations=1, top=0.25, sigma=0.0)).fit([photographs(2, 0)])
+    queries = photographs(2, 1)
+    grids = [backbone(x)[-1].double().permute(0, 2, 3, 1).numpy() for x in (photographs(2, 0), queries)]
+    bank, asked = (grid / np.linalg.norm(grid, axis=3, keepdims=True) for grid in grids)
+    distance = 1 - (asked @ bank.reshape(-1, bank.shape[3]).T).max(3)
+    for roi in (left, torch.stack([left, left.T])):
+        found = detector.predict(queries, roi)
+        for index in range(2):
+            turn = roi.ndim == 3 and index == 1
+            half = (distance[index].T if turn else distance[index])[:, : distance.shape[2] // 2].ravel()
+            expected = np.sort(half)[-round(0.25 * half.size) :].mean()
+            assert float(found.scores[index]) == pytest.approx(expected, rel=1e-4)
+
+
 def test_a_turned_product_is_normal_only_with_rotations(backbone: Backbone) -> None:
     """A quarter turn is one of the eight; noise has no direction, so stripes are drawn."""
     stripes = torch.sin(torch.arange(SIZE) / 2).expand(1, 3, SIZE, SIZE) + 0.1 * photographs(1, 0)

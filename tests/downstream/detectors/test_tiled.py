@@ -111,7 +111,7 @@ def test_every_place_is_compared_with_the_same_place(extractor: ADExtractor) -> 
     assert float(scores) >= float(expected.scores) - 1e-5
 
 
-@pytest.mark.parametrize("detector", ["featurenorm", "patchcore", "padim", "spade"])
+@pytest.mark.parametrize("detector", ["featurenorm", "patchcore", "padim", "spade", "subspacead", "anomalydino"])
 @pytest.mark.parametrize("positions", ["local", "global"])
 def test_any_detector_finds_a_small_mark_and_is_saved_to_the_bit(
     extractor: ADExtractor, tmp_path: object, detector: str, positions: str

@@ -16,6 +16,7 @@ from downstream.clip_windows import ClipWindows
 from downstream.detectors import build_detector, detector_from_pretrained
 from downstream.detectors.winclip import DAMAGED, FLAWLESS, WinCLIP, WinCLIPConfig, on_patches, sentences
 from downstream.inspection.graph import DetectorGraph
+from downstream.inspection.onnx import export_onnx
 
 open_clip = pytest.importorskip("open_clip")
 SIDE, GRID = 80, 5
@@ -163,6 +164,13 @@ def test_saved_and_exported(model: Any, tmp_path: Path, shots: int) -> None:
     scores, maps = DetectorGraph(detector)(batch)
     torch.testing.assert_close(scores, found.scores, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(maps, found.maps, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_onnx_runtime_gives_what_predict_gives(model: Any, tmp_path: Path) -> None:
+    detector = WinCLIP(ClipWindows(model), WinCLIPConfig("bolt")).fit([images(2, 2)])
+    done = export_onnx(detector, tmp_path / "model.onnx", [images(3, 1)])
+    assert done.agreement.difference < 1e-5
 
 
 def test_mistakes_are_named(model: Any, backbone: Backbone) -> None:
