@@ -47,7 +47,7 @@ def rows(out: Path) -> list[dict[str, str]]:
 def start(product: Path, folder: Path, out: Path) -> subprocess.Popen[bytes]:
     code = "import sys; from downstream.cli import main; sys.exit(main())"
     arguments = ["watch", "--at", product, "--folder", folder, "--out", out, "--device", "cpu", "--patience", "2"]
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.DEVNULL)
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE)
 
 
 def wait_for(out: Path, count: int, seconds: float) -> None:
@@ -72,14 +72,17 @@ def kills(product: Path, tmp_path: Path, files: int, times: int) -> None:
             time.sleep(float(draw.uniform(0, 0.1)))
         time.sleep(float(draw.uniform(0, 6)))
         watcher.send_signal(signal.SIGKILL)
-        watcher.wait()
+        watcher.communicate()
     watcher = start(product, folder, out)
     try:
+        assert watcher.stdout is not None
+        assert watcher.stdout.readline().startswith(b"watching")  # it may be interrupted from now on
         wait_for(out, done, 60 + files)
         time.sleep(1)
     finally:
         watcher.send_signal(signal.SIGINT)
-    assert watcher.wait(30) == 0
+    watcher.communicate(timeout=30)
+    assert watcher.returncode == 0
     found = [row["path"] for row in rows(out)]
     assert sorted(found) == [f"{number:03}.png" for number in range(done)]
     lines = [json.loads(line) for line in (out / "journal.jsonl").read_text().splitlines()][1:]
