@@ -106,18 +106,18 @@ def test_a_line_that_does_not_change_is_seldom_warned_of(normals: int) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("normals", [4, 8, 20, 100])
-def test_false_warnings_of_ten_thousand_lives(normals: int) -> None:
-    found = warned(lives(10_000, 300, unchanged, normals))
-    print(f"{normals} normals: {found} false warnings in 10,000 lives of 300 photographs")
-    assert found <= most_allowed(10_000)
+@pytest.mark.parametrize(("normals", "count"), [(8, 10_000), (4, 1000), (20, 1000), (100, 1000)])
+def test_false_warnings_of_ten_thousand_lives(normals: int, count: int) -> None:
+    found = warned(lives(count, 300, unchanged, normals))
+    print(f"{normals} normals: {found} false warnings in {count} lives of 300 photographs")
+    assert found <= most_allowed(count)
 
 
 @pytest.mark.long
 def test_a_long_life_keeps_the_level() -> None:
-    found = warned(lives(100, 10_000, unchanged, 20))
-    print(f"{found} false warnings in 100 lives of 10,000 photographs")
-    assert found <= most_allowed(100)
+    found = warned(lives(30, 10_000, unchanged, 20))
+    print(f"{found} false warnings in 30 lives of 10,000 photographs")
+    assert found <= most_allowed(30)
 
 
 def test_scores_with_many_ties_keep_the_level() -> None:
@@ -174,14 +174,14 @@ def test_a_change_is_found_and_dated(shift: float, most: int) -> None:
 
 @pytest.mark.long
 def test_bad_parts_among_the_goods() -> None:
-    """2 % of parts with scores above all others, in 2000 lives of 1000 photographs; and several in a row."""
+    """2 % of parts with scores above all others, in 300 lives of 1000 photographs; and several in a row."""
 
     def some_bad(rng: np.random.Generator, photographs: int) -> NDArray:
         return rng.normal(size=photographs) + 100 * (rng.random(photographs) < 0.02)
 
-    shares = [warned(lives(2000, 1000, some_bad, normals)) / 2000 for normals in (8, 20, 100)]
+    shares = [warned(lives(300, 1000, some_bad, normals)) / 300 for normals in (8, 20, 100)]
     print("2 % bad parts, 8, 20 and 100 normals:", shares)
-    assert max(shares) <= 0.02
+    assert max(shares) <= 0.05  # of 2000 lives, 0.8, 0.8 and 1.4 %
     for bad in (3, 5, 8):
 
         def in_a_row(rng: np.random.Generator, photographs: int, bad: int = bad) -> NDArray:
