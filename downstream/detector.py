@@ -22,6 +22,7 @@ from adpretrain.backbones import Extract, FeatureMaps
 from adpretrain.extractor import ADExtractor
 from adpretrain.progress import Progress
 from downstream.extracts import checked_features, fixed_picture, keeping_references
+from downstream.learning import HERE, Workplace
 from downstream.normal_features import NormalFeatures, check_images
 from downstream.roi import RegionOfInterest, bank_within
 from downstream.saved import (
@@ -71,12 +72,14 @@ class Detector:
     # References are given to the extractor before `fit`, are the images that `fit` takes, or are chosen among these.
     references_are: ClassVar[Literal["given", "fitted", "chosen"]] = "given"
     load_member: ClassVar[Callable[..., Any] | None] = None  # loads any detector, if this one is made of others
+    learns: ClassVar[bool] = False  # whether fitting trains a network, at the `workplace` (`downstream.learning`)
 
     extract: Extract
     members: Sequence[Detector] = ()
     side = 0
     roi: Tensor | None = None
     roi_each = False
+    workplace: Workplace = HERE
 
     def __init__(self, extract: Extract, config: Any) -> None:
         self.extract = self._given = extract
@@ -178,7 +181,12 @@ class Detector:
         self.check_fitted()
         check_images(images)
         self._check_side(images)
-        return self._features(images)
+        return self.seen(images, self._features(images))
+
+    def seen(self, images: Tensor, features: FeatureMaps) -> FeatureMaps:
+        """Return what `from_features` takes for images [B, 3, S, S]: their ``features``, unless the fitted detector has
+        a network of its own that sees the images, too."""
+        return features
 
     def _features(self, images: Tensor) -> FeatureMaps:
         return checked_features(self.extract, images)

@@ -22,9 +22,9 @@ BRIGHTEST = 16.0  # limit for images without negative values; normalised as usua
 class NormalFeatures:
     """Features of batches of normal images [b, 3, S, S], computed anew in every iteration, one batch in memory.
 
-    ``side`` is S, known once a batch was read; ``batches`` is their number if they have a length, else None; ``region``
-    is the region of interest of all images, or None. Raises ValueError if there are no images, if they are malformed or
-    differ in size, or if the region does not fit them.
+    ``extract`` gives the features of images; ``side`` is S, known once a batch was read; ``batches`` is their number if
+    they have a length, else None; ``region`` is the region of interest of all images, or None. Raises ValueError if
+    there are no images, if they are malformed or differ in size, or if the region does not fit them.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class NormalFeatures:
         batches: Iterable[Tensor],
         region: RegionOfInterest | None = None,
     ) -> None:
-        self._extract, self._images, self.region = extract, batches, region
+        self.extract, self._images, self.region = extract, batches, region
         self.batches = len(batches) if isinstance(batches, Sized) else None
         self.side = 0
 
@@ -43,14 +43,14 @@ class NormalFeatures:
         return iter(self._images) is not self._images
 
     def __iter__(self) -> Iterator[FeatureMaps]:
-        return (self._extract(images) for images, _ in self._read())
+        return (self.extract(images) for images, _ in self._read())
 
     def rows(self, embed: Callable[[FeatureMaps], Tensor], rotations: int = 1) -> Iterator[Tensor]:
         """The tokens in the region, embedded [b, H, W, D] -> rows [n, D]: those of every batch, then of the batch
         turned by 1 / ``rotations`` of a full turn, and so on."""
         for images, region in self._read():
             for number in range(rotations):
-                rows_BHWD = embed(self._extract(turned(images, number / rotations)))
+                rows_BHWD = embed(self.extract(turned(images, number / rotations)))
                 yield (
                     rows_BHWD.flatten(0, 2)
                     if region is None
@@ -76,6 +76,18 @@ class NormalFeatures:
             for bank, level in zip(banks, features, strict=True):
                 bank.add(level.flatten(1))
         return [bank.take().unflatten(1, shape) for bank, shape in zip(banks, shapes, strict=True)]
+
+    def images(self) -> Tensor:
+        """All N images as one tensor [N, 3, S, S]. Raises ValueError before half of the memory is exceeded."""
+        kept: list[Tensor] = []
+        count = 0
+        for images, _ in self._read():
+            count += len(images)
+            needed = max(count, self.most_images(len(images)) or 0) * images[0].nbytes
+            limit = memory_limit(images.device) // 2  # they are joined, which takes as much again
+            hold("training on the normal images", needed, limit, "give fewer images", say=not kept)
+            kept.append(images.detach())
+        return torch.cat(kept)
 
     def _read(self) -> Iterator[tuple[Tensor, RegionOfInterest | None]]:
         """The batches, checked, each with its region."""

@@ -33,6 +33,7 @@ class Fit(Command):
         shots: with --extractor, the number of normal photographs used as its references
         roi: mask of what is inspected, white on black, the size of the photographs; nothing is learnt outside
         ignore_border: number of pixels along the edges of a photograph that are not inspected
+        resume: go on with an interrupted training, for detectors that train a network; the result is that of one run
     """
 
     from_file = True
@@ -43,23 +44,25 @@ class Fit(Command):
     shots: int = 8
     roi: Path | None = None
     ignore_border: int = 0
+    resume: bool = False
     tiling: Tiling = WHOLE
     network: Network
 
-    def run(self) -> int:
+    def run(self, accelerator: Any = None) -> int:
+        """Fit, and save in the first process of ``accelerator``, if a launcher started several."""
         from downstream.inspection.fitting import fit_folder
         from downstream.inspection.photos import find_images
         from downstream.inspection.run import pick_device
+        from downstream.learning import Workplace
         from downstream.roi import RoiFiles
 
         if self.shots < 1:
             raise ValueError(f"--shots {self.shots}: expected at least 1")
         tell_memory()
-        device, settings, batch_size = (
-            pick_device(self.network.device),
-            parse_settings(self.set),
-            self.network.batch_size,
-        )
+        device = pick_device(self.network.device if accelerator is None else str(accelerator.device))
+        settings, batch_size = parse_settings(self.set), self.network.batch_size
+        checkpoint = self.out.with_name(f"{self.out.name}.training.pt")
+        workplace = Workplace(accelerator, checkpoint, resume=self.resume)
         find_images(self.normal, exclude=self.out)  # a wrong path is found before a network is loaded
         model = self.network.load(device)
         with ProgressBars() as progress:
@@ -75,7 +78,10 @@ class Fit(Command):
                 progress,
                 self.tiling,
                 RoiFiles(self.roi, self.ignore_border),
+                workplace,
             )
+        if workplace.rank:
+            return 0
         references = f"{done.references} references" if done.references else ""
         fitted = ", ".join(filter(None, [f"{done.images} images" if done.images else "", references]))
         print(f"{self.detector} fitted on {fitted or 'nothing (it needs none)'}: {plain(done.folder)}")

@@ -23,6 +23,7 @@ from downstream.detectors.tiled import Tiled
 from downstream.inspection import WHOLE, Options
 from downstream.inspection.normals import NormalBatches, choose_references, set_references
 from downstream.inspection.photos import PhotoReader, file_and_page, find_images
+from downstream.learning import HERE, Workplace
 from downstream.roi import EVERYWHERE, RoiFiles
 from downstream.saved import EXTRACTOR, member, remember_photographs
 from downstream.terminal import no_progress
@@ -50,6 +51,7 @@ def fit_folder(
     progress: Progress = no_progress,
     tiling: Tiling = WHOLE,
     roi: RoiFiles = EVERYWHERE,
+    workplace: Workplace = HERE,
 ) -> Fitted:
     """Fit on the photographs in ``normal`` and save to ``out``, which then HOLDS FEATURES OF THE PRODUCT.
 
@@ -57,6 +59,8 @@ def fit_folder(
     on the others, because the residuals of a reference to itself are zero (FeatureNorm is fitted on references alone).
 
     ``tiling``: the detector is fitted on tiles of the photographs. ``roi``: what is inspected, one mask for all.
+    ``workplace``: where a detector that trains a network does so; its checkpoint is deleted when the detector is saved.
+    Of several processes, all fit and the first saves.
 
     The digests of the photographs and their full scale are saved with the detector.
 
@@ -67,6 +71,7 @@ def fit_folder(
     if tiling.tile:
         tiled = {"tiling": dataclasses.asdict(tiling), "detector": name, "options": dict(settings)}
         detector = build_detector("tiled", model, tiled)
+    detector.workplace = workplace
     own = [EXTRACTOR] if isinstance(model, ADExtractor) else []
     refuse_others(out, "detector", [member(number) for number in range(len(detector.members))] or own)
     check_writable(out)  # checked before the fitting, which may take hours
@@ -94,10 +99,12 @@ def fit_folder(
     elif rest:
         if isinstance(model, ADExtractor) and chosen:
             set_references(model, references)
-        detector.fit(normals, roi=inside)
-    folder = detector.save_pretrained(out)
-    remember_photographs(folder, normals.digests | references.digests, reader.full_scale)
-    return Fitted(folder, len(rest), len(chosen))
+        detector.fit(normals, progress, roi=inside)
+    if workplace.rank == 0:
+        remember_photographs(detector.save_pretrained(out), normals.digests | references.digests, reader.full_scale)
+        if workplace.checkpoint is not None:
+            workplace.checkpoint.unlink(missing_ok=True)
+    return Fitted(out, len(rest), len(chosen))
 
 
 def _inside(path: Path, reader: PhotoReader, roi: RoiFiles) -> Tensor | None:

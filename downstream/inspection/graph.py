@@ -62,7 +62,8 @@ class DetectorGraph(nn.Module):
             members = [Prediction(*member(images)) for member in self.members]
             prediction = self.traceable.from_members(images, members, self.region)
         else:
-            prediction = self.traceable.from_features(self.extract(images), self.region)
+            features = self.traceable.seen(images, self.extract(images))
+            prediction = self.traceable.from_features(features, self.region)
         maps = prediction.maps
         return prediction.scores, maps if self.region is None else self.region.only(maps)
 
@@ -83,7 +84,7 @@ class DetectorGraph(nn.Module):
         """
         if self.extract is None:
             return torch.stack([member.ties(images, tolerance) for member in self.members]).any(0)  # type: ignore[operator]
-        features = self.extract(images)
+        features = self.traceable.seen(images, self.extract(images))
         expected, generator = self.traceable.from_features(features, self.region), torch.Generator().manual_seed(0)
         tied = torch.zeros(len(images), dtype=torch.bool)
         for _ in range(DRAWS):
