@@ -3,9 +3,10 @@ transformers give blocks.
 
 A stage is named by its stride: stage 1 is the last map of stride 4, stage 2 of stride 8, and so on (layer1 .. layer4
 of a ResNet). The name must carry the tag of the weights (``wide_resnet50_2.tv_in1k``) where a network has several.
-timm resizes position embeddings with antialiasing: for the paper's DINOv2 use `dinov2-base`. Rows of the table with
-names of their own (`dinov3-base`) are networks of timm too; the Perception Encoder's take sizes other than their own as
-the original code does, not as timm (see `as_original`).
+timm resizes position embeddings with antialiasing: for the paper's DINOv2 use `dinov2-base`.
+
+Rows of the table with names of their own (`dinov3-base`, `siglip2-base`) are networks of timm too. Where timm departs
+from their authors' code, they follow the authors (`corrections`, `as_original`); ``timm/<model name>`` is timm's own.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from adpretrain.preprocess import INTERPOLATIONS, Preprocess
 
 FINEST = 4  # stride of stage 1
 DEPTH = 4  # levels of a vision transformer by default, evenly spaced as in the paper
-PERCEPTION = "vit_pe_"  # timm's Perception Encoders, see `as_original`
+PERCEPTION, SIGLIP = "pe-", "siglip2-"  # rows of the table with `corrections`
 
 
 class Stages(Backbone):
@@ -77,17 +78,17 @@ def build(name: str, weights: Weights, image_size: int, levels: Sequence[int], *
     config: Any = get_pretrained_cfg(model) or PretrainedCfg()
     weights = dataclasses.replace(weights, backbone=name, source=Source("model.safetensors", config.hf_hub_id or name))
     sized = {**geometry, "img_size": image_size} if config.fixed_input_size else geometry
-    perception = model.startswith(PERCEPTION)  # which was trained on photographs that were resized bilinearly
     interpolation = config.interpolation if config.interpolation in INTERPOLATIONS else "bicubic"
-    preprocess = Preprocess(image_size, None, config.mean, config.std, "bilinear" if perception else interpolation)
+    if name.startswith(PERCEPTION):
+        interpolation = "bilinear"  # as its authors' transforms; timm says bicubic
+    preprocess = Preprocess(image_size, None, config.mean, config.std, interpolation)
     info = _feature_info(model, geometry)
     strides = [entry["reduction"] for entry in info]
     if len(info) > 1 and len(set(strides)) == 1:
         default = [len(info) * (i + 1) // DEPTH for i in range(DEPTH)]
         chosen = check_levels(name, levels or default, len(info), "blocks")
         check_image_size(name, image_size, strides[0], "its patch")
-        if perception:
-            sized["ref_feat_shape"] = (image_size // strides[0],) * 2
+        sized = {**sized, **corrections(name, image_size // strides[0])}
         network, revision = _whole(name, model, weights, sized)
         return Blocks(network, name, preprocess, chosen, revision=revision)
     stages = [index for index, stride in enumerate(strides) if stride >= FINEST]
@@ -160,16 +161,25 @@ def _loaded(
     return network, revision
 
 
+def corrections(name: str, grid: int) -> dict[str, Any]:
+    """Arguments with which timm's network of a row computes what its authors' does on ``grid`` x ``grid`` patches.
+
+    The Perception Encoder's rotary positions count patches whatever the size; timm stretches them over the grid of the
+    training unless told that this grid was the wanted one. SigLIP 2 was trained in JAX, whose GELU is the approximation
+    by tanh; timm computes the exact one.
+    """
+    if name.startswith(PERCEPTION):
+        return {"ref_feat_shape": (grid, grid)}
+    return {"act_layer": "gelu_tanh"} if name.startswith(SIGLIP) else {}
+
+
 def as_original(state: StateDict, sized: dict[str, Any]) -> StateDict:
     """The Perception Encoder's weights with the position grid of the wanted size, interpolated bilinearly as in the
-    original code; timm would do it bicubically with antialiasing. The original also counts rotary positions in patches
-    whatever the size: for timm that is a reference grid of the wanted size (``ref_feat_shape``), where it would
-    stretch them over the grid of the training. Weights of other networks stay as they are."""
+    original code; timm would do it bicubically with antialiasing. Weights of other networks stay as they are."""
     if "ref_feat_shape" not in sized or "pos_embed" not in state:
         return state
-    positions = state["pos_embed"][0]
-    resized = resize_positions(positions, sized["ref_feat_shape"][0], mode="bilinear")
-    return {**state, "pos_embed": resized[None]}
+    positions = resize_positions(state["pos_embed"][0], sized["ref_feat_shape"][0], mode="bilinear")
+    return {**state, "pos_embed": positions[None]}
 
 
 def _features(
