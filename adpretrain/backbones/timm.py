@@ -106,6 +106,11 @@ def full_name(name: str, weights: Weights) -> str:
     assert weights.source is not None
     model = weights.source.repo_id.removeprefix(TIMM)
     architecture, _, tag = model.partition(".")
+    if not timm.is_model(architecture) and not name.startswith(TIMM):
+        raise ValueError(
+            f"backbone {name!r} needs a newer timm than {timm.__version__}, which has no {architecture!r}: run "
+            "`pip install --upgrade timm`"
+        )
     if not timm.is_model(architecture):
         close = timm.list_models(f"*{architecture[:8]}*")[:8]
         hint = f"similar names: {', '.join(close)}" if close else "timm.list_models() lists all"
