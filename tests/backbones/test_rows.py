@@ -14,6 +14,7 @@ from small_rows import (
     SMALL,
     TOLERANCE,
     model_of,
+    needs,
     save,
     small,
     timms,
@@ -24,7 +25,7 @@ from adpretrain.backbones import BACKBONES
 from adpretrain.backbones.licences import LICENCES
 from adpretrain.backbones.table import TIMM, find_entry
 from adpretrain.backbones.timm import build
-from adpretrain.backbones.weights import Weights
+from adpretrain.backbones.weights import Source, Weights
 
 ROWS = [name for name, entry in BACKBONES.items() if entry.family == "timm" and not name.startswith(TIMM)]
 
@@ -45,7 +46,7 @@ def test_the_same_network_under_timm_s_name_is_timm_s_own(name: str, tmp_path: P
     assert entry.licence == BACKBONES[name].licence  # the same weights
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=needs(name)) for name in ROWS])
 def test_levels_widths_and_licence_are_those_of_timm(name: str) -> None:
     entry, model = BACKBONES[name], model_of(name)
     config: Any = get_pretrained_cfg(model)
@@ -59,3 +60,9 @@ def test_levels_widths_and_licence_are_those_of_timm(name: str) -> None:
     assert list(entry.channels) == [info[level - 1]["num_chs"] for level in quarters]
     assert entry.licence.lower().replace(" ", "-") == config.license
     assert entry.licence in LICENCES
+
+
+def test_a_row_that_the_installed_timm_is_too_old_for_says_so() -> None:
+    weights = Weights("c-radio-v9", Source("model.safetensors", "timm/vit_base_patch16_radio_v9.c_radio"))
+    with pytest.raises(ValueError, match=r"'c-radio-v9' needs a newer timm than .*`pip install --upgrade timm`"):
+        build("c-radio-v9", weights, 224, LEVELS)

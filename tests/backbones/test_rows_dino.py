@@ -26,9 +26,10 @@ from small_rows import (
 )
 from torch import Tensor, nn
 
-# DINOv2 with registers
-
 transformers = pytest.importorskip("transformers", minversion="5.24")  # whose modules are named as here
+
+
+# DINOv2 with registers
 
 
 @pytest.mark.parametrize("side", SIDES)

@@ -19,6 +19,7 @@ from small_rows import (
     TOLERANCE,
     WIDTH,
     joined,
+    needs,
     save,
     small,
     timms,
@@ -26,9 +27,10 @@ from small_rows import (
 )
 from torch import Tensor, nn
 
-# SigLIP 2
-
 transformers = pytest.importorskip("transformers", minversion="5.24")  # whose modules are named as here
+
+
+# SigLIP 2
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -127,6 +129,7 @@ def test_the_perception_encoder_equals_its_equations(name: str, side: int, tmp_p
 # C-RADIO
 
 
+@needs("c-radio-v3-large", "c-radio-v3-base")
 @pytest.mark.parametrize("names", ["timm", "NVIDIA"])
 @pytest.mark.parametrize(("row", "corners"), [("c-radio-v3-large", False), ("c-radio-v3-base", True)])
 @pytest.mark.parametrize("side", SIDES)
