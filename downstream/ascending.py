@@ -13,8 +13,8 @@ RECENT = 4096  # numbers that are inserted one by one before they are merged wit
 class Ascending:
     """Numbers in ascending order, 8 bytes each.
 
-    Inserting into one long list moves half of it each time: ten million numbers would take a day. Here the newest are in
-    a short list, which is merged into an array [n] when it is full.
+    Inserting into one long list moves half of it each time: ten million numbers would take a day. Here the newest are
+    in a short list, which is merged into an array [n] when it is full.
     """
 
     def __init__(self, numbers: Iterable[float] = ()) -> None:

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from processes import output, start, wait
 
-from downstream.inspection import run
+from downstream.inspection import share as sharing
+from downstream.inspection.entry import Entry
 
 
 @pytest.fixture
@@ -49,15 +50,15 @@ def share(rank: int, arguments: list[str]) -> None:
 def killed(rank: int, arguments: list[str]) -> None:
     """The second process ends, without a word, in its second batch."""
     if rank == 1:
-        whole, count = run._score_batch, [0]
+        whole, count = sharing.score_batch, [0]
 
-        def score_batch(*given: object) -> run.Batch:
+        def score_batch(*given: object) -> list[Entry]:
             count[0] += 1
             if count[0] == 2:
                 os._exit(9)
             return whole(*given)  # type: ignore[arg-type]
 
-        run._score_batch = score_batch  # type: ignore[assignment]
+        sharing.score_batch = score_batch  # type: ignore[assignment]
     share(rank, arguments)
 
 
