@@ -5,9 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import re
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -20,6 +24,8 @@ from downstream.inspection.entry import Entry
 from downstream.inspection.findings import Finding, findings_files
 from downstream.inspection.notes import change_note
 from downstream.inspection.results import ANOMALOUS, COLUMNS, NORMAL, UNREADABLE, Result
+from downstream.inspection.resume import Record
+from downstream.inspection.source import Photographs
 from downstream.inspection.spreadsheet import table_file
 from downstream.inspection.tally import Tally
 
@@ -64,15 +70,33 @@ def write_all(entries: Iterator[Entry], out: Path, most: int) -> Tally:
 def test_memory_does_not_grow_with_the_results(tmp_path: Path, counts: tuple[int, int], growth: int) -> None:
     """An `Entry` has more than 1000 bytes. What stays are 40 bytes a photograph, or 100 while the watch's newest
     numbers are in lists (up to 4096)."""
-    peaks = list[int]()
+    peaks, seconds = list[int](), list[float]()
     for count in counts:
+        out = tmp_path / str(count)
+        out.mkdir()
+        with Record(out, {}, resume=False) as record:
+            entries = recorded(record, count)
+        began = time.process_time()
+        write_all(iter(entries), out, most=100)
+        seconds.append(time.process_time() - began)
         tracemalloc.start()
-        found = write_all(drawn(count), tmp_path, most=100)
+        found = write_all(iter(entries), out, most=100)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert len(found) == count
-    print(f"{counts} photographs: {peaks} bytes")
+        assert (out / "scores.csv").read_bytes().count(b"\n") == count + 1
+    print(f"{counts} photographs: at most {peaks} bytes, {seconds} seconds")
     assert peaks[1] - peaks[0] < growth * (counts[1] - counts[0]), peaks
+
+
+def recorded(record: Record, count: int) -> share.Entries:
+    """The drawn entries, as a run reads them back from its record."""
+    entries, names = drawn(count), [f"{number:07}" for number in range(count)]
+    for number in range(0, count, 16):
+        record.add(number // 16, [(name, 1, 1) for name in names[number : number + 16]], list(islice(entries, 16)))
+    places = [place for _, place in record.added()]
+    photographs = SimpleNamespace(names=names, order=range(count))
+    return share.Entries(record, cast(Photographs, photographs), places, 16)
 
 
 def test_what_is_counted_and_listed_is_what_a_list_gives(tmp_path: Path) -> None:
