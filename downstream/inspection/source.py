@@ -13,7 +13,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
-from adpretrain.data.shards import INDEX, Shards
 from downstream.inspection.photos import Stored, find_images, printable, relative_name
 from downstream.inspection.resume import Stamp, stamp
 
@@ -39,7 +38,7 @@ class Photographs(Protocol):
 def photographs_of(images: Path, exclude: Path | None = None) -> Photographs:
     """The photographs in a folder of shards, in another folder, or in a file. Errors as in `find_images` and `Shards`;
     nothing below ``exclude`` is found."""
-    if (images / INDEX).is_file() and (images / "data").is_dir():
+    if (images / "index.json").is_file() and (images / "data").is_dir():
         return InShards(images)
     return InFolder(images, find_images(images, exclude))
 
@@ -68,6 +67,8 @@ class InShards:
     """
 
     def __init__(self, root: Path) -> None:
+        from adpretrain.data.shards import Shards  # most runs need none of it
+
         self._shards = Shards(root)
         self.names, self._starts, self._groups = list[str](), list[int](), list[tuple[str, int]]()
         for file in (*self._shards.names("train"), *self._shards.names("held_out")):
