@@ -10,16 +10,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 
 import torch
 from accelerate import PartialState
 
 from downstream import cli
 
+WAIT = timedelta(days=30)  # for the slowest process; one that has died is noticed by its connection, or the launcher
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
-    state = PartialState(cpu=not torch.cuda.is_available() or "--device cpu" in " ".join(arguments))
+    cpu = not torch.cuda.is_available() or "--device cpu" in " ".join(arguments)
+    state = PartialState(cpu=cpu, timeout=WAIT)
     place = {"rank": state.process_index, "processes": state.num_processes, "device": str(state.device)}
     return cli.main(["score", *arguments], **place)
 

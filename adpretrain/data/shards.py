@@ -12,6 +12,7 @@ No code of a repository is run, nothing is unpickled, and no name in a row is us
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -164,6 +165,18 @@ class Shards:
         for row in stream:
             yield Photograph(**row)
 
+    def keys(self, name: str) -> list[list[str]]:
+        """The keys of a file, those of each row group in a list, read without the images. Errors as in `rows`."""
+        with _opened(f"{self.address}/{name}") as parquet:
+            groups = range(parquet.num_row_groups)
+            return [parquet.read_row_group(group, ["key"]).column("key").to_pylist() for group in groups]
+
+    def images(self, name: str, group: int) -> list[bytes]:
+        """The image files of one row group of a file. Errors as in `rows`."""
+        with _opened(f"{self.address}/{name}") as parquet:
+            found: list[bytes] = parquet.read_row_group(group, ["image"]).column("image").to_pylist()
+            return found
+
     def samples(self, part: str, per_group: int | None = None) -> list[Sample]:
         """The photographs of a part as samples on disk: the first ``per_group`` of every group, or all.
 
@@ -183,19 +196,26 @@ class Shards:
 
 def _read(urls: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Rows of Parquet files. `datasets.load_dataset` would read whole files ahead of a slow consumer."""
+    for url in urls:
+        with _opened(url) as parquet:
+            for group in range(parquet.num_row_groups):
+                yield from parquet.read_row_group(group, COLUMNS).to_pylist()
+
+
+@contextlib.contextmanager
+def _opened(url: str) -> Iterator[Any]:
+    """A Parquet file with our columns. Raises ValueError naming it if it, or what is read of it, is damaged."""
     import fsspec
     import pyarrow.parquet as pq
 
-    for url in urls:
-        try:
-            with fsspec.open(url) as file:
-                parquet = pq.ParquetFile(file, page_checksum_verification=True)
-                if not parquet.schema_arrow.remove_metadata().equals(schema()):
-                    raise ValueError(f"columns {parquet.schema_arrow.names}, not {COLUMNS}, or of other types")
-                for group in range(parquet.num_row_groups):
-                    yield from parquet.read_row_group(group, COLUMNS).to_pylist()
-        except Exception as error:  # from a file system, a network, or Arrow
-            raise ValueError(f"{url} cannot be read ({_reason(url, error)}): copy it again") from error
+    try:
+        with fsspec.open(url) as file:
+            parquet = pq.ParquetFile(file, page_checksum_verification=True)
+            if not parquet.schema_arrow.remove_metadata().equals(schema()):
+                raise ValueError(f"columns {parquet.schema_arrow.names}, not {COLUMNS}, or of other types")
+            yield parquet
+    except Exception as error:  # from a file system, a network, or Arrow
+        raise ValueError(f"{url} cannot be read ({_reason(url, error)}): copy it again") from error
 
 
 def pinned(root: str | Path) -> str:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from downstream.commands.options import EMBEDDED, Command, refuse_beside_detector
 from downstream.inspection import DEFAULTS, PLAIN, Options, Tables
@@ -39,7 +39,8 @@ class Score(Command):
         normal: folder of normal photographs; 2 to 8 are enough, more are better
         at: score with the inspector in this folder instead (made by adpretrain inspector new), which holds its normal
             photographs and options
-        images: folder of photographs to score, searched with its subfolders
+        images: folder of photographs to score, searched with its subfolders; or of Parquet shards, which
+            recipes/write_shards.py writes
         out: folder for the results; created if needed
         extractor: a folder written by save_pretrained, "org/name" on the Hugging Face Hub, or "embedded"
         detector: score with a detector fitted by adpretrain fit instead (a folder or org/name); --normal must then
@@ -53,6 +54,8 @@ class Score(Command):
             small file may decode to an image that fills the memory
         device: auto, cpu, cuda, cuda:1, mps
         resume: continue the unfinished run in --out without scoring its finished images again
+        heatmaps: write heatmaps and masks of all photographs, of those that are anomalous, or of none; a run of
+            millions of photographs otherwise writes millions of pictures
         json: print a JSON object (summary.json) instead of text
     """
 
@@ -72,6 +75,7 @@ class Score(Command):
     max_pixels: int = 178_956_970  # copied from adpretrain.preprocess, which is slow to import
     device: str = "auto"
     resume: bool = False
+    heatmaps: Literal["all", "anomalous", "none"] = "all"
     json: bool = False
 
     def __post_init__(self) -> None:
@@ -100,7 +104,8 @@ class Score(Command):
     def run(self, rank: int = 0, processes: int = 1, device: str | None = None) -> int:
         """Score the share of process ``rank`` of ``processes`` on ``device``, and, in the first, write the results."""
         from adpretrain.photographs import pixels_allowed
-        from downstream.inspection.run import Share, score_folder
+        from downstream.inspection.run import score_folder
+        from downstream.inspection.share import Share
 
         with ProgressBars() as progress, _resume_hint(self.out), pixels_allowed(self.max_pixels):
             inspection = score_folder(
@@ -119,6 +124,7 @@ class Score(Command):
                 share=Share(rank, processes, _wait if processes > 1 else _go_on),
                 revision=self.revision,
                 resume=self.resume,
+                heatmaps=self.heatmaps,
                 detector=self.detector,
             )
         if rank > 0:
@@ -156,34 +162,34 @@ def describe(inspection: Inspection) -> str:
     from downstream.inspection.results import ANOMALOUS, UNDECIDED, UNREADABLE
 
     summary, results = inspection.summary, inspection.results
-    order = sorted(results, key=lambda result: (-(result.score or 0.0), result.path))
+    counts, order = summary["counts"], sorted(results, key=lambda result: (-(result.score or 0.0), result.path))
     anomalous, undecided, unreadable = (
         [result for result in order if result.verdict == verdict] for verdict in (ANOMALOUS, UNDECIDED, UNREADABLE)
     )
-    ranked = anomalous or undecided
-    scored = len(results) - len(unreadable)
+    ranked, number = (anomalous, counts[ANOMALOUS]) if anomalous else (undecided, counts[UNDECIDED])
+    scored = sum(counts.values()) - counts[UNREADABLE]
     if summary["threshold"] is None:
         lines = [f"{scored} images ranked; no threshold, so no verdicts"]
     else:
         rate = summary["promised_false_alarm_rate"]
         promise = f"promised false-alarm rate {percent(rate)}" if rate else "given, no promise"
         threshold = f"threshold {summary['threshold']:.4g}, {promise}"
-        lines = [f"{len(anomalous)} of {scored} images anomalous ({threshold})"]
+        lines = [f"{counts[ANOMALOUS]} of {scored} images anomalous ({threshold})"]
     if ranked:
         lines.append(f"{'score':>10}  {'p-value':>7}  image")
     for result in ranked[:TOP]:
         p_value = "" if result.p_value is None else f"{result.p_value:.3g}"
         why = f" ({plain(result.reason)})" if result.reason else ""
         lines.append(f"{result.score:>10.4g}  {p_value:>7}  {plain(result.path)}{why}")
-    if len(ranked) > TOP:
-        lines.append(f"{'...':>10}  and {len(ranked) - TOP} more")
+    if number > TOP:
+        lines.append(f"{'...':>10}  and {number - TOP} more")
     if regions := summary["regions"]:
-        shown = sum(bool(result.regions) for result in results)
         where = plain(inspection.out / "regions.csv")
-        lines.append(f"regions: {_number(regions, 'region')} in {_number(shown, 'image')}: {where}")
+        images = _number(summary["images_with_regions"], "image")
+        lines.append(f"regions: {_number(regions, 'region')} in {images}: {where}")
     lines += [f"unreadable: {plain(result.path)} ({plain(result.reason)})" for result in unreadable[:TOP]]
-    if len(unreadable) > TOP:
-        lines.append(f"unreadable: and {len(unreadable) - TOP} more")
+    if (more := counts[UNREADABLE] - len(unreadable[:TOP])) > 0:
+        lines.append(f"unreadable: and {more} more")
     lines += [f"note: {warning}" for warning in summary["warnings"]]
     lines.append(f"report: {plain(inspection.out / 'report.html')}")
     return "\n".join(lines)

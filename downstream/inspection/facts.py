@@ -9,7 +9,7 @@ from downstream.calibration import Calibration, percent
 from downstream.inspection.inspector import Inspector
 from downstream.inspection.photos import printable
 from downstream.inspection.report import Fact
-from downstream.inspection.results import ANOMALOUS, NORMAL, UNDECIDED, UNREADABLE, Result
+from downstream.inspection.results import ANOMALOUS, NORMAL, UNDECIDED, UNREADABLE, Result, oddness
 
 NAMED = 3  # worst photographs that are named
 
@@ -32,7 +32,7 @@ def in_brief(
 
 
 def _found(bad: int, judged: int, named: Sequence[Result], verdicts: bool) -> str:
-    worst = [printable(one.path) for one in sorted(named, key=_oddness)[:NAMED]]
+    worst = [printable(one.path) for one in sorted(named, key=oddness)[:NAMED]]
     names = " and ".join([part for part in (", ".join(worst[:-1]), worst[-1]) if part]) if worst else ""
     if not verdicts:
         return f"The photographs are only ranked; {names} look{'s' if len(worst) == 1 else ''} most unusual."
@@ -42,12 +42,6 @@ def _found(bad: int, judged: int, named: Sequence[Result], verdicts: bool) -> st
         f"{bad} of {judged} photographs look{'s' if bad == 1 else ''} bad" if judged > 1 else "The photograph looks bad"
     )
     return f"{some}: {names}." if bad <= NAMED else f"{some}, and {names} look worst."
-
-
-def _oddness(result: Result) -> tuple[float, float]:
-    """Sort the most unusual photographs first, be it by score or as a whole."""
-    p_values = [value for value in (result.p_value, result.unlike_p_value) if value is not None]
-    return min(p_values, default=1.0), -(result.score or 0.0)
 
 
 def _promise(inspector: Inspector, judged: int, many: bool, changed: bool) -> str:
@@ -84,10 +78,9 @@ def _next(counts: Mapping[str, int], drift: bool) -> list[str]:
     return steps
 
 
-def regions_note(results: Sequence[Result], promised: bool) -> list[str]:
-    """Return a note if photographs that are normal have regions above the pixel limit; ``promised``: the threshold of
-    the score keeps a rate."""
-    found = sum(result.verdict == NORMAL and bool(result.regions) for result in results)
+def regions_note(found: int, promised: bool) -> list[str]:
+    """Return a note if ``found`` photographs that are normal have regions above the pixel limit; ``promised``: the
+    threshold of the score keeps a rate."""
     if not found:
         return []
     have, their = ("photograph has", "its") if found == 1 else ("photographs have", "their")

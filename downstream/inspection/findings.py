@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -16,7 +20,7 @@ from PIL import Image
 from adpretrain.files import atomic_path
 from downstream.inspection import PLAIN, Tables
 from downstream.inspection.photos import printable
-from downstream.inspection.spreadsheet import write_table
+from downstream.inspection.spreadsheet import table_file
 from downstream.regions import Region, paint
 from downstream.visualise import save_png
 
@@ -56,6 +60,7 @@ def finding_from(entry: Mapping[str, Any]) -> Finding:
     )
 
 
+AddFindings = Callable[[str, tuple[int, int], Sequence[Finding]], None]
 COLUMNS = tuple(field.name for field in dataclasses.fields(Finding) if field.name != "counts")
 
 
@@ -93,44 +98,53 @@ def run_lengths(region: Region, photo_size: tuple[int, int]) -> tuple[int, ...]:
     return tuple(counts if counts[-1] else counts[:-1])
 
 
-def write_findings(
-    out: Path, photos: Mapping[str, tuple[int, int]], findings: Sequence[Finding], tables: Tables = PLAIN
-) -> None:
-    """Write regions.csv and regions.json below ``out``.
+@contextlib.contextmanager
+def findings_files(out: Path, tables: Tables = PLAIN) -> Iterator[AddFindings]:
+    """Write regions.csv and regions.json (COCO) below ``out`` in a ``with`` statement, photograph by photograph.
 
-    photos: path -> (width, height) of every inspected photograph, those without regions included. Raises ValueError for
-    a finding of a photograph that is not among them.
+    Yields a function that takes a photograph's path, its (width, height), and its findings, of which there may be none.
+    Nothing is kept in memory, and the files appear at the end.
     """
-    strange = sorted({printable(finding.path) for finding in findings if finding.path not in photos})
-    if strange:
-        raise ValueError(f"regions of photographs without a size: {', '.join(strange[:3])}; give all in `photos`")
-    write_table(out / "regions.csv", (COLUMNS, findings), tables)
-    with atomic_path(out / "regions.json") as temporary, temporary.open("w", encoding="utf-8") as file:
-        json.dump(_coco(photos, findings), file, allow_nan=False)
+    with (
+        table_file(out / "regions.csv", COLUMNS, tables) as add_row,
+        atomic_path(out / "regions.json") as temporary,
+        temporary.open("w", encoding="utf-8") as coco,
+        TemporaryFile("w+", encoding="utf-8", dir=out) as annotations,  # behind all photographs in the file
+    ):
+        photographs, numbers = count(1), count(1)
+
+        def add(path: str, size: tuple[int, int], findings: Sequence[Finding]) -> None:
+            photograph = next(photographs)
+            image = {"id": photograph, "file_name": printable(path), "width": size[0], "height": size[1]}
+            _write_item(coco, image, first=photograph == 1)
+            for finding in findings:
+                add_row(finding)
+                number = next(numbers)
+                _write_item(annotations, _annotation(finding, number, photograph, size), first=number == 1)
+
+        coco.write('{"images": [')
+        yield add
+        annotations.seek(0)
+        coco.write('], "annotations": [')
+        shutil.copyfileobj(annotations, coco)
+        coco.write(f'], "categories": [{json.dumps(_CATEGORY)}]}}')
 
 
-def _coco(photos: Mapping[str, tuple[int, int]], findings: Sequence[Finding]) -> dict[str, list[dict[str, object]]]:
-    """Return the content of a COCO file. Its "score" is the peak, as in COCO's results."""
-    ids = {path: number for number, path in enumerate(photos, start=1)}
+def _write_item(file: IO[str], item: Mapping[str, object], first: bool) -> None:
+    file.write(f"{'' if first else ', '}{json.dumps(item, allow_nan=False)}")
+
+
+def _annotation(finding: Finding, number: int, photograph: int, size: tuple[int, int]) -> dict[str, object]:
+    """A finding as COCO's annotation. Its "score" is the peak, as in COCO's results."""
     return {
-        "images": [
-            {"id": ids[path], "file_name": printable(path), "width": width, "height": height}
-            for path, (width, height) in photos.items()
-        ],
-        "annotations": [
-            {
-                "id": number,
-                "image_id": ids[finding.path],
-                "category_id": _CATEGORY["id"],
-                "bbox": [finding.left, finding.top, finding.right - finding.left, finding.bottom - finding.top],
-                "area": finding.area_px,
-                "segmentation": {"size": list(photos[finding.path][::-1]), "counts": finding.counts},
-                "iscrowd": 0,
-                "score": finding.peak,
-            }
-            for number, finding in enumerate(findings, start=1)
-        ],
-        "categories": [dict(_CATEGORY)],
+        "id": number,
+        "image_id": photograph,
+        "category_id": _CATEGORY["id"],
+        "bbox": [finding.left, finding.top, finding.right - finding.left, finding.bottom - finding.top],
+        "area": finding.area_px,
+        "segmentation": {"size": list(size[::-1]), "counts": finding.counts},
+        "iscrowd": 0,
+        "score": finding.peak,
     }
 
 

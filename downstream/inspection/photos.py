@@ -7,11 +7,12 @@ Folders that hold the masks of a data set are refused. A file that cannot be rea
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -206,6 +207,17 @@ class Unreadable:
     reason: str
 
 
+class Stored(io.BytesIO):
+    """The file of a photograph in memory, as a shard holds it; messages call it by its name."""
+
+    def __init__(self, name: str, content: bytes) -> None:
+        super().__init__(content)
+        self.path = Path(name)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
 @dataclass(frozen=True)
 class PhotoReader:
     """Reads the photographs of one camera. ``full_scale`` is the value that becomes 255 in gray photographs with more
@@ -232,28 +244,37 @@ class PhotoReader:
         return cls(preprocess, batch_size, find_full_scale(map(file_and_page, paths)), tiled, roi)
 
     def batches(self, paths: Sequence[Path]) -> Iterator[list[Photo | Unreadable]]:
-        """Read photographs in threads, in order, one batch ahead of the consumer; at most two batches are in memory."""
+        """Read photographs in order, in batches of `batch_size`, as `read` does."""
         if (size := self.batch_size) < 1:
             raise ValueError(f"batch size {size}; expected at least 1")
-        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-            ahead = [pool.submit(self._read, path) for path in paths[:size]]
-            for start in range(size, len(paths) + size, size):
-                current = ahead
-                ahead = [pool.submit(self._read, path) for path in paths[start : start + size]]
-                yield [future.result() for future in current]
+        return self.read(paths[start : start + size] for start in range(0, len(paths), size))
 
-    def open(self, path: Path) -> Image.Image:
+    def read(self, batches: Iterable[Sequence[Path | Stored]]) -> Iterator[list[Photo | Unreadable]]:
+        """Read batches in threads, in order, one ahead of the consumer; at most two are in memory."""
+        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+            ahead: list[Future[Photo | Unreadable]] = []
+            for batch in batches:
+                current, ahead = ahead, [pool.submit(self._read, one) for one in batch]
+                if current:
+                    yield [future.result() for future in current]
+            if ahead:
+                yield [future.result() for future in ahead]
+
+    def open(self, photograph: Path | Stored) -> Image.Image:
         """Read one photograph, a file or a page of one, as 8-bit RGB. Raises ValueError if that is impossible."""
-        file, page = file_and_page(path)
+        if isinstance(photograph, Stored):
+            return read_image(photograph, full_scale=self.full_scale)
+        file, page = file_and_page(photograph)
         return read_image(file, page=page, full_scale=self.full_scale)
 
     def to_show(self, photo: Image.Image) -> Image.Image:
         """The region of an RGB photograph that the network sees, undistorted, in the size for people."""
         return shown_region(photo, self.preprocess, SHOWN_TILED if self.tiled else SHOWN)
 
-    def _read(self, path: Path) -> Photo | Unreadable:
+    def _read(self, photograph: Path | Stored) -> Photo | Unreadable:
+        path = photograph.path if isinstance(photograph, Stored) else photograph
         try:
-            photo = self.open(path)
+            photo = self.open(photograph)
             return prepare_photo(path, photo, self.preprocess, self.tiled, self.roi.of(path, photo.size))
         except (ValueError, OSError) as error:
             return Unreadable(path, printable(error))

@@ -10,9 +10,8 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,14 @@ import jinja2
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
+from numpy.typing import ArrayLike
 from PIL import Image
 
 from adpretrain.files import atomic_path
 from downstream.calibration import percent
-from downstream.inspection.findings import Finding
 from downstream.inspection.photos import printable
-from downstream.inspection.results import ANOMALOUS, NORMAL, UNDECIDED, Result, counted
+from downstream.inspection.results import ANOMALOUS, NORMAL, UNDECIDED, Result
+from downstream.inspection.tally import Tally
 from downstream.visualise import COLORMAP, MOST_BOXES, photo_and_heatmap
 
 THUMBNAIL = 320  # longest side in pixels
@@ -57,7 +57,7 @@ class Fact:
 
 def write_report(
     path: Path,
-    results: Sequence[Result],
+    tally: Tally,
     title: str,
     where: str,
     facts: Sequence[Fact],
@@ -68,16 +68,15 @@ def write_report(
     footer: str = "",
     budget: int = BUDGET,
     in_brief: str = "",
-    findings: Sequence[Finding] = (),
 ) -> None:
-    """Write the page to `path`, beside the results' heatmaps. All texts are plain text and are escaped here.
+    """Write the page to `path`, beside the heatmaps and scores.csv. All texts are plain text and are escaped here.
 
-    `in_brief` says in a few sentences what was found. The cards list their regions among `findings`. `normal_scores`
-    are marked in the histogram. `evidence` is the plot of a `Watch`, an SVG that is put in as it is.
-    The pictures of the highest scores are inlined until about `budget` bytes are used, so that the page fits into
-    memory, however many results there are.
+    `in_brief` says in a few sentences what was found. The cards show the photographs that `tally` lists, with their
+    regions; the histogram counts all. `normal_scores` are marked in it. `evidence` is the plot of a `Watch`, an SVG
+    that is put in as it is. The pictures of the highest scores are inlined until about `budget` bytes are used, so that
+    the page fits into memory, however many photographs there are.
     """
-    counts = counted(results)
+    counts, results = tally.counts, [entry.result for entry in tally.listed]
     pictures = _inlined(path.parent, results, budget)
     linked = sum(result.heatmap is not None for result in results) - len(pictures)
     if linked:
@@ -90,11 +89,13 @@ def write_report(
         threshold=threshold,
         counts=counts,
         scored=counts[ANOMALOUS] + counts[NORMAL] + counts[UNDECIDED],
-        plot=_histogram(results, threshold, normal_scores),
+        plot=_histogram(tally.scores, threshold, normal_scores),
         evidence=evidence,
         results=results,
+        total=len(tally),
+        left_out=tally.left_out,
         in_brief=in_brief,
-        regions=_by_photograph(findings),
+        regions={entry.result.path: entry.findings for entry in tally.listed},
         most_regions=MOST_BOXES,
         pictures=pictures,
         ramp=",".join(to_hex(colormaps[COLORMAP](at)) for at in np.linspace(0, 1, 9)),
@@ -102,13 +103,6 @@ def write_report(
     )
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as page:
         page.writelines(map(printable, parts))
-
-
-def _by_photograph(findings: Sequence[Finding]) -> dict[str, list[Finding]]:
-    found: dict[str, list[Finding]] = {}
-    for finding in findings:
-        found.setdefault(finding.path, []).append(finding)
-    return found
 
 
 def _inlined(folder: Path, results: Sequence[Result], budget: int) -> dict[str, list[bytes]]:
@@ -133,16 +127,15 @@ def jpeg(picture: Image.Image) -> bytes:
 
 
 def _histogram(
-    results: Sequence[Result], threshold: float | None, normal_scores: Sequence[float]
+    scores: Mapping[str, ArrayLike], threshold: float | None, normal_scores: Sequence[float]
 ) -> dict[str, Any] | None:
     """Lay out stacked bars of the scores by verdict in a box of 1000 x 100, and the positions of the threshold and the
     normal scores in per cent. None if there are no scores."""
-    scores = {verdict: _scores(results, verdict) for verdict in (NORMAL, UNDECIDED, ANOMALOUS)}
-    if not any(scores.values()):
+    if not any(map(np.size, scores.values())):
         return None
-    everything = [*chain.from_iterable(scores.values()), *normal_scores]
-    everything += [] if threshold is None else [threshold]
-    low, high = min(everything), max(everything)
+    marked = [*normal_scores, *([] if threshold is None else [threshold])]
+    everything = [np.asarray(values) for values in (*scores.values(), marked) if np.size(values)]
+    low, high = float(min(map(np.min, everything))), float(max(map(np.max, everything)))
     room = 0.02 * (high - low) or max(abs(low), 1.0) * 0.05
     low, high = low - room, high + room
 
@@ -178,7 +171,3 @@ def _histogram(
         "limit": None if threshold is None else place(threshold),
         "rug": [f"{place(score):.2f}" for score in normal_scores[:500]],
     }
-
-
-def _scores(results: Sequence[Result], verdict: str) -> list[float]:
-    return [result.score for result in results if result.verdict == verdict and result.score is not None]

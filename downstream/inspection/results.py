@@ -14,6 +14,7 @@ from downstream.inspection.photos import printable
 from downstream.inspection.spreadsheet import write_table
 
 ANOMALOUS, NORMAL, UNDECIDED, UNREADABLE = "anomalous", "normal", "undecided", "unreadable"
+VERDICTS = (ANOMALOUS, NORMAL, UNDECIDED, UNREADABLE)
 COLUMNS = ("path", "score", "p_value", "verdict", "unlike", "unlike_p_value", "measure", "reason", "regions")
 
 
@@ -31,6 +32,11 @@ class Result:
     unlike_p_value: float | None = None
     measure: str = ""  # the measure (such as brightness) in which it is farthest from them
     regions: int | None = None  # number of regions of its map above the pixel limit
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether it is normal although it has regions above the pixel limit."""
+        return self.verdict == NORMAL and bool(self.regions)
 
     @property
     def judgement(self) -> str:
@@ -52,7 +58,13 @@ def write_scores(path: Path, results: Sequence[Result], tables: Tables = PLAIN) 
 def counted(results: Sequence[Result]) -> dict[str, int]:
     """Count the images with each verdict."""
     counts = Counter(result.verdict for result in results)
-    return {verdict: counts[verdict] for verdict in (ANOMALOUS, NORMAL, UNDECIDED, UNREADABLE)}
+    return {verdict: counts[verdict] for verdict in VERDICTS}
+
+
+def oddness(result: Result) -> tuple[float, float]:
+    """Sort the most unusual photographs first, be it by score or as a whole."""
+    p_values = [value for value in (result.p_value, result.unlike_p_value) if value is not None]
+    return min(p_values, default=1.0), -(result.score or 0.0)
 
 
 def as_dict(result: Result) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 ``scores.part.jsonl`` in the output folder holds a line with the settings, then a line for every batch, written once its
 heatmaps are on disk; the file is removed when the run is complete. Whole batches are recorded because sums round
-differently in batches of another size, and a resumed run must give the same bytes as an uninterrupted one.
+differently in batches of another size, and a resumed run must give the same bytes as an uninterrupted one. Only the
+places of the lines are held in memory, however many photographs there are.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -24,13 +26,14 @@ from adpretrain import __version__
 from adpretrain.files import sha256
 from adpretrain.saved import CONFIG_NAME, WEIGHTS_NAME
 from downstream.inspection import Options
-from downstream.inspection.findings import Finding, finding_from
+from downstream.inspection.entry import Entry, entry_from
 from downstream.inspection.photos import file_and_page, relative_name
-from downstream.inspection.results import Result
 from downstream.roi import RoiFiles
 from downstream.visualise import ColourScale
 
 PART = "scores.part.jsonl"
+_NUMBER = re.compile(rb'\{"batch": (\d+),')
+Place = tuple[Path, int]  # a file of the record, and where in it the line of a batch begins
 Stamp = tuple[str, int, int]  # an image's name below its folder, size in bytes, and modification time in nanoseconds
 
 
@@ -79,31 +82,6 @@ def stamp(root: Path, path: Path) -> Stamp:
     return relative_name(root, path), status.st_size, status.st_mtime_ns
 
 
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """A scored batch: its results, how many images have another shape than the normal photographs, how many have values
-    above the full scale, width and height of each, the regions found, and the sum of the shares that are inspected."""
-
-    results: tuple[Result, ...]
-    odd_shapes: int = 0
-    saturated: int = 0
-    sizes: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
-    findings: tuple[Finding, ...] = ()
-    inspected: float = 0.0
-
-    @classmethod
-    def joined(cls, batches: Sequence[Batch]) -> Batch:
-        """Join the batches of a run."""
-        return cls(
-            tuple(result for batch in batches for result in batch.results),
-            sum(batch.odd_shapes for batch in batches),
-            sum(batch.saturated for batch in batches),
-            {path: size for batch in batches for path, size in batch.sizes.items()},
-            tuple(finding for batch in batches for finding in batch.findings),
-            sum(batch.inspected for batch in batches),
-        )
-
-
 class Record:
     """The record of one run in ``out``, used in a ``with`` statement, which keeps the file; `finish` removes it.
 
@@ -115,41 +93,40 @@ class Record:
     def __init__(self, out: Path, settings: Mapping[str, Any], resume: bool, rank: int = 0) -> None:
         self.folder, self.settings = out, dict(settings)
         self.path = out / (PART if rank == 0 else f"scores.part-{rank}.jsonl")
-        self._batches: dict[tuple[Stamp, ...], Batch] = {}
+        self._places: dict[bytes, Place] = {}  # of the batches of the earlier run, by `_key`
         self._scale: tuple[tuple[Stamp, ...], ColourScale] | None = None
-        self._whole = 0
-        if resume:
-            self.read()
+        self._known: dict[Path, int] = {}  # how much of each file has been read
+        self._readers: dict[Path, BinaryIO] = {}
+        for path in parts(out) if resume else ():
+            for place, line in self._lines(path):
+                self._take(place, line)
         self._file: BinaryIO | None = None
 
-    def read(self) -> None:
-        """Read the files of all processes; what they have recorded since the last time is then known too."""
-        for path in parts(self.folder):
-            whole = self._read(path)
-            if path == self.path:
-                self._whole = whole
+    def _lines(self, path: Path) -> Iterator[tuple[Place, bytes]]:
+        """Read the whole lines of a file that are not yet known; the last may be torn if the run was killed."""
+        with path.open("rb") as file:
+            at = self._known.setdefault(path, 0)
+            file.seek(at)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                yield (path, at), line
+                at += len(line)
+                self._known[path] = at
 
-    def _read(self, path: Path) -> int:
-        """Read a file and return the length of its whole lines; the last may be torn if the run was killed."""
-        content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        try:
-            lines = [json.loads(line) for line in content[:whole].splitlines()]
-            for line in lines[:1]:
+    def _take(self, place: Place, text: bytes) -> None:
+        path, at = place
+        with _unreadable(path):
+            line = json.loads(text)
+            if at == 0:
                 self._compare(line["settings"])
-            for line in lines[1:]:
-                images = tuple((str(name), int(size), int(time)) for name, size, time in line["images"])
-                if "scale" in line:
-                    self._scale = images, ColourScale(*map(float, line["scale"]))
-                else:
-                    results = tuple(map(result_from, line["results"]))
-                    sizes = {str(path): (int(width), int(height)) for path, (width, height) in line["sizes"].items()}
-                    findings = tuple(map(finding_from, line["findings"]))
-                    numbers = int(line["odd_shapes"]), int(line["saturated"])
-                    self._batches[images] = Batch(results, *numbers, sizes, findings, float(line["inspected"]))
-        except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"cannot read {path} ({error}): leave out --resume to start anew") from error
-        return whole
+                return
+            images = tuple((str(name), int(size), int(time)) for name, size, time in line["images"])
+            if "scale" in line:
+                self._scale = images, ColourScale(*map(float, line["scale"]))
+            else:
+                _entries_of(line)
+                self._places[_key(images)] = place
 
     def _compare(self, earlier: Mapping[str, Any]) -> None:
         differing = [key for key in {**earlier, **self.settings} if earlier.get(key) != self.settings.get(key)]
@@ -161,20 +138,16 @@ class Record:
             )
 
     @property
-    def goes_on(self) -> bool:
-        """Whether this run continues an earlier one."""
-        return self._whole > 0 or bool(self._batches)
-
-    @property
     def has_batches(self) -> bool:
         """Whether the earlier run that is continued has scored any images."""
-        return bool(self._batches)
+        return bool(self._places)
 
     def __enter__(self) -> Self:
-        self._file = self.path.open("r+b" if self._whole else "wb")
-        self._file.truncate(self._whole)
-        self._file.seek(self._whole)
-        if not self._whole:
+        whole = self._known.get(self.path, 0)
+        self._file = self.path.open("r+b" if whole else "wb")
+        self._file.truncate(whole)
+        self._file.seek(whole)
+        if not whole:
             self._write({"settings": self.settings})
         return self
 
@@ -189,20 +162,37 @@ class Record:
         self._file.write(json.dumps(line).encode() + b"\n")
         self._file.flush()
 
-    def scored(self, images: Sequence[Stamp], heatmaps: Sequence[str]) -> Batch | None:
-        """Return the recorded batch of exactly these images; None if there is none or one of ``heatmaps`` is gone."""
-        batch = self._batches.get(tuple(images))
-        if batch is None:
+    def scored(self, images: Sequence[Stamp], heatmaps: Sequence[str]) -> Place | None:
+        """Find the batch of exactly these images that the earlier run has recorded; None if there is none, or one of
+        its ``heatmaps`` is gone."""
+        place = self._places.get(_key(images))
+        if place is None:
             return None
-        for result, heatmap in zip(batch.results, heatmaps, strict=True):
-            picture = self.folder / heatmap
-            if result.heatmap is not None and (result.heatmap != heatmap or not picture.is_file()):
+        for entry, heatmap in zip(self.batch(place), heatmaps, strict=True):
+            drawn = entry.result.heatmap
+            if drawn is not None and (drawn != heatmap or not (self.folder / heatmap).is_file()):
                 return None
-        return batch
+        return place
 
-    def add(self, images: Sequence[Stamp], batch: Batch) -> None:
-        """Record a batch whose heatmaps are written."""
-        self._write({"images": images, **dataclasses.asdict(batch)})
+    def add(self, number: int, images: Sequence[Stamp], entries: Sequence[Entry]) -> None:
+        """Record the batch of this ``number`` in the run; its heatmaps are written."""
+        self._write({"batch": number, "images": images, "entries": [dataclasses.asdict(entry) for entry in entries]})
+
+    def added(self) -> Iterator[tuple[int, Place]]:
+        """Find the batches that all processes have recorded since this one began: their numbers and places."""
+        for path in parts(self.folder):
+            for place, line in self._lines(path):
+                if found := _NUMBER.match(line):
+                    yield int(found[1]), place
+
+    def batch(self, place: Place) -> list[Entry]:
+        """Read one batch back."""
+        path, at = place
+        if path not in self._readers:
+            self._readers[path] = path.open("rb")
+        self._readers[path].seek(at)
+        with _unreadable(path):
+            return _entries_of(json.loads(self._readers[path].readline()))
 
     def scale(self, images: Sequence[Stamp]) -> ColourScale | None:
         """Return the recorded colour scale, or None; it was fixed by a sample of the images.
@@ -224,18 +214,26 @@ class Record:
 
     def finish(self) -> None:
         """Remove the files, because the run is complete."""
+        for reader in self._readers.values():
+            reader.close()
         for path in parts(self.folder):
             path.unlink(missing_ok=True)
 
 
-def result_from(entry: Mapping[str, Any]) -> Result:
-    """Read a result back from JSON. Raises KeyError, TypeError or ValueError if it is none."""
-    numbers = ("score", "p_value", "unlike", "unlike_p_value")
-    score, p_value, unlike, unlike_p_value = (None if entry[key] is None else float(entry[key]) for key in numbers)
-    heatmap = None if entry["heatmap"] is None else str(entry["heatmap"])
-    path, verdict, reason, measure = (str(entry[key]) for key in ("path", "verdict", "reason", "measure"))
-    regions = None if entry["regions"] is None else int(entry["regions"])
-    return Result(path, score, p_value, verdict, heatmap, reason, unlike, unlike_p_value, measure, regions)
+@contextlib.contextmanager
+def _unreadable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"cannot read {path} ({error}): leave out --resume to start anew") from error
+
+
+def _entries_of(line: Mapping[str, Any]) -> list[Entry]:
+    return list(map(entry_from, line["entries"]))
+
+
+def _key(images: Sequence[Stamp]) -> bytes:
+    return hashlib.sha256(json.dumps(images).encode()).digest()
 
 
 def _change(key: str, earlier: Any, now: Any) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,26 @@ def _field(value: object, tables: Tables) -> object:
     return "" if value is None else value
 
 
-def write_table(path: Path, table: Table, tables: Tables = PLAIN) -> None:
-    """Write a CSV file: the names of the columns, then a row for each object."""
-    columns, rows = table
+@contextlib.contextmanager
+def table_file(path: Path, columns: Sequence[str], tables: Tables = PLAIN) -> Iterator[Callable[[object], None]]:
+    """Write a CSV file in a ``with`` statement: the names of the columns, then a row for each object that is given to
+    the function that it yields. The file appears at the end."""
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         file.write(BOM if tables.bom else b"")
         file.write(csv_row(columns, tables))
-        file.writelines(csv_row((getattr(row, name) for name in columns), tables) for row in rows)
+
+        def add(row: object) -> None:
+            file.write(csv_row((getattr(row, name) for name in columns), tables))
+
+        yield add
+
+
+def write_table(path: Path, table: Table, tables: Tables = PLAIN) -> None:
+    """Write a CSV file as a whole."""
+    columns, rows = table
+    with table_file(path, columns, tables) as add:
+        for row in rows:
+            add(row)
 
 
 def write_workbook(path: Path, sheets: Mapping[str, Table]) -> None:

@@ -205,7 +205,11 @@ def verdicts(scored: Scored, rate: float) -> Verdicts:
         results=tuple(results),
         calibration=calibration,
         scale=scored.scale.with_limit(limit),
-        warnings=(*(calibration.warnings if calibration else (SINGLE,)), *scored.notes, *regions_note(results, True)),
+        warnings=(
+            *(calibration.warnings if calibration else (SINGLE,)),
+            *scored.notes,
+            *regions_note(sum(result.is_quiet for result in results), True),
+        ),
         pixel_limit=limit,
         regions=regions,
     )

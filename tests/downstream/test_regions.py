@@ -14,7 +14,7 @@ from scipy import ndimage, stats
 
 from adpretrain.preprocess import Preprocess
 from downstream.calibration import calibrate
-from downstream.inspection.findings import findings_of, run_lengths, write_findings, write_map, write_mask
+from downstream.inspection.findings import findings_files, findings_of, run_lengths, write_map, write_mask
 from downstream.regions import find_regions, least_cells, paint, peak_of
 
 Cells = frozenset[tuple[int, int]]
@@ -234,9 +234,15 @@ def test_the_files_say_the_same_as_the_regions(tmp_path: Path) -> None:
     regions = find_regions(map_HW, float(np.quantile(map_HW, 0.8)), size, mm_per_pixel=0.1)
     bare = find_regions(map_HW, float(map_HW.max()) - 1e-6, size)
     name = b"caf\xe9.png".decode("utf-8", errors="surrogateescape")
-    photos = {"good.png": size, name: size, "sub/b.png": size}
-    findings = findings_of(name, regions, size) + findings_of("sub/b.png", bare, size)
-    write_findings(tmp_path, photos, findings)
+    photos = {
+        "good.png": [],
+        name: findings_of(name, regions, size),
+        "sub/b.png": findings_of("sub/b.png", bare, size),
+    }
+    with findings_files(tmp_path) as add:
+        for photo, found in photos.items():
+            add(photo, size, found)
+    findings = [finding for found in photos.values() for finding in found]
 
     with (tmp_path / "regions.csv").open(encoding="utf-8", errors="surrogateescape", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -258,8 +264,6 @@ def test_the_files_say_the_same_as_the_regions(tmp_path: Path) -> None:
         assert (x, y, x + w, y + h) == region.box
         assert annotation["category_id"] == coco["categories"][0]["id"]
     assert [annotation["image_id"] for annotation in coco["annotations"]] == [2] * len(regions) + [3]
-    with pytest.raises(ValueError, match=r"without a size: sub/b\.png"):
-        write_findings(tmp_path, {name: size}, findings)
 
     write_mask(tmp_path / "masks" / "a.png", regions, size)
     saved = Image.open(tmp_path / "masks" / "a.png")

@@ -26,6 +26,7 @@ from running import ROOT, finish, pretrain, train, until
 CONFIGS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
 LAUNCHER = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
 SBATCH = ROOT / "recipes" / "slurm" / "pretrain.sbatch"
+SCORE = ROOT / "recipes" / "slurm" / "score.sbatch"
 FLAGS = ["--data.name", "shards", "--data.reservoir_mb", "8", "--data.workers", "0", "--cache.draws", "0"]
 FLAGS += ["--optim.batch_size", "2", "--backbone.image_size", "64", "--eval.every", "0"]
 SRUN = r"""#!/bin/bash
@@ -203,9 +204,9 @@ def slurm(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
     job |= {"SLURM_NNODES": "2", "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHON": sys.executable}
     job |= {"TASKS": str(tmp_path / "tasks"), "REQUEUED": str(tmp_path / "requeued")}
 
-    def submit(*arguments: str, **more: str) -> subprocess.Popen[str]:
+    def submit(*arguments: str, script: Path = SBATCH, **more: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            ["bash", str(SBATCH), *arguments],
+            ["bash", str(script), *arguments],
             cwd=tmp_path / "work",
             env={**os.environ, **job, **more},
             stdout=subprocess.PIPE,
@@ -279,10 +280,11 @@ def test_a_job_that_gets_nowhere_is_not_queued_again(
     assert not (tmp_path / "requeued").exists()
 
 
-def test_the_batch_script_is_sound() -> None:
-    subprocess.run(["bash", "-n", str(SBATCH)], check=True)
-    directives = dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", SBATCH.read_text(encoding="utf-8"), re.MULTILINE))
-    assert directives["signal"] == "TERM@300"  # without "B:", which would signal the shell instead of the tasks
+@pytest.mark.parametrize(("script", "signal"), [(SBATCH, "TERM@300"), (SCORE, "TERM@60")])
+def test_the_batch_scripts_are_sound(script: Path, signal: str) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    directives = dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", script.read_text(encoding="utf-8"), re.MULTILINE))
+    assert directives["signal"] == signal  # without "B:", which would signal the shell instead of the tasks
     assert directives["ntasks-per-node"] == directives["gpus-per-node"]
     assert {"requeue", "time", "cpus-per-task"} <= set(directives)
     assert "/" not in directives["output"]  # SLURM opens it before anything could make its folder
@@ -298,3 +300,29 @@ def test_every_task_knows_its_machine(slurm: Callable[..., subprocess.Popen[str]
     log = tmp_path / "work" / "logs" / f"adpretrain-{os.getpid()}-rank0.log"
     wanted = f"8 of 16: recipes/pretrain.py --data.workers 11 --config a b --run {tmp_path / 'run'}"
     assert wanted in log.read_text()
+
+
+def test_a_scoring_job_is_queued_again_while_it_makes_progress(
+    slurm: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    """A stand-in for Python leaves what the recipe leaves: a longer record, or a summary, or nothing."""
+    python, out = tmp_path / "python", tmp_path / "out"
+    out.mkdir()
+    (out / "summary.json").write_text("that of an earlier run")
+    os.utime(out / "summary.json", (1, 1))
+    given = {"script": SCORE, "PYTHON": str(python)}
+
+    def job(content: str, expected: int = 0) -> str:
+        python.write_text(f'#!/bin/bash\necho "$RANK of $WORLD_SIZE, $OMP_NUM_THREADS thread: $@"\n{content}')
+        python.chmod(0o755)
+        return finish(slurm(str(out), "--at", "a b", **given), expected=expected)
+
+    assert "no progress: not queued again" in job("exit 2", expected=2)
+    assert not (tmp_path / "requeued").exists()
+    assert "5 bytes recorded (exit code 143): queued again" in job(
+        f"[ $RANK = 1 ] || printf 12345 >> {out}/scores.part.jsonl; exit 143"
+    )
+    assert (tmp_path / "requeued").read_text() == f"requeue {os.getpid()}\n"
+    assert "finished" in job(f"sleep 0.1; [ $RANK = 1 ] || touch {out}/summary.json; exit 1")
+    log = tmp_path / "work" / "logs" / f"adpretrain-{os.getpid()}-rank1.log"
+    assert log.read_text().splitlines()[0] == f"1 of 2, 1 thread: recipes/score.py --resume --at a b --out {out}"

@@ -14,7 +14,10 @@ import torch
 from PIL import Image
 from processes import output, start, wait
 
-from downstream.inspection import run
+from adpretrain.data import Sample
+from adpretrain.data.shard_writer import write_shards
+from downstream.inspection import share as sharing
+from downstream.inspection.entry import Entry
 
 
 @pytest.fixture
@@ -46,18 +49,27 @@ def share(rank: int, arguments: list[str]) -> None:
     raise SystemExit(score.main(arguments))
 
 
+@pytest.fixture
+def in_shards(folders: list[str], tmp_path: Path) -> list[str]:
+    """The same command for the same photographs in shards, shuffled."""
+    files = sorted((tmp_path / "line").iterdir())
+    samples = [Sample(path, None, "line", "good", None, "train", False) for path in files]
+    write_shards(samples, tmp_path / "shards", 3, references=2)
+    return [str(tmp_path / "shards") if one == str(tmp_path / "line") else one for one in folders]
+
+
 def killed(rank: int, arguments: list[str]) -> None:
     """The second process ends, without a word, in its second batch."""
     if rank == 1:
-        whole, count = run._score_batch, [0]
+        whole, count = sharing.score_batch, [0]
 
-        def score_batch(*given: object) -> run.Batch:
+        def score_batch(*given: object) -> list[Entry]:
             count[0] += 1
             if count[0] == 2:
                 os._exit(9)
             return whole(*given)  # type: ignore[arg-type]
 
-        run._score_batch = score_batch  # type: ignore[assignment]
+        sharing.score_batch = score_batch  # type: ignore[assignment]
     share(rank, arguments)
 
 
@@ -71,7 +83,11 @@ def test_several_processes_write_the_bytes_of_one(processes: int, folders: list[
     assert content(tmp_path / "several") == content(tmp_path / "one")
 
 
-def test_a_killed_process_does_not_lose_what_was_scored(folders: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", ["folders", "in_shards"])
+def test_a_killed_process_does_not_lose_what_was_scored(
+    source: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    folders: list[str] = request.getfixturevalue(source)
     one = start(1, tmp_path / "log", share, [*folders, "--out", str(tmp_path / "one")])
     assert wait(one, tmp_path / "log", None) == [1], output(tmp_path / "log")
     given = [*folders, "--out", str(tmp_path / "several")]

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from downstream.inspection.entry import Entry
 from downstream.inspection.findings import Finding
 from downstream.inspection.report import Fact, write_report
 from downstream.inspection.results import ANOMALOUS, NORMAL, UNREADABLE, Result
+from downstream.inspection.tally import Tally
 from downstream.visualise import ColourScale, panel, save_png
 
 EVIL = '<img src=x onerror="document.title=1">{{facts}}&amp;\'.png'
@@ -29,7 +31,7 @@ RESULTS = [
 ]
 
 
-def make_report(folder: Path, budget: int = 2**20) -> Path:
+def make_report(folder: Path, budget: int = 2**20, most: int = 4) -> Path:
     (folder / "heatmaps").mkdir(exist_ok=True)
     for result in RESULTS:
         if result.heatmap:
@@ -43,7 +45,10 @@ def make_report(folder: Path, budget: int = 2**20) -> Path:
     ]
     facts = [Fact("Extractor", "<script>document.title=2</script>", "a & b")]
     texts = ("T", "<u>w</u>", facts, ["few <i>photos</i>"], 1.0, [0.3, 0.7], "made by us")
-    write_report(path, RESULTS, *texts, budget=budget, in_brief="2 look <b>bad</b>.", findings=findings)
+    tally = Tally(most=most)
+    for result in RESULTS:
+        tally.add(Entry(result, (60, 40), tuple(one for one in findings if one.path == result.path)))
+    write_report(path, tally, *texts, budget=budget, in_brief="2 look <b>bad</b>.")
     return path
 
 

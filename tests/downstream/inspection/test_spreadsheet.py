@@ -15,7 +15,7 @@ import pytest
 from downstream.cli import main
 from downstream.inspection import Tables
 from downstream.inspection import spreadsheet as writing
-from downstream.inspection.findings import Finding, write_findings
+from downstream.inspection.findings import Finding, findings_files
 from downstream.inspection.results import ANOMALOUS, COLUMNS, NORMAL, UNREADABLE, Result, write_scores
 from downstream.inspection.spreadsheet import write_workbook
 
@@ -42,7 +42,8 @@ def read(path: Path, separator: str) -> list[list[str]]:
 @pytest.mark.parametrize(("tables", "separator"), NOTATIONS)
 def test_every_notation_says_the_same(tmp_path: Path, tables: Tables, separator: str) -> None:
     write_scores(tmp_path / "scores.csv", RESULTS, tables)
-    write_findings(tmp_path, {"@x.png": (9, 9)}, FINDINGS, tables)
+    with findings_files(tmp_path, tables) as add:
+        add("@x.png", (9, 9), FINDINGS)
     for name in ("scores.csv", "regions.csv"):
         assert (tmp_path / name).read_bytes().startswith("\ufeff".encode()) == tables.bom
     header, *rows = read(tmp_path / "scores.csv", separator)

@@ -19,7 +19,8 @@ from downstream.inspection.facts import regions_note
 from downstream.inspection.inspector import Inspector
 from downstream.inspection.results import ANOMALOUS, NORMAL, UNDECIDED, UNREADABLE, write_scores
 from downstream.inspection.resume import Record
-from downstream.inspection.run import score_images
+from downstream.inspection.share import score_images
+from downstream.inspection.source import InFolder
 from downstream.tiles import Tiling
 from downstream.web import page as showing
 from downstream.web.page import EXAMPLES
@@ -48,20 +49,23 @@ def test_every_rate_gives_what_a_fresh_run_gives(
         found = verdicts(scored, rate)
         inspector = Inspector.from_folder(extractor, CPU, good, options=Options(rate))
         with Record(tmp_path, {}, resume=False) as record:
-            whole, _ = score_images(inspector, new, sorted(new.iterdir()), record)
-        results = whole.results
+            entries = list(score_images(inspector, InFolder(new, sorted(new.iterdir())), record))
+        results = [entry.result for entry in entries]
         assert [result.path for result in found.results] == [result.path for result in results]
         assert [result.verdict for result in found.results] == [result.verdict for result in results]
         assert [result.p_value for result in found.results] == [result.p_value for result in results]
         assert [result.regions for result in found.results] == [result.regions for result in results]
         assert found.pixel_limit == pytest.approx(inspector.pixel_limit, rel=1e-6)
         boxes = [region.box for regions in found.regions for region in regions]
-        assert boxes == [(one.left, one.top, one.right, one.bottom) for one in whole.findings]
+        assert boxes == [(one.left, one.top, one.right, one.bottom) for entry in entries for one in entry.findings]
         np.testing.assert_allclose([r.score for r in found.results], [r.score for r in results], rtol=1e-6)
         assert found.threshold == pytest.approx(inspector.threshold, rel=1e-6)
         assert found.scale.limit == pytest.approx(inspector.scale.limit, rel=1e-6)
         assert found.scale.high == pytest.approx(inspector.scale.high, rel=1e-6)
-        assert found.warnings == (*inspector.warnings, *regions_note(results, promised=True))
+        assert found.warnings == (
+            *inspector.warnings,
+            *regions_note(sum(result.is_quiet for result in results), promised=True),
+        )
         assert {r.verdict for r in found.results if r.path.startswith("blob")} == {ANOMALOUS}
 
 
