@@ -22,7 +22,6 @@ from adpretrain.backbones import Extract, FeatureMaps
 from adpretrain.extractor import ADExtractor
 from adpretrain.progress import Progress
 from downstream.extracts import checked_features, fixed_picture, keeping_references
-from downstream.learning import HERE, Workplace
 from downstream.normal_features import NormalFeatures, check_images
 from downstream.roi import RegionOfInterest, bank_within
 from downstream.saved import (
@@ -39,6 +38,7 @@ from downstream.saved import (
 
 if TYPE_CHECKING:
     from adpretrain.hub.upload import Published
+    from downstream.learning import Workplace
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Detector:
     side = 0
     roi: Tensor | None = None
     roi_each = False
-    workplace: Workplace = HERE
+    workplace: Workplace | None = None  # None = this process alone
 
     def __init__(self, extract: Extract, config: Any) -> None:
         self.extract = self._given = extract

@@ -92,7 +92,7 @@ def learn(
     normals: Normals,
     config: LearningConfig,
     what: str,
-    place: Workplace = HERE,
+    place: Workplace | None = None,
     progress: Progress | None = None,
 ) -> list[float]:
     """Train ``learner`` in place and return the loss of every step; it is in evaluation mode afterwards.
@@ -101,6 +101,7 @@ def learn(
     of a step, gradients are averaged, and batch statistics are those of the share. ``progress(what, done, total)`` is
     called after every step. Raises ValueError for a loss that is not finite, or a checkpoint of another run.
     """
+    place = place or HERE
     optimizer: Any = learner.optimizer()
     rates = [group["lr"] for group in optimizer.param_groups]
     saved = Saved(what, config, normals, place)

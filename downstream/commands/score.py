@@ -56,6 +56,9 @@ class Score(Command):
         resume: continue the unfinished run in --out without scoring its finished images again
         heatmaps: write heatmaps and masks of all photographs, of those that are anomalous, or of none; a run of
             millions of photographs otherwise writes millions of pictures
+        each_product: every folder directly below --normal is a product of its own, and so is that of the same name
+            below --images: each has its own references, threshold and report in --out. With --detector, one detector of
+            many products has a threshold for each
         json: print a JSON object (summary.json) instead of text
     """
 
@@ -76,11 +79,14 @@ class Score(Command):
     device: str = "auto"
     resume: bool = False
     heatmaps: Literal["all", "anomalous", "none"] = "all"
+    each_product: bool = False
     json: bool = False
 
     def __post_init__(self) -> None:
         if (self.normal is None) == (self.at is None):
             raise ValueError("needed: --normal GOOD, a folder of normal photographs, or --at PRODUCT, an inspector")
+        if self.each_product and self.normal is None:
+            raise ValueError("--each-product needs --normal, a folder with one of normal photographs for each product")
         if self.at is not None:
             self._refuse_beside_inspector()
         if self.detector is None:
@@ -103,12 +109,56 @@ class Score(Command):
 
     def run(self, rank: int = 0, processes: int = 1, device: str | None = None) -> int:
         """Score the share of process ``rank`` of ``processes`` on ``device``, and, in the first, write the results."""
+        found = []
+        for name, one in self._products():
+            found.append((name, one._inspect(rank, processes, device)))
+            if rank == 0 and not self.json:
+                print(*([f"\n{plain(name)}"] if name else []), describe(found[-1][1]), sep="\n")
+        if rank > 0:
+            return 0
+        if self.json:
+            summaries = {name: inspection.summary for name, inspection in found}
+            print(json.dumps(summaries if self.each_product else summaries[""], allow_nan=False))
+        return next((code for code in (1, 3) if any(one.exit_code == code for _, one in found)), 0)
+
+    def _products(self) -> list[tuple[str, Score]]:
+        """The products to score, each by its own command; "" is the only one without --each-product. Raises ValueError
+        for photographs without normal ones of their product."""
+        if not self.each_product or self.normal is None:
+            return [("", self)]
+        names = _folders(self.images)
+        if not names:
+            raise ValueError(f"{plain(self.images)} holds no folders: --each-product takes one for each product")
+        if missing := [name for name in names if name not in _folders(self.normal)]:
+            raise ValueError(
+                f"{plain(self.images)} holds the product {plain(missing[0])}, but {plain(self.normal)} has no folder "
+                f"of that name with its normal photographs; it has {', '.join(map(plain, _folders(self.normal)))}"
+            )
+        if loose := sorted(path.name for path in self.images.iterdir() if path.is_file() and path.name[0] != "."):
+            raise ValueError(f"{plain(self.images / loose[0])} lies in no product's folder: move it into one")
+        return [
+            (
+                name,
+                dataclasses.replace(
+                    self,
+                    each_product=False,
+                    normal=self.normal / name,
+                    images=self.images / name,
+                    out=self.out / name,
+                    calibration=None if self.calibration is None else self.calibration / name,
+                ),
+            )
+            for name in names
+        ]
+
+    def _inspect(self, rank: int, processes: int, device: str | None) -> Inspection:
+        """Score the photographs of one product."""
         from adpretrain.photographs import pixels_allowed
         from downstream.inspection.run import score_folder
         from downstream.inspection.share import Share
 
         with ProgressBars() as progress, _resume_hint(self.out), pixels_allowed(self.max_pixels):
-            inspection = score_folder(
+            return score_folder(
                 self.extractor,
                 self.normal,
                 self.images,
@@ -127,10 +177,13 @@ class Score(Command):
                 heatmaps=self.heatmaps,
                 detector=self.detector,
             )
-        if rank > 0:
-            return 0
-        print(json.dumps(inspection.summary, allow_nan=False) if self.json else describe(inspection))
-        return inspection.exit_code
+
+
+def _folders(folder: Path) -> list[str]:
+    """The names of the folders in a folder, sorted, without hidden ones. Raises ValueError if it is none."""
+    if not folder.is_dir():
+        raise ValueError(f"{plain(folder)} is not a folder")
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
 
 
 def _wait() -> None:

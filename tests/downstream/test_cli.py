@@ -24,7 +24,7 @@ from downstream.cli import main
 from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
 
 Write = Callable[..., Path]
-MODULES_OF_A_SCORE = 74  # of our files, entered by imports; 91 before the house was redrawn
+MODULES_OF_A_SCORE = 75  # of our files, entered by imports; 91 before the house was redrawn
 
 
 def score(extractor: Path, normal: Path, images: Path, out: Path, *more: str) -> int:
