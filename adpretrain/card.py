@@ -24,6 +24,7 @@ METRICS = {
     "image_auroc": "image AUROC",
     "image_ap": "image AP",
     "image_f1": "image max-F1",
+    "image_accuracy_at_best_f1": "image accuracy at max-F1",
     "pixel_auroc": "pixel AUROC",
     "pixel_ap": "pixel AP",
     "pixel_f1": "pixel max-F1",

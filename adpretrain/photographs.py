@@ -186,6 +186,17 @@ def examine_mask(path: str | os.PathLike[str] | IO[bytes]) -> tuple[Image.Image,
     return Image.fromarray((marked * 255).astype(np.uint8)), remark
 
 
+def mask_values(path: str | os.PathLike[str] | IO[bytes]) -> NDArray[np.int64]:
+    """The values of a gray mask's pixels [H, W] as they are in the file, where they stand for kinds of defects.
+
+    Raises ValueError that names the file if it is not a gray picture, and as `read_image` does.
+    """
+    image = _open(path)
+    if len(image.getbands()) > 1 or image.mode in ("P", "F"):
+        raise ValueError(f"mask {path} has the mode {image.mode}; expected gray values that stand for kinds of defects")
+    return np.asarray(image, dtype=np.int64)
+
+
 def is_deep(image: Image.Image) -> bool:
     """Whether a picture has more than 8 bits, which Pillow supports for gray pictures only."""
     return image.mode in ("I", "F") or image.mode.startswith("I;16")

@@ -116,6 +116,13 @@ def errors_at_best_f1(counts: Thresholds) -> tuple[int, int] | None:
     return int(counts.false_T[best]), int(missed_T[best])
 
 
+def accuracy_at_best_f1(counts: Thresholds) -> float:
+    """Return the share of items on the right side of the threshold of `errors_at_best_f1`, which is chosen on their
+    labels; nan unless both classes are present."""
+    errors = errors_at_best_f1(counts)
+    return math.nan if errors is None else 1 - sum(errors) / (counts.n_normal + counts.n_anomalous)
+
+
 def roc_curve(counts: Thresholds) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the corners of the ROC curve, from (0, 0) to (1, 1): false and true positive rates, ascending."""
     return _corners(counts, counts.hits_T / counts.n_anomalous)

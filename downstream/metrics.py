@@ -12,6 +12,8 @@ Conventions
 - AUPRO (Bergmann et al. 2020): the PRO at a threshold is the mean, over all 8-connected defect regions of all
   images, of the covered share of the region; AUPRO is the area under PRO over the pixel FPR, by the trapezoidal
   rule from FPR 0 to the limit (interpolated there), divided by the limit, so that it lies in [0, 1];
+- max-F1, and the accuracy of images, are those at the threshold with the best F1 on the labels of the scored items
+  themselves, as papers report them; they say nothing of a threshold that is chosen before (`calibration`);
 - an image is anomalous if its label says so or, without labels, if its mask has a positive pixel;
 - a defective image whose mask is empty counts in image metrics; its pixels count as normal, and a note says so;
 - a metric that the data does not define is nan and `Metrics.notes` says why (AUROC, AP, F1 and AUPRO all need
@@ -42,6 +44,7 @@ class Metrics:
     image_auroc: float
     image_ap: float
     image_f1: float
+    image_accuracy_at_best_f1: float
     pixel_auroc: float
     pixel_ap: float
     pixel_f1: float
@@ -91,6 +94,7 @@ def from_counts(images: thresholds.Thresholds, pixels: thresholds.Thresholds, ba
         image_auroc=thresholds.auroc(images),
         image_ap=thresholds.average_precision(images),
         image_f1=thresholds.max_f1(images),
+        image_accuracy_at_best_f1=thresholds.accuracy_at_best_f1(images),
         pixel_auroc=thresholds.auroc(pixels),
         pixel_ap=thresholds.average_precision(pixels),
         pixel_f1=thresholds.max_f1(pixels),

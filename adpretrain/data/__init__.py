@@ -26,7 +26,9 @@ __all__ = [
 
 DATASETS = {  # name of a layout -> its index function, imported when it is used
     "realiad": "adpretrain.data.layouts.realiad:index_realiad",
+    "realiad_variety": "adpretrain.data.layouts.realiad:index_realiad_variety",
     "mvtec": "adpretrain.data.layouts.mvtec:index_mvtec",
+    "mvtec_ad_2": "adpretrain.data.layouts.mvtec_ad_2:index_mvtec_ad_2",
     "mvtec_loco": "adpretrain.data.layouts.mvtec_loco:index_mvtec_loco",
     "mvtec_3d": "adpretrain.data.layouts.mvtec_3d:index_mvtec_3d",
     "mpdd": "adpretrain.data.layouts.mvtec:index_mvtec",
@@ -34,10 +36,17 @@ DATASETS = {  # name of a layout -> its index function, imported when it is used
     "btad": "adpretrain.data.layouts.btad:index_btad",
     "mtd": "adpretrain.data.layouts.mtd:index_mtd",
     "elpv": "adpretrain.data.layouts.elpv:index_elpv",
+    "oct2017": "adpretrain.data.layouts.oct2017:index_oct2017",
+    "aptos": "adpretrain.data.layouts.aptos:index_aptos",
+    "isic2018": "adpretrain.data.layouts.isic2018:index_isic2018",
     "folder": "adpretrain.data.layouts.folder:index_folder",
     "hf": "adpretrain.data.huggingface:index_hf",
 }
-SPLIT_LISTINGS = {"realiad": "realiad_jsons", "visa": "1cls"}  # layouts that list splits in files -> an example
+SPLIT_LISTINGS = {  # layouts that list splits in files -> an example
+    "realiad": "realiad_jsons",
+    "realiad_variety": "Real-IAD_Variety_jsons",
+    "visa": "1cls",
+}
 
 
 def index_dataset(

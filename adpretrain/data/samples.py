@@ -35,7 +35,9 @@ class Sample:
     mark the defect; ``split`` is "train", "validation" or "test". ``of_defective_part``: an unmarked view of a part
     that is defective in another view, which a line that makes good parts would not show; it is never learnt from, but
     it is scored as normal. ``full_scale``: the value that is white in photographs of more than 8 bits
-    (`adpretrain.data.products.with_full_scales`).
+    (`adpretrain.data.products.with_full_scales`). ``noise``: a view of a defective part, with its label, in a list of
+    training images that a benchmark contaminates on purpose; it is learnt from as if it were normal, but only where
+    that is asked for.
     """
 
     image: Path
@@ -46,6 +48,7 @@ class Sample:
     split: str
     of_defective_part: bool = False
     full_scale: float | None = None
+    noise: bool = False
 
     def read(self, side: int | None = None) -> Image.Image:
         """The photograph, as `adpretrain.photographs.read_image` gives it; warns once of a product whose photographs

@@ -36,6 +36,7 @@ class ProtocolOptions:
         references: number of the extractor's references, drawn from the training images; few-shot uses its K images.
         share: for sample-efficiency, the share of the normal training images to use.
         noise: for contamination, the anomalies added per normal training image; at most half of a product's anomalies.
+            A set's own contaminated training list is taken as it is.
         overlap: for contamination, whether the anomalies in the training images are also scored, as in the paper.
     """
 

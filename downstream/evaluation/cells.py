@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from adpretrain._version import __version__
+from adpretrain.data.layouts.saturation import saturation_file
 from adpretrain.files import atomic_path
 from downstream.detectors import build_detector, chosen_options
 from downstream.evaluation.board import RAW, Board, SetRow, detector_rows
@@ -104,13 +105,14 @@ def drawn(trial: Trial, contender: Contender) -> bool:
 
 def _listing(trial: Trial, root: Path) -> str:
     """Return a digest of the images of a trial (those to fit on, to compare with and to score, in order), with their
-    labels, masks, file sizes and full scales, if any."""
+    labels, masks, saturation files, file sizes and full scales, if any."""
 
     def lines(part: Part) -> Iterator[str]:
         yield json.dumps([part.product, part.perturbed])
         for use, samples in (("fit", part.train), ("compare", part.references), ("score", part.test)):
             for sample in samples:
-                files = [(str(_below(file, root)), file.stat().st_size) for file in (sample.image, *sample.mask_files)]
+                used = [sample.image, *sample.mask_files, *filter(None, [saturation_file(sample)])]
+                files = [(str(_below(file, root)), file.stat().st_size) for file in used]
                 yield json.dumps([use, sample.defect, files, *filter(None, [sample.full_scale])])
 
     text = "\n".join(line for part in trial.parts for line in lines(part))

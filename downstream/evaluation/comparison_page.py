@@ -30,11 +30,11 @@ from downstream.evaluation.networks import Contender, Features
 from downstream.evaluation.pictures import file_name, in_two_dimensions, sampled_patches
 from downstream.evaluation.protocols import Part, Trial
 from downstream.evaluation.tables import (
-    ABOUT_ERRORS,
+    ABOUT_BEST_F1,
     GAIN,
     all_notes,
     details,
-    summary_table,
+    summary,
 )
 from downstream.evaluation.trial import Images, Settings, give_references
 from downstream.inspection.photos import printable
@@ -75,8 +75,8 @@ def report(
         Fact("Computing time", f"{seconds / 60:.1f} min", "all processes together"),
     ]
     title = f"{', '.join(dict.fromkeys(record['set'] for record in records))}: {detectors}"
-    footer = f"adpretrain {__version__}. Nothing was chosen on the scored images but the thresholds of max-F1 and of "
-    return write_comparison(folder, records, title, configuration["root"], facts, drawn, footer + ABOUT_ERRORS)
+    footer = f"adpretrain {__version__}. Nothing was chosen on the scored images but the threshold of "
+    return write_comparison(folder, records, title, configuration["root"], facts, drawn, footer + ABOUT_BEST_F1)
 
 
 def write_comparison(
@@ -107,7 +107,7 @@ def write_comparison(
         where=where,
         facts=facts,
         notes=notes,
-        summary=summary_table(summarise(records)),
+        summary=summary(records),
         last=last,
         gain=GAIN,
         curves=_base64(plots.curves(shown)),

@@ -147,7 +147,7 @@ def chosen_samples(row: SetRow) -> list[Sample]:
     if unknown := sorted({*row.defects} - {*kinds}):
         raise ValueError(f"defects {unknown} are unknown; this set has: {', '.join(kinds)}")
     wanted = row.defects or kinds
-    return [s for s in samples if s.category in kept and (not s.anomalous or s.defect in wanted)]
+    return [s for s in samples if s.category in kept and (not s.anomalous or s.noise or s.defect in wanted)]
 
 
 def computed(cell: Cell, settings: Settings, out: Path) -> list[Record]:

@@ -18,8 +18,11 @@ from adpretrain.card import METRICS
 from downstream.evaluation.board import PRETRAINED
 
 FALSE_POSITIVES, FALSE_NEGATIVES = COUNTS = ("false_positives_at_best_f1", "false_negatives_at_best_f1")
+SPRO = {"spro_05": 0.05, "spro_30": 0.3}  # areas under sPRO, up to these false positive rates
 TITLES = {
     **METRICS,
+    "spro_05": "sPRO to FPR 0.05",
+    "spro_30": "sPRO to FPR 0.3",
     "aupro_official": "AUPRO, 200 steps",
     "d_prime": "d'",
     FALSE_POSITIVES: "false positives at best F1",
@@ -27,6 +30,7 @@ TITLES = {
 }
 D_PRIME = "d_prime"  # a ratio without an upper bound; all other metrics except the counts are shares
 MAIN = ("image_auroc", "pixel_auroc", "aupro")  # the metrics that the paper reports
+AT_BEST_F1 = ("image_f1", "image_accuracy_at_best_f1")  # their threshold is chosen on the labels of the test images
 MEAN = "mean over sets"
 
 Record = dict[str, Any]
@@ -48,6 +52,13 @@ class Row:
     spread: dict[str, float]
     gain: dict[str, float] | None  # of pretrained features, see `_gains`; None for others
     gain_spread: dict[str, float] | None
+
+
+def main_metrics(records: Iterable[Record]) -> tuple[str, ...]:
+    """Return `MAIN`, and sPRO if it was measured: only sets that say how much of a defect is enough have it."""
+    records = list(records)
+    measured = (name for name in SPRO if any(record["metrics"].get(name) is not None for record in records))
+    return (*MAIN, *measured)
 
 
 def in_order(records: Sequence[Record]) -> list[Record]:
@@ -137,7 +148,8 @@ def by_set(records: Sequence[Record]) -> list[tuple[str, Row]]:
 def _over_products(name: str, records: Sequence[Record]) -> Record:
     """Merge the records of a set's products into one: each metric is averaged over the products that define it."""
     values = {
-        metric: [r["metrics"][metric] for r in records if r["metrics"].get(metric) is not None] for metric in MAIN
+        metric: [r["metrics"][metric] for r in records if r["metrics"].get(metric) is not None]
+        for metric in (*MAIN, *SPRO)
     }
     metrics = {metric: sum(found) / len(found) if found else None for metric, found in values.items()}
     return {**records[0], "product": name, "metrics": metrics}

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from downstream.evaluation.trial import CURVE
+from downstream.evaluation.measured import CURVE
 from downstream.metric_counts import count, roc_curve
 
 # Colours of Okabe and Ito, which colour-blind readers can tell apart.

@@ -6,7 +6,8 @@ ReConPatch Tab. 4).
   sample-efficiency      fit on a share of them, 10 % in the paper (Tab. 3a)
   contamination          fit on all of them and on test anomalies, 0.1 per normal image, as if they were normal (Tab.
                          3b); the references are drawn from this set too, so that some of them are anomalies, as they
-                         would be in practice if anomalies were taken for normal
+                         would be in practice if anomalies were taken for normal. Where the set's own training list is
+                         contaminated (`Sample.noise`), that list is taken as it is instead
   reference-sensitivity  like full, with several draws of the extractor's references (Tab. 4)
   multi-class            one detector for all products
   robustness             like full, scored on the original images and again on perturbed ones (ReConPatch Tab. 4;
@@ -111,7 +112,7 @@ def trials(samples: Sequence[Sample], options: ProtocolOptions) -> list[Trial]:
     found = [
         Trial(
             name,
-            _setting(options, shots),
+            _setting(options, shots, any(sample.noise for sample in group)),
             draw,
             (_part(name, group, options, options.seed + draw, shots),),
             only_references,
@@ -139,9 +140,11 @@ def _check_pools(products: Mapping[str, Sequence[Sample]], shots: int) -> None:
         )
 
 
-def _setting(options: ProtocolOptions, shots: int | None) -> str:
+def _setting(options: ProtocolOptions, shots: int | None, listed: bool) -> str:
     if shots is not None:
         return f"K={shots or 'all'}"
+    if listed and options.protocol == "contamination":
+        return "noise as listed, in the references too"
     return {
         "sample-efficiency": f"{100 * options.share:g} % of the training images",
         "robustness": "as photographed",
@@ -171,14 +174,17 @@ def _part(product: str, group: Sequence[Sample], options: ProtocolOptions, seed:
             chosen = [pool[index] for index in random_references(len(pool), shots, seed)]
             train = [group[index] for index in chosen]
             test = [group[index] for index in queries(group, chosen)]
-            own = (FROM_TEST,) if any(sample.split == "test" for sample in train) else ()
+            own = (FROM_TEST,) if any(sample.split == "test" for sample in train) else _about_noise(group, options)
             return Part(product, tuple(train), tuple(train), tuple(test), own)
         train, test = split(group)
     except ValueError as error:
         raise ValueError(f"{product}: {error}") from error
     notes: tuple[str, ...] = () if any(sample.split == "test" for sample in group) else (NO_TEST_SPLIT,)
+    notes += _about_noise(group, options)
     if options.protocol == "sample-efficiency":
         train = _some(train, max(1, round(options.share * len(train))), seed)
+    elif options.protocol == "contamination" and (listed := [sample for sample in group if sample.noise]):
+        train = _shuffled([*train, *listed], seed)
     elif options.protocol == "contamination":
         train, test, fewer = _contaminated(train, test, options, seed)
         notes += fewer
@@ -209,10 +215,24 @@ def _contaminated(
     if not options.overlap:
         gone = {sample.image for sample in moved}
         test = [sample for sample in test if sample.image not in gone]
-    # Shuffled, so that no detector gets all anomalies at the end.
-    mixed = [*train, *moved]
-    order = np.random.default_rng(seed).permutation(len(mixed))
-    return [mixed[index] for index in order], test, notes
+    return _shuffled([*train, *moved], seed), test, notes
+
+
+def _shuffled(samples: Sequence[Sample], seed: int) -> list[Sample]:
+    """Shuffle training images, so that no detector gets all anomalies at the end."""
+    return [samples[index] for index in np.random.default_rng(seed).permutation(len(samples))]
+
+
+def _about_noise(group: Sequence[Sample], options: ProtocolOptions) -> tuple[str, ...]:
+    """Return a note that says how many training images of the set's own list are of defective parts, if any are."""
+    listed = [sample for sample in group if sample.noise]
+    if not listed:
+        return ()
+    marked, whole = sum(sample.anomalous for sample in listed), len(listed) + len(normals(group))
+    used = "fitted on as if they were normal" if options.protocol == "contamination" else "left out"
+    more = "" if options.protocol == "contamination" else " (--protocol contamination fits on them)"
+    told = f"{len(listed)} of the {whole} listed training images are of defective parts, {marked} with a marked defect"
+    return (f"{told}: {used}{more}",)
 
 
 ANGLE, SHIFT, LIGHT, SIGMA = 5.0, 0.01, 0.3, (0.1, 1.0)

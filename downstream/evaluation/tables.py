@@ -12,6 +12,7 @@ from typing import Any
 
 from adpretrain.files import atomic_path
 from downstream.evaluation.means import (
+    AT_BEST_F1,
     COUNTS,
     D_PRIME,
     FALSE_POSITIVES,
@@ -20,6 +21,7 @@ from downstream.evaluation.means import (
     Record,
     Row,
     by_set,
+    main_metrics,
     mean_of,
     shown,
     summarise,
@@ -27,10 +29,11 @@ from downstream.evaluation.means import (
 
 ERRORS = "errors at best F1"
 UNITS = "in % (d' is a ratio, errors are images)"
-ABOUT_ERRORS = (
-    "errors at best F1: images of all products on the wrong side of each product's own threshold, false positives + "
-    "false negatives. That threshold has the best F1 on the scored images themselves, as in PatchCore's paper: use it "
-    "only to compare with that paper, not as a working threshold"
+ABOUT_BEST_F1 = (
+    "image max-F1, image accuracy at max-F1 and errors at best F1 (images of all products on the wrong side of each "
+    "product's own threshold, false positives + false negatives): that threshold has the best F1 on the labels of the "
+    "scored images themselves, as in the papers of PatchCore and ReContrast; use these numbers only to compare with "
+    "such papers, not as a working threshold"
 )
 GAIN = "gain over best untrained"
 COLUMNS = ("product", "setting", "draw", "detector", "features", "extractor", *TITLES, "trained_on", "notes")
@@ -67,7 +70,7 @@ def details(records: Sequence[Record]) -> list[tuple[str, list[str], list[list[s
     for each setting and metric."""
     out = defect_tables(records)
     for setting in dict.fromkeys(record["setting"] for record in records):
-        for metric in MAIN:
+        for metric in main_metrics(records):
             heading, lines = products_table(records, metric, setting)
             text = [[str(line[0]), *(number(value) for value in line[1:])] for line in lines]
             out.append((f"{TITLES[metric]} in %, {setting}", heading, text))
@@ -82,7 +85,7 @@ def defect_tables(records: Sequence[Record]) -> list[tuple[str, list[str], list[
         own = [{**r, "metrics": r["defects"][kind]} for r in records if kind in r.get("defects", {})]
         products = len({record["product"] for record in own})
         title = f"Defects: {kind}, against all normal images; mean over {products} product(s), in %"
-        out.append((title, *summary_table(summarise(own), MAIN)))
+        out.append((title, *summary_table(summarise(own), main_metrics(own))))
     return out
 
 
@@ -92,14 +95,17 @@ def number(value: float, digits: int = 1, sign: bool = False) -> str:
     return "–" if value != value else f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
 
 
-def summary_table(
-    rows: Sequence[Row], metrics: Sequence[str] = (*MAIN, D_PRIME, ERRORS)
-) -> tuple[list[str], list[list[str]]]:
-    """Return heading and lines of the summary."""
+def summary_table(rows: Sequence[Row], metrics: Sequence[str] = MAIN) -> tuple[list[str], list[list[str]]]:
+    """Return heading and lines of a summary of ``metrics``."""
     lines = []
     for row in rows:
         lines += _lines(row, {"setting": row.setting, "detector": row.detector, "features": row.features}, metrics)
     return ["setting", "detector", "features", *(TITLES.get(name, name) for name in metrics)], lines
+
+
+def summary(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+    """Return heading and lines of the first table, with everything that is measured of most sets."""
+    return summary_table(summarise(records), (*main_metrics(records), *AT_BEST_F1, D_PRIME, ERRORS))
 
 
 def _lines(row: Row, names: dict[str, str], metrics: Sequence[str]) -> list[list[str]]:
@@ -147,18 +153,18 @@ def all_notes(records: Sequence[Record]) -> list[str]:
 def write_board(folder: Path, records: Sequence[Record], planned: int, notes: Sequence[str]) -> str:
     """Write the means of every set to board.md and board.csv; return the text of board.md. ``planned`` is the number of
     records of the whole board."""
-    found = by_set(records)
+    found, metrics = by_set(records), main_metrics(records)
     title = "Means in %, ± standard deviation between draws"
     if len(records) < planned:
         title += f"; {len(records)} of {planned} cells are finished, and the means are over these"
-    heading = ["set", "images", "detector", "features", "draws", *(TITLES[name] for name in MAIN)]
+    heading = ["set", "images", "detector", "features", "draws", *(TITLES[name] for name in metrics)]
     lines = []
     for name, row in found:
         names = {"set": name, "images": row.setting, "detector": row.detector, "features": row.features}
-        lines += _lines(row, {**names, "draws": str(row.repeats)}, MAIN)
+        lines += _lines(row, {**names, "draws": str(row.repeats)}, metrics)
     told = [f"- {' '.join(note.split())}" for note in (*notes, *all_notes(records))]
     text = "\n".join([markdown(title, heading, lines), *told]).rstrip() + "\n"
-    _write(folder, {"board.md": text, "board.csv": _board_csv(found)})
+    _write(folder, {"board.md": text, "board.csv": _board_csv(found, metrics)})
     return text
 
 
@@ -168,13 +174,13 @@ def _write(folder: Path, contents: dict[str, str]) -> None:
             temporary.write_text(text, encoding="utf-8")
 
 
-def _board_csv(found: Sequence[tuple[str, Row]]) -> str:
+def _board_csv(found: Sequence[tuple[str, Row]], metrics: Sequence[str]) -> str:
     """Format the means as CSV, in per cent with all digits, or empty if undefined. ``_sets``: how many are defined."""
-    columns = [f"{name}{part}" for name in MAIN for part in ("", "_spread", "_sets")]
+    columns = [f"{name}{part}" for name in metrics for part in ("", "_spread", "_sets")]
     lines: list[Sequence[Any]] = [["set", "images", "detector", "features", "draws", *columns]]
     for name, row in found:
         cells: list[Any] = [name, row.setting, row.detector, row.features, row.repeats]
-        for metric in MAIN:
+        for metric in metrics:
             defined = row.defined[metric]
             cells += [row.mean[metric], row.spread[metric], defined] if defined else ["", "", 0]
         lines.append(cells)
@@ -184,12 +190,11 @@ def _board_csv(found: Sequence[tuple[str, Row]]) -> str:
 def write_tables(folder: Path, records: Sequence[Record], configuration: dict[str, Any]) -> list[Path]:
     """Write table.json (everything), table.csv (a line per record), table.md and table.tex (means, then every product,
     then notes, which are comments in LaTeX)."""
-    rows = summarise(records)
     contents = {
-        "table.json": _json(records, rows, configuration),
+        "table.json": _json(records, summarise(records), configuration),
         "table.csv": _csv(records),
-        "table.md": _document(records, rows, markdown, "- "),
-        "table.tex": _document(records, rows, _latex, "% "),
+        "table.md": _document(records, markdown, "- "),
+        "table.tex": _document(records, _latex, "% "),
     }
     _write(folder, contents)
     return [folder / name for name in contents]
@@ -198,7 +203,7 @@ def write_tables(folder: Path, records: Sequence[Record], configuration: dict[st
 def _json(records: Sequence[Record], rows: Sequence[Row], configuration: dict[str, Any]) -> str:
     kept = [{key: record[key] for key in (*COLUMNS, "metrics", "defects") if key in record} for record in records]
     summary = [{name: _defined(value) for name, value in vars(row).items()} for row in rows]
-    content = {"configuration": configuration, "about": [ABOUT_ERRORS], "summary": summary, "records": kept}
+    content = {"configuration": configuration, "about": [ABOUT_BEST_F1], "summary": summary, "records": kept}
     return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
 
@@ -222,12 +227,12 @@ def _comma_separated(lines: Sequence[Sequence[Any]]) -> str:
     return buffer.getvalue()
 
 
-def _document(records: Sequence[Record], rows: Sequence[Row], render: Any, bullet: str) -> str:
+def _document(records: Sequence[Record], render: Any, bullet: str) -> str:
     """Render the summary, then a table of all products for each setting and metric, then the notes, one per line."""
     products = len({record["product"] for record in records})
     title = f"Mean over {products} product(s), {UNITS}"
-    parts = [render(title, *summary_table(rows)), *(render(*table) for table in details(records))]
-    parts += [bullet + " ".join(note.split()) for note in (ABOUT_ERRORS, *all_notes(records))]
+    parts = [render(title, *summary(records)), *(render(*table) for table in details(records))]
+    parts += [bullet + " ".join(note.split()) for note in (ABOUT_BEST_F1, *all_notes(records))]
     return "\n".join(parts).rstrip() + "\n"
 
 

@@ -5,7 +5,6 @@ Shapes: b images of a batch, S side in pixels, n images to score.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -28,25 +27,17 @@ from downstream.detectors.refined import Refined
 from downstream.evaluation.board import RAW
 from downstream.evaluation.few_shot import PIXEL_METRICS
 from downstream.evaluation.means import COUNTS, TITLES
+from downstream.evaluation.measured import finite, measured_at_once, measured_in_stream
 from downstream.evaluation.networks import ALIGNED, ROOM, Contender, Networks, Withheld
 from downstream.evaluation.pictures import Shown, choose_shown, median_images
 from downstream.evaluation.protocols import Part, PerturbedImages, Trial
-from downstream.metric_counts import (
-    count,
-    official_area_under_pro,
-    pro_curve,
-    region_weights,
-    sorted_normals,
-    unmarked,
-)
-from downstream.metrics import LIMIT, STEPS, checked, d_prime, errors_at_best_f1, evaluate_maps, from_counts
+from downstream.metrics import d_prime, errors_at_best_f1
 from downstream.streamed_metrics import StreamingMetrics
 
 WHOLE = 150_000_000  # a product whose maps have more pixels is measured in a stream; others are measured at once
 OWN = "one detector for all products, but every image is compared with references of its own product"
 UNDRAWN = "this detector chooses its references itself: draws would change nothing, so there is only one"
 ALONE = "the only reference is compared with itself: fitted on residuals of zero"
-CURVE = np.linspace(0, 0.3, 61)  # false positive rates at which the PRO curve is kept
 
 
 class PhotographCache:
@@ -170,7 +161,7 @@ def run_trial(trial: Trial, contender: Contender, networks: Networks, settings: 
             extract.compare_with_all()
         began = time.perf_counter()
         images = Images(part.test, preprocess, settings, part.perturbed)
-        scored = _scored(detector, part, images, settings, preprocess.image_size)
+        scored = _scored(detector, part, images, settings, preprocess)
         records.append(
             {
                 **_heading(trial, part, contender),
@@ -224,11 +215,11 @@ def _unfitted(trial: Trial, part: Part, contender: Contender, reason: str) -> di
     }
 
 
-def _scored(detector: Any, part: Part, images: Images, settings: Settings, size: int) -> dict[str, Any]:
+def _scored(detector: Any, part: Part, images: Images, settings: Settings, preprocess: Preprocess) -> dict[str, Any]:
     """Score a part; return metrics (under "defects" also those of every kind of defect), image scores, the PRO curve
     and, under "shown", the maps to show (`Shown`)."""
     labels = np.array([sample.anomalous for sample in part.test])
-    streaming = StreamingMetrics() if len(labels) * size * size > WHOLE else None
+    streaming = StreamingMetrics() if len(labels) * preprocess.image_size**2 > WHOLE else None
     # The map of a perturbed image would not match its photograph.
     shown = Shown(choose_shown(part.test, settings.pictures) if part.perturbed is None else [])
     maps, masks, scores, shares = [], [], [], []
@@ -248,50 +239,24 @@ def _scored(detector: Any, part: Part, images: Images, settings: Settings, size:
         done += len(found)
     all_scores = np.concatenate(scores)
     out: dict[str, Any] = {"scores": all_scores.tolist(), "labels": labels.astype(int).tolist()}
-    bare, values, curve = about_bare(part.test), {}, None
     if streaming is not None:
-        bounds = streaming.result()
-        metrics, swept = bounds.middle, None
-        notes = [f"measured in a stream: pixel metrics are off by at most {bounds.error:.1e}"]
+        measured = measured_in_stream(streaming, part.test)
     else:
+        unchanged = part.perturbed is None
         all_maps, all_masks = np.concatenate(maps), np.concatenate(masks)
-        all_maps, all_masks, all_scores, labels = checked(all_maps, all_masks, all_scores, labels)
-        weights, normals = region_weights(all_masks), sorted_normals(all_maps, all_masks)
-        pixels = count(all_maps, all_masks, weights, normals)
-        metrics, notes = from_counts(count(all_scores, labels), pixels, unmarked(all_masks, labels)), []
-        swept = official_area_under_pro(all_maps, all_masks, weights, normals, LIMIT, STEPS)
-        if all_masks.any() and not all_masks.all():
-            fpr, pro = pro_curve(pixels)
-            curve = [round(float(value), 5) for value in np.interp(CURVE, fpr, pro)]
-        if settings.per_defect:
-            out["defects"] = _by_defect(part, all_maps, all_masks, all_scores, bool(bare))
-        if settings.panels and part.perturbed is None:
+        measured = measured_at_once(
+            part.test, all_maps, all_masks, all_scores, preprocess, settings.per_defect, unchanged
+        )
+        if settings.panels and unchanged:
             shown.typical = median_images(part.test, all_scores, all_maps, all_masks)
-    values = {**asdict(metrics), "aupro_official": swept, "d_prime": d_prime(out["scores"], labels)}
+    values, notes, curve = measured.values, measured.notes, measured.curve
+    values["d_prime"] = d_prime(out["scores"], labels)
     values |= dict(zip(COUNTS, errors_at_best_f1(out["scores"], labels) or (None, None), strict=True))
-    notes += list(values.pop("notes"))
     if doubt := about_inverted(part.test, shares):
         notes.append(doubt)
-    if bare:
+    if bare := about_bare(part.test):
         notes = [*(note for note in notes if "pixel" not in note), bare]
         values, curve = {**values, **dict.fromkeys((*PIXEL_METRICS, "aupro_official"))}, None
-    out |= {"metrics": {name: _number(value) for name, value in values.items()}, "notes": notes}
+    out |= {"metrics": {name: finite(value) for name, value in values.items()}, "notes": notes}
+    out |= {"defects": measured.defects} if measured.defects else {}
     return {**out, "pro": curve, "shown": shown}
-
-
-def _by_defect(
-    part: Part, maps: NDArray[np.float32], masks: NDArray[np.bool_], scores: NDArray[np.float32], bare: bool
-) -> dict[str, dict[str, float | None]]:
-    """Return for each kind of defect the metrics of its images and all normal ones."""
-    kinds = np.array([sample.defect if sample.anomalous else "" for sample in part.test])
-    found = {}
-    for kind in sorted({*kinds.tolist()} - {""}):
-        rows = (kinds == kind) | (kinds == "")
-        values = asdict(evaluate_maps(maps[rows], masks[rows], scores[rows], kinds[rows] != ""))
-        values |= dict.fromkeys(PIXEL_METRICS) if bare else {}
-        found[kind] = {name: _number(value) for name, value in values.items() if name != "notes"}
-    return found
-
-
-def _number(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None

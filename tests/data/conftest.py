@@ -57,6 +57,22 @@ def mvtec_3d(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def mvtec_ad_2(tmp_path: Path) -> Path:
+    """Photographs in regular and other light, private test images without labels, an AppleDouble file."""
+    root = tmp_path / "mvtec_ad_2"
+    for name in ("train/good/000_regular.png", "train/good/001_regular.png", "validation/good/000_regular.png"):
+        photograph(root / "fruit_jelly" / name)
+    for name in ("good/000_regular.png", "good/000_overexposed.png", "bad/000_regular.png", "bad/000_shift_1.png"):
+        photograph(root / "fruit_jelly/test_public" / name)
+    for stem in ("000_regular", "000_shift_1"):
+        mask(root / f"fruit_jelly/test_public/ground_truth/bad/{stem}_mask.png")
+    (root / "fruit_jelly/test_public/ground_truth/bad/._000_regular_mask.png").touch()
+    for name in ("test_private/000_regular.png", "test_private_mixed/000_mixed.png"):
+        photograph(root / "fruit_jelly" / name)
+    return root
+
+
+@pytest.fixture
 def btad(tmp_path: Path) -> Path:
     """01: .bmp photographs, .png masks; 02: .png; 03: .bmp photographs and masks."""
     root = tmp_path / "BTech_Dataset_transformed"

@@ -1,4 +1,4 @@
-"""LOCO, MVTec 3D, VisA, BTAD and MPDD in tiny trees of their true form: splits, masks, traps, errors, detection."""
+"""AD 2, LOCO, 3D, VisA, BTAD and MPDD in tiny trees of their true form: splits, masks, traps, errors, detection."""
 
 import os
 import shutil
@@ -14,17 +14,17 @@ import pytest
 from pictures import mask, photograph
 from PIL import Image
 
-from adpretrain.data import DATASETS, ImageDataset, LeftOut, MissingMasks, Sample, detect_layout, index_dataset
+from adpretrain.data import DATASETS, ImageDataset, Junk, LeftOut, MissingMasks, Sample, detect_layout, index_dataset
 from adpretrain.data.layouts.mvtec import index_mvtec
 from adpretrain.data.layouts.visa import index_visa
 from adpretrain.preprocess import Preprocess
 
-NAMES = ("mpdd", "mvtec_loco", "mvtec_3d", "btad", "visa")
+NAMES = ("mpdd", "mvtec_ad_2", "mvtec_loco", "mvtec_3d", "btad", "visa")
 
 
 @pytest.fixture
-def trees(mpdd: Path, loco: Path, mvtec_3d: Path, btad: Path, visa: Path) -> dict[str, Path]:
-    return dict(zip(NAMES, (mpdd, loco, mvtec_3d, btad, visa), strict=True))
+def trees(mpdd: Path, mvtec_ad_2: Path, loco: Path, mvtec_3d: Path, btad: Path, visa: Path) -> dict[str, Path]:
+    return dict(zip(NAMES, (mpdd, mvtec_ad_2, loco, mvtec_3d, btad, visa), strict=True))
 
 
 def counts(samples: list[Sample]) -> dict[tuple[str, str, str], int]:
@@ -54,6 +54,23 @@ def test_masks_named_like_their_image_are_found_too(mpdd: Path) -> None:
     (mpdd / "bracket_black/ground_truth/hole/000_mask.PNG").unlink()
     own = mask(mpdd / "bracket_black/ground_truth/hole/000.png")
     assert index_mvtec(mpdd)[-1].mask == own
+
+
+def test_ad_2_takes_the_public_test_images_only(mvtec_ad_2: Path) -> None:
+    with pytest.warns(Junk, match="1 hidden or foreign files among the masks"):
+        samples = index_dataset("mvtec_ad_2", mvtec_ad_2)
+    assert counts(samples) == {
+        ("fruit_jelly", "train", "good"): 2,
+        ("fruit_jelly", "validation", "good"): 1,
+        ("fruit_jelly", "test", "bad"): 2,
+        ("fruit_jelly", "test", "good"): 2,
+    }
+    assert not any("private" in part for s in samples for part in s.image.parts[-3:])
+    assert [s.mask.name for s in samples if s.mask] == ["000_regular_mask.png", "000_shift_1_mask.png"]
+    assert marked(samples) == [16, 16]
+    shutil.rmtree(mvtec_ad_2 / "fruit_jelly/test_public")
+    with pytest.raises(ValueError, match=r"not in the MVTec AD 2 layout: expected \{category\}/test_public/good"):
+        index_dataset("mvtec_ad_2", mvtec_ad_2)
 
 
 def test_loco_merges_its_masks_and_keeps_validation_apart(loco: Path) -> None:
@@ -172,6 +189,11 @@ def test_an_empty_visa_listing(visa: Path) -> None:
     ("name", "bare", "expected"),
     [
         ("mpdd", "bracket_black/test/hole/001.png", "ground_truth/hole/001_mask.png"),
+        (
+            "mvtec_ad_2",
+            "fruit_jelly/test_public/bad/002_regular.png",
+            "ground_truth/bad/002_regular_mask.png",
+        ),
         ("mvtec_3d", "bagel/test/crack/rgb/002.png", "test/crack/gt/002.png"),
         ("btad", "03/test/ko/0001.bmp", r"ground_truth/ko/0001.png \(or .bmp\)"),
         ("visa", "candle/Data/Images/Anomaly/001.JPG", "candle/Data/Masks/Anomaly/001.png"),
@@ -255,13 +277,13 @@ def test_what_was_looked_for_and_the_folder_that_was_meant(btad: Path, tmp_path:
         detect_layout(tmp_path / "absent")
 
 
-@pytest.mark.parametrize("name", ["mvtec", "mvtec_loco", "mvtec_3d", "btad"])
+@pytest.mark.parametrize("name", ["mvtec", "mvtec_ad_2", "mvtec_loco", "mvtec_3d", "btad"])
 def test_another_layout_is_refused_by_name(visa: Path, name: str) -> None:
-    with pytest.raises(ValueError, match=r"VisA is not in the .* layout: expected \{category\}/train/"):
+    with pytest.raises(ValueError, match=r"VisA is not in the .* layout: expected \{category\}/t(rain|est_public)/"):
         index_dataset(name, visa)
 
 
-@pytest.mark.parametrize("name", ["mvtec_loco", "mvtec_3d", "btad", "visa"])
+@pytest.mark.parametrize("name", ["mvtec_ad_2", "mvtec_loco", "mvtec_3d", "btad", "visa"])
 def test_categories_are_chosen_by_name(trees: dict[str, Path], name: str) -> None:
     samples = resolve_name(DATASETS[name])(trees[name])
     last = samples[-1].category

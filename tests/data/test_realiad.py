@@ -9,7 +9,8 @@ import pytest
 from pictures import write
 
 from adpretrain.data import ImageDataset, LeftOut, Sample, index_dataset
-from adpretrain.data.layouts.realiad import index_realiad, view_of
+from adpretrain.data.layouts.realiad import index_realiad, index_realiad_variety, view_of
+from adpretrain.data.products import normals
 from adpretrain.preprocess import Preprocess
 from adpretrain.training.dataset import PretrainingSet
 
@@ -110,6 +111,80 @@ def test_unmarked_views_of_defective_parts_are_not_pretrained_on(realiad: Path, 
     drawn = {i for index in range(len(data)) for epoch in range(9) for i in data.draw_references(index, epoch)}
     assert drawn
     assert all("_OK_" in data.samples[i].image.name for i in drawn)
+
+
+def test_a_contaminated_training_list_keeps_its_labels(realiad: Path) -> None:
+    """As in realiad_jsons_fuiad_0.4: marked defects and unmarked views of defective parts among the training images."""
+    clean = realiad / "realiad_jsons/realiad_jsons_sv/cap.json"
+    content = json.loads(clean.read_text())
+    name = "NG/HS/S0002/cap_0002_NG_HS_C"
+    content["test"] = content["test"][:1]
+    content["train"] += [
+        realiad_entry("HS", f"{name}1_20231021.jpg", f"{name}1_20231021.png"),
+        realiad_entry("OK", f"{name}3_20231021.jpg", None),  # the set's own lists call these views OK
+    ]
+    listing = realiad / "realiad_jsons/realiad_jsons_fuiad_0.4/cap.json"
+    listing.parent.mkdir()
+    listing.write_text(json.dumps(content))
+    assert not any(s.noise for s in index_realiad(realiad, protocol="realiad_jsons_sv"))
+    samples = index_realiad(realiad, ["cap"], protocol="realiad_jsons_fuiad_0.4")
+    assert [(s.split, s.defect, s.of_defective_part, s.noise) for s in samples] == [
+        ("train", "good", False, False),
+        ("train", "good", False, False),
+        ("train", "HS", False, True),
+        ("train", "good", True, True),
+        ("test", "good", False, False),
+    ]
+    assert [samples[index].view for index in normals(samples)] == ["C1", "C2"]  # unless the noise is asked for
+    assert samples[2].mask is not None
+
+
+@pytest.fixture
+def variety(tmp_path: Path) -> Path:
+    """One OK part and a defective one, all .png, in a folder inside its own as unpacked, and a list without meta."""
+    root = tmp_path / "Real-IAD_Variety"
+    parts = root / "realiadvariety_raw/audio_jack_socket/audio_jack_socket"
+    for view in (1, 2):
+        write(parts / f"OK/S0001/audio_jack_socket_0001_OK_C{view}_20240101.png")
+        write(parts / f"NG/Scratch/S0002/audio_jack_socket_0002_NG_Scratch_C{view}_20240101.png")
+    marked = "NG/Scratch/S0002/audio_jack_socket_0002_NG_Scratch_C1_20240101"
+    write(parts / f"{marked}_mask.png", "L", 255)
+    entry = [realiad_entry("OK", f"OK/S0001/audio_jack_socket_0001_OK_C{v}_20240101.png", None) for v in (1, 2)]
+    content = {"train": entry[:1], "test": [entry[1], realiad_entry("Scratch", f"{marked}.png", f"{marked}_mask.png")]}
+    listing = root / "realiadvariety_jsons/Real-IAD_Variety_jsons/audio_jack_socket.json"
+    listing.parent.mkdir(parents=True)
+    listing.write_text(json.dumps(content))
+    return root
+
+
+def test_variety_tells_photographs_from_masks_by_name(variety: Path) -> None:
+    samples = index_dataset("auto", variety)
+    assert samples == index_realiad_variety(variety)
+    assert [(s.view, s.defect, s.of_defective_part, s.split) for s in samples] == [
+        ("C1", "good", False, "train"),
+        ("C2", "good", False, "train"),
+        ("C1", "Scratch", False, "train"),
+        ("C2", "good", True, "train"),
+    ]
+    assert {s.category for s in samples} == {"audio_jack_socket"}
+    assert [item["label"] == int(item["mask"].all()) for item in ImageDataset(samples, Preprocess(8))] == [True] * 4
+
+
+def test_variety_is_read_by_its_own_lists(variety: Path) -> None:
+    samples = index_dataset("auto", variety, split="Real-IAD_Variety_jsons")
+    assert [(s.view, s.defect, s.split, s.image.is_file()) for s in samples] == [
+        ("C1", "good", "train", True),
+        ("C2", "good", "test", True),
+        ("C1", "Scratch", "test", True),
+    ]
+    assert samples[2].mask is not None
+    assert samples[2].mask.is_file()
+    with pytest.raises(ValueError, match=r"realiad_jsons/audio_jack_socket\.json.*present: Real-IAD_Variety_jsons"):
+        index_realiad_variety(variety, protocol="realiad_jsons")
+    with pytest.raises(ValueError, match=r"no realiadvariety_\{256,512,1024,raw\} folder in"):
+        index_realiad_variety(variety / "realiadvariety_jsons")
+    with pytest.raises(ValueError, match=r"no realiad_\{256,512,1024,raw\} folder in"):
+        index_realiad(variety)
 
 
 def test_a_set_is_read_by_its_own_split(realiad: Path, visa: Path, mpdd: Path) -> None:

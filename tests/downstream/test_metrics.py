@@ -283,4 +283,6 @@ def test_errors_at_the_best_f1_equal_every_threshold_tried(seed: int) -> None:
         hits = int((called & labels).sum())
         tried.append((-2 * hits / (2 * hits + wrong + missed), wrong + missed, wrong, missed))
     assert errors_at_best_f1(scores, labels) == min(tried)[2:]
+    measured = evaluate_maps(scores[:, None, None], labels[:, None, None])
+    assert measured.image_accuracy_at_best_f1 == pytest.approx(1 - sum(min(tried)[2:]) / 40, abs=1e-12)
     assert errors_at_best_f1(scores, np.zeros(40, dtype=bool)) is None

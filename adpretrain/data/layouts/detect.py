@@ -10,15 +10,20 @@ HUB = "hf:/"  # "hf://org/name"; a Path keeps only one slash
 _PNG = "*.[pP][nN][gG]"
 
 # Glob patterns below the set's folder or below one category's own. A special layout stands before the general one
-# that it also fits: LOCO and 3D before MVTec. A plain folder has no labels and would fit anything.
+# that it also fits: AD 2, LOCO and 3D before MVTec. A plain folder has no labels and would fit anything.
 PATTERNS: dict[str, tuple[str, ...]] = {
     "realiad": ("realiad_*/*/OK",),
+    "realiad_variety": ("realiadvariety_*/*/OK", "realiadvariety_*/*/*/OK"),
     "visa": ("split_csv/*.csv", "Data/Images"),
+    "mvtec_ad_2": ("*/test_public/good", "test_public/good"),
     "mvtec_3d": ("*/train/good/rgb", "train/good/rgb"),
     "mvtec_loco": (f"*/ground_truth/*/[!.]*/{_PNG}", f"ground_truth/*/[!.]*/{_PNG}"),  # no .ipynb_checkpoints
     "btad": ("*/train/ok", "train/ok"),
     "mvtec": ("*/train/good", "train/good"),
     "mtd": ("MT_Free/Imgs",),
+    "oct2017": ("test/DRUSEN",),
+    "aptos": ("train_images",),
+    "isic2018": ("ISIC2018_Task3_Training_Input",),
     "hf": (
         "dataset_dict.json",
         "state.json",

@@ -9,6 +9,7 @@ from pathlib import Path
 from adpretrain.data.samples import GOOD, Junk, LeftOut, Sample, is_image, refuse_missing
 
 SPLITS = ("train", "validation", "test")
+TRUTH = "ground_truth"  # folder of masks
 Masks = Mapping[str, Path | tuple[Path, ...]]  # image stem -> its mask, or the masks to be merged
 
 
@@ -87,8 +88,9 @@ def index_splits(
     expected: str,
     normal: str = GOOD,
     inner: str = "",
+    test: str = "test",
 ) -> list[Sample]:
-    """Samples of ``{category}/{train|validation|test}/{normal|defect}/{inner}/*``.
+    """Samples of ``{category}/{train|validation|test}/{normal|defect}/{inner}/*``; ``test`` is the test split's folder.
 
     ``find_masks`` is called with a category's and a defect's folder; ``expected`` says in errors where a mask should
     have been, e.g. "ground_truth/{defect}/{stem}.png" below the category's folder.
@@ -100,7 +102,8 @@ def index_splits(
     missing: dict[Path, str] = {}
     for category, folder in categories.items():
         for split in SPLITS:
-            for kind in subfolders(folder / split):
+            kinds = subfolders(folder / (test if split == "test" else split))
+            for kind in (kind for kind in kinds if kind.name != TRUTH):
                 defect = GOOD if kind.name == normal else kind.name
                 masks = {} if defect == GOOD else find_masks(folder, kind)
                 for image in images_in(kind / inner):
@@ -113,17 +116,21 @@ def index_splits(
         raise ValueError(f"no images in {', '.join(str(folder) for folder in categories.values())}")
     if empty := sorted(set(categories) - {sample.category for sample in samples}):
         _warn_left_out([f"{categories[name]}: there are no images" for name in empty])
-    if junk := [file for folder in categories.values() for file in _junk(folder / "ground_truth")]:
+    if junk := [file for folder in categories.values() for file in _junk(folder)]:
         told = f"{len(junk)} hidden or foreign files among the masks are ignored, such as {junk[0]}"
         warnings.warn(told, Junk, stacklevel=3)
     refuse_missing(samples, missing)
     return samples
 
 
-def _junk(masks: Path) -> list[Path]:
-    """Files below a folder of masks that are hidden, lie in a hidden folder (.ipynb_checkpoints) or no pictures."""
-    files = sorted(file for file in masks.rglob("*") if file.is_file())
-    return [file for file in files if is_hidden(file, masks) or not is_image(file)]
+def _junk(category: Path) -> list[Path]:
+    """Files below a category's folders of masks that are hidden, lie in a hidden folder (.ipynb_checkpoints) or no
+    pictures."""
+    found = []
+    for masks in (*category.glob(TRUTH), *category.glob(f"*/{TRUTH}")):
+        files = sorted(file for file in masks.rglob("*") if file.is_file())
+        found += [file for file in files if is_hidden(file, masks) or not is_image(file)]
+    return found
 
 
 def _warn_left_out(lines: Sequence[str]) -> None:

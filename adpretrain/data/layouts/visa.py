@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 
+from adpretrain.data.layouts.listing import read_listing
 from adpretrain.data.layouts.tree import SPLITS, existing_folder, inside
 from adpretrain.data.samples import GOOD, Sample, refuse_missing
 
@@ -49,18 +49,7 @@ def _read(file: Path) -> list[dict[str, str]]:
     if not file.is_file():
         present = sorted(other.stem for other in file.parent.glob("*.csv"))
         raise ValueError(f"VisA split file not found: {file}; split files present: {', '.join(present) or 'none'}")
-    try:
-        with file.open(newline="", encoding="utf-8-sig") as lines:
-            reader = csv.DictReader(lines, restval="")
-            if absent := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
-                found = ", ".join(reader.fieldnames or ()) or "none"
-                raise ValueError(f"{file} lacks the columns {', '.join(absent)}; columns found: {found}")
-            rows = list(reader)
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not a CSV file: {error}") from error
-    if not rows:
-        raise ValueError(f"{file} lists no images")
-    return rows
+    return read_listing(file, COLUMNS)
 
 
 def _sample(root: Path, row: dict[str, str], where: str) -> Sample:

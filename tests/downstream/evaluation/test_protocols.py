@@ -138,6 +138,31 @@ def test_contamination_moves_test_anomalies_into_training(overlap: bool) -> None
     assert len(part.test) == (13 if overlap else 10)
 
 
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_contaminated_training_list_is_learnt_from_where_asked_for_only(protocol: str) -> None:
+    """As in Real-IAD: marked defects and unmarked views of defective parts among the training images."""
+    samples = product("cap", train=20)
+    marked = [replace(sample, image=Path(f"noise-{n}.png")) for n, sample in enumerate(samples[-3:])]
+    views = [
+        replace(sample, image=Path(f"view-{n}.png"), defect="good", mask=None) for n, sample in enumerate(marked[:2])
+    ]
+    views = [replace(sample, of_defective_part=True) for sample in views]
+    noise = [replace(sample, split="train", noise=True) for sample in (*marked, *views)]
+    options = ProtocolOptions(protocol, shots=(4,), references=25, noise=0.5)  # type: ignore[arg-type]
+    told = "5 of the 25 listed training images are of defective parts, 3 with a marked defect: "
+    for trial in trials([*noise, *samples], options):
+        (part,) = trial.parts
+        assert names(part.test) == names(tuple(samples[20:]))
+        if protocol == "contamination":
+            assert trial.setting == "noise as listed, in the references too"
+            assert names(part.train) == names((*noise, *samples[:20]))
+            assert part.notes == (told + "fitted on as if they were normal",)
+            assert part.reference_notes == ("3 references are anomalies, drawn with the contaminated training images",)
+        else:
+            assert not any(sample.noise for sample in (*part.train, *part.references))
+            assert told + "left out (--protocol contamination fits on them)" in part.notes
+
+
 def test_references_that_are_anomalies_are_told_of() -> None:
     """All 45 training images are references, 15 of them anomalies."""
     samples = product("cap", train=30, bad=40)

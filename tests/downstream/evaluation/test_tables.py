@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from downstream.evaluation.means import TITLES, in_order, summarise
+from downstream.evaluation.means import SPRO, TITLES, in_order, summarise
 from downstream.evaluation.tables import (
     COLUMNS,
     GAIN,
@@ -19,7 +19,7 @@ from downstream.evaluation.tables import (
     defect_tables,
     number,
     products_table,
-    summary_table,
+    summary,
     write_board,
     write_tables,
 )
@@ -34,7 +34,7 @@ def record(product: str, features: str, value: float | None, draw: int = 0, extr
         "features": features,
         "kind": features,
         "extractor": extractor,
-        "metrics": dict.fromkeys(TITLES, value),
+        "metrics": dict.fromkeys(TITLES, value) | dict.fromkeys(SPRO),
         "notes": ["no anomalous images"] if value is None else [],
         "trained_on": 4,
         "order": [0, 0, ["raw", "residual", "scaled", "pretrained"].index(features), extractor, draw],
@@ -87,9 +87,9 @@ def test_the_gain_is_over_the_best_row_without_training_draw_by_draw(tmp_path: P
     assert gain["aupro"] == pytest.approx(3)
     assert spread["aupro"] == pytest.approx(2**0.5)
     cells = [GAIN, "+3.0 ± 1.4", "+3.0 ± 1.4", "+3.0 ± 1.4"]
-    assert summary_table(rows)[1][-1][2:6] == cells
+    assert summary(found)[1][-1][2:6] == cells
     assert " | ".join([GAIN, "", *cells[1:]]) in write_board(tmp_path, found, len(found), [])
-    one_draw = summary_table(summarise([entry for entry in found if entry["draw"] == 0]))[1][-1]
+    one_draw = summary([entry for entry in found if entry["draw"] == 0])[1][-1]
     assert one_draw[3] == "-33.0"  # over the residuals, which are the best of that draw
 
 
@@ -140,9 +140,9 @@ def test_markdown_and_latex_hold_the_same_cells(records: list[dict[str, Any]], t
     last = latex.split(r"\midrule")[-1].split(r"\bottomrule")[0].strip().splitlines()
     table = [cells(line.removesuffix(r" \\"), "&") for line in last]
     assert [[re.sub(r"\\([&%$#_{}])", r"\1", cell) for cell in line] for line in table] == expected
-    summary = latex.split(r"\midrule")[1].split(r"\bottomrule")[0].strip().splitlines()
-    assert len(summary) == len(summary_table(summarise(records))[1])
-    assert all((line.count("&") == 7 and r"$\pm$" in line) or "gain" in line for line in summary)
+    first = latex.split(r"\midrule")[1].split(r"\bottomrule")[0].strip().splitlines()
+    assert len(first) == len(summary(records)[1])
+    assert all((line.count("&") == 9 and r"$\pm$" in line) or "gain" in line for line in first)
 
 
 def test_a_loss_too_small_to_be_shown_has_no_sign_of_one() -> None:
@@ -163,12 +163,12 @@ def test_a_mean_that_is_not_of_all_products_says_of_how_many(tmp_path: Path) -> 
     found = [record(name, kind, value) for kind in values for name, value in zip("abc", values[kind], strict=True)]
     found[0]["metrics"]["d_prime"] = found[1]["metrics"]["d_prime"] = None
     write_tables(tmp_path, found, {})
-    _, (raw, ours, _) = summary_table(summarise(found))
-    assert raw[3:7] == ["70.0", "70.0", "70.0", "0.9 (1 of 3)"]
-    assert ours[3:7] == ["60.0 (2 of 3)", "60.0 (2 of 3)", "60.0 (2 of 3)", "0.6 (2 of 3)"]
+    _, (raw, ours, _) = summary(found)
+    assert raw[3:9] == [*(["70.0"] * 5), "0.9 (1 of 3)"]
+    assert ours[3:9] == [*(["60.0 (2 of 3)"] * 5), "0.6 (2 of 3)"]
     assert "Mean over 3 product(s)" in (tmp_path / "table.md").read_text()
     for name in ("table.md", "table.tex"):
-        assert (tmp_path / name).read_text().count("60.0 (2 of 3)") == 3
+        assert (tmp_path / name).read_text().count("60.0 (2 of 3)") == 5
     defined = [row["defined"] for row in json.loads((tmp_path / "table.json").read_text())["summary"]]
     assert [row["aupro"] for row in defined] == [3, 2]
     assert [row["d_prime"] for row in defined] == [1, 2]
@@ -207,9 +207,9 @@ def test_views_of_a_category_are_averaged_and_weigh_alike_in_the_mean_of_all() -
 
 
 def test_d_prime_is_no_percentage() -> None:
-    (row,) = summarise([record("nut", "raw", 2.5), record("cap", "raw", 1.5)])
-    assert row.mean["d_prime"] == pytest.approx(2.0)
-    heading, (line,) = summary_table([row])
+    found = [record("nut", "raw", 2.5), record("cap", "raw", 1.5)]
+    assert summarise(found)[0].mean["d_prime"] == pytest.approx(2.0)
+    heading, (line,) = summary(found)
     assert (heading[-2], line[-2]) == ("d'", "2.0")
 
 
@@ -218,16 +218,45 @@ def test_errors_are_counted_over_products(tmp_path: Path) -> None:
     found = [record(name, "raw", 0.5, draw) for name in ("cap", "nut") for draw in (0, 1)]
     for entry, wrong, missed in zip(found, (1, 2, 18, 18), (3, 3, 20, 20), strict=True):
         entry["metrics"] |= {"false_positives_at_best_f1": wrong, "false_negatives_at_best_f1": missed}
-    heading, (line,) = summary_table(summarise(found))
+    heading, (line,) = summary(found)
     assert (heading[-1], line[-1]) == ("errors at best F1", "19.5 + 23.0")
-    assert summary_table(summarise(found[::2]))[1][0][-1] == "19 + 23"
+    assert summary(found[::2])[1][0][-1] == "19 + 23"
     found[0]["metrics"] |= {"false_positives_at_best_f1": None, "false_negatives_at_best_f1": None}
-    assert summary_table(summarise(found[::2]))[1][0][-1] == "18 + 20 (1 of 2)"
+    assert summary(found[::2])[1][0][-1] == "18 + 20 (1 of 2)"
     write_tables(tmp_path, found, {})
     for name in ("table.md", "table.tex"):
-        assert "That threshold has the best F1 on the scored images themselves" in (tmp_path / name).read_text()
-    assert "the scored images themselves" in json.loads((tmp_path / "table.json").read_text())["about"][0]
+        assert "that threshold has the best F1 on the labels of the scored images" in (tmp_path / name).read_text()
+    assert "the labels of the scored images themselves" in json.loads((tmp_path / "table.json").read_text())["about"][0]
     assert "false_negatives_at_best_f1" in (tmp_path / "table.csv").read_text().splitlines()[0]
+
+
+def test_the_threshold_of_accuracy_and_max_f1_is_named_beside_them(tmp_path: Path) -> None:
+    found = [record("nut", "raw", 0.75)]
+    heading, (line,) = summary(found)
+    shown = dict(zip(heading, line, strict=True))
+    assert shown["image max-F1"] == shown["image accuracy at max-F1"] == "75.0"
+    write_tables(tmp_path, found, {})
+    content = json.loads((tmp_path / "table.json").read_text())
+    assert content["records"][0]["metrics"]["image_accuracy_at_best_f1"] == 0.75
+    assert content["about"][0].startswith("image max-F1, image accuracy at max-F1 and errors at best F1")
+    assert "not as a working threshold" in content["about"][0]
+
+
+def test_spro_is_shown_where_it_was_measured(tmp_path: Path) -> None:
+    """Of two sets in one: the mean says that one product alone has it. Without it there is no column."""
+    found = [{**record(name, "raw", 0.5), "set": "both"} for name in ("box", "nut")]
+    assert "sPRO" not in write_board(tmp_path, found, 2, [])
+    found[0]["metrics"] |= {"spro_05": 0.4, "spro_30": 0.8}
+    text = write_board(tmp_path, found, 2, [])
+    assert "| AUPRO | sPRO to FPR 0.05 | sPRO to FPR 0.3 |" in text
+    assert text.rstrip().endswith("| 50.0 | 40.0 | 80.0 |")
+    with (tmp_path / "board.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (float(row["spro_05"]), float(row["spro_30"])) == pytest.approx((40, 80))
+    heading, (line,) = summary(found)
+    assert line[heading.index("sPRO to FPR 0.05")] == "40.0 (1 of 2)"
+    write_tables(tmp_path, found, {})
+    assert "**sPRO to FPR 0.3 in %, K=4**" in (tmp_path / "table.md").read_text()
 
 
 def test_tables_of_defects_say_whose_means_they_hold() -> None:

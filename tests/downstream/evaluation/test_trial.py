@@ -22,10 +22,11 @@ from downstream.evaluation import plots, trial
 from downstream.evaluation.comparison_page import write_comparison
 from downstream.evaluation.few_shot import encode_samples, few_shot
 from downstream.evaluation.means import TITLES
+from downstream.evaluation.measured import CURVE
 from downstream.evaluation.networks import Contender, Networks, Withheld
 from downstream.evaluation.pictures import in_two_dimensions, sampled_patches
 from downstream.evaluation.protocols import Part, ProtocolOptions, Trial, trials
-from downstream.evaluation.trial import CURVE, Images, Settings, Training, run_trial
+from downstream.evaluation.trial import Images, Settings, Training, run_trial
 from downstream.inspection.report import Fact
 from downstream.metrics import auroc, d_prime
 
