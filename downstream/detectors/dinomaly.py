@@ -146,11 +146,14 @@ class Decoder(Learner):
         return LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP))) / 2
 
     def forward(self, lesson: Lesson) -> Tensor:
-        pairs = self.pairs(lesson.features, lesson.region)
-        share = self.config.easy * min(1.0, lesson.done / RISE)
+        return self.loss(self.pairs(lesson.features, lesson.region), lesson.region, lesson.done)
+
+    def loss(self, pairs: Sequence[Pair], region: RegionOfInterest | None, done: float) -> Tensor:
+        """The mean of the global cosine distances of pairs, after a share of the steps."""
+        share = self.config.easy * min(1.0, done / RISE)
         losses = []
         for target, found in pairs:
-            (inside_BHW,) = inside_of([target], lesson.region)
+            (inside_BHW,) = inside_of([target], region)
             easy_BHW = easy_places((target, found), inside_BHW, share)
             losses.append(global_loss((target, eased(found, easy_BHW, self.config.shrink)), inside_BHW))
         return torch.stack(losses).mean()
