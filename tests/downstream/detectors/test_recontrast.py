@@ -6,6 +6,7 @@ Table 6 of Guo et al. 2023 names the configurations, Table A5 gives the paramete
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import timm
 import torch
 from drawn import photographs, tile
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from adpretrain.backbones import Backbone, load_backbone
@@ -210,6 +212,35 @@ def test_batch_norms_keep_or_follow_the_statistics() -> None:
         assert len(norms) == len(before) > 20
         same = [torch.equal(a.running_mean, b.running_mean) for a, b in zip(norms, before, strict=True)]  # type: ignore[arg-type]
         assert all(same) if mode == "eval" else not any(same)
+
+
+def test_a_guarded_encoder_is_saved_whole(tmp_path: Path) -> None:
+    """Weights, and the statistics that its batch norms have collected."""
+    backbone, images = random(), photographs(2, 1)
+    config = ReContrastConfig(batch_norm="guarded", training=STEPS)
+    detector = ReContrast(backbone, config).fit([photographs(6, 0)])
+    folder = detector.save_pretrained(tmp_path / "saved")
+    expected = detector.predict(images)
+    loaded = ReContrast.from_pretrained(folder, random())
+    assert loaded.model.encoder is not None
+    assert detector.model.encoder is not None
+    found = loaded.model.encoder.state_dict()
+    for name, value in detector.model.encoder.state_dict().items():
+        assert torch.equal(found[name], value)
+    assert torch.equal(loaded.predict(images).maps, expected.maps)
+    with pytest.raises(ValueError, match="do not fit together"):
+        ReContrast.from_pretrained(shortened(folder), random())
+
+
+def shortened(folder: Path) -> Path:
+    """The saved detector without one weight of its encoder."""
+    weights = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    name = next(name for name in weights if name.startswith("encoder.") and name.endswith(".weight"))
+    del weights[name], config["tensors"][name]
+    save_file({name: value.clone() for name, value in weights.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def test_the_guarded_norm_replaces_only_vanishing_variances() -> None:
