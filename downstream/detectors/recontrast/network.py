@@ -122,7 +122,7 @@ class Reversed(nn.Module):
         """Features of each view -> what is reconstructed from them by the projections of that view. All views go
         through the network as one batch, so that its batch norms see them together."""
         decoded = self.decode([torch.cat(level) for level in zip(*views, strict=True)])
-        parts = zip(*(level.chunk(len(views)) for level in decoded), strict=True)
+        parts = zip(*(level.unflatten(0, (len(views), -1)) for level in decoded), strict=True)
         return [
             [head(level) for head, level in zip(heads, part, strict=True)]  # type: ignore[call-overload]
             for heads, part in zip(self.heads, parts, strict=True)
