@@ -16,7 +16,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import StrictUndefined, Template
 
 from adpretrain.backbones import BACKBONES
-from adpretrain.backbones.table import find_entry
+from adpretrain.backbones.licences import LICENCES, UNKNOWN
+from adpretrain.backbones.table import find_entry, licence_of
 from adpretrain.saved import PLACEHOLDER, ExtractorConfig
 
 METRICS = {
@@ -136,17 +137,24 @@ def _backbone(config: ExtractorConfig) -> str:
     entry = find_entry(config.backbone.name) if _known(config) else None
     commit = f", commit `{config.backbone.revision}`" if config.backbone.revision else ""
     source = f"`{entry.source}`{commit}" if entry else "unknown"
+    licence = licence_of(config.backbone.name) or config.licence  # the table is surer than a file
     return table(
         ("what", "value"),
         [
             ("name", f"`{config.backbone.name}`"),
             ("weights", source),
-            ("licence of the weights", entry.licence if entry else "unknown"),
+            ("licence of the weights", licence or "unknown"),
+            ("weights in a product", _in_a_product(licence)),
             ("levels", ", ".join(map(str, config.backbone.levels or [])) or "default"),
             ("channels", ", ".join(map(str, config.channels))),
             ("input", config.preprocess.in_words),
         ],
     )
+
+
+def _in_a_product(licence: str | None) -> str:
+    found = LICENCES.get(licence or UNKNOWN, LICENCES[UNKNOWN])
+    return f"{found.product}. {found.terms}"
 
 
 def _training(config: ExtractorConfig) -> str:

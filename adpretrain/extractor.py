@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from adpretrain.backbones import Backbone, FeatureMaps
+from adpretrain.backbones.table import licence_of
 from adpretrain.backbones.weights import as_float32, fingerprint
 from adpretrain.hub.download import locate
 from adpretrain.local_scale import LocalScale
@@ -74,6 +75,7 @@ class ADExtractor(nn.Module):
             matching=matching,
             norm=norm,
             local_scale=None if local_scale is None else local_scale.config,
+            licence=licence_of(backbone.name),
             fingerprint=fingerprint(backbone.network),
             provenance=provenance or {},
         )

@@ -48,6 +48,7 @@ class ExtractorConfig:
         matching: metric of the nearest reference.
         norm: the norm that scores a feature: "l2" = ||x||, or "released" = sqrt(||x|| + 1) - 1 (the authors' code).
         local_scale: how residuals are scaled (`adpretrain.local_scale`); null = not at all.
+        licence: licence of the backbone's weights (`adpretrain.backbones.licences`); null = unknown.
         provenance: data, steps, seed, commit, versions, losses, metrics of the training run.
         format_version: version of this file's format.
         library_version: version of adpretrain that wrote it.
@@ -60,6 +61,7 @@ class ExtractorConfig:
     matching: str = "l2"
     norm: str = "l2"
     local_scale: LocalScaleConfig | None = None
+    licence: str | None = None
     fingerprint: list[float] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION

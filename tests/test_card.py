@@ -83,9 +83,16 @@ def test_a_backbone_is_named_with_its_repository_and_licence(extractor: ADExtrac
     assert ModelCard(text).data.base_model == "facebook/dinov2-base"
     assert f"commit `{'0' * 40}`" in text
     assert "| licence of the weights | Apache-2.0 |" in text
+    assert "| weights in a product | yes. Whoever passes the weights on adds a copy of the licence" in text
+    conditions = card(dataclasses.replace(extractor.config, backbone=BackboneConfig("dinov3-base")))
+    assert "| licence of the weights | DINOv3 License |" in conditions
+    assert "| weights in a product | with conditions. " in conditions
     assert "CC-BY-NC" in card(dataclasses.replace(extractor.config, backbone=BackboneConfig("imagebind")))
-    unknown = card(dataclasses.replace(extractor.config, backbone=BackboneConfig("made-here")))
+    unknown = card(dataclasses.replace(extractor.config, licence=None, backbone=BackboneConfig("made-here")))
     assert "| licence of the weights | unknown |" in unknown
+    assert "| weights in a product | unknown. " in unknown
+    newer = dataclasses.replace(extractor.config, licence="MIT", backbone=BackboneConfig("of-a-later-version"))
+    assert "| licence of the weights | MIT |" in card(newer)
 
 
 def test_nothing_in_the_provenance_breaks_a_table(extractor: ADExtractor) -> None:

@@ -5,6 +5,7 @@ Shapes: B images, L levels, C_l channels, H_l x W_l tokens, S input side.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -133,27 +134,31 @@ def check_image_size(name: str, image_size: int, step: int, what: str) -> None:
         )
 
 
-def resize_positions(positions_PC: Tensor, grid: int, offset: float = 0.0, antialias: bool = False) -> Tensor:
-    """[1 + M * M, C] (class token first) -> [1 + grid * grid, C] by bicubic interpolation in float32.
+def resize_positions(
+    positions_PC: Tensor, grid: int, offset: float = 0.0, antialias: bool = False, mode: str = "bicubic"
+) -> Tensor:
+    """[M * M, C] -> [grid * grid, C] by interpolation in float32; a class token before the grid stays before it.
 
     Unchanged if M == grid. Families resize their grids in different ways, which changes block features by some per
     cent: DINOv2 scales by (grid + 0.1) / M (``offset`` 0.1), which samples slightly other places than
-    the plain grid / M of ImageBind; open_clip antialiases.
+    the plain grid / M of ImageBind; open_clip antialiases; the Perception Encoder's ``mode`` is "bilinear".
 
     Raises ValueError if the tokens do not make a square.
     """
-    side = round(max(positions_PC.shape[0] - 1, 0) ** 0.5)
-    if positions_PC.ndim != 2 or positions_PC.shape[0] != 1 + side * side:
+    side = math.isqrt(positions_PC.shape[0])
+    first = positions_PC.shape[0] - side * side
+    if positions_PC.ndim != 2 or side == 0 or first > 1:
         raise ValueError(
-            f"position embeddings of shape {list(positions_PC.shape)} are not one class token and a square grid"
+            f"position embeddings of shape {list(positions_PC.shape)} are not a square grid, with or without one class "
+            "token before it"
         )
     if side == grid:
         return positions_PC
-    old = positions_PC[1:].float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    old = positions_PC[first:].float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
     if offset:
         scale = (grid + offset) / side
-        new = F.interpolate(old, scale_factor=(scale, scale), mode="bicubic", align_corners=False)
+        new = F.interpolate(old, scale_factor=(scale, scale), mode=mode, align_corners=False)
     else:
-        new = F.interpolate(old, size=(grid, grid), mode="bicubic", align_corners=False, antialias=antialias)
+        new = F.interpolate(old, size=(grid, grid), mode=mode, align_corners=False, antialias=antialias)
     assert new.shape[2:] == (grid, grid)
-    return torch.cat([positions_PC[:1], new[0].flatten(1).T.to(positions_PC.dtype)])
+    return torch.cat([positions_PC[:first], new[0].flatten(1).T.to(positions_PC.dtype)])

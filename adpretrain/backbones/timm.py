@@ -4,6 +4,9 @@ transformers give blocks.
 A stage is named by its stride: stage 1 is the last map of stride 4, stage 2 of stride 8, and so on (layer1 .. layer4
 of a ResNet). The name must carry the tag of the weights (``wide_resnet50_2.tv_in1k``) where a network has several.
 timm resizes position embeddings with antialiasing: for the paper's DINOv2 use `dinov2-base`.
+
+Rows of the table with names of their own (`dinov3-base`, `siglip2-base`) are networks of timm too. Where timm departs
+from their authors' code, they follow the authors (`corrections`, `as_original`); ``timm/<model name>`` is timm's own.
 """
 
 from __future__ import annotations
@@ -15,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adpretrain.backbones.base import Backbone, FeatureMaps, check_image_size, check_levels
+from adpretrain.backbones.base import Backbone, FeatureMaps, check_image_size, check_levels, resize_positions
 from adpretrain.backbones.table import TIMM
 from adpretrain.backbones.weights import Source, StateDict, Weights, as_float32, load_strictly
 from adpretrain.preprocess import INTERPOLATIONS, Preprocess
 
 FINEST = 4  # stride of stage 1
 DEPTH = 4  # levels of a vision transformer by default, evenly spaced as in the paper
+PERCEPTION, SIGLIP = "pe-", "siglip2-"  # rows of the table with `corrections`
 
 
 class Stages(Backbone):
@@ -62,26 +66,30 @@ class Blocks(Backbone):
         )
 
 
-def build(name: str, weights: Weights, image_size: int, levels: Sequence[int]) -> Backbone:
-    """The network ``timm/<model name>``. ``levels`` empty = the default: all stages, or four evenly spaced blocks.
+def build(name: str, weights: Weights, image_size: int, levels: Sequence[int], **geometry: Any) -> Backbone:
+    """The network ``timm/<model name>``, or a row of the table. ``levels`` empty = the default: all stages, or four
+    evenly spaced blocks. ``geometry``: arguments of timm's network (depth, width ...) in place of the published ones.
 
     Raises ValueError for an unknown model, levels or a size that do not fit, or weights that are not its own.
     """
     from timm.models import PretrainedCfg, get_pretrained_cfg
 
     model = full_name(name, weights)
-    name = f"{TIMM}{model}"
+    name = f"{TIMM}{model}" if name.startswith(TIMM) else name
     config: Any = get_pretrained_cfg(model) or PretrainedCfg()
     weights = dataclasses.replace(weights, backbone=name, source=Source("model.safetensors", config.hf_hub_id or name))
-    sized = {"img_size": image_size} if config.fixed_input_size else {}
+    sized = {**geometry, "img_size": image_size} if config.fixed_input_size else geometry
     interpolation = config.interpolation if config.interpolation in INTERPOLATIONS else "bicubic"
+    if name.startswith(PERCEPTION):
+        interpolation = "bilinear"  # as its authors' transforms; timm says bicubic
     preprocess = Preprocess(image_size, None, config.mean, config.std, interpolation)
-    info = _feature_info(model)
+    info = _feature_info(model, geometry)
     strides = [entry["reduction"] for entry in info]
     if len(info) > 1 and len(set(strides)) == 1:
         default = [len(info) * (i + 1) // DEPTH for i in range(DEPTH)]
         chosen = check_levels(name, levels or default, len(info), "blocks")
         check_image_size(name, image_size, strides[0], "its patch")
+        sized = {**sized, **corrections(name, image_size // strides[0])}
         network, revision = _whole(name, model, weights, sized)
         return Blocks(network, name, preprocess, chosen, revision=revision)
     stages = [index for index, stride in enumerate(strides) if stride >= FINEST]
@@ -96,8 +104,14 @@ def full_name(name: str, weights: Weights) -> str:
     """The model name with the tag of its weights. Raises ValueError if timm has no such weights, or several."""
     import timm
 
-    model = name.removeprefix(TIMM)
+    assert weights.source is not None
+    model = weights.source.repo_id.removeprefix(TIMM)
     architecture, _, tag = model.partition(".")
+    if not timm.is_model(architecture) and not name.startswith(TIMM):
+        raise ValueError(
+            f"backbone {name!r} needs a newer timm than {timm.__version__}, which has no {architecture!r}: run "
+            "`pip install --upgrade timm`"
+        )
     if not timm.is_model(architecture):
         close = timm.list_models(f"*{architecture[:8]}*")[:8]
         hint = f"similar names: {', '.join(close)}" if close else "timm.list_models() lists all"
@@ -113,15 +127,15 @@ def full_name(name: str, weights: Weights) -> str:
     return model
 
 
-def _feature_info(model: str) -> list[dict[str, Any]]:
+def _feature_info(model: str, geometry: dict[str, Any]) -> list[dict[str, Any]]:
     """The features that a network offers, in order: num_chs and reduction (stride) of each."""
     import timm
 
     try:
         with torch.device("meta"):
-            found = timm.create_model(model, pretrained=False)
+            found = timm.create_model(model, pretrained=False, **geometry)
     except (RuntimeError, NotImplementedError):  # some constructors compute with tensors
-        found = timm.create_model(model, pretrained=False)
+        found = timm.create_model(model, pretrained=False, **geometry)
     info = getattr(found, "feature_info", None)
     if not info:
         raise ValueError(f"timm's {model!r} has no feature maps to take; choose another model")
@@ -143,14 +157,35 @@ def _loaded(
     import timm
 
     state, where, revision = read
-    overlay = {"state_dict": as_float32(state)}
     try:
+        overlay = {"state_dict": as_original(as_float32(state), sized)}
         network: Any = timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay, **sized)
-    except (RuntimeError, KeyError) as error:
+    except (RuntimeError, KeyError, ValueError) as error:
         reason = " ".join(line.strip() for line in str(error).splitlines()[:3])
         raise ValueError(f"{where} is not a weights file of {name}: {reason}") from error
     network.pretrained_cfg.pop("state_dict", None)  # timm keeps a copy of the weights
     return network, revision
+
+
+def corrections(name: str, grid: int) -> dict[str, Any]:
+    """Arguments with which timm's network of a row computes what its authors' does on ``grid`` x ``grid`` patches.
+
+    The Perception Encoder's rotary positions count patches whatever the size; timm stretches them over the grid of the
+    training unless told that this grid was the wanted one. SigLIP 2 was trained in JAX, whose GELU is the approximation
+    by tanh; timm computes the exact one.
+    """
+    if name.startswith(PERCEPTION):
+        return {"ref_feat_shape": (grid, grid)}
+    return {"act_layer": "gelu_tanh"} if name.startswith(SIGLIP) else {}
+
+
+def as_original(state: StateDict, sized: dict[str, Any]) -> StateDict:
+    """The Perception Encoder's weights with the position grid of the wanted size, interpolated bilinearly as in the
+    original code; timm would do it bicubically with antialiasing. Weights of other networks stay as they are."""
+    if "ref_feat_shape" not in sized or "pos_embed" not in state:
+        return state
+    positions = resize_positions(state["pos_embed"][0], sized["ref_feat_shape"][0], mode="bilinear")
+    return {**state, "pos_embed": positions[None]}
 
 
 def _features(

@@ -98,7 +98,14 @@ class Source:
                 "set TORCH_HOME to a folder that has it below hub/checkpoints, or pass weights=PATH"
             )
         from huggingface_hub import constants
+        from huggingface_hub.errors import GatedRepoError
 
+        if isinstance(error, GatedRepoError):
+            return (
+                f"{what} The repository is gated: accept its licence at {constants.ENDPOINT}/{self.repo_id} with an "
+                f"account on the Hub, then run `hf auth login` with a token of that account (or set HF_TOKEN), or pass "
+                f"the file {self.filename} as weights=PATH"
+            )
         at, version = (f" --revision {revision}", f" at revision {revision}") if revision else ("", "")
         return (
             f"{what} They are the file {self.filename} of {self.repo_id} on the Hugging Face Hub{version}. "

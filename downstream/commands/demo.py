@@ -14,12 +14,15 @@ class Demo(Command):
 
     Args:
         extractor: "embedded" (default) or a folder written by save_pretrained; repeat the option to offer several
+        at: folder of an inspector that adpretrain inspector has made: its good photographs, tiles and inspected region
+            are used; repeat the option to offer several
         port: port to listen on; 0 takes any free port
         host: address to listen on; by default only this machine can connect (127.0.0.1)
         device: auto, cpu, cuda, cuda:1, mps
     """
 
     extractor: list[str] | None = field(default=None, metadata=REPEATED)
+    at: list[str] | None = field(default=None, metadata=REPEATED)
     port: int = 7860
     host: str | None = None
     device: str = "auto"
@@ -28,5 +31,5 @@ class Demo(Command):
         need("demo", "gradio")
         from downstream.web.serving import serve
 
-        serve(self.extractor or [EMBEDDED], self.host, self.port, self.device)
+        serve(self.extractor or [EMBEDDED], self.host, self.port, self.device, self.at or ())
         return 0

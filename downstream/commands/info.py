@@ -146,6 +146,7 @@ def _backbone(name: str, revision: str | None) -> dict[str, Any]:
         "backbone weights": str(entry.source),
         "backbone revision": revision,
         "backbone licence": entry.licence,
+        "backbone in a product": entry.terms.product,
     }
 
 

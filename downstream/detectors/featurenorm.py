@@ -115,10 +115,18 @@ class FeatureNorm(Detector):
             raise ValueError("leave-one-out needs an ADExtractor: a raw backbone has no references to leave out")
         if images is None:
             roi = self.roi if roi is None else roi
-            return self.inside(self.extract.leave_one_out(), None if roi is None else RegionOfInterest(roi))
+            return self._one_by_one(self.extract.leave_one_out(), None if roi is None else RegionOfInterest(roi))
         region = self._region(images, roi)
         bank = bank_within(self.extract.encode_references(images), region)
-        return self.inside(self.extract.leave_one_out(bank), region)
+        return self._one_by_one(self.extract.leave_one_out(bank), region)
+
+    def _one_by_one(self, features: FeatureMaps, region: RegionOfInterest | None) -> Prediction:
+        """`inside` of one photograph at a time, whose maps stay in the processor's cache: twice as fast for many."""
+        parts = [
+            self.inside([level[[number]] for level in features], region and region.pick([number]))
+            for number in range(len(features[0]))
+        ]
+        return Prediction(torch.cat([part.scores for part in parts]), torch.cat([part.maps for part in parts]))
 
     def from_features(self, features: FeatureMaps, region: RegionOfInterest | None = None) -> Prediction:
         """L levels [B, C_l, H_l, W_l] -> scores [B], maps [B, image_size, image_size]."""

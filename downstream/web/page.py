@@ -17,25 +17,22 @@ import torch
 from PIL import Image
 
 from adpretrain.extractor import ADExtractor
+from downstream.inspection.inspector import Inspector
 from downstream.inspection.report import TEMPLATES
 from downstream.inspection.results import COLUMNS, counted
 from downstream.inspection.spreadsheet import write_table
 from downstream.visualise import colour_bar
 from downstream.web.session import (
-    LIMITS,
-    MEGA,
     RATE,
-    SUFFIXES,
-    Limits,
     Scored,
-    Upload,
+    Setup,
     Verdicts,
     heatmap,
     jpeg,
     score_uploads,
-    uploads,
     verdicts,
 )
+from downstream.web.uploads import LIMITS, MEGA, SUFFIXES, Limits, Upload, uploads
 
 EXAMPLES = Path(__file__).parent / "examples"  # rendered by recipes/products
 KEPT_S = 30 * 60  # seconds that a visitor's scores are kept after the last click on Score
@@ -48,6 +45,9 @@ FOOT = (
     "Photographs stay on the machine that runs this page and are deleted after an hour or when it stops. The promised "
     "false-alarm rate holds for new photographs taken like the good ones: same product, camera and light."
 )
+TILES = "0 = the whole photograph at once; 256 finds marks of a few pixels on large photographs, and takes longer"
+BORDER = "of the photograph, along all its edges"
+MASK = "Mask of what is inspected: white on black"
 FRAGMENTS: Any = TEMPLATES.get_template("web/fragments.html").module
 THUMBNAIL = 112  # pixels, twice the displayed size, for high-resolution screens
 HINT = '<p class="ad-hint">Scores, verdicts and heatmaps appear here.</p>'
@@ -70,7 +70,7 @@ STRENGTH = "strength => { document.documentElement.style.setProperty('--heat', s
 class Desk:
     """The actions of the widgets. Only files in ``folder``, which holds the uploads, are read."""
 
-    models: Mapping[str, ADExtractor]
+    models: Mapping[str, ADExtractor | Inspector]
     device: torch.device
     folder: Path
     limits: Limits = LIMITS
@@ -81,6 +81,9 @@ class Desk:
         good: list[str] | None,
         new: list[str] | None,
         rate: float,
+        tile: float = 0,
+        border: float = 0,
+        mask: str | None = None,
         progress: Any = gr.Progress(),  # noqa: B008
     ) -> list[Any]:
         """Score all photographs and show the most unusual one."""
@@ -94,6 +97,7 @@ class Desk:
                 self._uploaded(new),
                 self.limits,
                 lambda what, done, total: progress((done, total), desc=what.capitalize(), unit="photographs"),
+                Setup(int(tile or 0), int(border or 0), next(iter(self._uploaded([mask] if mask else [])), None)),
             )
             chosen = verdicts(scored, _share(rate)).ranked()[0]
             return [scored, chosen, gr.update(visible=True), *self._shown(scored, chosen, rate)]
@@ -134,6 +138,11 @@ class Desk:
         if any(self.folder.resolve() not in path.parents for path in found):
             raise ValueError("Only photographs that were uploaded on this page are read.")
         return uploads(found)
+
+
+def is_product(model: ADExtractor | Inspector) -> bool:
+    """Say whether a model has good photographs of its own."""
+    return isinstance(model, Inspector)
 
 
 def _share(percent: float) -> float:
@@ -186,13 +195,20 @@ def build_page(desk: Desk) -> gr.Blocks:
             new = _drop_zone(f"2 · Photographs to inspect (up to {limits.new}, {each})", "ad-new")
         with gr.Row(equal_height=True):
             names = list(desk.models)
-            model = gr.Dropdown(names, value=names[0], label="Extractor", elem_id="ad-model", scale=2, min_width=220)
+            label = "Extractor, or product" if any(map(is_product, desk.models.values())) else "Extractor"
+            model = gr.Dropdown(names, value=names[0], label=label, elem_id="ad-model", scale=2, min_width=220)
             rate = gr.Slider(
                 1, 50, 100 * RATE, step=1, label="False-alarm rate, %", elem_id="ad-rate-slider", scale=2, min_width=260
             )
             with gr.Column(scale=2, min_width=220):
                 press = gr.Button("Score", variant="primary", elem_id="ad-score-button")
                 sample = gr.Button("Try with drawn sample photographs", size="sm", elem_id="ad-sample-button")
+        with gr.Accordion("Small defects, and what is inspected", open=False, elem_id="ad-setup"), gr.Row():
+            tile = gr.Number(0, label="Tile side in pixels", info=TILES, precision=0, minimum=0, elem_id="ad-tile")
+            border = gr.Number(
+                0, label="Ignored border in pixels", info=BORDER, precision=0, minimum=0, elem_id="ad-border"
+            )
+            mask = gr.File(label=MASK, file_types=list(SUFFIXES), height=150, elem_id="ad-mask", min_width=280)
         scored, chosen = gr.State(None, time_to_live=KEPT_S), gr.State(0)
         status = _html(HINT, "ad-status")
         with gr.Column(visible=False, elem_id="ad-results") as results:
@@ -209,7 +225,7 @@ def build_page(desk: Desk) -> gr.Blocks:
         shown = [status, remarks, rows, picture, csv]
         task: dict[str, Any] = {
             "fn": desk.score,
-            "inputs": [model, good, new, rate],
+            "inputs": [model, good, new, rate, tile, border, mask],
             "outputs": [scored, chosen, results, *shown],
             "show_progress_on": status,
             "concurrency_limit": 1,

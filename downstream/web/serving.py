@@ -28,9 +28,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adpretrain.extractor import ADExtractor
 from adpretrain.hub.download import EMBEDDED
+from downstream.inspection.inspector import Inspector
 from downstream.inspection.run import pick_device
 from downstream.terminal import plain
-from downstream.web.session import LIMITS
+from downstream.web.uploads import LIMITS
 
 LOCAL, EVERYWHERE = "127.0.0.1", "0.0.0.0"
 STYLE = Path(__file__).with_name("style.css")
@@ -54,11 +55,16 @@ def names_of(extractors: Sequence[str]) -> dict[str, str]:
 
 
 def serve(
-    extractors: Sequence[str] = (EMBEDDED,), host: str | None = None, port: int = 7860, device: str = "auto"
+    extractors: Sequence[str] = (EMBEDDED,),
+    host: str | None = None,
+    port: int = 7860,
+    device: str = "auto",
+    products: Sequence[str] = (),
 ) -> None:
-    """Serve the page until Ctrl-C or SIGTERM. Port 0 takes any free port; the address is printed.
+    """Serve the page until Ctrl-C or SIGTERM. Port 0 takes any free port; the address is printed. ``products``: folders
+    of saved inspectors, offered before the extractors.
 
-    Raises ValueError for an extractor that cannot be loaded or a device that cannot be used, and
+    Raises ValueError for an extractor or inspector that cannot be loaded or a device that cannot be used, and
     OSError if the port is taken.
     """
     with tempfile.TemporaryDirectory(prefix="adpretrain-demo-") as folder:
@@ -67,7 +73,11 @@ def serve(
         where = host_of(host, os.environ)
         with listen(where, port) as listener:
             place = pick_device(device)
-            models = {name: ADExtractor.from_pretrained(given, place) for name, given in names_of(extractors).items()}
+            models: dict[str, ADExtractor | Inspector] = {
+                f"{name}: its own good photographs": Inspector.load(given, place)
+                for name, given in names_of(products).items()
+            }
+            models |= {name: ADExtractor.from_pretrained(given, place) for name, given in names_of(extractors).items()}
             address = f"http://{LOCAL if where == EVERYWHERE else _bracketed(where)}:{listener.getsockname()[1]}"
             if where not in (LOCAL, "localhost", "::1") and "SPACE_ID" not in os.environ:
                 message = f"warning: listening on {plain(where)}: everybody who can reach this machine can use the demo"
@@ -77,7 +87,7 @@ def serve(
     print("demo stopped; the uploaded photographs are deleted", flush=True)
 
 
-def _app(models: Mapping[str, ADExtractor], device: object, folder: Path, where: str) -> Gate:
+def _app(models: Mapping[str, ADExtractor | Inspector], device: object, folder: Path, where: str) -> Gate:
     import gradio as gr
     from fastapi import FastAPI
 

@@ -12,138 +12,29 @@ import copy
 import dataclasses
 import io
 import math
-import re
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from adpretrain.extractor import ADExtractor
-from adpretrain.photographs import as_rgb, page_count
-from adpretrain.preprocess import Preprocess
 from adpretrain.progress import Progress
 from downstream.appearance import Unlike
 from downstream.calibration import Calibration, calibrate
 from downstream.inspection import Options
 from downstream.inspection.facts import regions_note
 from downstream.inspection.inspector import Inspector, judge, shape_note
-from downstream.inspection.photos import Photo, Unreadable, prepare_photo
+from downstream.inspection.photos import Photo, PhotoReader, Unreadable
 from downstream.inspection.results import UNREADABLE, Result
 from downstream.regions import Box, Region, find_regions
+from downstream.roi import RoiFiles
 from downstream.terminal import no_progress
+from downstream.tiles import Tiling
 from downstream.visualise import ColourScale, numbered, overlay
-
-MEGA = 10**6
-FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")  # Pillow's names
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-KINDS = "BMP, JPEG, PNG, TIFF or WebP"
-NAME_LENGTH = 80
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Limits for one click on Score: numbers of photographs, bytes of a file, pixels of a photograph."""
-
-    good: int = 8
-    new: int = 64
-    file_bytes: int = 20 * MEGA
-    pixels: int = 50 * MEGA
-
-    @property
-    def upload_bytes(self) -> int:
-        """The largest upload request, in bytes: all new photographs at once, and the overhead."""
-        return min(self.new * self.file_bytes, 500 * MEGA) + MEGA
-
-
-LIMITS = Limits()
-
-
-@dataclass(frozen=True)
-class Upload:
-    """A file written by the server; ``name`` is the cleaned name that the user gave, which is never opened."""
-
-    path: Path
-    name: str
-
-
-def uploads(paths: Sequence[str | Path]) -> list[Upload]:
-    """Give files of the upload folder clean, distinct names."""
-    found: list[Upload] = []
-    taken: set[str] = set()
-    for path in map(Path, paths):
-        name, copies = clean_name(path.name), 1
-        while name.casefold() in taken:
-            copies += 1
-            stem, dot, suffix = clean_name(path.name).rpartition(".")
-            name = f"{stem}-{copies}.{suffix}" if dot and stem else f"{suffix}-{copies}"
-        taken.add(name.casefold())
-        found.append(Upload(path, name))
-    return found
-
-
-def clean_name(name: str) -> str:
-    """Return the last part of a file name without invisible characters or any that act as path, markup or formula.
-
-    ``../../<x>.png`` -> ``x-.png``, ``=1+1.png`` -> ``1+1.png``. Never empty, at most NAME_LENGTH characters.
-    """
-    last = re.split(r"[/\\]", unicodedata.normalize("NFC", name))[-1]
-    # Cc and Cf are control characters, some of which reverse the direction of text; Cs are bytes that are not UTF-8.
-    visible = "".join(character for character in last if not unicodedata.category(character).startswith("C"))
-    plain = re.sub(r"[<>&\"'`:|?*]+", "-", visible)
-    plain = re.sub(r"\s+", " ", plain).lstrip("=+-@. \t").rstrip()
-    return plain[-NAME_LENGTH:].lstrip("=+-@. ") or "photograph"
-
-
-def check_counts(good: Sequence[object], new: Sequence[object], limits: Limits = LIMITS) -> None:
-    """Raise ValueError, with a message for the page, if there are too few or too many photographs."""
-    if not good:
-        raise ValueError(f"First drop 1 to {limits.good} photographs of good products into the left field.")
-    if not new:
-        raise ValueError(f"Drop the photographs to inspect into the right field, at most {limits.new} at a time.")
-    if len(good) > limits.good:
-        raise ValueError(f"{len(good)} good photographs are too many for this page: at most {limits.good}.")
-    if len(new) > limits.new:
-        raise ValueError(f"{len(new)} new photographs are too many for this page: at most {limits.new} at a time.")
-
-
-def read_upload(upload: Upload, preprocess: Preprocess, limits: Limits = LIMITS) -> Photo | Unreadable:
-    """Read one photograph. Its format is detected from the content, and its size is checked before decoding."""
-    name = Path(upload.name)
-    try:
-        reason = _refusal(upload.path, limits)
-        if reason is None:
-            with Image.open(upload.path, formats=FORMATS) as image:
-                image.load()
-                return prepare_photo(name, as_rgb(ImageOps.exif_transpose(image)), preprocess)
-    except Exception:  # Pillow's plugins raise OSError, SyntaxError, struct.error, ..., with paths in their messages
-        reason = "the file is damaged or cut off"
-    return Unreadable(name, reason)
-
-
-def _refusal(path: Path, limits: Limits) -> str | None:
-    size = path.stat().st_size
-    if size > limits.file_bytes:
-        return f"the file has {size / MEGA:.0f} MB; at most {limits.file_bytes / MEGA:.0f} MB"
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            width, height = image.size
-        pages = page_count(path)
-    except Image.DecompressionBombError:
-        return f"the picture is far too large; at most {limits.pixels / MEGA:.0f} megapixels"
-    except Exception:
-        return f"the content is not a photograph ({KINDS}), whatever the file name says"
-    if width * height > limits.pixels:
-        found = f"{width * height / MEGA:.0f} megapixels"
-        return f"the picture has {found} ({width} x {height}); at most {limits.pixels / MEGA:.0f}"
-    if pages > 1:
-        return f"the file holds {pages} pages or frames: save each as a separate file"
-    return None
-
+from downstream.web.uploads import LIMITS, MEGA, Limits, Upload, check_counts, read_upload, refusal
 
 BATCH = 8
 RATE = 0.05  # false-alarm rate when the page opens
@@ -151,6 +42,19 @@ SINGLE = (
     "One good photograph cannot be compared with another one: there is no threshold, no p-value and no verdict, "
     "only a ranking. Give at least 2."
 )
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How photographs are compared: cut into tiles of ``tile`` pixels (0 = whole); what is inspected, the white of
+    ``mask`` without ``border`` pixels along the edges."""
+
+    tile: int = 0
+    border: int = 0
+    mask: Upload | None = None
+
+
+PLAIN = Setup()
 
 
 @dataclass(frozen=True)
@@ -203,34 +107,38 @@ class Verdicts:
 
 
 def score_uploads(
-    extractor: ADExtractor,
+    model: ADExtractor | Inspector,
     device: torch.device,
     good: Sequence[Upload],
     new: Sequence[Upload],
     limits: Limits = LIMITS,
     progress: Progress = no_progress,
+    setup: Setup = PLAIN,
 ) -> Scored:
-    """Score new photographs against the good ones. Raises ValueError, with a message for the page, for bad input."""
-    check_counts(good, new, limits)
-    # The copy shares the weights but has its own references, so that visitors never share them.
-    own = copy.copy(extractor)
-    references = list[Photo]()
-    for upload in good:
-        item = read_upload(upload, own.preprocess, limits)
-        if isinstance(item, Unreadable):
-            raise ValueError(f"Every score depends on the good photographs, but {upload.name} is bad: {item.reason}.")
-        references.append(item)
-    options = Options(shots=limits.good, batch_size=BATCH)
-    inspector = Inspector.from_photos(own, device, references, options, progress=progress)
-    shots, odd = list[Shot](), 0
-    for start in range(0, len(new), BATCH):
+    """Score new photographs against the good ones, with an extractor, or with a saved inspector, which has its own good
+    photographs and ``setup``. Raises ValueError, with a message for the page, for bad input."""
+    if isinstance(model, Inspector):
+        check_counts(good or ["its own"], new, limits)
+        inspector = model
+    else:
+        check_counts(good, new, limits)
+        inspector = _inspector(model, device, good, limits, progress, setup)
+    shots, odd, size = list[Shot](), 0, min(BATCH, inspector.reader.batch_size)
+    kept = 0  # pixels of maps
+    for start in range(0, len(new), size):
         progress("scoring", start, len(new))
-        read = [read_upload(upload, own.preprocess, limits) for upload in new[start : start + BATCH]]
+        read = [read_upload(upload, inspector.reader, limits) for upload in new[start : start + size]]
         for one in inspector.score(read):
             if isinstance(one, Unreadable):
                 shots.append(Shot(str(one.path), reason=one.reason))
                 continue
             photo, map_SS = jpeg(one.photo.shown), one.map_HW.astype(np.float32)
+            kept += map_SS.size
+            if kept > limits.map_pixels:
+                raise ValueError(
+                    f"The maps of these photographs have more than {limits.map_pixels / MEGA:.0f} megapixels, all that "
+                    f"this page keeps: give at most {len(shots)} at a time, or use adpretrain score."
+                )
             where = one.photo.size, one.photo.seen
             shots.append(Shot(str(one.photo.path), one.score, map_SS, photo, "", one.unlike, *where))
             odd += inspector.has_odd_shape(one.photo)
@@ -245,6 +153,39 @@ def score_uploads(
         scale=inspector.scale or ColourScale.from_typical_map(maps),
         notes=(*inspector.notes, *shape_note(odd, len(new))),
     )
+
+
+def _inspector(
+    extractor: ADExtractor,
+    device: torch.device,
+    good: Sequence[Upload],
+    limits: Limits,
+    progress: Progress,
+    setup: Setup,
+) -> Inspector:
+    """Set up from the good photographs."""
+    # The copy shares the weights but has its own references, so that visitors never share them.
+    own, mask = copy.copy(extractor), None
+    if setup.mask is not None:
+        if (reason := refusal(setup.mask.path, limits)) is not None:
+            raise ValueError(f"The mask {setup.mask.name} cannot be used: {reason}.")
+        mask = setup.mask.path
+    tiling = Tiling(setup.tile)
+    options = Options(
+        shots=limits.good,
+        batch_size=BATCH,
+        tiling=tiling,
+        roi=None if mask is None else str(mask),
+        ignore_border=setup.border,
+    )
+    reader = PhotoReader.of_camera((), own.preprocess, BATCH, bool(tiling.tile), RoiFiles(mask, setup.border))
+    references = list[Photo]()
+    for upload in good:
+        item = read_upload(upload, reader, limits)
+        if isinstance(item, Unreadable):
+            raise ValueError(f"Every score depends on the good photographs, but {upload.name} is bad: {item.reason}.")
+        references.append(item)
+    return Inspector.from_photos(own, device, references, options, progress=progress, reader=reader)
 
 
 def verdicts(scored: Scored, rate: float) -> Verdicts:

@@ -48,21 +48,31 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + eps) * weight + bias
 
 
-def attention(x: Tensor, qkv: tuple[Tensor, Tensor], out: tuple[Tensor, Tensor], heads: int) -> Tensor:
+def attention(
+    x: Tensor,
+    qkv: tuple[Tensor, Tensor],
+    out: tuple[Tensor, Tensor],
+    heads: int,
+    turn: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """``turn`` gives the queries and keys [B, T, C / heads] of every head their rotary positions."""
     query, key, value = F.linear(x, *qkv).chunk(3, -1)
     size = x.shape[-1] // heads
     parts = []
     for head in range(heads):
         q, k, v = (t[..., head * size : (head + 1) * size] for t in (query, key, value))
+        q, k = (turn(q), turn(k)) if turn else (q, k)
         parts.append(torch.softmax(q @ k.transpose(1, 2) / math.sqrt(size), -1) @ v)
     return F.linear(torch.cat(parts, -1), *out)
 
 
-def block_outputs(tokens: Tensor, blocks: list[Block], heads: int, eps: float) -> list[Tensor]:
+def block_outputs(
+    tokens: Tensor, blocks: list[Block], heads: int, eps: float, turn: Callable[[Tensor], Tensor] | None = None
+) -> list[Tensor]:
     """[B, T, C] after the embedding -> the outputs of every block as maps [B, C, G, G], class token dropped."""
     maps = []
     for block in blocks:
-        mixed = attention(layer_norm(tokens, *block.norm1, eps), block.qkv, block.out, heads)
+        mixed = attention(layer_norm(tokens, *block.norm1, eps), block.qkv, block.out, heads, turn)
         tokens = tokens + block.scale1 * mixed
         tokens = tokens + block.scale2 * block.mlp(layer_norm(tokens, *block.norm2, eps))
         side = math.isqrt(tokens.shape[1] - 1)
@@ -87,6 +97,20 @@ def bicubic(grid_MMC: Tensor, side: int, scale: float) -> Tensor:
             matrix[target, min(max(tap, 0), size - 1)] += kernel(place - tap)
     weights = torch.from_numpy(matrix).to(grid_MMC.dtype)
     return torch.einsum("ai,bj,ijc->abc", weights, weights, grid_MMC)
+
+
+def bilinear(grid_MMC: Tensor, side: int, corners: bool = False) -> Tensor:
+    """[M, M, C] -> [side, side, C]: linear between neighbours. Pixel centres at (i + 0.5) M / side, edges held; or with
+    ``corners`` at i (M - 1) / (side - 1), so that the corners stay where they are."""
+    size = grid_MMC.shape[0]
+    matrix = torch.zeros(side, size, dtype=grid_MMC.dtype)
+    for target in range(side):
+        place = target * (size - 1) / (side - 1) if corners else (target + 0.5) * size / side - 0.5
+        place = min(max(place, 0.0), size - 1.0)
+        left = min(int(place), size - 2)
+        matrix[target, left] += 1 - (place - left)
+        matrix[target, left + 1] += place - left
+    return torch.einsum("ai,bj,ijc->abc", matrix, matrix, grid_MMC)
 
 
 def pillow_bicubic(grid_MMC: Tensor, side: int) -> Tensor:

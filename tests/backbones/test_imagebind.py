@@ -127,4 +127,4 @@ def test_the_huge_tower_is_a_vit_h_14() -> None:
     assert (HUGE.width, HUGE.blocks, HUGE.heads, HUGE.patch) == (free.width, free.blocks, free.heads, free.patch)
     assert (HUGE.eps, HUGE.quick_gelu) == (1e-6, False)
     assert BACKBONES["imagebind"].levels == (8, 16, 24, 32)
-    assert "non-commercial" in BACKBONES["imagebind"].licence
+    assert BACKBONES["imagebind"].terms.product == "no"

@@ -272,8 +272,8 @@ def test_contradictions_are_named(tmp_path: Path) -> None:
         load_backbone("imagebind", revision="main")
     with pytest.raises(ValueError, match=r"pretrained must be True or False, got 64; a size is given as image_size="):
         load_backbone("lite0", 64)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"'dinov3-base' is unknown; .*dinov2-base.*timm/<any model of timm>"):
-        load_backbone("dinov3-base")
+    with pytest.raises(ValueError, match=r"'dinov9-base' is unknown; .*dinov2-base.*timm/<any model of timm>"):
+        load_backbone("dinov9-base")
     with pytest.raises(ValueError, match=r"'filterbank' of adpretrain 0\.1 is gone: use the extractor 'embedded'"):
         load_backbone("filterbank")
 

@@ -23,7 +23,7 @@ from adpretrain.photographs import FORMATS, picture_size, read_image, read_mask
 from adpretrain.preprocess import LARGEST_SIDE, Preprocess
 from downstream.cli import main
 from downstream.inspection.photos import Photo, PhotoReader, Unreadable, find_images
-from downstream.web.session import LIMITS, Upload, read_upload
+from downstream.web.uploads import LIMITS, Upload, read_upload
 
 MODES = (
     "1",
@@ -172,7 +172,7 @@ def test_damaged_pictures_are_read_or_refused(
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     sentence_or_picture(path)
     sentence_or_picture(path, read_mask)
-    assert isinstance(read_upload(Upload(path, path.name), PREPROCESS, LIMITS), Photo | Unreadable)
+    assert isinstance(read_upload(Upload(path, path.name), PhotoReader(PREPROCESS, 1), LIMITS), Photo | Unreadable)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 600 << 10  # KiB
 
 
@@ -194,7 +194,7 @@ def test_bombs_are_refused_before_they_are_decoded(tmp_path: Path, size: tuple[i
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for read in (read_image, read_mask):
         assert sentence_or_picture(path, read)
-    assert isinstance(read_upload(Upload(path, "bomb.png"), PREPROCESS), Unreadable)
+    assert isinstance(read_upload(Upload(path, "bomb.png"), PhotoReader(PREPROCESS, 1)), Unreadable)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10
 
 

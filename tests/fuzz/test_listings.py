@@ -25,8 +25,8 @@ from adpretrain.data.layouts.metadata import index_metadata
 from adpretrain.data.layouts.realiad import index_realiad
 from adpretrain.data.layouts.visa import COLUMNS, index_visa
 from downstream.cli import main
-from downstream.inspection.photos import Unreadable
-from downstream.web.session import Upload, read_upload
+from downstream.inspection.photos import PhotoReader, Unreadable
+from downstream.web.uploads import Upload, read_upload
 
 NAMES: list[Any] = ["../../../etc/passwd", "/etc/passwd", "a\0b.png", "loop/loop.png", "x" * 5000, "up/secret.png", ""]
 NAMES += [".", "..", "~/x.png", "C:\\x.png", "a.png/b.png", "\udcff.png", "\u202egnp.exe", None, 5, [], {}, True]
@@ -160,7 +160,7 @@ def test_damaged_parquet(tmp_path_factory: pytest.TempPathFactory, seed: int, ho
 def test_a_zip_bomb_is_no_photograph(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "bomb.png", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("../../x.png", bytes(1 << 26))
-    found = read_upload(Upload(tmp_path / "bomb.png", "bomb.png"), PREPROCESS)
+    found = read_upload(Upload(tmp_path / "bomb.png", "bomb.png"), PhotoReader(PREPROCESS, 1))
     assert isinstance(found, Unreadable)
     assert "not a photograph" in found.reason
     assert [path.name for path in tmp_path.iterdir()] == ["bomb.png"]

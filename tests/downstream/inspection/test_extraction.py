@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adpretrain.backbones import BACKBONES, load_backbone
+from adpretrain.backbones.licences import LICENCES
 from adpretrain.extractor import ADExtractor
 from adpretrain.photographs import read_image
 from downstream.cli import main
@@ -194,7 +195,8 @@ def test_the_list_of_backbones_is_whole(capsys: pytest.CaptureFixture[str]) -> N
     assert main(["backbones", "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert set(rows) == set(BACKBONES)
-    assert rows["imagebind"]["licence"] == "CC-BY-NC-SA-4.0 (non-commercial)"
+    assert rows["imagebind"]["licence"] == "CC-BY-NC-SA-4.0"
+    assert [name for name, row in rows.items() if row["product"] == "no"] == ["imagebind"]
     assert rows["dinov2-large"]["levels"] == [6, 12, 18, 24]
     assert rows["lite0"]["cached"] is True  # its weights ship
     os.environ.pop("COLUMNS", None)
@@ -203,5 +205,22 @@ def test_the_list_of_backbones_is_whole(capsys: pytest.CaptureFixture[str]) -> N
     for name, row in rows.items():
         (line,) = (line for line in lines if f" {name} " in line)
         assert row["licence"] in line
+        assert f"| {row['product']} " in line
         assert " ".join(map(str, row["levels"])) in line
     assert all(line.isascii() for line in lines)
+
+
+def test_what_may_be_used_in_a_product_is_listed_with_its_conditions(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["backbones", "--commercial", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert set(rows) == set(BACKBONES) - {"imagebind"}
+    assert {rows[name]["product"] for name in ("lite0", "dinov2-base", "siglip2-base", "pe-core-base")} == {"yes"}
+    assert rows["dinov3-base"]["product"] == rows["c-radio-v3-base"]["product"] == "with conditions"
+    assert "copy of it" in rows["dinov3-base"]["terms"]
+    os.environ.pop("COLUMNS", None)
+    assert main(["backbones", "--commercial"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "imagebind" not in told
+    for licence in ("DINOv3 License", "NVIDIA Open Model License"):
+        assert f"{licence}: {LICENCES[licence].terms}" in told
+    assert "see the licence on its page on the Hub" not in told  # what nobody knows may not be allowed

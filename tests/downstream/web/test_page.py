@@ -17,7 +17,8 @@ from demo_process import Server
 from test_uploads import png_bomb
 
 from adpretrain.extractor import ADExtractor
-from downstream.web.session import Verdicts, score_uploads, uploads, verdicts
+from downstream.web.session import Verdicts, score_uploads, verdicts
+from downstream.web.uploads import uploads
 
 pytestmark = [
     pytest.mark.slow,
@@ -140,6 +141,17 @@ def test_mistakes_are_told_in_plain_words(browser: Browser, write_tiles: Callabl
     drop(browser, "ad-new", sorted(write_tiles("new", range(2)).iterdir()))
     browser.click("#ad-score-button")
     browser.until("document.body.innerText.includes('9 good photographs are too many for this page')", timeout=30)
+
+
+def test_tiles_of_a_visitor(browser: Browser, write_tiles: Callable[..., Path]) -> None:
+    """What is typed below the fields reaches the scoring."""
+    drop(browser, "ad-good", sorted(write_tiles("good", range(3)).iterdir()))
+    drop(browser, "ad-new", sorted(write_tiles("new", range(2)).iterdir()))
+    browser.click("#ad-setup button")
+    browser.until("!!document.querySelector('#ad-tile input')")
+    browser.slide("#ad-tile input", 5000)
+    browser.click("#ad-score-button")
+    browser.until("document.body.innerText.includes('smaller than a tile of 5000')", timeout=30)
 
 
 def test_a_script_of_the_page_cannot_call_home(server: Server, tmp_path: Path) -> None:

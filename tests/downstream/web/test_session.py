@@ -20,9 +20,11 @@ from downstream.inspection.inspector import Inspector
 from downstream.inspection.results import ANOMALOUS, NORMAL, UNDECIDED, UNREADABLE, write_scores
 from downstream.inspection.resume import Record
 from downstream.inspection.run import score_images
+from downstream.tiles import Tiling
 from downstream.web import page as showing
 from downstream.web.page import EXAMPLES
-from downstream.web.session import SINGLE, Scored, Upload, heatmap, score_uploads, uploads, verdicts
+from downstream.web.session import SINGLE, Scored, Setup, heatmap, score_uploads, verdicts
+from downstream.web.uploads import Limits, Upload, uploads
 
 CPU = torch.device("cpu")
 
@@ -179,3 +181,67 @@ def test_verdicts_are_words_besides_colours(extractor: ADExtractor, write_tiles:
     assert f"▲ {ANOMALOUS}</span>" in page
     assert f"✓ {NORMAL}</span>" in page
     assert page.index("blob_20.png") < page.index("tile_1")  # the highest score first
+
+
+@pytest.mark.parametrize("setup", ["tiles", "mask", "border"])
+def test_the_setup_is_that_of_the_command(
+    setup: str, extractor: ADExtractor, write_tiles: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Tiles, mask and border give the scores of `adpretrain score` with the same options."""
+    good, new = write_tiles("good", range(4)), write_tiles("new", range(10, 12))
+    write_tiles("new", range(20, 21), blob=True, prefix="blob")
+    side = Image.open(next(good.iterdir())).size
+    mask = Image.new("L", side, 0)
+    mask.paste(255, (0, 0, side[0] // 2, side[1]))
+    mask.save(tmp_path / "mask.png")
+    tile = min(side) // 2
+    chosen, options = {
+        "tiles": (Setup(tile=tile), Options(tiling=Tiling(tile))),
+        "mask": (Setup(mask=Upload(tmp_path / "mask.png", "m.png")), Options(roi=str(tmp_path / "mask.png"))),
+        "border": (Setup(border=6), Options(ignore_border=6)),
+    }[setup]
+    files = uploads(sorted(good.iterdir())), uploads(sorted(new.iterdir()))
+    scored = score_uploads(extractor, CPU, *files, setup=chosen)
+    inspector = Inspector.from_folder(extractor, CPU, good, options=options)
+    told = [inspector(path) for path in sorted(new.iterdir())]
+    np.testing.assert_allclose([shot.score for shot in scored.shots], [one.score for one in told], rtol=1e-5)
+    found = verdicts(scored, options.false_alarm_rate)
+    assert [[region.box for region in one] for one in found.regions] == [
+        [region.box for region in one.regions] for one in told
+    ]
+    for place in range(len(scored.shots)):
+        drawn = heatmap(scored, place, found)
+        assert drawn is not None
+        assert Image.open(io.BytesIO(drawn)).size == Image.open(io.BytesIO(scored.shots[place].photo or b"")).size
+
+
+def test_a_saved_inspector_has_its_own_good_photographs(
+    extractor: ADExtractor, write_tiles: Callable[..., Path], tmp_path: Path
+) -> None:
+    good, new = write_tiles("good", range(4)), write_tiles("new", range(10, 13))
+    files = uploads(sorted(good.iterdir())), uploads(sorted(new.iterdir()))
+    Inspector.from_folder(extractor, CPU, good).save(tmp_path / "tile")
+    found = score_uploads(Inspector.load(tmp_path / "tile"), CPU, [], files[1])
+    same = score_uploads(extractor, CPU, *files)
+    np.testing.assert_allclose([shot.score for shot in found.shots], [shot.score for shot in same.shots], rtol=1e-5)
+    assert found.references == 4
+
+
+def test_mistakes_of_the_setup_are_told(
+    extractor: ADExtractor, write_tiles: Callable[..., Path], tmp_path: Path
+) -> None:
+    files = uploads(sorted(write_tiles("good", range(3)).iterdir())), uploads(sorted(write_tiles("new", [9]).iterdir()))
+    Image.new("L", (64, 64), 0).save(tmp_path / "black.png")
+    (tmp_path / "text.png").write_text("no picture")
+    for setup, message in (
+        (Setup(tile=5000), "smaller than a tile of 5000"),
+        (Setup(tile=3), "expected at least 16 pixels"),
+        (Setup(border=5000), "a border of 5000 pixels leaves nothing"),
+        (Setup(mask=Upload(tmp_path / "black.png", "black.png")), "the region of interest the mask is empty"),
+        (Setup(mask=Upload(tmp_path / "text.png", "text.png")), "The mask text.png cannot be used: the content is not"),
+    ):
+        with pytest.raises(ValueError, match=message) as told:
+            score_uploads(extractor, CPU, *files, setup=setup)
+        assert str(tmp_path) not in str(told.value)
+    with pytest.raises(ValueError, match="all that this page keeps"):
+        score_uploads(extractor, CPU, *files, Limits(map_pixels=10))

@@ -12,11 +12,11 @@ from PIL import Image
 
 from adpretrain.photographs import read_image
 from adpretrain.preprocess import Preprocess
-from downstream.inspection.photos import Photo, Unreadable
-from downstream.web.session import Limits, Upload, check_counts, clean_name, read_upload, uploads
+from downstream.inspection.photos import Photo, PhotoReader, Unreadable
+from downstream.web.uploads import Limits, Upload, check_counts, clean_name, read_upload, uploads
 
 SMALL = Limits(good=2, new=3, file_bytes=100_000, pixels=10_000)
-SIZE = Preprocess(image_size=32)
+SIZE = PhotoReader(Preprocess(image_size=32), 1)
 
 
 def png_bomb(width: int, height: int) -> bytes:
@@ -68,7 +68,7 @@ def test_the_content_decides_not_the_name(tmp_path: Path, kind: str) -> None:
     path.write_bytes(encoded(kind))
     found = read_upload(Upload(path, "photo.jpg"), SIZE, SMALL)
     assert isinstance(found, Photo)
-    assert found.pixels.equal(SIZE(read_image(path)))  # exactly as `adpretrain score` reads it
+    assert found.pixels.equal(SIZE.preprocess(read_image(path)))  # exactly as `adpretrain score` reads it
     assert found.aspect == pytest.approx(40 / 30)
 
 
@@ -82,7 +82,7 @@ def test_the_page_shows_and_scores_upright_photographs(tmp_path: Path) -> None:
     for name, aspect in (("alpha.png", 40 / 30), ("turned.jpg", 30 / 40)):
         found = read_upload(Upload(tmp_path / name, name), SIZE, SMALL)
         assert isinstance(found, Photo)
-        assert found.pixels.equal(SIZE(read_image(tmp_path / name)))
+        assert found.pixels.equal(SIZE.preprocess(read_image(tmp_path / name)))
         assert found.aspect == pytest.approx(aspect)
 
 
