@@ -161,6 +161,9 @@ class State:
             self.random = torch.get_rng_state()
             torch.set_rng_state(before)
 
+    def get_random(self, device: Any = None) -> Tensor:
+        return self.random
+
     def set_random(self, random: Tensor, device: Any = None) -> None:
         self.random = random
 
@@ -376,7 +379,7 @@ def pretend_device() -> Iterator[State]:
         stack.enter_context(mock.patch.object(threading.Thread, "run", within))
         stack.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", backward))
         stack.enter_context(mock.patch.object(torch.cuda, "get_device_properties", properties))
-        stack.enter_context(mock.patch.object(torch.cuda, "get_rng_state", lambda device=None: state.random))
+        stack.enter_context(mock.patch.object(torch.cuda, "get_rng_state", state.get_random))
         stack.enter_context(mock.patch.object(torch.cuda, "set_rng_state", state.set_random))
         stack.enter_context(mock.patch.object(torch.cuda, "manual_seed_all", state.seed))
         stack.enter_context(_Dispatch(state))

@@ -4,9 +4,9 @@ Mean of all levels -> noisy bottleneck, a perceptron with dropout -> blocks of l
 so spread over the image -> the mean of each half of their outputs reconstructs the mean of a half of the levels, deep
 blocks the shallow levels (loose constraint) -> cosine distances.
 
-The authors take eight middle blocks of a DINOv2 with registers, `load_backbone("dinov2-base", levels=[3, ..., 10])`
-here without. Their decoder also sees the class and register tokens, which our backbones drop. Their optimiser is
-StableAdamW; ours is AdamW with the norm of the gradient clipped. They upsample with aligned corners, we do without.
+The authors take eight middle blocks of a DINOv2 with registers, blocks 3 to 10 of `dinov2-reg-base`. Their decoder also
+sees the class and register tokens, which our backbones drop. Their optimiser is StableAdamW; ours is AdamW with the
+norm of the gradient clipped. They upsample with aligned corners, we do without.
 
 Shapes: B images, L levels, C channels, T = H x W tokens, S side in pixels.
 """

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from adpretrain.backbones import Extract
 from downstream.detectors.recontrast import ReContrast, ReContrastConfig
-from downstream.detectors.recontrast.training import FORMS
+from downstream.detectors.recontrast.forms import FORMS
 
 DEFAULT = ReContrastConfig(form="B", hard_mining=False)
 

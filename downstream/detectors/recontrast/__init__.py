@@ -10,10 +10,9 @@ Shapes: B images, S side in pixels, L levels.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,72 +21,18 @@ from adpretrain.backbones import Backbone, Extract, FeatureMaps
 from adpretrain.progress import Progress
 from downstream.detector import Detector, NormalFeatures, Prediction
 from downstream.detectors.recontrast.encoder import check_trainable, trainable_copy
+from downstream.detectors.recontrast.forms import FORMS, ReContrastConfig
 from downstream.detectors.recontrast.network import Reversed, check_pyramid
-from downstream.detectors.recontrast.training import FORMS, Contrast
+from downstream.detectors.recontrast.training import Contrast
 from downstream.embedding import EmbeddingConfig, chosen_levels, settle_levels
 from downstream.learning import drawing, learn
-from downstream.lessons import LearningConfig, Normals
-from downstream.maps import SIGMA, check_sigma, check_top, gaussian_blur, highest
+from downstream.lessons import Normals
+from downstream.maps import gaussian_blur, highest
 from downstream.reconstruction import summed_maps
 from downstream.roi import RegionOfInterest
 
 STAGES = (1, 2, 3)  # the stages of a ResNet that the papers use
-NORMS = ("train", "eval", "guarded")
 ENCODER = "encoder."  # prefix of the names of the trained encoder's weights in the file
-
-
-@dataclass(frozen=True)
-class ReContrastConfig:
-    """Options of `ReContrast` and of `RD4AD`. The defaults are those of the ReContrast paper on MVTec AD.
-
-    Args:
-        levels: levels of the extract, counted from 0, finest first; "paper" = stages 1 to 3 of a network with stages,
-            null = all. Each must be twice as large as the next.
-        form: configuration of the paper's Table 6. "A": regional loss, frozen encoder. "B": global loss (released
-            RD4AD). "C": the encoder is trained, too. "D": no gradient through what is reconstructed. "C+cp": "C" with
-            the contrast of a frozen and a trained encoder. "E": all of these; with hard mining the paper's ReContrast.
-        hard_mining: whether the gradients of places that are easy to reconstruct are discarded (Eq. 5).
-        alpha: of Eq. 5, after the first tenth of the steps, in which it rises from -3.
-        bottleneck: the residual blocks have a 1/bottleneck of their channels inside: 2 for WideResNet-50, 4 for
-            ResNet-50, 0 for blocks of two 3 x 3 convolutions as in ResNet-18; null = 2 or 0, by the channels.
-        learning_rate: of the bottleneck and the decoder.
-        encoder_rate: learning rate of the encoder.
-        batch_norm: "train" lets the trained encoder's batch norms use the batch, "eval" the pretrained statistics, for
-            products on which training is unstable; "guarded" replaces only vanishing variances (App. E, there together
-            with training.reset_every=500).
-        top: the image score is the mean of this share of the highest map values; 0 = the maximum, 1 = the mean of the
-            map, for data whose anomalies are whole objects of another class.
-        sigma: standard deviation of the Gaussian that smooths the maps, in pixels.
-        training: steps, images per step and seed. The paper takes 3,000 steps on VisA and 1,000 on APTOS and OCT2017.
-    """
-
-    levels: list[int] | Literal["paper"] | None = "paper"
-    form: Literal["A", "B", "C", "C+cp", "D", "E"] = "E"
-    hard_mining: bool = True
-    alpha: float = 1.0
-    bottleneck: int | None = None
-    learning_rate: float = 2e-3
-    encoder_rate: float = 1e-5
-    batch_norm: Literal["train", "eval", "guarded"] = "train"
-    top: float = 0.0
-    sigma: float = SIGMA
-    training: LearningConfig = field(default_factory=lambda: LearningConfig(steps=2000))
-
-    def __post_init__(self) -> None:
-        check_sigma(self.sigma)
-        check_top(self.top)
-        if self.form not in FORMS:
-            raise ValueError(f"form {self.form!r} is unknown; choose one of {', '.join(FORMS)}")
-        if self.batch_norm not in NORMS:
-            raise ValueError(f"batch_norm {self.batch_norm!r} is unknown; choose one of {', '.join(NORMS)}")
-        if not math.isfinite(self.alpha):
-            raise ValueError(f"alpha {self.alpha} must be a number of standard deviations, such as 1")
-        if self.bottleneck is not None and self.bottleneck < 0:
-            raise ValueError(f"bottleneck {self.bottleneck} must be 0, 2, 4 or another divisor, or null")
-        for name in ("learning_rate", "encoder_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} {getattr(self, name)} must be positive")
-
 
 DEFAULT = ReContrastConfig()
 

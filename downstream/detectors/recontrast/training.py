@@ -1,12 +1,11 @@
-"""The loss of a training step of RD4AD and ReContrast, in the configurations of the ReContrast paper's ablation.
+"""The loss of a training step of RD4AD and ReContrast, in each of the configurations (`forms`).
 
 Shapes: B images, L levels, H x W places of a level.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from typing_extensions import Self
 
 from adpretrain.backbones import Backbone, FeatureMaps
 from downstream.detectors.recontrast.encoder import set_norms
+from downstream.detectors.recontrast.forms import FORMS, ReContrastConfig
 from downstream.detectors.recontrast.network import Reversed
 from downstream.embedding import chosen_levels
 from downstream.learning import Learner
@@ -21,36 +21,8 @@ from downstream.lessons import Lesson
 from downstream.reconstruction import Pair, cosine_distance, eased, global_loss, inside_of, regional_loss, within
 from downstream.roi import RegionOfInterest
 
-if TYPE_CHECKING:
-    from downstream.detectors.recontrast import ReContrastConfig
-
 FIRST_ALPHA, RISE = -3.0, 0.1  # of Eq. 5: alpha rises from there over this share of the steps
 BETAS, WEIGHT_DECAY = (0.9, 0.999), 1e-5
-
-
-@dataclass(frozen=True)
-class Form:
-    """What distinguishes the configurations of Table 6.
-
-    ``whole``: the loss compares whole levels (Eq. 3), not single places (Eq. 2). ``trains``: the encoder is trained.
-    ``stops``: no gradient passes through what is reconstructed (Eq. 4). ``crosses``: the trained encoder's features
-    reconstruct those of the frozen one, and vice versa (Sec. 2.5).
-    """
-
-    whole: bool
-    trains: bool
-    stops: bool
-    crosses: bool
-
-
-FORMS = {
-    "A": Form(whole=False, trains=False, stops=False, crosses=False),
-    "B": Form(whole=True, trains=False, stops=False, crosses=False),
-    "C": Form(whole=True, trains=True, stops=False, crosses=False),
-    "C+cp": Form(whole=True, trains=True, stops=False, crosses=True),
-    "D": Form(whole=True, trains=True, stops=True, crosses=False),
-    "E": Form(whole=True, trains=True, stops=True, crosses=True),
-}
 
 
 class Contrast(Learner):

@@ -26,8 +26,9 @@ from downstream.detectors.rd4ad import DEFAULT as RD4AD_DEFAULT
 from downstream.detectors.rd4ad import RD4AD
 from downstream.detectors.recontrast import DEFAULT, ReContrast, ReContrastConfig
 from downstream.detectors.recontrast.encoder import LEAST_VARIANCE, GuardedNorm, trainable_copy
+from downstream.detectors.recontrast.forms import FORMS
 from downstream.detectors.recontrast.network import Reversed
-from downstream.detectors.recontrast.training import FORMS, Contrast, alpha_at
+from downstream.detectors.recontrast.training import Contrast, alpha_at
 from downstream.inspection.fitting import fit_folder
 from downstream.learning import Workplace
 from downstream.lessons import LearningConfig
