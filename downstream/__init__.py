@@ -9,17 +9,21 @@ if TYPE_CHECKING:
     from downstream.detectors import detector_from_pretrained
     from downstream.detectors.aligned import AlignedFeatureNorm, AlignedFeatureNormConfig
     from downstream.detectors.anomalydino import AnomalyDINO, AnomalyDINOConfig
+    from downstream.detectors.dinomaly import Dinomaly, DinomalyConfig
     from downstream.detectors.ensemble import Ensemble
     from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
     from downstream.detectors.musc import MuSc, MuScConfig
     from downstream.detectors.padim import PaDiM, PaDiMConfig
     from downstream.detectors.patchcore import PatchCore, PatchCoreConfig
+    from downstream.detectors.rd4ad import RD4AD
     from downstream.detectors.reconpatch import ReConPatch, ReConPatchConfig
+    from downstream.detectors.recontrast import ReContrast, ReContrastConfig
     from downstream.detectors.refined import Refined
     from downstream.detectors.spade import SPADE, SPADEConfig
     from downstream.detectors.subspacead import SubspaceAD, SubspaceADConfig
     from downstream.detectors.winclip import WinCLIP, WinCLIPConfig
     from downstream.embedding import EmbeddingConfig
+    from downstream.lessons import LearningConfig
     from downstream.metrics import evaluate_maps
 
 _PLACES = {
@@ -28,10 +32,13 @@ _PLACES = {
     "AnomalyDINO": "detectors.anomalydino",
     "AnomalyDINOConfig": "detectors.anomalydino",
     "Detector": "detector",
+    "Dinomaly": "detectors.dinomaly",
+    "DinomalyConfig": "detectors.dinomaly",
     "EmbeddingConfig": "embedding",
     "Ensemble": "detectors.ensemble",
     "FeatureNorm": "detectors.featurenorm",
     "FeatureNormConfig": "detectors.featurenorm",
+    "LearningConfig": "lessons",
     "MuSc": "detectors.musc",
     "MuScConfig": "detectors.musc",
     "PaDiM": "detectors.padim",
@@ -39,8 +46,11 @@ _PLACES = {
     "PatchCore": "detectors.patchcore",
     "PatchCoreConfig": "detectors.patchcore",
     "Prediction": "detector",
+    "RD4AD": "detectors.rd4ad",
     "ReConPatch": "detectors.reconpatch",
     "ReConPatchConfig": "detectors.reconpatch",
+    "ReContrast": "detectors.recontrast",
+    "ReContrastConfig": "detectors.recontrast",
     "Refined": "detectors.refined",
     "SPADE": "detectors.spade",
     "SPADEConfig": "detectors.spade",
@@ -54,16 +64,20 @@ _PLACES = {
 }
 
 __all__ = [
+    "RD4AD",
     "SPADE",
     "AlignedFeatureNorm",
     "AlignedFeatureNormConfig",
     "AnomalyDINO",
     "AnomalyDINOConfig",
     "Detector",
+    "Dinomaly",
+    "DinomalyConfig",
     "EmbeddingConfig",
     "Ensemble",
     "FeatureNorm",
     "FeatureNormConfig",
+    "LearningConfig",
     "MuSc",
     "MuScConfig",
     "PaDiM",
@@ -73,6 +87,8 @@ __all__ = [
     "Prediction",
     "ReConPatch",
     "ReConPatchConfig",
+    "ReContrast",
+    "ReContrastConfig",
     "Refined",
     "SPADEConfig",
     "SubspaceAD",

@@ -5,8 +5,9 @@ A fitted detector contains features of the customer's product: memory banks, mea
 extractor. Share the folder only with people who may see the product; `push_folder` makes a private repository by
 default.
 
-The folder never contains weights of a backbone, pickles or photographs. It names the backbone and the commit of its
-weights; its features of a fixed picture are saved too, so that a wrong backbone is found when the detector is loaded.
+The folder never contains pickles or photographs, nor weights of a backbone but of a copy that a detector trained. It
+names the backbone and the commit of its weights; its features of a fixed picture are saved too, so that a wrong
+backbone is found when the detector is loaded.
 """
 
 from __future__ import annotations

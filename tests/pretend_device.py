@@ -161,6 +161,16 @@ class State:
             self.random = torch.get_rng_state()
             torch.set_rng_state(before)
 
+    def get_random(self, device: Any = None) -> Tensor:
+        return self.random
+
+    def set_random(self, random: Tensor, device: Any = None) -> None:
+        self.random = random
+
+    def seed(self, seed: int) -> None:
+        """Seed the device's stream, which is another one than the CPU's of that seed."""
+        self.random = torch.Generator().manual_seed(seed + 1).get_state()
+
     def wrap(self, out: Any) -> Any:
         return _map(lambda x: x if isinstance(x, PretendTensor) else PretendTensor(x, self), out)
 
@@ -369,6 +379,9 @@ def pretend_device() -> Iterator[State]:
         stack.enter_context(mock.patch.object(threading.Thread, "run", within))
         stack.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", backward))
         stack.enter_context(mock.patch.object(torch.cuda, "get_device_properties", properties))
+        stack.enter_context(mock.patch.object(torch.cuda, "get_rng_state", state.get_random))
+        stack.enter_context(mock.patch.object(torch.cuda, "set_rng_state", state.set_random))
+        stack.enter_context(mock.patch.object(torch.cuda, "manual_seed_all", state.seed))
         stack.enter_context(_Dispatch(state))
         stack.enter_context(_Functions(state))
         # A module's parameters stay the same objects when it is moved, as with CUDA: an optimizer may hold them.

@@ -57,6 +57,7 @@ class Blocks(Backbone):
         super().__init__(name, channels, preprocess, levels, network, **more)
         self.indices = [level - 1 for level in levels]
         network.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
+        self.eval()  # what pruning put in place is new, and in training mode
 
     def maps(self, images: Tensor) -> FeatureMaps:
         network: Any = self.network

@@ -107,6 +107,24 @@ DETECTORS: dict[str, DetectorEntry] = {
         "windows against sentences about damage, with or without normal photographs; CLIP, in Python only",
         "WinCLIP, Jeong et al. 2023",
     ),
+    "rd4ad": DetectorEntry(
+        "downstream.detectors.rd4ad",
+        "RD4AD",
+        "a decoder learns to reconstruct the features of normal images, from a bottleneck",
+        "RD4AD, Deng & Li 2022; loss of Guo et al. 2023, Eq. 3",
+    ),
+    "recontrast": DetectorEntry(
+        "downstream.detectors.recontrast",
+        "ReContrast",
+        "a copy of the encoder learns the product together with the decoder that reconstructs it",
+        "ReContrast, Guo et al. 2023",
+    ),
+    "dinomaly": DetectorEntry(
+        "downstream.detectors.dinomaly",
+        "Dinomaly",
+        "blocks of linear attention learn to reconstruct a vision transformer's features",
+        "Dinomaly, Guo et al. 2025",
+    ),
     "ensemble": DetectorEntry(
         "downstream.detectors.ensemble",
         "Ensemble",

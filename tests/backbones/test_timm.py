@@ -95,6 +95,7 @@ def test_a_vision_transformer_at_another_size_is_timm_s(tmp_path: Path) -> None:
     file, pixels = save(native, tmp_path), plain.images(96)
     theirs = timm.create_model(full, img_size=96, pretrained=True, pretrained_cfg_overlay={"file": str(file)}).eval()
     backbone = load_backbone(f"timm/{full}", weights=file, image_size=96)
+    assert not any(module.training for module in backbone.modules())  # detectors refuse it otherwise
     blocks = [theirs.blocks[level - 1] for level in backbone.levels]
     assert (
         plain.error(backbone(pixels), plain.as_maps(plain.hooked(theirs, blocks, lambda: theirs(pixels)))) < TOLERANCE

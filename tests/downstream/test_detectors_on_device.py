@@ -26,20 +26,24 @@ from downstream.detector import Prediction
 from downstream.detectors import detector_from_pretrained
 from downstream.detectors.aligned import AlignedFeatureNorm, AlignedFeatureNormConfig
 from downstream.detectors.anomalydino import AnomalyDINO, AnomalyDINOConfig
+from downstream.detectors.dinomaly import Dinomaly, DinomalyConfig
 from downstream.detectors.ensemble import Ensemble
 from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
 from downstream.detectors.musc import MuSc
 from downstream.detectors.padim import PaDiM, PaDiMConfig
 from downstream.detectors.patchcore import PatchCore, PatchCoreConfig
+from downstream.detectors.rd4ad import RD4AD
 from downstream.detectors.reconpatch import ReConPatch, ReConPatchConfig
 from downstream.detectors.reconpatch.representation import Representation, RepresentationConfig, training_loss
 from downstream.detectors.reconpatch.similarity import relaxed_contrastive_loss, similarity
+from downstream.detectors.recontrast import ReContrast, ReContrastConfig
 from downstream.detectors.refined import Refined, RefinementConfig
 from downstream.detectors.refined.simulation import SimulationConfig
 from downstream.detectors.spade import SPADE
 from downstream.detectors.subspacead import SubspaceAD, SubspaceADConfig
 from downstream.distances import squared_distances
 from downstream.embedding import Embedding, EmbeddingConfig
+from downstream.lessons import LearningConfig
 from downstream.maps import gaussian_blur, pixel_maps, upsample
 from downstream.metrics import evaluate_maps
 from downstream.neighbours import Neighbours, nearest
@@ -128,6 +132,7 @@ TRAINING = RepresentationConfig(dim=16, projection_dim=16, epochs=2, patches_per
 REFINING = RefinementConfig(
     width=8, rates=(1, 2), epochs=2, batch_size=4, simulation=SimulationConfig(normal_share=0.2)
 )
+STEPS = LearningConfig(steps=2)
 ALL_WEIGHED = PatchCoreConfig(EmbeddingConfig(target_dim=20, reduction="project"), keep=0.5, reweight_all=True)
 
 MAKE: dict[str, Callable[[Callable[[Any], Any]], Any]] = {
@@ -141,6 +146,9 @@ MAKE: dict[str, Callable[[Callable[[Any], Any]], Any]] = {
     "subspacead": lambda move: SubspaceAD(move(backbone()), SubspaceADConfig(rotations=3)),
     "anomalydino": lambda move: AnomalyDINO(move(backbone()), AnomalyDINOConfig(rotations=3, masking=0.5)),
     "musc": lambda move: MuSc(move(backbone())),
+    "rd4ad": lambda move: RD4AD(move(backbone()), ReContrastConfig(form="B", training=STEPS)),
+    "recontrast": lambda move: ReContrast(move(backbone()), ReContrastConfig(training=STEPS)),
+    "dinomaly": lambda move: Dinomaly(move(backbone()), DinomalyConfig([-1], dropout=0.0, training=STEPS)),
     "reconpatch": lambda move: ReConPatch(move(backbone()), ReConPatchConfig(PATCHES, TRAINING)),
     "ensemble": lambda move: Ensemble([PatchCore(move(backbone()), PATCHES), PaDiM(move(backbone()), GAUSSIANS)]),
     "refined": lambda move: Refined(PaDiM(move(backbone()), GAUSSIANS), REFINING),

@@ -16,16 +16,21 @@ from adpretrain.extractor import ADExtractor
 from downstream.detector import Detector
 from downstream.detectors.aligned import AlignedFeatureNorm
 from downstream.detectors.anomalydino import AnomalyDINO
+from downstream.detectors.dinomaly import Dinomaly, DinomalyConfig
 from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
 from downstream.detectors.musc import MuSc
 from downstream.detectors.padim import PaDiM
 from downstream.detectors.patchcore import PatchCore
+from downstream.detectors.rd4ad import RD4AD
 from downstream.detectors.reconpatch import ReConPatch, ReConPatchConfig
 from downstream.detectors.reconpatch.representation import RepresentationConfig
+from downstream.detectors.recontrast import ReContrastConfig
 from downstream.detectors.spade import SPADE
 from downstream.detectors.subspacead import SubspaceAD
+from downstream.lessons import LearningConfig
 
 QUICK = ReConPatchConfig(training=RepresentationConfig(dim=8, projection_dim=8, epochs=1, patches_per_step=64))
+STEPS = LearningConfig(steps=2)
 DETECTORS: dict[str, Callable[[Extract], Detector]] = {
     "featurenorm": FeatureNorm,
     "patchcore": PatchCore,
@@ -35,6 +40,8 @@ DETECTORS: dict[str, Callable[[Extract], Detector]] = {
     "anomalydino": AnomalyDINO,
     "musc": MuSc,
     "reconpatch": lambda extract: ReConPatch(extract, QUICK),
+    "rd4ad": lambda extract: RD4AD(extract, ReContrastConfig(form="B", training=STEPS)),
+    "dinomaly": lambda extract: Dinomaly(extract, DinomalyConfig([-1], training=STEPS)),
 }
 
 

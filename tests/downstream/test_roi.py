@@ -27,18 +27,22 @@ from downstream.detector import Detector
 from downstream.detectors import DETECTORS, detector_from_pretrained
 from downstream.detectors.aligned import AlignedFeatureNorm, AlignedFeatureNormConfig
 from downstream.detectors.anomalydino import AnomalyDINO, AnomalyDINOConfig
+from downstream.detectors.dinomaly import Dinomaly, DinomalyConfig
 from downstream.detectors.ensemble import Ensemble
 from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
 from downstream.detectors.musc import MuSc, MuScConfig
 from downstream.detectors.padim import PaDiM, PaDiMConfig
 from downstream.detectors.patchcore import PatchCore, PatchCoreConfig
+from downstream.detectors.rd4ad import RD4AD
 from downstream.detectors.reconpatch import ReConPatch, ReConPatchConfig
 from downstream.detectors.reconpatch.representation import RepresentationConfig
+from downstream.detectors.recontrast import ReContrast, ReContrastConfig
 from downstream.detectors.refined import Refined, RefinementConfig
 from downstream.detectors.refined.simulation import SimulationConfig
 from downstream.detectors.spade import SPADE, SPADEConfig
 from downstream.detectors.subspacead import SubspaceAD
 from downstream.embedding import EmbeddingConfig
+from downstream.lessons import LearningConfig
 from downstream.maps import upsample
 from downstream.roi import RegionOfInterest, RoiFiles, ignore_border
 
@@ -61,6 +65,7 @@ DEFECTS = SimulationConfig("textural", smallest_area=0.03, smallest_opacity=0.8,
 NETWORK = RefinementConfig(
     width=8, rates=(1, 2), epochs=12, batch_size=3, learning_rate=0.1, simulation=DEFECTS, stride=4
 )
+STEPS = LearningConfig(steps=20)
 MAKE: dict[str, Callable[[], Detector]] = {
     "featurenorm": lambda: FeatureNorm(extractor()),
     "aligned-featurenorm": lambda: AlignedFeatureNorm(extractor(), AlignedFeatureNormConfig(shots=2)),
@@ -71,6 +76,9 @@ MAKE: dict[str, Callable[[], Detector]] = {
     "subspacead": lambda: SubspaceAD(backbone()),
     "anomalydino": lambda: AnomalyDINO(backbone(), AnomalyDINOConfig(rotations=3)),
     "musc": lambda: MuSc(backbone(), MuScConfig(degrees=[1, 3])),
+    "rd4ad": lambda: RD4AD(backbone(), ReContrastConfig(form="B", training=STEPS)),
+    "recontrast": lambda: ReContrast(backbone(), ReContrastConfig(training=STEPS)),
+    "dinomaly": lambda: Dinomaly(backbone(), DinomalyConfig([-1], training=STEPS)),
     "ensemble": lambda: Ensemble([PatchCore(backbone()), ReConPatch(backbone(), ReConPatchConfig(training=QUICK))]),
     "refined": lambda: Refined(PatchCore(backbone()), NETWORK),
 }

@@ -26,13 +26,17 @@ from adpretrain.local_scale import LocalScale
 from downstream.detectors import DETECTORS, detector_from_pretrained, find_detector
 from downstream.detectors.aligned import AlignedFeatureNorm, AlignedFeatureNormConfig
 from downstream.detectors.anomalydino import AnomalyDINO, AnomalyDINOConfig
+from downstream.detectors.dinomaly import Dinomaly, DinomalyConfig
 from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
 from downstream.detectors.musc import MuSc
 from downstream.detectors.padim import ADPRETRAIN, PaDiM, PaDiMConfig
 from downstream.detectors.patchcore import PatchCore, PatchCoreConfig
+from downstream.detectors.rd4ad import RD4AD
+from downstream.detectors.recontrast import ReContrast, ReContrastConfig
 from downstream.detectors.spade import SPADE
 from downstream.detectors.subspacead import SubspaceAD, SubspaceADConfig
 from downstream.embedding import EmbeddingConfig
+from downstream.lessons import LearningConfig
 
 SIZE = 96
 ROOT = Path(__file__).parents[2]
@@ -52,6 +56,7 @@ def extractor(references: bool = True) -> ADExtractor:
     return made.set_references(photographs(2, 7)) if references else made
 
 
+STEPS = LearningConfig(steps=2, batch_size=3)
 MAKE: dict[str, Callable[[], Any]] = {
     "featurenorm": lambda: FeatureNorm(extractor(), FeatureNormConfig(image_size=SIZE)),
     "featurenorm-raw": lambda: FeatureNorm(
@@ -78,6 +83,11 @@ MAKE: dict[str, Callable[[], Any]] = {
     "anomalydino": lambda: AnomalyDINO(backbone()),
     "anomalydino-masked": lambda: AnomalyDINO(backbone(), AnomalyDINOConfig(rotations=1, masking=0.5)),
     "musc": lambda: MuSc(backbone()),
+    "rd4ad": lambda: RD4AD(backbone(), ReContrastConfig(form="A", training=STEPS)),
+    "rd4ad-extractor": lambda: RD4AD(extractor(), ReContrastConfig(form="B", training=STEPS)),
+    "recontrast": lambda: ReContrast(backbone(), ReContrastConfig(training=STEPS)),
+    "recontrast-one": lambda: ReContrast(backbone(), ReContrastConfig(form="D", top=1.0, training=STEPS)),
+    "dinomaly": lambda: Dinomaly(backbone(), DinomalyConfig([-1], training=STEPS)),
 }
 
 LOAD = """

@@ -18,10 +18,12 @@ from adpretrain.config import PretrainConfig
 from adpretrain.parsing import DEEPEST, from_dict, parse_command_line, read_json, read_yaml, to_yaml
 from adpretrain.saved import ExtractorConfig
 from downstream.detectors.anomalydino import AnomalyDINOConfig
+from downstream.detectors.dinomaly import DinomalyConfig
 from downstream.detectors.musc import MuScConfig
 from downstream.detectors.padim import PaDiMConfig
 from downstream.detectors.patchcore import PatchCoreConfig
 from downstream.detectors.reconpatch import ReConPatchConfig
+from downstream.detectors.recontrast import ReContrastConfig
 from downstream.detectors.spade import SPADEConfig
 from downstream.detectors.subspacead import SubspaceADConfig
 
@@ -35,6 +37,8 @@ CLASSES = [
     SubspaceADConfig,
     AnomalyDINOConfig,
     MuScConfig,
+    ReContrastConfig,
+    DinomalyConfig,
 ]
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)
 PLAIN: dict[Any, st.SearchStrategy[Any]] = {

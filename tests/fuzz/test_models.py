@@ -29,6 +29,7 @@ from downstream.cli import main
 from downstream.commands.info import describe_model
 from downstream.detectors import detector_from_pretrained
 from downstream.detectors.anomalydino import AnomalyDINO
+from downstream.detectors.dinomaly import Dinomaly, DinomalyConfig
 from downstream.detectors.ensemble import Ensemble
 from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
 from downstream.detectors.musc import MuSc
@@ -36,9 +37,11 @@ from downstream.detectors.padim import PaDiM, PaDiMConfig
 from downstream.detectors.patchcore import PatchCore, PatchCoreConfig
 from downstream.detectors.reconpatch import ReConPatch, ReConPatchConfig
 from downstream.detectors.reconpatch.representation import RepresentationConfig
+from downstream.detectors.recontrast import ReContrast, ReContrastConfig
 from downstream.detectors.spade import SPADE
 from downstream.detectors.subspacead import SubspaceAD
 from downstream.embedding import EmbeddingConfig
+from downstream.lessons import LearningConfig
 
 SIDE = 64
 BOUND = 400 << 10  # KiB of peak memory that refusing may take
@@ -88,6 +91,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "anomalydino": AnomalyDINO(backbone).fit([images]),
         "musc": MuSc(backbone).fit([images]),
         "reconpatch": ReConPatch(backbone, ReConPatchConfig(core, training)).fit([images]),
+        "recontrast": ReContrast(backbone, ReContrastConfig(training=LearningConfig(1))).fit([images]),
+        "dinomaly": Dinomaly(backbone, DinomalyConfig([-1], training=LearningConfig(1))).fit([images]),
         "ensemble": Ensemble(members).fit([images]),
     }
     return {name: model.save_pretrained(root / name) for name, model in made.items()}
@@ -103,6 +108,8 @@ NAMES = [
     "anomalydino",
     "musc",
     "reconpatch",
+    "recontrast",
+    "dinomaly",
     "ensemble",
 ]
 

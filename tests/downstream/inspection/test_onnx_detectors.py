@@ -98,6 +98,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "subspacead": ("subspacead", {"rotations": 2}),
     "anomalydino": ("anomalydino", {"rotations": 3}),
     "musc": ("musc", {}),
+    "rd4ad": ("rd4ad", {"training": {"steps": 2}}),
+    "recontrast": ("recontrast", {"training": {"steps": 2}}),
+    "recontrast, one encoder, the mean": ("recontrast", {"form": "D", "top": 1.0, "training": {"steps": 2}}),
+    "dinomaly": ("dinomaly", {"levels": [0], "depth": 2, "training": {"steps": 2}}),
     "ensemble": ("ensemble", {"members": [{"detector": "featurenorm"}, {"detector": "patchcore"}]}),
     "refined": ("refined", {"detector": "featurenorm", "network": {"epochs": 1, "width": 8}}),
 }
