@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from downstream.detectors import detector_from_pretrained
     from downstream.detectors.aligned import AlignedFeatureNorm, AlignedFeatureNormConfig
     from downstream.detectors.anomalydino import AnomalyDINO, AnomalyDINOConfig
+    from downstream.detectors.cflow import CFLOW, CFLOWConfig
     from downstream.detectors.ensemble import Ensemble
     from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
     from downstream.detectors.musc import MuSc, MuScConfig
@@ -27,6 +28,8 @@ _PLACES = {
     "AlignedFeatureNormConfig": "detectors.aligned",
     "AnomalyDINO": "detectors.anomalydino",
     "AnomalyDINOConfig": "detectors.anomalydino",
+    "CFLOW": "detectors.cflow",
+    "CFLOWConfig": "detectors.cflow",
     "Detector": "detector",
     "EmbeddingConfig": "embedding",
     "Ensemble": "detectors.ensemble",
@@ -54,11 +57,13 @@ _PLACES = {
 }
 
 __all__ = [
+    "CFLOW",
     "SPADE",
     "AlignedFeatureNorm",
     "AlignedFeatureNormConfig",
     "AnomalyDINO",
     "AnomalyDINOConfig",
+    "CFLOWConfig",
     "Detector",
     "EmbeddingConfig",
     "Ensemble",

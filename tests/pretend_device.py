@@ -32,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 aten = torch.ops.aten
 DEVICE = torch.device("cuda:0")
 META, CPU = torch.device("meta"), torch.device("cpu")
+OTHER_STREAM = 20_260_101  # seed of the device's random numbers, which are not those of the CPU
 MEMORY = 8 << 30  # bytes that the device says it has
 
 # Operations with a result whose size, or value, the host needs: it waits for the device.
@@ -137,7 +138,7 @@ class State:
         self.uploads: Counter[str] = Counter()
         self.launches: Counter[str] = Counter()
         self.local = threading.local()
-        self.random = torch.Generator().manual_seed(20_260_101).get_state()
+        self.random = torch.Generator().manual_seed(OTHER_STREAM).get_state()
 
     def __deepcopy__(self, memo: Any) -> State:
         return self
@@ -363,12 +364,24 @@ def pretend_device() -> Iterator[State]:
         with _Functions(state), state.concerned():
             return engine(*args, **kwargs)
 
+    def current(device: Any = None) -> Tensor:
+        return state.random
+
+    def reseed(seed: int) -> None:
+        state.random = torch.Generator().manual_seed(seed ^ OTHER_STREAM).get_state()
+
+    def restore(random: Tensor, device: Any = None) -> None:
+        state.random = random
+
     swapped = torch.__future__.get_swap_module_params_on_conversion()
     properties = lambda device=None: SimpleNamespace(name="pretended", total_memory=MEMORY)  # noqa: E731
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(threading.Thread, "run", within))
         stack.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", backward))
         stack.enter_context(mock.patch.object(torch.cuda, "get_device_properties", properties))
+        stack.enter_context(mock.patch.object(torch.cuda, "get_rng_state", current))
+        stack.enter_context(mock.patch.object(torch.cuda, "set_rng_state", restore))
+        stack.enter_context(mock.patch.object(torch.cuda, "manual_seed_all", reseed))
         stack.enter_context(_Dispatch(state))
         stack.enter_context(_Functions(state))
         # A module's parameters stay the same objects when it is moved, as with CUDA: an optimizer may hold them.

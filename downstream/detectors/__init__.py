@@ -107,6 +107,12 @@ DETECTORS: dict[str, DetectorEntry] = {
         "windows against sentences about damage, with or without normal photographs; CLIP, in Python only",
         "WinCLIP, Jeong et al. 2023",
     ),
+    "cflow": DetectorEntry(
+        "downstream.detectors.cflow",
+        "CFLOW",
+        "likelihood of every feature vector at its position, by normalising flows",
+        "CFLOW-AD, Gudovskiy et al. 2022",
+    ),
     "ensemble": DetectorEntry(
         "downstream.detectors.ensemble",
         "Ensemble",

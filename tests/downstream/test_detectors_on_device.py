@@ -26,6 +26,7 @@ from downstream.detector import Prediction
 from downstream.detectors import detector_from_pretrained
 from downstream.detectors.aligned import AlignedFeatureNorm, AlignedFeatureNormConfig
 from downstream.detectors.anomalydino import AnomalyDINO, AnomalyDINOConfig
+from downstream.detectors.cflow import CFLOW, CFLOWConfig
 from downstream.detectors.ensemble import Ensemble
 from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
 from downstream.detectors.musc import MuSc
@@ -40,6 +41,7 @@ from downstream.detectors.spade import SPADE
 from downstream.detectors.subspacead import SubspaceAD, SubspaceADConfig
 from downstream.distances import squared_distances
 from downstream.embedding import Embedding, EmbeddingConfig
+from downstream.lessons import LearningConfig
 from downstream.maps import gaussian_blur, pixel_maps, upsample
 from downstream.metrics import evaluate_maps
 from downstream.neighbours import Neighbours, nearest
@@ -141,6 +143,7 @@ MAKE: dict[str, Callable[[Callable[[Any], Any]], Any]] = {
     "subspacead": lambda move: SubspaceAD(move(backbone()), SubspaceADConfig(rotations=3)),
     "anomalydino": lambda move: AnomalyDINO(move(backbone()), AnomalyDINOConfig(rotations=3, masking=0.5)),
     "musc": lambda move: MuSc(move(backbone())),
+    "cflow": lambda move: CFLOW(move(backbone()), CFLOWConfig(training=LearningConfig(steps=3))),
     "reconpatch": lambda move: ReConPatch(move(backbone()), ReConPatchConfig(PATCHES, TRAINING)),
     "ensemble": lambda move: Ensemble([PatchCore(move(backbone()), PATCHES), PaDiM(move(backbone()), GAUSSIANS)]),
     "refined": lambda move: Refined(PaDiM(move(backbone()), GAUSSIANS), REFINING),

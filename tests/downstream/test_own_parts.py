@@ -16,6 +16,7 @@ from adpretrain.extractor import ADExtractor
 from downstream.detector import Detector
 from downstream.detectors.aligned import AlignedFeatureNorm
 from downstream.detectors.anomalydino import AnomalyDINO
+from downstream.detectors.cflow import CFLOW, CFLOWConfig
 from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
 from downstream.detectors.musc import MuSc
 from downstream.detectors.padim import PaDiM
@@ -24,6 +25,7 @@ from downstream.detectors.reconpatch import ReConPatch, ReConPatchConfig
 from downstream.detectors.reconpatch.representation import RepresentationConfig
 from downstream.detectors.spade import SPADE
 from downstream.detectors.subspacead import SubspaceAD
+from downstream.lessons import LearningConfig
 
 QUICK = ReConPatchConfig(training=RepresentationConfig(dim=8, projection_dim=8, epochs=1, patches_per_step=64))
 DETECTORS: dict[str, Callable[[Extract], Detector]] = {
@@ -34,6 +36,7 @@ DETECTORS: dict[str, Callable[[Extract], Detector]] = {
     "subspacead": SubspaceAD,
     "anomalydino": AnomalyDINO,
     "musc": MuSc,
+    "cflow": lambda extract: CFLOW(extract, CFLOWConfig(training=LearningConfig(steps=3))),
     "reconpatch": lambda extract: ReConPatch(extract, QUICK),
 }
 

@@ -27,6 +27,7 @@ from downstream.detector import Detector
 from downstream.detectors import DETECTORS, detector_from_pretrained
 from downstream.detectors.aligned import AlignedFeatureNorm, AlignedFeatureNormConfig
 from downstream.detectors.anomalydino import AnomalyDINO, AnomalyDINOConfig
+from downstream.detectors.cflow import CFLOW, CFLOWConfig
 from downstream.detectors.ensemble import Ensemble
 from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
 from downstream.detectors.musc import MuSc, MuScConfig
@@ -39,6 +40,7 @@ from downstream.detectors.refined.simulation import SimulationConfig
 from downstream.detectors.spade import SPADE, SPADEConfig
 from downstream.detectors.subspacead import SubspaceAD
 from downstream.embedding import EmbeddingConfig
+from downstream.lessons import LearningConfig
 from downstream.maps import upsample
 from downstream.roi import RegionOfInterest, RoiFiles, ignore_border
 
@@ -71,6 +73,7 @@ MAKE: dict[str, Callable[[], Detector]] = {
     "subspacead": lambda: SubspaceAD(backbone()),
     "anomalydino": lambda: AnomalyDINO(backbone(), AnomalyDINOConfig(rotations=3)),
     "musc": lambda: MuSc(backbone(), MuScConfig(degrees=[1, 3])),
+    "cflow": lambda: CFLOW(backbone(), CFLOWConfig(learning_rate=2e-3, training=LearningConfig(steps=30))),
     "ensemble": lambda: Ensemble([PatchCore(backbone()), ReConPatch(backbone(), ReConPatchConfig(training=QUICK))]),
     "refined": lambda: Refined(PatchCore(backbone()), NETWORK),
 }

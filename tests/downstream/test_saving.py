@@ -26,6 +26,7 @@ from adpretrain.local_scale import LocalScale
 from downstream.detectors import DETECTORS, detector_from_pretrained, find_detector
 from downstream.detectors.aligned import AlignedFeatureNorm, AlignedFeatureNormConfig
 from downstream.detectors.anomalydino import AnomalyDINO, AnomalyDINOConfig
+from downstream.detectors.cflow import CFLOW, CFLOWConfig
 from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
 from downstream.detectors.musc import MuSc
 from downstream.detectors.padim import ADPRETRAIN, PaDiM, PaDiMConfig
@@ -33,6 +34,7 @@ from downstream.detectors.patchcore import PatchCore, PatchCoreConfig
 from downstream.detectors.spade import SPADE
 from downstream.detectors.subspacead import SubspaceAD, SubspaceADConfig
 from downstream.embedding import EmbeddingConfig
+from downstream.lessons import LearningConfig
 
 SIZE = 96
 ROOT = Path(__file__).parents[2]
@@ -78,6 +80,7 @@ MAKE: dict[str, Callable[[], Any]] = {
     "anomalydino": lambda: AnomalyDINO(backbone()),
     "anomalydino-masked": lambda: AnomalyDINO(backbone(), AnomalyDINOConfig(rotations=1, masking=0.5)),
     "musc": lambda: MuSc(backbone()),
+    "cflow": lambda: CFLOW(extractor(), CFLOWConfig(training=LearningConfig(steps=3))),
 }
 
 LOAD = """

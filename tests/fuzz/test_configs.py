@@ -18,6 +18,7 @@ from adpretrain.config import PretrainConfig
 from adpretrain.parsing import DEEPEST, from_dict, parse_command_line, read_json, read_yaml, to_yaml
 from adpretrain.saved import ExtractorConfig
 from downstream.detectors.anomalydino import AnomalyDINOConfig
+from downstream.detectors.cflow import CFLOWConfig
 from downstream.detectors.musc import MuScConfig
 from downstream.detectors.padim import PaDiMConfig
 from downstream.detectors.patchcore import PatchCoreConfig
@@ -35,6 +36,7 @@ CLASSES = [
     SubspaceADConfig,
     AnomalyDINOConfig,
     MuScConfig,
+    CFLOWConfig,
 ]
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)
 PLAIN: dict[Any, st.SearchStrategy[Any]] = {

@@ -29,6 +29,7 @@ from downstream.cli import main
 from downstream.commands.info import describe_model
 from downstream.detectors import detector_from_pretrained
 from downstream.detectors.anomalydino import AnomalyDINO
+from downstream.detectors.cflow import CFLOW, CFLOWConfig
 from downstream.detectors.ensemble import Ensemble
 from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
 from downstream.detectors.musc import MuSc
@@ -39,6 +40,7 @@ from downstream.detectors.reconpatch.representation import RepresentationConfig
 from downstream.detectors.spade import SPADE
 from downstream.detectors.subspacead import SubspaceAD
 from downstream.embedding import EmbeddingConfig
+from downstream.lessons import LearningConfig
 
 SIDE = 64
 BOUND = 400 << 10  # KiB of peak memory that refusing may take
@@ -87,6 +89,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "subspacead": SubspaceAD(backbone).fit([images]),
         "anomalydino": AnomalyDINO(backbone).fit([images]),
         "musc": MuSc(backbone).fit([images]),
+        "cflow": CFLOW(backbone, CFLOWConfig(blocks=2, training=LearningConfig(steps=1))).fit([images]),
         "reconpatch": ReConPatch(backbone, ReConPatchConfig(core, training)).fit([images]),
         "ensemble": Ensemble(members).fit([images]),
     }
@@ -102,6 +105,7 @@ NAMES = [
     "subspacead",
     "anomalydino",
     "musc",
+    "cflow",
     "reconpatch",
     "ensemble",
 ]

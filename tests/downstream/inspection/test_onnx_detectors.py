@@ -98,6 +98,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "subspacead": ("subspacead", {"rotations": 2}),
     "anomalydino": ("anomalydino", {"rotations": 3}),
     "musc": ("musc", {}),
+    "cflow": ("cflow", {"training": {"steps": 20}}),
     "ensemble": ("ensemble", {"members": [{"detector": "featurenorm"}, {"detector": "patchcore"}]}),
     "refined": ("refined", {"detector": "featurenorm", "network": {"epochs": 1, "width": 8}}),
 }
