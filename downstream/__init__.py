@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from downstream.detectors.refined import Refined
     from downstream.detectors.spade import SPADE, SPADEConfig
     from downstream.detectors.subspacead import SubspaceAD, SubspaceADConfig
+    from downstream.detectors.uniad import UniAD, UniADConfig
     from downstream.detectors.winclip import WinCLIP, WinCLIPConfig
     from downstream.embedding import EmbeddingConfig
     from downstream.metrics import evaluate_maps
@@ -49,6 +50,8 @@ _PLACES = {
     "SPADEConfig": "detectors.spade",
     "SubspaceAD": "detectors.subspacead",
     "SubspaceADConfig": "detectors.subspacead",
+    "UniAD": "detectors.uniad",
+    "UniADConfig": "detectors.uniad",
     "WinCLIP": "detectors.winclip",
     "WinCLIPConfig": "detectors.winclip",
     "calibrate": "calibration",
@@ -82,6 +85,8 @@ __all__ = [
     "SPADEConfig",
     "SubspaceAD",
     "SubspaceADConfig",
+    "UniAD",
+    "UniADConfig",
     "WinCLIP",
     "WinCLIPConfig",
     "calibrate",

@@ -113,6 +113,12 @@ DETECTORS: dict[str, DetectorEntry] = {
         "likelihood of every feature vector at its position, by normalising flows",
         "CFLOW-AD, Gudovskiy et al. 2022",
     ),
+    "uniad": DetectorEntry(
+        "downstream.detectors.uniad",
+        "UniAD",
+        "difference of features and what a transformer reconstructs from the rest of the image",
+        "UniAD, You et al. 2022",
+    ),
     "ensemble": DetectorEntry(
         "downstream.detectors.ensemble",
         "Ensemble",

@@ -39,6 +39,7 @@ from downstream.detectors.refined import Refined, RefinementConfig
 from downstream.detectors.refined.simulation import SimulationConfig
 from downstream.detectors.spade import SPADE
 from downstream.detectors.subspacead import SubspaceAD, SubspaceADConfig
+from downstream.detectors.uniad import UniAD, UniADConfig
 from downstream.distances import squared_distances
 from downstream.embedding import Embedding, EmbeddingConfig
 from downstream.lessons import LearningConfig
@@ -130,6 +131,9 @@ TRAINING = RepresentationConfig(dim=16, projection_dim=16, epochs=2, patches_per
 REFINING = RefinementConfig(
     width=8, rates=(1, 2), epochs=2, batch_size=4, simulation=SimulationConfig(normal_share=0.2)
 )
+SMALL_TRANSFORMER = UniADConfig(
+    grid=8, width=16, heads=2, layers=1, inner=16, dropout=0.0, training=LearningConfig(steps=3)
+)
 ALL_WEIGHED = PatchCoreConfig(EmbeddingConfig(target_dim=20, reduction="project"), keep=0.5, reweight_all=True)
 
 MAKE: dict[str, Callable[[Callable[[Any], Any]], Any]] = {
@@ -144,6 +148,7 @@ MAKE: dict[str, Callable[[Callable[[Any], Any]], Any]] = {
     "anomalydino": lambda move: AnomalyDINO(move(backbone()), AnomalyDINOConfig(rotations=3, masking=0.5)),
     "musc": lambda move: MuSc(move(backbone())),
     "cflow": lambda move: CFLOW(move(backbone()), CFLOWConfig(training=LearningConfig(steps=3))),
+    "uniad": lambda move: UniAD(move(backbone()), SMALL_TRANSFORMER),
     "reconpatch": lambda move: ReConPatch(move(backbone()), ReConPatchConfig(PATCHES, TRAINING)),
     "ensemble": lambda move: Ensemble([PatchCore(move(backbone()), PATCHES), PaDiM(move(backbone()), GAUSSIANS)]),
     "refined": lambda move: Refined(PaDiM(move(backbone()), GAUSSIANS), REFINING),

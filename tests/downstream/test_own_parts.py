@@ -25,9 +25,13 @@ from downstream.detectors.reconpatch import ReConPatch, ReConPatchConfig
 from downstream.detectors.reconpatch.representation import RepresentationConfig
 from downstream.detectors.spade import SPADE
 from downstream.detectors.subspacead import SubspaceAD
+from downstream.detectors.uniad import UniAD, UniADConfig
 from downstream.lessons import LearningConfig
 
 QUICK = ReConPatchConfig(training=RepresentationConfig(dim=8, projection_dim=8, epochs=1, patches_per_step=64))
+SMALL_TRANSFORMER = UniADConfig(
+    grid=8, width=16, heads=2, layers=1, inner=16, dropout=0.0, training=LearningConfig(steps=3)
+)
 DETECTORS: dict[str, Callable[[Extract], Detector]] = {
     "featurenorm": FeatureNorm,
     "patchcore": PatchCore,
@@ -37,6 +41,7 @@ DETECTORS: dict[str, Callable[[Extract], Detector]] = {
     "anomalydino": AnomalyDINO,
     "musc": MuSc,
     "cflow": lambda extract: CFLOW(extract, CFLOWConfig(training=LearningConfig(steps=3))),
+    "uniad": lambda extract: UniAD(extract, SMALL_TRANSFORMER),
     "reconpatch": lambda extract: ReConPatch(extract, QUICK),
 }
 

@@ -39,6 +39,7 @@ from downstream.detectors.refined import Refined, RefinementConfig
 from downstream.detectors.refined.simulation import SimulationConfig
 from downstream.detectors.spade import SPADE, SPADEConfig
 from downstream.detectors.subspacead import SubspaceAD
+from downstream.detectors.uniad import UniAD, UniADConfig
 from downstream.embedding import EmbeddingConfig
 from downstream.lessons import LearningConfig
 from downstream.maps import upsample
@@ -63,6 +64,9 @@ DEFECTS = SimulationConfig("textural", smallest_area=0.03, smallest_opacity=0.8,
 NETWORK = RefinementConfig(
     width=8, rates=(1, 2), epochs=12, batch_size=3, learning_rate=0.1, simulation=DEFECTS, stride=4
 )
+SMALL_TRANSFORMER = UniADConfig(
+    grid=12, neighbours=3, width=32, heads=4, layers=1, inner=32, learning_rate=3e-3, training=LearningConfig(steps=60)
+)
 MAKE: dict[str, Callable[[], Detector]] = {
     "featurenorm": lambda: FeatureNorm(extractor()),
     "aligned-featurenorm": lambda: AlignedFeatureNorm(extractor(), AlignedFeatureNormConfig(shots=2)),
@@ -74,6 +78,7 @@ MAKE: dict[str, Callable[[], Detector]] = {
     "anomalydino": lambda: AnomalyDINO(backbone(), AnomalyDINOConfig(rotations=3)),
     "musc": lambda: MuSc(backbone(), MuScConfig(degrees=[1, 3])),
     "cflow": lambda: CFLOW(backbone(), CFLOWConfig(learning_rate=2e-3, training=LearningConfig(steps=30))),
+    "uniad": lambda: UniAD(backbone(), SMALL_TRANSFORMER),
     "ensemble": lambda: Ensemble([PatchCore(backbone()), ReConPatch(backbone(), ReConPatchConfig(training=QUICK))]),
     "refined": lambda: Refined(PatchCore(backbone()), NETWORK),
 }

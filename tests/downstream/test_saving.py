@@ -33,10 +33,14 @@ from downstream.detectors.padim import ADPRETRAIN, PaDiM, PaDiMConfig
 from downstream.detectors.patchcore import PatchCore, PatchCoreConfig
 from downstream.detectors.spade import SPADE
 from downstream.detectors.subspacead import SubspaceAD, SubspaceADConfig
+from downstream.detectors.uniad import UniAD, UniADConfig
 from downstream.embedding import EmbeddingConfig
 from downstream.lessons import LearningConfig
 
 SIZE = 96
+SMALL_TRANSFORMER = UniADConfig(
+    grid=8, width=16, heads=2, layers=1, inner=16, dropout=0.0, training=LearningConfig(steps=3)
+)
 ROOT = Path(__file__).parents[2]
 
 
@@ -81,6 +85,7 @@ MAKE: dict[str, Callable[[], Any]] = {
     "anomalydino-masked": lambda: AnomalyDINO(backbone(), AnomalyDINOConfig(rotations=1, masking=0.5)),
     "musc": lambda: MuSc(backbone()),
     "cflow": lambda: CFLOW(extractor(), CFLOWConfig(training=LearningConfig(steps=3))),
+    "uniad": lambda: UniAD(backbone(), SMALL_TRANSFORMER),
 }
 
 LOAD = """

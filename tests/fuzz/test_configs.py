@@ -25,6 +25,7 @@ from downstream.detectors.patchcore import PatchCoreConfig
 from downstream.detectors.reconpatch import ReConPatchConfig
 from downstream.detectors.spade import SPADEConfig
 from downstream.detectors.subspacead import SubspaceADConfig
+from downstream.detectors.uniad import UniADConfig
 
 CLASSES = [
     PretrainConfig,
@@ -37,6 +38,7 @@ CLASSES = [
     AnomalyDINOConfig,
     MuScConfig,
     CFLOWConfig,
+    UniADConfig,
 ]
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)
 PLAIN: dict[Any, st.SearchStrategy[Any]] = {

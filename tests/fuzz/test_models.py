@@ -39,6 +39,7 @@ from downstream.detectors.reconpatch import ReConPatch, ReConPatchConfig
 from downstream.detectors.reconpatch.representation import RepresentationConfig
 from downstream.detectors.spade import SPADE
 from downstream.detectors.subspacead import SubspaceAD
+from downstream.detectors.uniad import UniAD, UniADConfig
 from downstream.embedding import EmbeddingConfig
 from downstream.lessons import LearningConfig
 
@@ -90,6 +91,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "anomalydino": AnomalyDINO(backbone).fit([images]),
         "musc": MuSc(backbone).fit([images]),
         "cflow": CFLOW(backbone, CFLOWConfig(blocks=2, training=LearningConfig(steps=1))).fit([images]),
+        "uniad": UniAD(backbone, UniADConfig(width=16, layers=1, training=LearningConfig(steps=1))).fit([images]),
         "reconpatch": ReConPatch(backbone, ReConPatchConfig(core, training)).fit([images]),
         "ensemble": Ensemble(members).fit([images]),
     }
@@ -106,6 +108,7 @@ NAMES = [
     "anomalydino",
     "musc",
     "cflow",
+    "uniad",
     "reconpatch",
     "ensemble",
 ]

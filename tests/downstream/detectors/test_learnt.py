@@ -18,9 +18,22 @@ from downstream.learning import Workplace
 
 CASES: dict[str, dict[str, Any]] = {
     "cflow": {"blocks": 4, "vectors": 128, "learning_rate": 2e-3, "training": {"steps": 60}},
+    "uniad": {
+        "grid": 8,
+        "neighbours": 3,
+        "width": 32,
+        "heads": 4,
+        "layers": 2,
+        "inner": 64,
+        "learning_rate": 2e-3,
+        "training": {"steps": 80},
+    },
 }
 
-WIDTHS = {"cflow": ("positions", 128)}  # an option of each that the shapes of its weights depend on
+WIDTHS = {
+    "cflow": ("positions", 128),
+    "uniad": ("inner", 64),
+}  # an option of each that the shapes of its weights depend on
 
 
 @functools.cache

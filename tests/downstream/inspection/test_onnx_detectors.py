@@ -99,6 +99,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "anomalydino": ("anomalydino", {"rotations": 3}),
     "musc": ("musc", {}),
     "cflow": ("cflow", {"training": {"steps": 20}}),
+    "uniad": ("uniad", {"grid": 8, "width": 32, "layers": 2, "training": {"steps": 5}}),
     "ensemble": ("ensemble", {"members": [{"detector": "featurenorm"}, {"detector": "patchcore"}]}),
     "refined": ("refined", {"detector": "featurenorm", "network": {"epochs": 1, "width": 8}}),
 }
