@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from downstream.detectors.cflow import CFLOW, CFLOWConfig
     from downstream.detectors.ensemble import Ensemble
     from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
+    from downstream.detectors.glass import GLASS, GLASSConfig
     from downstream.detectors.musc import MuSc, MuScConfig
     from downstream.detectors.padim import PaDiM, PaDiMConfig
     from downstream.detectors.patchcore import PatchCore, PatchCoreConfig
@@ -36,6 +37,8 @@ _PLACES = {
     "Ensemble": "detectors.ensemble",
     "FeatureNorm": "detectors.featurenorm",
     "FeatureNormConfig": "detectors.featurenorm",
+    "GLASS": "detectors.glass",
+    "GLASSConfig": "detectors.glass",
     "MuSc": "detectors.musc",
     "MuScConfig": "detectors.musc",
     "PaDiM": "detectors.padim",
@@ -61,6 +64,7 @@ _PLACES = {
 
 __all__ = [
     "CFLOW",
+    "GLASS",
     "SPADE",
     "AlignedFeatureNorm",
     "AlignedFeatureNormConfig",
@@ -72,6 +76,7 @@ __all__ = [
     "Ensemble",
     "FeatureNorm",
     "FeatureNormConfig",
+    "GLASSConfig",
     "MuSc",
     "MuScConfig",
     "PaDiM",

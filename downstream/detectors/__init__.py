@@ -119,6 +119,12 @@ DETECTORS: dict[str, DetectorEntry] = {
         "difference of features and what a transformer reconstructs from the rest of the image",
         "UniAD, You et al. 2022",
     ),
+    "glass": DetectorEntry(
+        "downstream.detectors.glass",
+        "GLASS",
+        "a discriminator of normal features and of anomalies made from them",
+        "GLASS, Chen et al. 2024",
+    ),
     "ensemble": DetectorEntry(
         "downstream.detectors.ensemble",
         "Ensemble",

@@ -29,6 +29,7 @@ from downstream.detectors.anomalydino import AnomalyDINO, AnomalyDINOConfig
 from downstream.detectors.cflow import CFLOW, CFLOWConfig
 from downstream.detectors.ensemble import Ensemble
 from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
+from downstream.detectors.glass import GLASS, GLASSConfig
 from downstream.detectors.musc import MuSc
 from downstream.detectors.padim import PaDiM, PaDiMConfig
 from downstream.detectors.patchcore import PatchCore, PatchCoreConfig
@@ -131,6 +132,7 @@ TRAINING = RepresentationConfig(dim=16, projection_dim=16, epochs=2, patches_per
 REFINING = RefinementConfig(
     width=8, rates=(1, 2), epochs=2, batch_size=4, simulation=SimulationConfig(normal_share=0.2)
 )
+SMALL_DISCRIMINATOR = GLASSConfig(hidden=16, climb_steps=1, training=LearningConfig(steps=3))
 SMALL_TRANSFORMER = UniADConfig(
     grid=8, width=16, heads=2, layers=1, inner=16, dropout=0.0, training=LearningConfig(steps=3)
 )
@@ -148,6 +150,7 @@ MAKE: dict[str, Callable[[Callable[[Any], Any]], Any]] = {
     "anomalydino": lambda move: AnomalyDINO(move(backbone()), AnomalyDINOConfig(rotations=3, masking=0.5)),
     "musc": lambda move: MuSc(move(backbone())),
     "cflow": lambda move: CFLOW(move(backbone()), CFLOWConfig(training=LearningConfig(steps=3))),
+    "glass": lambda move: GLASS(move(backbone()), SMALL_DISCRIMINATOR),
     "uniad": lambda move: UniAD(move(backbone()), SMALL_TRANSFORMER),
     "reconpatch": lambda move: ReConPatch(move(backbone()), ReConPatchConfig(PATCHES, TRAINING)),
     "ensemble": lambda move: Ensemble([PatchCore(move(backbone()), PATCHES), PaDiM(move(backbone()), GAUSSIANS)]),

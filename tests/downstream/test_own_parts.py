@@ -18,6 +18,7 @@ from downstream.detectors.aligned import AlignedFeatureNorm
 from downstream.detectors.anomalydino import AnomalyDINO
 from downstream.detectors.cflow import CFLOW, CFLOWConfig
 from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
+from downstream.detectors.glass import GLASS, GLASSConfig
 from downstream.detectors.musc import MuSc
 from downstream.detectors.padim import PaDiM
 from downstream.detectors.patchcore import PatchCore
@@ -29,6 +30,7 @@ from downstream.detectors.uniad import UniAD, UniADConfig
 from downstream.lessons import LearningConfig
 
 QUICK = ReConPatchConfig(training=RepresentationConfig(dim=8, projection_dim=8, epochs=1, patches_per_step=64))
+SMALL_DISCRIMINATOR = GLASSConfig(hidden=16, climb_steps=1, training=LearningConfig(steps=3))
 SMALL_TRANSFORMER = UniADConfig(
     grid=8, width=16, heads=2, layers=1, inner=16, dropout=0.0, training=LearningConfig(steps=3)
 )
@@ -41,6 +43,7 @@ DETECTORS: dict[str, Callable[[Extract], Detector]] = {
     "anomalydino": AnomalyDINO,
     "musc": MuSc,
     "cflow": lambda extract: CFLOW(extract, CFLOWConfig(training=LearningConfig(steps=3))),
+    "glass": lambda extract: GLASS(extract, SMALL_DISCRIMINATOR),
     "uniad": lambda extract: UniAD(extract, SMALL_TRANSFORMER),
     "reconpatch": lambda extract: ReConPatch(extract, QUICK),
 }

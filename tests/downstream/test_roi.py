@@ -30,6 +30,7 @@ from downstream.detectors.anomalydino import AnomalyDINO, AnomalyDINOConfig
 from downstream.detectors.cflow import CFLOW, CFLOWConfig
 from downstream.detectors.ensemble import Ensemble
 from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
+from downstream.detectors.glass import GLASS, GLASSConfig
 from downstream.detectors.musc import MuSc, MuScConfig
 from downstream.detectors.padim import PaDiM, PaDiMConfig
 from downstream.detectors.patchcore import PatchCore, PatchCoreConfig
@@ -64,6 +65,9 @@ DEFECTS = SimulationConfig("textural", smallest_area=0.03, smallest_opacity=0.8,
 NETWORK = RefinementConfig(
     width=8, rates=(1, 2), epochs=12, batch_size=3, learning_rate=0.1, simulation=DEFECTS, stride=4
 )
+SMALL_DISCRIMINATOR = GLASSConfig(
+    hidden=32, climb_steps=5, learning_rate=2e-3, adaptor_rate=1e-3, training=LearningConfig(steps=40)
+)
 SMALL_TRANSFORMER = UniADConfig(
     grid=12, neighbours=3, width=32, heads=4, layers=1, inner=32, learning_rate=3e-3, training=LearningConfig(steps=60)
 )
@@ -78,6 +82,7 @@ MAKE: dict[str, Callable[[], Detector]] = {
     "anomalydino": lambda: AnomalyDINO(backbone(), AnomalyDINOConfig(rotations=3)),
     "musc": lambda: MuSc(backbone(), MuScConfig(degrees=[1, 3])),
     "cflow": lambda: CFLOW(backbone(), CFLOWConfig(learning_rate=2e-3, training=LearningConfig(steps=30))),
+    "glass": lambda: GLASS(backbone(), SMALL_DISCRIMINATOR),
     "uniad": lambda: UniAD(backbone(), SMALL_TRANSFORMER),
     "ensemble": lambda: Ensemble([PatchCore(backbone()), ReConPatch(backbone(), ReConPatchConfig(training=QUICK))]),
     "refined": lambda: Refined(PatchCore(backbone()), NETWORK),

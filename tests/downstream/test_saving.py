@@ -28,6 +28,7 @@ from downstream.detectors.aligned import AlignedFeatureNorm, AlignedFeatureNormC
 from downstream.detectors.anomalydino import AnomalyDINO, AnomalyDINOConfig
 from downstream.detectors.cflow import CFLOW, CFLOWConfig
 from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
+from downstream.detectors.glass import GLASS, GLASSConfig
 from downstream.detectors.musc import MuSc
 from downstream.detectors.padim import ADPRETRAIN, PaDiM, PaDiMConfig
 from downstream.detectors.patchcore import PatchCore, PatchCoreConfig
@@ -38,6 +39,7 @@ from downstream.embedding import EmbeddingConfig
 from downstream.lessons import LearningConfig
 
 SIZE = 96
+SMALL_DISCRIMINATOR = GLASSConfig(hidden=16, climb_steps=1, training=LearningConfig(steps=3))
 SMALL_TRANSFORMER = UniADConfig(
     grid=8, width=16, heads=2, layers=1, inner=16, dropout=0.0, training=LearningConfig(steps=3)
 )
@@ -85,6 +87,10 @@ MAKE: dict[str, Callable[[], Any]] = {
     "anomalydino-masked": lambda: AnomalyDINO(backbone(), AnomalyDINOConfig(rotations=1, masking=0.5)),
     "musc": lambda: MuSc(backbone()),
     "cflow": lambda: CFLOW(extractor(), CFLOWConfig(training=LearningConfig(steps=3))),
+    "glass": lambda: GLASS(
+        backbone(),
+        dataclasses.replace(SMALL_DISCRIMINATOR, embedding=EmbeddingConfig(target_dim=20, reduction="project")),
+    ),
     "uniad": lambda: UniAD(backbone(), SMALL_TRANSFORMER),
 }
 

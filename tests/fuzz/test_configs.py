@@ -19,6 +19,7 @@ from adpretrain.parsing import DEEPEST, from_dict, parse_command_line, read_json
 from adpretrain.saved import ExtractorConfig
 from downstream.detectors.anomalydino import AnomalyDINOConfig
 from downstream.detectors.cflow import CFLOWConfig
+from downstream.detectors.glass import GLASSConfig
 from downstream.detectors.musc import MuScConfig
 from downstream.detectors.padim import PaDiMConfig
 from downstream.detectors.patchcore import PatchCoreConfig
@@ -38,6 +39,7 @@ CLASSES = [
     AnomalyDINOConfig,
     MuScConfig,
     CFLOWConfig,
+    GLASSConfig,
     UniADConfig,
 ]
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)

@@ -32,6 +32,7 @@ from downstream.detectors.anomalydino import AnomalyDINO
 from downstream.detectors.cflow import CFLOW, CFLOWConfig
 from downstream.detectors.ensemble import Ensemble
 from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
+from downstream.detectors.glass import GLASS, GLASSConfig
 from downstream.detectors.musc import MuSc
 from downstream.detectors.padim import PaDiM, PaDiMConfig
 from downstream.detectors.patchcore import PatchCore, PatchCoreConfig
@@ -91,6 +92,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "anomalydino": AnomalyDINO(backbone).fit([images]),
         "musc": MuSc(backbone).fit([images]),
         "cflow": CFLOW(backbone, CFLOWConfig(blocks=2, training=LearningConfig(steps=1))).fit([images]),
+        "glass": GLASS(backbone, GLASSConfig(hidden=8, climb_steps=1, training=LearningConfig(steps=1))).fit([images]),
         "uniad": UniAD(backbone, UniADConfig(width=16, layers=1, training=LearningConfig(steps=1))).fit([images]),
         "reconpatch": ReConPatch(backbone, ReConPatchConfig(core, training)).fit([images]),
         "ensemble": Ensemble(members).fit([images]),
@@ -108,6 +110,7 @@ NAMES = [
     "anomalydino",
     "musc",
     "cflow",
+    "glass",
     "uniad",
     "reconpatch",
     "ensemble",

@@ -28,12 +28,14 @@ CASES: dict[str, dict[str, Any]] = {
         "learning_rate": 2e-3,
         "training": {"steps": 80},
     },
+    "glass": {
+        **{"hidden": 128, "climb_steps": 5, "radii": [2.0, 4.0], "learning_rate": 3e-3, "adaptor_rate": 1e-3},
+        **{"training": {"steps": 80, "batch_size": 4}},
+    },
 }
 
-WIDTHS = {
-    "cflow": ("positions", 128),
-    "uniad": ("inner", 64),
-}  # an option of each that the shapes of its weights depend on
+# An option of each that the shapes of its weights depend on.
+WIDTHS = {"cflow": ("positions", 128), "uniad": ("inner", 64), "glass": ("hidden", 128)}
 
 
 @functools.cache

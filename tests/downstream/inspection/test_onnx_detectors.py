@@ -100,6 +100,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "musc": ("musc", {}),
     "cflow": ("cflow", {"training": {"steps": 20}}),
     "uniad": ("uniad", {"grid": 8, "width": 32, "layers": 2, "training": {"steps": 5}}),
+    "glass": ("glass", {"hidden": 16, "climb_steps": 1, "training": {"steps": 5}}),
     "ensemble": ("ensemble", {"members": [{"detector": "featurenorm"}, {"detector": "patchcore"}]}),
     "refined": ("refined", {"detector": "featurenorm", "network": {"epochs": 1, "width": 8}}),
 }
