@@ -17,20 +17,18 @@ Shapes: b images of a step, H x W tokens, N tokens in the region, D channels of 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from downstream.detectors.glass.config import GLASSConfig
 from downstream.detectors.glass.synthesis import Textures, pasted
 from downstream.detectors.refined import focal_loss
 from downstream.embedding import Embedding
 from downstream.learning import Learner
 from downstream.lessons import Lesson, Normals
-
-if TYPE_CHECKING:
-    from downstream.detectors.glass import GLASSConfig
 
 PROJECT_EVERY = 5  # steps of the ascent
 QUANTILE = 0.75  # of the distances of normal features from the centre

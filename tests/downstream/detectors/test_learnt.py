@@ -29,8 +29,12 @@ CASES: dict[str, dict[str, Any]] = {
         "training": {"steps": 80},
     },
     "glass": {
-        **{"hidden": 128, "climb_steps": 5, "radii": [2.0, 4.0], "learning_rate": 3e-3, "adaptor_rate": 1e-3},
-        **{"training": {"steps": 80, "batch_size": 4}},
+        "hidden": 128,
+        "climb_steps": 5,
+        "radii": [2.0, 4.0],
+        "learning_rate": 3e-3,
+        "adaptor_rate": 1e-3,
+        "training": {"steps": 80, "batch_size": 4},
     },
 }
 
