@@ -9,9 +9,11 @@ if TYPE_CHECKING:
     from downstream.detectors import detector_from_pretrained
     from downstream.detectors.aligned import AlignedFeatureNorm, AlignedFeatureNormConfig
     from downstream.detectors.anomalydino import AnomalyDINO, AnomalyDINOConfig
+    from downstream.detectors.cflow import CFLOW, CFLOWConfig
     from downstream.detectors.dinomaly import Dinomaly, DinomalyConfig
     from downstream.detectors.ensemble import Ensemble
     from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
+    from downstream.detectors.glass import GLASS, GLASSConfig
     from downstream.detectors.musc import MuSc, MuScConfig
     from downstream.detectors.padim import PaDiM, PaDiMConfig
     from downstream.detectors.patchcore import PatchCore, PatchCoreConfig
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from downstream.detectors.refined import Refined
     from downstream.detectors.spade import SPADE, SPADEConfig
     from downstream.detectors.subspacead import SubspaceAD, SubspaceADConfig
+    from downstream.detectors.uniad import UniAD, UniADConfig
     from downstream.detectors.winclip import WinCLIP, WinCLIPConfig
     from downstream.embedding import EmbeddingConfig
     from downstream.lessons import LearningConfig
@@ -31,6 +34,8 @@ _PLACES = {
     "AlignedFeatureNormConfig": "detectors.aligned",
     "AnomalyDINO": "detectors.anomalydino",
     "AnomalyDINOConfig": "detectors.anomalydino",
+    "CFLOW": "detectors.cflow",
+    "CFLOWConfig": "detectors.cflow",
     "Detector": "detector",
     "Dinomaly": "detectors.dinomaly",
     "DinomalyConfig": "detectors.dinomaly",
@@ -39,6 +44,8 @@ _PLACES = {
     "FeatureNorm": "detectors.featurenorm",
     "FeatureNormConfig": "detectors.featurenorm",
     "LearningConfig": "lessons",
+    "GLASS": "detectors.glass",
+    "GLASSConfig": "detectors.glass",
     "MuSc": "detectors.musc",
     "MuScConfig": "detectors.musc",
     "PaDiM": "detectors.padim",
@@ -56,6 +63,8 @@ _PLACES = {
     "SPADEConfig": "detectors.spade",
     "SubspaceAD": "detectors.subspacead",
     "SubspaceADConfig": "detectors.subspacead",
+    "UniAD": "detectors.uniad",
+    "UniADConfig": "detectors.uniad",
     "WinCLIP": "detectors.winclip",
     "WinCLIPConfig": "detectors.winclip",
     "calibrate": "calibration",
@@ -64,12 +73,15 @@ _PLACES = {
 }
 
 __all__ = [
+    "CFLOW",
+    "GLASS",
     "RD4AD",
     "SPADE",
     "AlignedFeatureNorm",
     "AlignedFeatureNormConfig",
     "AnomalyDINO",
     "AnomalyDINOConfig",
+    "CFLOWConfig",
     "Detector",
     "Dinomaly",
     "DinomalyConfig",
@@ -77,6 +89,7 @@ __all__ = [
     "Ensemble",
     "FeatureNorm",
     "FeatureNormConfig",
+    "GLASSConfig",
     "LearningConfig",
     "MuSc",
     "MuScConfig",
@@ -93,6 +106,8 @@ __all__ = [
     "SPADEConfig",
     "SubspaceAD",
     "SubspaceADConfig",
+    "UniAD",
+    "UniADConfig",
     "WinCLIP",
     "WinCLIPConfig",
     "calibrate",

@@ -169,10 +169,11 @@ def pool_channels(feature_BCHW: Tensor, dim: int) -> Tensor:
     return pooled[:, 0].unflatten(2, (height, width))
 
 
-def on_one_grid(levels: FeatureMaps) -> Tensor:
-    """Upsample levels bilinearly to the largest grid among them and concatenate them: [B, C, H, W]."""
-    largest = max(levels, key=lambda level: level.shape[2] * level.shape[3])
-    size = (int(largest.shape[2]), int(largest.shape[3]))
+def on_one_grid(levels: FeatureMaps, size: tuple[int, int] | None = None) -> Tensor:
+    """Resize levels bilinearly to a grid, the largest among them by default, and concatenate them: [B, C, H, W]."""
+    if size is None:
+        largest = max(levels, key=lambda level: level.shape[2] * level.shape[3])
+        size = (int(largest.shape[2]), int(largest.shape[3]))
     same = [
         level if tuple(level.shape[2:]) == size else F.interpolate(level, size, mode="bilinear", align_corners=False)
         for level in levels

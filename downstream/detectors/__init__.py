@@ -125,6 +125,24 @@ DETECTORS: dict[str, DetectorEntry] = {
         "blocks of linear attention learn to reconstruct a vision transformer's features",
         "Dinomaly, Guo et al. 2025",
     ),
+    "cflow": DetectorEntry(
+        "downstream.detectors.cflow",
+        "CFLOW",
+        "likelihood of every feature vector at its position, by normalising flows",
+        "CFLOW-AD, Gudovskiy et al. 2022",
+    ),
+    "uniad": DetectorEntry(
+        "downstream.detectors.uniad",
+        "UniAD",
+        "difference of features and what a transformer reconstructs from the rest of the image",
+        "UniAD, You et al. 2022",
+    ),
+    "glass": DetectorEntry(
+        "downstream.detectors.glass",
+        "GLASS",
+        "a discriminator of normal features and of anomalies made from them",
+        "GLASS, Chen et al. 2024",
+    ),
     "ensemble": DetectorEntry(
         "downstream.detectors.ensemble",
         "Ensemble",

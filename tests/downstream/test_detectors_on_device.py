@@ -26,9 +26,11 @@ from downstream.detector import Prediction
 from downstream.detectors import detector_from_pretrained
 from downstream.detectors.aligned import AlignedFeatureNorm, AlignedFeatureNormConfig
 from downstream.detectors.anomalydino import AnomalyDINO, AnomalyDINOConfig
+from downstream.detectors.cflow import CFLOW, CFLOWConfig
 from downstream.detectors.dinomaly import Dinomaly, DinomalyConfig
 from downstream.detectors.ensemble import Ensemble
 from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
+from downstream.detectors.glass import GLASS, GLASSConfig
 from downstream.detectors.musc import MuSc
 from downstream.detectors.padim import PaDiM, PaDiMConfig
 from downstream.detectors.patchcore import PatchCore, PatchCoreConfig
@@ -41,6 +43,7 @@ from downstream.detectors.refined import Refined, RefinementConfig
 from downstream.detectors.refined.simulation import SimulationConfig
 from downstream.detectors.spade import SPADE
 from downstream.detectors.subspacead import SubspaceAD, SubspaceADConfig
+from downstream.detectors.uniad import UniAD, UniADConfig
 from downstream.distances import squared_distances
 from downstream.embedding import Embedding, EmbeddingConfig
 from downstream.lessons import LearningConfig
@@ -133,6 +136,10 @@ REFINING = RefinementConfig(
     width=8, rates=(1, 2), epochs=2, batch_size=4, simulation=SimulationConfig(normal_share=0.2)
 )
 STEPS = LearningConfig(steps=2)
+SMALL_DISCRIMINATOR = GLASSConfig(hidden=16, climb_steps=1, training=LearningConfig(steps=3))
+SMALL_TRANSFORMER = UniADConfig(
+    grid=8, width=16, heads=2, layers=1, inner=16, dropout=0.0, training=LearningConfig(steps=3)
+)
 ALL_WEIGHED = PatchCoreConfig(EmbeddingConfig(target_dim=20, reduction="project"), keep=0.5, reweight_all=True)
 
 MAKE: dict[str, Callable[[Callable[[Any], Any]], Any]] = {
@@ -149,6 +156,9 @@ MAKE: dict[str, Callable[[Callable[[Any], Any]], Any]] = {
     "rd4ad": lambda move: RD4AD(move(backbone()), ReContrastConfig(form="B", training=STEPS)),
     "recontrast": lambda move: ReContrast(move(backbone()), ReContrastConfig(training=STEPS)),
     "dinomaly": lambda move: Dinomaly(move(backbone()), DinomalyConfig([-1], dropout=0.0, training=STEPS)),
+    "cflow": lambda move: CFLOW(move(backbone()), CFLOWConfig(training=LearningConfig(steps=3))),
+    "glass": lambda move: GLASS(move(backbone()), SMALL_DISCRIMINATOR),
+    "uniad": lambda move: UniAD(move(backbone()), SMALL_TRANSFORMER),
     "reconpatch": lambda move: ReConPatch(move(backbone()), ReConPatchConfig(PATCHES, TRAINING)),
     "ensemble": lambda move: Ensemble([PatchCore(move(backbone()), PATCHES), PaDiM(move(backbone()), GAUSSIANS)]),
     "refined": lambda move: Refined(PaDiM(move(backbone()), GAUSSIANS), REFINING),

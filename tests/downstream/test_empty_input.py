@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from drawn import SIZE, photographs
 from adpretrain.backbones import Backbone
 from downstream.calibration import calibrate, conformal_p_values
 from downstream.detectors.anomalydino import AnomalyDINO
+from downstream.detectors.cflow import CFLOW, CFLOWConfig
 from downstream.detectors.ensemble import Ensemble, training_units
 from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
 from downstream.detectors.musc import MuSc
@@ -26,6 +28,7 @@ from downstream.detectors.refined.simulation import simulate
 from downstream.detectors.spade import SPADE, SPADEConfig
 from downstream.detectors.subspacead import SubspaceAD
 from downstream.embedding import Embedding, pool_channels, random_reducer
+from downstream.lessons import LearningConfig
 from downstream.maps import gaussian_blur, upsample
 from downstream.metrics import errors_at_best_f1
 
@@ -81,7 +84,12 @@ def test_it_is_our_error(call: Callable[[], object], message: str) -> None:
         call()
 
 
-@pytest.mark.parametrize("kind", [PatchCore, PaDiM, SPADE, SubspaceAD, AnomalyDINO, MuSc, FeatureNorm, Ensemble])
+FEW_STEPS = functools.partial(CFLOW, config=CFLOWConfig(training=LearningConfig(steps=2)))
+
+
+@pytest.mark.parametrize(
+    "kind", [PatchCore, PaDiM, SPADE, SubspaceAD, AnomalyDINO, MuSc, FEW_STEPS, FeatureNorm, Ensemble]
+)
 def test_an_empty_batch_is_refused_by_every_detector(backbone: Backbone, kind: Any) -> None:
     detector = kind([PaDiM(backbone)]) if kind is Ensemble else kind(backbone)
     if kind is not FeatureNorm:  # of a raw backbone it reads nothing

@@ -16,8 +16,10 @@ from adpretrain.extractor import ADExtractor
 from downstream.detector import Detector
 from downstream.detectors.aligned import AlignedFeatureNorm
 from downstream.detectors.anomalydino import AnomalyDINO
+from downstream.detectors.cflow import CFLOW, CFLOWConfig
 from downstream.detectors.dinomaly import Dinomaly, DinomalyConfig
 from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
+from downstream.detectors.glass import GLASS, GLASSConfig
 from downstream.detectors.musc import MuSc
 from downstream.detectors.padim import PaDiM
 from downstream.detectors.patchcore import PatchCore
@@ -27,10 +29,15 @@ from downstream.detectors.reconpatch.representation import RepresentationConfig
 from downstream.detectors.recontrast import ReContrastConfig
 from downstream.detectors.spade import SPADE
 from downstream.detectors.subspacead import SubspaceAD
+from downstream.detectors.uniad import UniAD, UniADConfig
 from downstream.lessons import LearningConfig
 
 QUICK = ReConPatchConfig(training=RepresentationConfig(dim=8, projection_dim=8, epochs=1, patches_per_step=64))
 STEPS = LearningConfig(steps=2)
+SMALL_DISCRIMINATOR = GLASSConfig(hidden=16, climb_steps=1, training=LearningConfig(steps=3))
+SMALL_TRANSFORMER = UniADConfig(
+    grid=8, width=16, heads=2, layers=1, inner=16, dropout=0.0, training=LearningConfig(steps=3)
+)
 DETECTORS: dict[str, Callable[[Extract], Detector]] = {
     "featurenorm": FeatureNorm,
     "patchcore": PatchCore,
@@ -39,6 +46,9 @@ DETECTORS: dict[str, Callable[[Extract], Detector]] = {
     "subspacead": SubspaceAD,
     "anomalydino": AnomalyDINO,
     "musc": MuSc,
+    "cflow": lambda extract: CFLOW(extract, CFLOWConfig(training=LearningConfig(steps=3))),
+    "glass": lambda extract: GLASS(extract, SMALL_DISCRIMINATOR),
+    "uniad": lambda extract: UniAD(extract, SMALL_TRANSFORMER),
     "reconpatch": lambda extract: ReConPatch(extract, QUICK),
     "rd4ad": lambda extract: RD4AD(extract, ReContrastConfig(form="B", training=STEPS)),
     "dinomaly": lambda extract: Dinomaly(extract, DinomalyConfig([-1], training=STEPS)),

@@ -27,9 +27,11 @@ from downstream.detector import Detector
 from downstream.detectors import DETECTORS, detector_from_pretrained
 from downstream.detectors.aligned import AlignedFeatureNorm, AlignedFeatureNormConfig
 from downstream.detectors.anomalydino import AnomalyDINO, AnomalyDINOConfig
+from downstream.detectors.cflow import CFLOW, CFLOWConfig
 from downstream.detectors.dinomaly import Dinomaly, DinomalyConfig
 from downstream.detectors.ensemble import Ensemble
 from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
+from downstream.detectors.glass import GLASS, GLASSConfig
 from downstream.detectors.musc import MuSc, MuScConfig
 from downstream.detectors.padim import PaDiM, PaDiMConfig
 from downstream.detectors.patchcore import PatchCore, PatchCoreConfig
@@ -41,6 +43,7 @@ from downstream.detectors.refined import Refined, RefinementConfig
 from downstream.detectors.refined.simulation import SimulationConfig
 from downstream.detectors.spade import SPADE, SPADEConfig
 from downstream.detectors.subspacead import SubspaceAD
+from downstream.detectors.uniad import UniAD, UniADConfig
 from downstream.embedding import EmbeddingConfig
 from downstream.lessons import LearningConfig
 from downstream.maps import upsample
@@ -66,6 +69,12 @@ NETWORK = RefinementConfig(
     width=8, rates=(1, 2), epochs=12, batch_size=3, learning_rate=0.1, simulation=DEFECTS, stride=4
 )
 STEPS = LearningConfig(steps=20)
+SMALL_DISCRIMINATOR = GLASSConfig(
+    hidden=32, climb_steps=5, learning_rate=2e-3, adaptor_rate=1e-3, training=LearningConfig(steps=40)
+)
+SMALL_TRANSFORMER = UniADConfig(
+    grid=12, neighbours=3, width=32, heads=4, layers=1, inner=32, learning_rate=3e-3, training=LearningConfig(steps=60)
+)
 MAKE: dict[str, Callable[[], Detector]] = {
     "featurenorm": lambda: FeatureNorm(extractor()),
     "aligned-featurenorm": lambda: AlignedFeatureNorm(extractor(), AlignedFeatureNormConfig(shots=2)),
@@ -79,6 +88,9 @@ MAKE: dict[str, Callable[[], Detector]] = {
     "rd4ad": lambda: RD4AD(backbone(), ReContrastConfig(form="B", training=STEPS)),
     "recontrast": lambda: ReContrast(backbone(), ReContrastConfig(training=STEPS)),
     "dinomaly": lambda: Dinomaly(backbone(), DinomalyConfig([-1], training=STEPS)),
+    "cflow": lambda: CFLOW(backbone(), CFLOWConfig(learning_rate=2e-3, training=LearningConfig(steps=30))),
+    "glass": lambda: GLASS(backbone(), SMALL_DISCRIMINATOR),
+    "uniad": lambda: UniAD(backbone(), SMALL_TRANSFORMER),
     "ensemble": lambda: Ensemble([PatchCore(backbone()), ReConPatch(backbone(), ReConPatchConfig(training=QUICK))]),
     "refined": lambda: Refined(PatchCore(backbone()), NETWORK),
 }

@@ -26,8 +26,10 @@ from adpretrain.local_scale import LocalScale
 from downstream.detectors import DETECTORS, detector_from_pretrained, find_detector
 from downstream.detectors.aligned import AlignedFeatureNorm, AlignedFeatureNormConfig
 from downstream.detectors.anomalydino import AnomalyDINO, AnomalyDINOConfig
+from downstream.detectors.cflow import CFLOW, CFLOWConfig
 from downstream.detectors.dinomaly import Dinomaly, DinomalyConfig
 from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
+from downstream.detectors.glass import GLASS, GLASSConfig
 from downstream.detectors.musc import MuSc
 from downstream.detectors.padim import ADPRETRAIN, PaDiM, PaDiMConfig
 from downstream.detectors.patchcore import PatchCore, PatchCoreConfig
@@ -35,10 +37,15 @@ from downstream.detectors.rd4ad import RD4AD
 from downstream.detectors.recontrast import ReContrast, ReContrastConfig
 from downstream.detectors.spade import SPADE
 from downstream.detectors.subspacead import SubspaceAD, SubspaceADConfig
+from downstream.detectors.uniad import UniAD, UniADConfig
 from downstream.embedding import EmbeddingConfig
 from downstream.lessons import LearningConfig
 
 SIZE = 96
+SMALL_DISCRIMINATOR = GLASSConfig(hidden=16, climb_steps=1, training=LearningConfig(steps=3))
+SMALL_TRANSFORMER = UniADConfig(
+    grid=8, width=16, heads=2, layers=1, inner=16, dropout=0.0, training=LearningConfig(steps=3)
+)
 ROOT = Path(__file__).parents[2]
 
 
@@ -88,6 +95,12 @@ MAKE: dict[str, Callable[[], Any]] = {
     "recontrast": lambda: ReContrast(backbone(), ReContrastConfig(training=STEPS)),
     "recontrast-one": lambda: ReContrast(backbone(), ReContrastConfig(form="D", top=1.0, training=STEPS)),
     "dinomaly": lambda: Dinomaly(backbone(), DinomalyConfig([-1], training=STEPS)),
+    "cflow": lambda: CFLOW(extractor(), CFLOWConfig(training=LearningConfig(steps=3))),
+    "glass": lambda: GLASS(
+        backbone(),
+        dataclasses.replace(SMALL_DISCRIMINATOR, embedding=EmbeddingConfig(target_dim=20, reduction="project")),
+    ),
+    "uniad": lambda: UniAD(backbone(), SMALL_TRANSFORMER),
 }
 
 LOAD = """

@@ -18,7 +18,9 @@ from adpretrain.config import PretrainConfig
 from adpretrain.parsing import DEEPEST, from_dict, parse_command_line, read_json, read_yaml, to_yaml
 from adpretrain.saved import ExtractorConfig
 from downstream.detectors.anomalydino import AnomalyDINOConfig
+from downstream.detectors.cflow import CFLOWConfig
 from downstream.detectors.dinomaly import DinomalyConfig
+from downstream.detectors.glass import GLASSConfig
 from downstream.detectors.musc import MuScConfig
 from downstream.detectors.padim import PaDiMConfig
 from downstream.detectors.patchcore import PatchCoreConfig
@@ -26,6 +28,7 @@ from downstream.detectors.reconpatch import ReConPatchConfig
 from downstream.detectors.recontrast import ReContrastConfig
 from downstream.detectors.spade import SPADEConfig
 from downstream.detectors.subspacead import SubspaceADConfig
+from downstream.detectors.uniad import UniADConfig
 
 CLASSES = [
     PretrainConfig,
@@ -39,6 +42,9 @@ CLASSES = [
     MuScConfig,
     ReContrastConfig,
     DinomalyConfig,
+    CFLOWConfig,
+    GLASSConfig,
+    UniADConfig,
 ]
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)
 PLAIN: dict[Any, st.SearchStrategy[Any]] = {

@@ -29,9 +29,11 @@ from downstream.cli import main
 from downstream.commands.info import describe_model
 from downstream.detectors import detector_from_pretrained
 from downstream.detectors.anomalydino import AnomalyDINO
+from downstream.detectors.cflow import CFLOW, CFLOWConfig
 from downstream.detectors.dinomaly import Dinomaly, DinomalyConfig
 from downstream.detectors.ensemble import Ensemble
 from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
+from downstream.detectors.glass import GLASS, GLASSConfig
 from downstream.detectors.musc import MuSc
 from downstream.detectors.padim import PaDiM, PaDiMConfig
 from downstream.detectors.patchcore import PatchCore, PatchCoreConfig
@@ -40,6 +42,7 @@ from downstream.detectors.reconpatch.representation import RepresentationConfig
 from downstream.detectors.recontrast import ReContrast, ReContrastConfig
 from downstream.detectors.spade import SPADE
 from downstream.detectors.subspacead import SubspaceAD
+from downstream.detectors.uniad import UniAD, UniADConfig
 from downstream.embedding import EmbeddingConfig
 from downstream.lessons import LearningConfig
 
@@ -90,6 +93,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "subspacead": SubspaceAD(backbone).fit([images]),
         "anomalydino": AnomalyDINO(backbone).fit([images]),
         "musc": MuSc(backbone).fit([images]),
+        "cflow": CFLOW(backbone, CFLOWConfig(blocks=2, training=LearningConfig(steps=1))).fit([images]),
+        "glass": GLASS(backbone, GLASSConfig(hidden=8, climb_steps=1, training=LearningConfig(steps=1))).fit([images]),
+        "uniad": UniAD(backbone, UniADConfig(width=16, layers=1, training=LearningConfig(steps=1))).fit([images]),
         "reconpatch": ReConPatch(backbone, ReConPatchConfig(core, training)).fit([images]),
         "recontrast": ReContrast(backbone, ReContrastConfig(training=LearningConfig(1))).fit([images]),
         "dinomaly": Dinomaly(backbone, DinomalyConfig([-1], training=LearningConfig(1))).fit([images]),
@@ -107,6 +113,9 @@ NAMES = [
     "subspacead",
     "anomalydino",
     "musc",
+    "cflow",
+    "glass",
+    "uniad",
     "reconpatch",
     "recontrast",
     "dinomaly",

@@ -169,9 +169,11 @@ def shuffled(image: Tensor, grid: int, rng: np.random.Generator) -> Tensor:
     return image[:, rows.to(image.device), columns.to(image.device)]
 
 
-def coloured_noise(image: Tensor, rng: np.random.Generator, cells: int) -> Tensor:
-    """Draw gradient noise [3, S, S] per channel, with the mean colours of the image and twice its contrast."""
+def coloured_noise(image: Tensor, rng: np.random.Generator, cells: int, inside: Tensor | None = None) -> Tensor:
+    """Draw gradient noise [3, S, S] per channel, with the mean colours of the image and twice its contrast; of its
+    pixels ``inside``, bool [S, S], if these are given."""
     size = image.shape[-1]
+    seen = image if inside is None else image[:, inside][:, None]
     noise = torch.stack([gradient_noise(size, _cells(rng, cells), rng) for _ in range(len(image))])
     noise = (noise / noise.std(dim=(1, 2), keepdim=True)).to(image.device, image.dtype)
-    return image.mean((1, 2), keepdim=True) + 2 * image.std(dim=(1, 2), keepdim=True) * noise
+    return seen.mean((1, 2), keepdim=True) + 2 * seen.std(dim=(1, 2), keepdim=True) * noise

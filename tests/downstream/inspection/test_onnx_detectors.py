@@ -102,6 +102,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "recontrast": ("recontrast", {"training": {"steps": 2}}),
     "recontrast, one encoder, the mean": ("recontrast", {"form": "D", "top": 1.0, "training": {"steps": 2}}),
     "dinomaly": ("dinomaly", {"levels": [0], "depth": 2, "training": {"steps": 2}}),
+    "cflow": ("cflow", {"training": {"steps": 20}}),
+    "uniad": ("uniad", {"grid": 8, "width": 32, "layers": 2, "training": {"steps": 5}}),
+    "glass": ("glass", {"hidden": 16, "climb_steps": 1, "training": {"steps": 5}}),
     "ensemble": ("ensemble", {"members": [{"detector": "featurenorm"}, {"detector": "patchcore"}]}),
     "refined": ("refined", {"detector": "featurenorm", "network": {"epochs": 1, "width": 8}}),
 }
