@@ -8,7 +8,6 @@ killed and resumed ends with the same bytes as one that was not.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
 import os
@@ -94,17 +93,19 @@ def learn(
     what: str,
     place: Workplace | None = None,
     progress: Progress | None = None,
+    options: object = None,
 ) -> list[float]:
     """Train ``learner`` in place and return the loss of every step; it is in evaluation mode afterwards.
 
-    ``what`` is learnt, for messages and the checkpoint. With several processes each takes an equal share of the images
-    of a step, gradients are averaged, and batch statistics are those of the share. ``progress(what, done, total)`` is
-    called after every step. Raises ValueError for a loss that is not finite, or a checkpoint of another run.
+    ``what`` is learnt, for messages and the checkpoint, which is of a detector with these ``options``. With several
+    processes each takes an equal share of the images of a step, gradients are averaged, and batch statistics are those
+    of the share. ``progress(what, done, total)`` is called after every step. Raises ValueError for a loss that is not
+    finite, or a checkpoint of another run.
     """
     place = place or HERE
     optimizer: Any = learner.optimizer()
     rates = [group["lr"] for group in optimizer.param_groups]
-    saved = Saved(what, config, normals, place)
+    saved = Saved(what, options or config, normals, place)
     losses = saved.restore(learner, optimizer)
     pending: list[Tensor] = []
     model: Any = learner.train()
@@ -169,14 +170,13 @@ class Saved:
     """The checkpoint of a run: weights, optimiser and losses, and of which images and options they are."""
 
     what: str
-    config: LearningConfig
+    options: object
     normals: Normals
     place: Workplace
 
     @cached_property
     def about(self) -> str:
-        facts = [self.what, dataclasses.asdict(self.config), self.normals.digest(), self.place.processes]
-        return json.dumps(facts, sort_keys=True)
+        return json.dumps([self.what, repr(self.options), self.normals.digest(), self.place.processes])
 
     def write(self, learner: Learner, optimizer: Any, losses: Sequence[float]) -> None:
         """Write the checkpoint, in the first process."""

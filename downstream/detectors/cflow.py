@@ -216,7 +216,7 @@ class CFLOW(Detector):
         training, lessons = self.config.training, Normals(normals)
         widths = [level.shape[1] for level in self._levels(lessons.features([0]))]
         flows = drawn_network(partial(Flows, widths, self.config), training.seed, lessons.images.device)
-        self.losses = learn(flows, lessons, training, "training the flows", self.workplace, progress)
+        self.losses = learn(flows, lessons, training, "training the flows", self.workplace, progress, self.config)
         self.flows = flows
         self.likeliest_L = torch.stack([self._likeliest(lessons, number) for number in range(len(lessons))]).amax(0)
 

@@ -215,7 +215,9 @@ class Dinomaly(Detector):
         check_one_grid(levels)
         with drawing(torch.device("cpu"), self.config.training.seed):
             model = Decoder(levels[0].shape[1], self.config).to(images.images.device)
-        self.losses = learn(model, images, self.config.training, "training dinomaly", self.workplace, progress)
+        self.losses = learn(
+            model, images, self.config.training, "training dinomaly", self.workplace, progress, self.config
+        )
         self.model = model.requires_grad_(False)
 
     def from_features(self, features: FeatureMaps, region: RegionOfInterest | None = None) -> Prediction:

@@ -94,7 +94,9 @@ class Tiled(Detector):
         if references is not None:
             assert isinstance(extract, ADExtractor)
             extract = copy.copy(extract).set_references(references)
-        return build_detector(self.config.detector, extract, self.config.options)
+        one = build_detector(self.config.detector, extract, self.config.options)
+        one.workplace = None if self.local else self.workplace  # one checkpoint cannot hold those of many places
+        return one
 
     @property
     def tiling(self) -> Tiling:

@@ -135,6 +135,8 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     assert torch.equal(torch.random.get_rng_state(), before)  # torch's own generator is as it was
     with pytest.raises(ValueError, match=r"state\.pt was written with other photographs"):
         learn(Line(), normals(images + 1), config, WHAT, place)
+    with pytest.raises(ValueError, match=r"options or processes: give those again"):
+        learn(Line(), normals(images), config, WHAT, place, options="others")
 
 
 def test_the_region_is_that_of_the_images() -> None:

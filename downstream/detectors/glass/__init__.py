@@ -61,7 +61,9 @@ class GLASS(Detector):
         make = partial(Discriminator, width, config.hidden)
         network = drawn_network(make, config.training.seed, lessons.images.device)
         training = Training(network, self.embedding, config, textures, lessons)
-        self.losses = learn(training, lessons, config.training, "training the discriminator", self.workplace, progress)
+        self.losses = learn(
+            training, lessons, config.training, "training the discriminator", self.workplace, progress, self.config
+        )
         self.network = network
 
     def from_features(self, features: FeatureMaps, region: RegionOfInterest | None = None) -> Prediction:

@@ -70,7 +70,7 @@ class ReContrast(Detector):
             network = self._network([level.shape[1] for level in levels]).to(device)
         model = Contrast(network, self._encoder(), config)
         what = f"training {self.name}"
-        self.losses = learn(model, images, config.training, what, self.workplace, progress)
+        self.losses = learn(model, images, config.training, what, self.workplace, progress, self.config)
         self.model = model.requires_grad_(False)
 
     def _network(self, channels: list[int]) -> Reversed:

@@ -160,11 +160,13 @@ class UniAD(Detector):
 
     def fit_features(self, normals: NormalFeatures, progress: Progress | None) -> None:
         """Train the transformer on the features of the normal images."""
-        training, lessons = self.config.training, Normals(normals)
-        channels = tokens_of(lessons.features([0]), self.config).shape[2]
-        make = partial(Reconstruction, channels, self.config)
+        config, training, lessons = self.config, self.config.training, Normals(normals)
+        channels = tokens_of(lessons.features([0]), config).shape[2]
+        make = partial(Reconstruction, channels, config)
         network = drawn_network(make, training.seed, lessons.images.device)
-        self.losses = learn(network, lessons, training, "training the transformer", self.workplace, progress)
+        self.losses = learn(
+            network, lessons, training, "training the transformer", self.workplace, progress, self.config
+        )
         self.reconstruction = network
 
     def from_features(self, features: FeatureMaps, region: RegionOfInterest | None = None) -> Prediction:
