@@ -11,7 +11,8 @@ from downstream.commands.options import Command
 
 @dataclass(frozen=True)
 class Detectors(Command):
-    """List the detectors with their papers, one per line.
+    """List the detectors: what each does and learns, from how many photographs on, on which features, the CPU time and
+    memory of fitting 150 photographs (one thread, ResNet-18), and its paper.
 
     Args:
         json: print a JSON object instead of text
@@ -26,7 +27,6 @@ class Detectors(Command):
             print(json.dumps({name: dataclasses.asdict(entry) for name, entry in DETECTORS.items()}))
             return 0
         names = max(map(len, DETECTORS))
-        summaries = max(len(entry.summary) for entry in DETECTORS.values())
         for name, entry in DETECTORS.items():
-            print(f"{name:<{names}}  {entry.summary:<{summaries}}  {entry.paper}")
+            print(f"{name:<{names}}  {entry.summary}\n{'':{names}}  {entry.in_words()}")
         return 0

@@ -26,12 +26,28 @@ SETTINGS = ("default", "adpretrain")
 
 @dataclass(frozen=True)
 class DetectorEntry:
-    """A row of the table; ``module`` and ``name`` are those of the class."""
+    """A row of the table; ``module`` and ``name`` are those of the class.
+
+    ``learns``: what fitting learns and a saved detector holds; ``photographs``: from how many normal ones on it is
+    worth trying; ``features``: what it takes ("any": an extractor or a raw backbone); ``cost``: CPU time and peak
+    memory of fitting 150 photographs of 224 pixels on ResNet-18 with one thread (`tests/benchmarks/detector_costs.py`;
+    networks that learn: 10 steps of 16 photographs, times the default number of steps).
+    """
 
     module: str
     name: str
     summary: str
     paper: str
+    learns: str
+    photographs: str
+    features: str
+    cost: str
+
+    def in_words(self) -> str:
+        """What a reader should know besides the summary, in one line."""
+        number = f"from {self.photographs} photographs" if self.photographs else ""
+        takes = f"takes {self.features} features" if self.features == "any" else f"takes {self.features}"
+        return "; ".join(filter(None, [f"learns {self.learns}", number, takes, self.cost, self.paper]))
 
     def place(self) -> Any:
         """Import the module, whose DEFAULT holds the default options."""
@@ -52,114 +68,190 @@ DETECTORS: dict[str, DetectorEntry] = {
         "FeatureNorm",
         "norm of the pretrained features; only references are fitted",
         "ADPretrain, Yao et al. 2025",
+        learns="nothing but references",
+        photographs="1",
+        features="any",
+        cost="@featurenorm@",
     ),
     "aligned-featurenorm": DetectorEntry(
         "downstream.detectors.aligned",
         "AlignedFeatureNorm",
         "FeatureNorm with the best aligned references for every image",
         "ADPretrain, Yao et al. 2025, App. C",
+        learns="nothing but references",
+        photographs="1",
+        features="an extractor's residuals",
+        cost="@aligned-featurenorm@",
     ),
     "patchcore": DetectorEntry(
         "downstream.detectors.patchcore",
         "PatchCore",
         "distance of every patch to a coreset of normal patches",
         "Towards Total Recall, Roth et al. 2022",
+        learns="a memory bank",
+        photographs="2",
+        features="any",
+        cost="@patchcore@",
     ),
     "reconpatch": DetectorEntry(
         "downstream.detectors.reconpatch",
         "ReConPatch",
         "PatchCore on a representation trained on the product's patches",
         "ReConPatch, Hyun et al. 2024",
+        learns="a linear map, a memory bank",
+        photographs="10",
+        features="any",
+        cost="@reconpatch@",
     ),
     "padim": DetectorEntry(
         "downstream.detectors.padim",
         "PaDiM",
         "a Gaussian at every position; for products always in the same place",
         "PaDiM, Defard et al. 2021",
+        learns="means and covariances",
+        photographs="10",
+        features="any",
+        cost="@padim@",
     ),
     "spade": DetectorEntry(
         "downstream.detectors.spade",
         "SPADE",
         "nearest normal images, then their nearest patches; a baseline",
         "Sub-Image Anomaly Detection, Cohen & Hoshen 2020",
+        learns="a memory bank",
+        photographs="1",
+        features="any",
+        cost="@spade@",
     ),
     "subspacead": DetectorEntry(
         "downstream.detectors.subspacead",
         "SubspaceAD",
         "distance of every patch to the principal subspace of a few normal photographs",
         "SubspaceAD, Lendering et al. 2026",
+        learns="a mean, some directions",
+        photographs="1",
+        features="any",
+        cost="@subspacead@",
     ),
     "anomalydino": DetectorEntry(
         "downstream.detectors.anomalydino",
         "AnomalyDINO",
         "cosine distance to the nearest patch of a few normal photographs and their rotations",
         "AnomalyDINO, Damm et al. 2025",
+        learns="a memory bank",
+        photographs="1",
+        features="any",
+        cost="@anomalydino@",
     ),
     "musc": DetectorEntry(
         "downstream.detectors.musc",
         "MuSc",
         "unlabelled photographs score each other; those it is fitted on need not be normal",
         "MuSc, Li et al. 2024",
+        learns="features of all photographs",
+        photographs="10",
+        features="any",
+        cost="@musc@",
     ),
     "winclip": DetectorEntry(
         "downstream.detectors.winclip",
         "WinCLIP",
         "windows against sentences about damage, with or without normal photographs; CLIP, in Python only",
         "WinCLIP, Jeong et al. 2023",
+        learns="nothing, or a memory bank",
+        photographs="0",
+        features="an open_clip model",
+        cost="@winclip@",
     ),
     "rd4ad": DetectorEntry(
         "downstream.detectors.rd4ad",
         "RD4AD",
         "a decoder learns to reconstruct the features of normal images, from a bottleneck",
         "RD4AD, Deng & Li 2022; loss of Guo et al. 2023, Eq. 3",
+        learns="a bottleneck and a decoder",
+        photographs="50",
+        features="levels each half as large as the one before",
+        cost="@rd4ad@",
     ),
     "recontrast": DetectorEntry(
         "downstream.detectors.recontrast",
         "ReContrast",
         "a copy of the encoder learns the product together with the decoder that reconstructs it",
         "ReContrast, Guo et al. 2023",
+        learns="a bottleneck, a decoder and a copy of the encoder",
+        photographs="50",
+        features="a raw backbone of such levels",
+        cost="@recontrast@",
     ),
     "dinomaly": DetectorEntry(
         "downstream.detectors.dinomaly",
         "Dinomaly",
         "blocks of linear attention learn to reconstruct a vision transformer's features",
         "Dinomaly, Guo et al. 2025",
+        learns="a bottleneck and a decoder",
+        photographs="50",
+        features="levels of one size",
+        cost="@dinomaly@",
     ),
     "cflow": DetectorEntry(
         "downstream.detectors.cflow",
         "CFLOW",
         "likelihood of every feature vector at its position, by normalising flows",
         "CFLOW-AD, Gudovskiy et al. 2022",
+        learns="a flow for each level",
+        photographs="20",
+        features="any",
+        cost="@cflow@",
     ),
     "uniad": DetectorEntry(
         "downstream.detectors.uniad",
         "UniAD",
         "difference of features and what a transformer reconstructs from the rest of the image",
         "UniAD, You et al. 2022",
+        learns="a transformer",
+        photographs="50",
+        features="any",
+        cost="@uniad@",
     ),
     "glass": DetectorEntry(
         "downstream.detectors.glass",
         "GLASS",
         "a discriminator of normal features and of anomalies made from them",
         "GLASS, Chen et al. 2024",
+        learns="an adaptor and a discriminator",
+        photographs="20",
+        features="any",
+        cost="@glass@",
     ),
     "ensemble": DetectorEntry(
         "downstream.detectors.ensemble",
         "Ensemble",
         "the mean of several detectors' standardised scores",
         "ReConPatch, Hyun et al. 2024, Sec. 3.3",
+        learns="what its members learn",
+        photographs="",
+        features="what they take",
+        cost="@ensemble@",
     ),
     "tiled": DetectorEntry(
         "downstream.detectors.tiled",
         "Tiled",
         "a detector on the tiles of photographs larger than its input",
         "",
+        learns="what the detector learns",
+        photographs="",
+        features="what it takes",
+        cost="@tiled@",
     ),
     "refined": DetectorEntry(
         "downstream.detectors.refined",
         "Refined",
         "a detector and a network that sharpens its maps",
         "ReConPatch, Hyun et al. 2024, suppl. D",
+        learns="a small network on drawn defects",
+        photographs="10",
+        features="what its detector takes",
+        cost="@refined@",
     ),
 }
 

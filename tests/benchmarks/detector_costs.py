@@ -29,14 +29,14 @@ def images(count: int, seed: int) -> list[Tensor]:
 
 def ours(name: str) -> Work:
     from adpretrain.backbones import load_backbone
-    from downstream.detectors import build_detector
+    from downstream.detectors import build_detector, find_detector
 
-    levels = {"patchcore": [2, 3], "padim": [1, 2, 3]}.get(name, [1, 2, 3])
+    levels = {"patchcore": [2, 3], "spade": [1, 2, 3, 4]}.get(name, [1, 2, 3])
     backbone = load_backbone("timm/resnet18", pretrained=False, image_size=SIDE, levels=levels)
-    options: dict[str, Any] = {
-        "patchcore": {"amount": SHARE},
-        "padim": {},
-    }.get(name, {"training": {"steps": STEPS, "batch_size": BATCH}})
+    options: dict[str, Any] = {"amount": SHARE} if name == "patchcore" else {}
+    if find_detector(name).load().learns:
+        options = {"training": {"steps": STEPS, "batch_size": BATCH}}
+        options |= {"levels": [-1]} if name == "dinomaly" else {}
     detector = build_detector(name, backbone, options)
     return detector.fit, detector.predict
 
