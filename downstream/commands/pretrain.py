@@ -135,7 +135,7 @@ class Pretrain(Command):
 
         weights = None if self.weights is None else str(self.weights)
         channels = load_backbone(self.backbone, weights=weights, image_size=self.image_size).channels
-        width = math.gcd(*channels)
+        width, trained = math.gcd(*channels), sum(sample.category not in held for sample in samples)
         heads = max(count for count in range(1, HEADS + 1) if width % count == 0)
         return PretrainConfig(
             run=f"{self.out}.run",
@@ -143,7 +143,7 @@ class Pretrain(Command):
             backbone=BackboneConfig(self.backbone, self.image_size, weights=weights),
             projector=ProjectorConfig(references=self.references, heads=heads),
             loss=LossConfig(lambda_=0.0, radius=0.6, margin=0.3),
-            optim=OptimConfig(lr=self.lr, batch_size=self.batch_size, steps=self.steps),
+            optim=OptimConfig(lr=self.lr, batch_size=min(self.batch_size, trained), steps=self.steps),
             local_scale=LocalScaleConfig(),
             augment="none",  # the norm loss alone needs no second view
             cache=CacheConfig(draws=DRAWS if len(samples) <= CACHED else 0),

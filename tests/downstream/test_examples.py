@@ -9,6 +9,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -16,7 +17,7 @@ from adpretrain import ADExtractor
 from downstream.inspection.inspector import Inspector
 from downstream.inspection.photos import prepare_photo
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def run(script: str, *arguments: str, folder: Path) -> tuple[int, str]:
@@ -67,3 +68,45 @@ def test_camera(tmp_path: Path) -> None:
     code, said = run("camera.py", "lid", "missing.avi", folder=tmp_path)
     assert code == 1
     assert "cannot open missing.avi: give a video file, or the number of a camera" in said
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    """Six good photographs, and four new ones, the second of which has a mark."""
+    pictures = frames(10, bad=7)
+    for name, some in (("good", pictures[:6]), ("new", pictures[6:])):
+        (tmp_path / name).mkdir()
+        for number, picture in enumerate(some):
+            cv2.imwrite(str(tmp_path / name / f"{number}.png"), picture)
+    return tmp_path
+
+
+def test_few_shot(folders: Path) -> None:
+    code, said = run("few_shot.py", "good", "new", folder=folders)
+    assert code == 0, said
+    assert "anomalous" in next(line for line in said.splitlines() if line.startswith("1.png"))
+    assert "at most 14% of good photographs exceed it" in said
+
+
+@pytest.mark.parametrize("script", ["swap_features.py", "own_backbone.py"])
+def test_the_marked_photograph_scores_highest(script: str, folders: Path) -> None:
+    code, said = run(script, "good", "new", folder=folders)
+    assert code == 0, said
+    rows = [line.split() for line in said.splitlines() if line.endswith(".png")]
+    for column in range(len(rows[0]) - 1):
+        assert max(rows, key=lambda row: float(row[column]))[-1] == "1.png"
+
+
+@pytest.mark.slow
+def test_pretrain_own(tile_products: Path, tmp_path: Path) -> None:
+    options = ["--image-size=64", "--steps=2", "--batch-size=4", "--references=8", "--shots=2", "--workers=0"]
+    code, said = run("pretrain_own.py", str(tile_products), "mine", *options, folder=tmp_path)
+    assert code == 3, said
+    assert "mine: without a projector; use it with" in said
+
+
+def test_every_example_is_run_and_short() -> None:
+    tests = Path(__file__).read_text(encoding="utf-8")
+    for path in sorted((ROOT / "examples").glob("*.py")):
+        assert f'"{path.name}"' in tests, path.name
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 40, path.name
