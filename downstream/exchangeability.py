@@ -92,7 +92,8 @@ class Change:
             risk = " The threshold may now be too high, so that defects are missed."
         return (
             f"{begin}: their {self.measure} is {self.direction} (found at {found}; a line that does not change "
-            f"gets such a warning with a probability of at most {percent(self.level)} over its whole life). The promised false-alarm rate no longer holds."
+            f"gets such a warning with a probability of at most {percent(self.level)} over its whole life). The "
+            "promised false-alarm rate no longer holds."
             f"{risk} Look at the photographs since then: if they are good, add some of them to the normal photographs; "
             "if not, look for what has changed, such as lamp, camera, lens or material. Photographs that were taken "
             "before and after the change are best scored apart."

@@ -93,7 +93,8 @@ def test_regions_without_an_alarm_are_told() -> None:
     (note,) = regions_note([*good(2, regions=1), *BAD], 2, True)
     assert note == (
         "2 photographs, good_0.png and good_1.png, have a region above the limit for map values although their "
-        "score is not above the threshold: each of the two limits keeps the promised rate by itself, both together at most twice that; look at them."
+        "score is not above the threshold: each of the two limits keeps the promised rate by itself, "
+        "both together at most twice that; look at them."
     )
     assert regions_note(good(1, regions=2), 1, False) == [
         "1 photograph, good_0.png, has a region above the limit for map values although its score is not above the "
