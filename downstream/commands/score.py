@@ -41,7 +41,7 @@ class Score(Command):
             photographs and options
         images: folder of photographs to score, searched with its subfolders; or of Parquet shards, which
             recipes/write_shards.py writes
-        out: folder for the results; created if needed
+        out: folder for the results, created if needed; those of an earlier run in it are replaced
         extractor: a folder written by save_pretrained, "org/name" on the Hugging Face Hub, or "embedded"
         detector: score with a detector fitted by adpretrain fit instead (a folder or org/name); --normal must then
             hold photographs that it was not fitted on, all of which calibrate the threshold

@@ -116,7 +116,7 @@ def test_a_run_counts_the_regions_that_raise_no_alarm(
     folders = [f"--normal={normal}", f"--images={images}", f"--out={out}", f"--extractor={extractor_dir}"]
     assert main(["score", *folders, "--device=cpu", "--false-alarm-rate=0.2", "--threshold=1e9"]) == 0
     printed = capsys.readouterr().out
-    assert "note: 2 photographs have a region above the limit for map values although their score" in printed
+    assert "note: 2 photographs, tile_10.png and tile_11.png, have a region above the limit for map" in printed
     assert f"regions: 2 regions in 2 images: {out / 'regions.csv'}\n" in printed
 
 
