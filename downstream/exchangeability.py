@@ -84,15 +84,19 @@ class Change:
     def in_words(self, since: str = "", at: str = "") -> str:
         """Say what was found and what to do; `since` and `at` name the two photographs, by default by their number."""
         first, found = since or f"photograph {self.since + 1}", at or f"photograph {self.at + 1}"
+        begin = f"Since about {first} the photographs no longer look like those before"
+        if self.since == 0:
+            begin = f"From the first one on, {first}, the photographs do not look like the normal ones"
         risk = ""
         if self.direction == "lower":
             risk = " The threshold may now be too high, so that defects are missed."
         return (
-            f"Since about {first} the photographs no longer look like those before: their {self.measure} is "
-            f"{self.direction} (found at {found}; a line that does not change gets such a warning with a probability "
-            f"of at most {percent(self.level)} over its whole life). The promised false-alarm rate no longer holds."
+            f"{begin}: their {self.measure} is {self.direction} (found at {found}; a line that does not change "
+            f"gets such a warning with a probability of at most {percent(self.level)} over its whole life). The "
+            "promised false-alarm rate no longer holds."
             f"{risk} Look at the photographs since then: if they are good, add some of them to the normal photographs; "
-            "if not, look for what has changed, such as lamp, camera, lens or material. Either way, begin a new watch."
+            "if not, look for what has changed, such as lamp, camera, lens or material. Photographs that were taken "
+            "before and after the change are best scored apart."
         )
 
 

@@ -37,7 +37,7 @@ class Region:
     columns: NDArray[np.float64]  # [w + 1], ascending: the edges of the mask's columns in the photograph
     rows: NDArray[np.float64]  # [h + 1], likewise
     area: float  # square pixels: the number of cells times the size of one
-    area_mm2: float | None  # square millimetres; None if the size of a pixel was not given
+    area_mm2: float | None  # square millimetres to six digits; None if the size of a pixel was not given
     peak: float  # highest map value
     mean: float  # mean map value
     peak_at: tuple[int, int]  # x, y of the pixel in which the centre of the highest cell lies
@@ -102,7 +102,7 @@ def find_regions(
                 columns=columns[across.start : across.stop + 1],
                 rows=rows[down.start : down.stop + 1],
                 area=area,
-                area_mm2=None if mm_per_pixel is None else area * mm_per_pixel**2,
+                area_mm2=None if mm_per_pixel is None else float(f"{area * mm_per_pixel**2:.6g}"),
                 peak=float(inside.max()),
                 mean=float(inside.mean(dtype=np.float64)),
                 peak_at=(_middle(columns, x, photo_size[0]), _middle(rows, y, photo_size[1])),

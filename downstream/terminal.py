@@ -25,6 +25,11 @@ def plain(text: object) -> str:
     return readable.encode(encoding, errors="replace").decode(encoding)
 
 
+def number_of(count: int, name: str) -> str:
+    """A count with its noun, "1 region" or "2 regions"."""
+    return f"{count} {name}{'' if count == 1 else 's'}"
+
+
 def lines(message: object) -> str:
     """Apply `plain` to each line of a message that has several."""
     return "\n".join(map(plain, str(message).split("\n")))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from downstream.commands.options import Command
-from downstream.terminal import ProgressBars, plain
+from downstream.terminal import ProgressBars, number_of, plain
 
 if TYPE_CHECKING:
     from adpretrain.data import Sample
@@ -59,11 +59,11 @@ class CheckData(Command):
             return 1 if lines else 0
         print(f"{plain(self.root)}: {len(samples)} images in the {layout} layout")
         print(table(samples))
-        print(f"{len(lines)} problems" + (":" if lines else ""))
+        print(number_of(len(lines), "problem") + (":" if lines else ""))
         for line in lines:
             print(f"  {plain(line)}")
         if warned:
-            print(f"{len(warned)} warnings about files that can be used as they are:")
+            print(f"{number_of(len(warned), 'warning')} about files that can be used as they are:")
         for line in warned[:SHOWN]:
             print(f"  {plain(line)}")
         if len(warned) > SHOWN:

@@ -24,7 +24,9 @@ class Identify(Command):
     Args:
         at: the folder of a product, made by adpretrain inspector new; give several
         images: folder of photographs, searched with its subfolders
-        out: CSV file for the product and the p-values of each photograph
+        out: CSV file for the product of each photograph and its p-values, one for every product: the product with the
+            highest is named, and of several equal ones, as few normal photographs give, that with the lowest score
+            relative to its threshold
         weights: local file with the backbone's weights, so that nothing is downloaded
         device: cpu, cuda, cuda:1, mps, or auto
     """

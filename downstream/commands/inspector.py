@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from downstream.commands.options import EMBEDDED, POSITIONAL, Command
 from downstream.inspection import DEFAULTS, Options
-from downstream.terminal import ProgressBars, plain
+from downstream.terminal import ProgressBars, number_of, plain
 
 if TYPE_CHECKING:
     from downstream.inspection.inspector import Inspector
@@ -44,8 +44,8 @@ class InspectorCommand(Command):
         detector: with new, the folder of a detector fitted by adpretrain fit instead of an extractor
         image_size: with new, side of the network's input in pixels, by default the extractor's own
         weights: local file with the backbone's weights, so that nothing is downloaded
-        accept: with add, a scores.csv of adpretrain score (rows that are no false alarms deleted): the photographs that
-            it calls anomalous were looked at and are good
+        accept: with add, a scores.csv of adpretrain score from which the rows of real defects were deleted: the
+            photographs that it still calls anomalous become normal ones
         images: with --accept, the folder that was scored
         device: with new, device used for fitting: auto, cpu, cuda, cuda:1, mps
     """
@@ -171,13 +171,16 @@ def describe(at: Path, weights: Path | None = None) -> str:
     if calibration is not None and inspector.options.threshold is None:
         promise += f", promised false-alarm rate {percent(calibration.rate)}"
     count = len(inspector.normals)
-    lines = [f"{plain(at)}: version {product.current}, {count} normal photographs, {promise}"]
-    lines += _names([normal.name for normal in inspector.normals])
+    lines = [f"{plain(at)}: version {product.current}, {number_of(count, 'normal photograph')}, {promise}"]
+    for reference, use in ((True, "references"), (False, "only calibrate the threshold")):
+        names = sorted(normal.name for normal in inspector.normals if normal.reference is reference)
+        lines += [f"  {use}: {_some(names)}"] if names else []
     for change in product.log[-10:]:
-        lines.append(f"  {change.time}  version {change.version}: {change.what}, {len(change.names)} photographs")
+        changed = f", {number_of(len(change.names), 'photograph')}" if change.names else ""
+        lines.append(f"  {change.time}  version {change.version}: {change.what}{changed}")
     return "\n".join(lines)
 
 
-def _names(names: Sequence[str]) -> list[str]:
+def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - 20} more" if len(names) > 20 else ""
-    return [f"  {plain(', '.join(names[:20]))}{more}"]
+    return f"{plain(', '.join(names[:20]))}{more}"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from downstream.commands.options import EMBEDDED, Command, refuse_beside_detector
 from downstream.inspection import DEFAULTS, PLAIN, Options, Tables
-from downstream.terminal import ProgressBars, plain
+from downstream.terminal import ProgressBars, number_of, plain
 
 if TYPE_CHECKING:
     from downstream.inspection.run import Inspection
@@ -33,7 +33,7 @@ class Score(Command):
       0  every image was read and none is anomalous
       2  wrong usage or input: nothing was scored
     Unreadable images never stop the run: scores.csv (verdict "unreadable"), summary.json and report.html list them
-    with the reason. Blank images, as from a covered lens, and copies are listed there too (verdict "undecided").
+    with the reason, blank ones too, as from a covered lens. Copies of normal photographs have the verdict "undecided".
 
     Args:
         normal: folder of normal photographs; 2 to 8 are enough, more are better
@@ -41,7 +41,7 @@ class Score(Command):
             photographs and options
         images: folder of photographs to score, searched with its subfolders; or of Parquet shards, which
             recipes/write_shards.py writes
-        out: folder for the results; created if needed
+        out: folder for the results, created if needed; those of an earlier run in it are replaced
         extractor: a folder written by save_pretrained, "org/name" on the Hugging Face Hub, or "embedded"
         detector: score with a detector fitted by adpretrain fit instead (a folder or org/name); --normal must then
             hold photographs that it was not fitted on, all of which calibrate the threshold
@@ -83,7 +83,9 @@ class Score(Command):
     json: bool = False
 
     def __post_init__(self) -> None:
-        if (self.normal is None) == (self.at is None):
+        if self.normal is not None and self.at is not None:
+            raise ValueError("--normal cannot be given with --at: the inspector holds its own normal photographs")
+        if self.normal is None and self.at is None:
             raise ValueError("needed: --normal GOOD, a folder of normal photographs, or --at PRODUCT, an inspector")
         if self.each_product and self.normal is None:
             raise ValueError("--each-product needs --normal, a folder with one of normal photographs for each product")
@@ -221,13 +223,14 @@ def describe(inspection: Inspection) -> str:
     )
     ranked, number = (anomalous, counts[ANOMALOUS]) if anomalous else (undecided, counts[UNDECIDED])
     scored = sum(counts.values()) - counts[UNREADABLE]
+    others = f", {counts[UNDECIDED]} undecided" if counts[UNDECIDED] else ""
     if summary["threshold"] is None:
         lines = [f"{scored} images ranked; no threshold, so no verdicts"]
     else:
         rate = summary["promised_false_alarm_rate"]
         promise = f"promised false-alarm rate {percent(rate)}" if rate else "given, no promise"
         threshold = f"threshold {summary['threshold']:.4g}, {promise}"
-        lines = [f"{counts[ANOMALOUS]} of {scored} images anomalous ({threshold})"]
+        lines = [f"{counts[ANOMALOUS]} of {scored} images anomalous{others} ({threshold})"]
     if ranked:
         lines.append(f"{'score':>10}  {'p-value':>7}  image")
     for result in ranked[:TOP]:
@@ -238,15 +241,11 @@ def describe(inspection: Inspection) -> str:
         lines.append(f"{'...':>10}  and {number - TOP} more")
     if regions := summary["regions"]:
         where = plain(inspection.out / "regions.csv")
-        images = _number(summary["images_with_regions"], "image")
-        lines.append(f"regions: {_number(regions, 'region')} in {images}: {where}")
+        images = number_of(summary["images_with_regions"], "image")
+        lines.append(f"regions: {number_of(regions, 'region')} in {images}: {where}")
     lines += [f"unreadable: {plain(result.path)} ({plain(result.reason)})" for result in unreadable[:TOP]]
     if (more := counts[UNREADABLE] - len(unreadable[:TOP])) > 0:
         lines.append(f"unreadable: and {more} more")
     lines += [f"note: {warning}" for warning in summary["warnings"]]
     lines.append(f"report: {plain(inspection.out / 'report.html')}")
     return "\n".join(lines)
-
-
-def _number(count: int, name: str) -> str:
-    return f"{count} {name}{'' if count == 1 else 's'}"

@@ -24,24 +24,32 @@ def in_brief(
     """
     bad = [result for result in results if result.verdict == ANOMALOUS]
     named = bad or [result for result in results if result.verdict == UNDECIDED and inspector.threshold is None]
+    quiet = [result for result in results if result.is_quiet]
     if not counts[ANOMALOUS] + counts[NORMAL] + len(named):
         return "No photograph could be judged: the reason stands on each card."
     judged = counts[ANOMALOUS] + counts[NORMAL]
     found = _found(counts[ANOMALOUS], judged, named, inspector.threshold is not None)
-    return " ".join([found, _promise(inspector, judged, many, changed), *_next(counts, many or changed)])
+    steps = _next(counts, many or changed, [] if bad else quiet)
+    return " ".join([found, _promise(inspector, judged, many, changed), *steps])
 
 
 def _found(bad: int, judged: int, named: Sequence[Result], verdicts: bool) -> str:
-    worst = [printable(one.path) for one in sorted(named, key=oddness)[:NAMED]]
-    names = " and ".join([part for part in (", ".join(worst[:-1]), worst[-1]) if part]) if worst else ""
+    names = _names(named)
     if not verdicts:
-        return f"The photographs are only ranked; {names} look{'s' if len(worst) == 1 else ''} most unusual."
+        return f"The photographs are only ranked; {names} look{'s' if len(named) == 1 else ''} most unusual."
     if not bad:
-        return "The photograph looks good." if judged == 1 else f"All {judged} photographs look good."
+        everything = "Both" if judged == 2 else f"All {judged}"
+        return "The photograph looks good." if judged == 1 else f"{everything} photographs look good."
     some = (
         f"{bad} of {judged} photographs look{'s' if bad == 1 else ''} bad" if judged > 1 else "The photograph looks bad"
     )
     return f"{some}: {names}." if bad <= NAMED else f"{some}, and {names} look worst."
+
+
+def _names(results: Sequence[Result]) -> str:
+    """The names of the most unusual of them: "a", "a and b" or "a, b and c"."""
+    *others, last = [printable(one.path) for one in sorted(results, key=oddness)[:NAMED]] or [""]
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _promise(inspector: Inspector, judged: int, many: bool, changed: bool) -> str:
@@ -61,7 +69,7 @@ def _promise(inspector: Inspector, judged: int, many: bool, changed: bool) -> st
     return f"{text}."
 
 
-def _next(counts: Mapping[str, int], drift: bool) -> list[str]:
+def _next(counts: Mapping[str, int], drift: bool, quiet: Sequence[Result]) -> list[str]:
     steps = []
     if drift:
         steps.append(
@@ -69,6 +77,8 @@ def _next(counts: Mapping[str, int], drift: bool) -> list[str]:
         )
     elif counts[ANOMALOUS]:
         steps.append("Look at their heatmaps, the worst first; what turns out to be good can join the normal ones.")
+    elif quiet:
+        steps.append(f"Look at {_names(quiet)} all the same: a small place there is unlike the normal photographs.")
     elif counts[NORMAL]:
         steps.append("Nothing has to be done.")
     if counts[UNREADABLE]:
@@ -78,12 +88,15 @@ def _next(counts: Mapping[str, int], drift: bool) -> list[str]:
     return steps
 
 
-def regions_note(found: int, promised: bool) -> list[str]:
-    """Return a note if ``found`` photographs that are normal have regions above the pixel limit; ``promised``: the
-    threshold of the score keeps a rate."""
+def regions_note(results: Sequence[Result], found: int, promised: bool) -> list[str]:
+    """Return a note if ``found`` photographs that are normal have regions above the pixel limit, and name the most
+    unusual of those in ``results``; ``promised``: the threshold of the score keeps a rate."""
     if not found:
         return []
-    have, their = ("photograph has", "its") if found == 1 else ("photographs have", "their")
+    names = _names([result for result in results if result.is_quiet])
+    names = f", {'such as ' if found > NAMED else ''}{names}," if names else ""
+    their = "its" if found == 1 else "their"
+    have = f"photograph{names} has" if found == 1 else f"photographs{names} have"
     note = f"{found} {have} a region above the limit for map values although {their} score is not above the threshold"
     if promised:
         note += ": each of the two limits keeps the promised rate by itself, both together at most twice that"

@@ -39,6 +39,7 @@ from downstream.inspection.normals import (
     copies_note,
     dark_note,
     fit_references,
+    outlier_note,
     predict_photos,
     read_all,
     readable,
@@ -200,7 +201,8 @@ class Inspector:
                 exceeding = sum(score > given for score in calibration.scores)
                 text += f" {exceeding} of {len(calibration.scores)} normal photographs exceed it."
             return (text, *self.notes)
-        return (*(calibration.warnings if calibration else (ALONE,)), *self.notes, *self._coarse_note())
+        told = (*outlier_note(self.normals, calibration), *calibration.warnings) if calibration else (ALONE,)
+        return (*told, *self.notes, *self._coarse_note())
 
     def _coarse_note(self) -> list[str]:
         across, down = self.cell

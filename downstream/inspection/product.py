@@ -106,7 +106,7 @@ def load_inspector(folder: Path, device: str | torch.device = "cpu", weights: Pa
     if (folder / PRODUCT).is_file():
         folder = version_folder(folder, read_product(folder).current)
     if not (folder / INSPECTOR).is_file():
-        raise ValueError(f"{printable(folder)} holds no inspector: make one with adpretrain inspector new --at FOLDER")
+        raise ValueError(f"{printable(folder)} holds no inspector: {_make(folder)}")
     content = read_json(folder / INSPECTOR)
     if isinstance(content, dict) and content.get("format_version", 0) > FORMAT_VERSION:
         raise ValueError(f"{folder / INSPECTOR} was written by a newer adpretrain: upgrade adpretrain")
@@ -131,6 +131,10 @@ def load_inspector(folder: Path, device: str | torch.device = "cpu", weights: Pa
     if (bank := _bank(inspector)) is not None and (folder / TABLES).is_file():
         bank.tables = _tables(folder / TABLES, bank)
     return inspector
+
+
+def _make(folder: Path) -> str:
+    return f"make one with adpretrain inspector new --at {printable(folder)} --normal GOOD"
 
 
 def _bank(inspector: Inspector) -> ReferenceBank | None:
@@ -173,9 +177,10 @@ def with_photographs(inspector: Inspector, photos: Sequence[Photo | Unreadable])
     readable = [item for item in read if isinstance(item, Photo)]
     remarks = [f"left out: {item.reason}" for item in read if isinstance(item, Unreadable)]
     kept, copies = without_copies(readable, dict(inspector.known))
-    remarks += [f"left out: {copy} is a copy of {original}" for copy, original in copies]
+    remarks += [f"left out: {_copied(copy, original)}" for copy, original in copies]
     if not kept:
-        raise ValueError(f"no photograph can be added: {'; '.join(remarks) or 'none was given'}")
+        reasons = "; ".join(remark.removeprefix("left out: ") for remark in remarks)
+        raise ValueError(f"no photograph can be added: {reasons or 'none was given'}")
     if inspector.fitted_on is not None or not all(normal.reference for normal in inspector.normals):
         predicted = zip(kept, predict_photos(inspector.detector, kept, inspector.device), strict=True)
         rows = [(photo, found) for photo, found in predicted if not isinstance(found, str)]
@@ -191,6 +196,10 @@ def with_photographs(inspector: Inspector, photos: Sequence[Photo | Unreadable])
         new = bank_within(new, RegionOfInterest(detector.roi))
     normals = [*inspector.normals, *(Normal.of(photo, True) for photo in kept)]
     return _with_bank(inspector, bank.joined(new), normals), remarks
+
+
+def _copied(copy: str, original: str) -> str:
+    return f"{copy} is there already" if copy == original else f"{copy} is a copy of {original}"
 
 
 ANEW = (
@@ -265,9 +274,7 @@ def version_folder(folder: Path, version: int) -> Path:
 def read_product(folder: Path) -> Product:
     """Read product.json. Raises ValueError if there is none, or if it is wrong."""
     if not (folder / PRODUCT).is_file():
-        raise ValueError(
-            f"{printable(folder)} is no product folder: make one with adpretrain inspector new --at FOLDER"
-        )
+        raise ValueError(f"{printable(folder)} is no product folder: {_make(folder)}")
     content = read_json(folder / PRODUCT)
     if isinstance(content, dict) and content.get("format_version", 0) > FORMAT_VERSION:
         raise ValueError(f"{folder / PRODUCT} was written by a newer adpretrain: upgrade adpretrain")
@@ -280,7 +287,10 @@ def read_product(folder: Path) -> Product:
 def new_product(folder: Path, inspector: Inspector) -> Product:
     """Make a product folder with its first version. Raises ValueError if there is one already, or other files."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{printable(folder)} exists: give a new folder as --at")
+        raise ValueError(
+            f"{printable(folder)} exists: give a new folder as --at, or add photographs to the inspector there with "
+            f"adpretrain inspector add PHOTOS --at {printable(folder)}"
+        )
     names = [normal.name for normal in inspector.normals]
     return _change(folder, inspector, Product([], []), "new", names)
 
@@ -298,7 +308,10 @@ def undo(folder: Path) -> Product:
     with _alone(folder):
         product = read_product(folder)
         if len(product.chain) < 2 or not version_folder(folder, product.chain[-2]).is_dir():
-            raise ValueError(f"{printable(folder)} has no earlier version to return to")
+            raise ValueError(
+                f"{printable(folder)} has no earlier version to return to: it is the first, or older than "
+                f"the last {KEPT}, which are kept"
+            )
         log = [*product.log, Change(product.chain[-2], _now(), f"undo of version {product.current}")]
         return _write(folder, Product(product.chain[:-1], log))
 

@@ -154,6 +154,7 @@ def score_folder(
     if share.rank > 0:
         return Inspection([], {}, out)
     tally = _write_tables(out, entries, inspector, tables)
+    results = [entry.result for entry in tally.listed]
     many, changed = drift_note(inspector, tally), change_note(tally.watch, entries)
     warnings = [
         *many,
@@ -161,7 +162,7 @@ def score_folder(
         *inspector.warnings,
         *shape_note(tally.odd_shapes, len(tally)),
         *saturation_note(tally.saturated, len(tally), inspector.reader.full_scale),
-        *regions_note(tally.quiet, options.threshold is None),
+        *regions_note(results, tally.quiet, options.threshold is None),
         *copies_note(tally.copies, len(tally)),
         *foreign,
     ]
@@ -172,7 +173,6 @@ def score_folder(
     }
     summary |= summary_of(inspector, tally, warnings)
     summary |= {"more_alarms_than_promised": bool(many), "photographs_changed": bool(changed)}
-    results = [entry.result for entry in tally.listed]
     summary["in_brief"] = printable(in_brief(inspector, tally.counts, results, bool(many), bool(changed)))
     summary["files"] |= {"workbook": WORKBOOK} if tables.xlsx else {}
     summary["seconds"] = round(time.perf_counter() - started, 3)

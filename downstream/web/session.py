@@ -208,7 +208,7 @@ def verdicts(scored: Scored, rate: float) -> Verdicts:
         warnings=(
             *(calibration.warnings if calibration else (SINGLE,)),
             *scored.notes,
-            *regions_note(sum(result.is_quiet for result in results), True),
+            *regions_note(results, sum(result.is_quiet for result in results), True),
         ),
         pixel_limit=limit,
         regions=regions,

@@ -93,7 +93,7 @@ def test_a_category_without_masks_is_one_warning(bottles: Path, capsys: pytest.C
     lines = capsys.readouterr().out.splitlines()
     assert lines[5:] == [
         "0 problems",
-        "1 warnings about files that can be used as they are:",
+        "1 warning about files that can be used as they are:",
         "  cable: no defect has a mask: there are image metrics, but no pixel metrics, and nothing to train on",
     ]
 

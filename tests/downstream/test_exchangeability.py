@@ -3,6 +3,7 @@ tiles and real photographs."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable
@@ -208,6 +209,8 @@ def test_two_measures_share_the_level_and_say_which_has_changed() -> None:
     words = change.in_words(at="c.png")
     assert f"Since about photograph {change.since + 1} the" in words
     assert "unlike value is higher (found at c.png;" in words
+    words_first = dataclasses.replace(change, since=0).in_words("a.png", "c.png")
+    assert words_first.startswith("From the first one on, a.png, the photographs do not look like the normal ones: ")
     assert "at most 1 % over" in words
 
 

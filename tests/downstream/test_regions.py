@@ -90,6 +90,8 @@ def test_places_and_areas_are_those_of_the_photograph_and_the_product() -> None:
     expected[30:40, 90:170] = expected[40:50, 90:130] = True
     np.testing.assert_array_equal(paint([region], (300, 100)), expected)
     assert find_regions(map_HW, 1, (300, 100))[0].area_mm2 is None
+    (small,) = find_regions(map_HW, 1, (300, 100), seen=(10, 20, 210, 60), mm_per_pixel=0.1)
+    assert repr(small.area_mm2) == "12.0"  # 1200 px times 0.1 ** 2 is 12.000000000000002 in floats
 
 
 @pytest.mark.parametrize("size", [(97, 61), (640, 480), (45, 200)])

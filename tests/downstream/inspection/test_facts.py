@@ -51,6 +51,8 @@ def brief(inspector: Inspector, results: list[Result], many: bool = False, chang
     [
         (good(10), f"All 10 photographs look good. {FOUR} (about 2 of 10). Nothing has to be done."),
         (good(1), f"The photograph looks good. {FOUR}. Nothing has to be done."),
+        (good(2), f"Both photographs look good. {FOUR}. Nothing has to be done."),
+        (good(2, regions=1), f"Both photographs look good. {FOUR}. Look at good_0.png and good_1.png all the same: a"),
         ([*good(1), CUT], f"The photograph looks good. {FOUR}. One photograph could not be read and should be taken"),
         ([*good(9), *BAD[:1]], f"1 of 10 photographs looks bad: bad_0.png. {FOUR} (about 2 of 10). Look at their"),
         ([*good(7), *BAD[:2], WHOLE], "3 of 10 photographs look bad: dark.png, bad_1.png and bad_0.png. Nothing"),
@@ -87,16 +89,19 @@ def _photo(inspector: Inspector, picture: Image.Image) -> Photo:
 
 def test_regions_without_an_alarm_are_told() -> None:
     assert not any(result.is_quiet for result in [*good(3), *BAD])
-    assert regions_note(0, True) == []
-    (note,) = regions_note(sum(result.is_quiet for result in [*good(2, regions=1), *BAD]), True)
+    assert regions_note(good(3), 0, True) == []
+    (note,) = regions_note([*good(2, regions=1), *BAD], 2, True)
     assert note == (
-        "2 photographs have a region above the limit for map values although their score is not above the threshold: "
-        "each of the two limits keeps the promised rate by itself, both together at most twice that; look at them."
+        "2 photographs, good_0.png and good_1.png, have a region above the limit for map values although their "
+        "score is not above the threshold: each of the two limits keeps the promised rate by itself, "
+        "both together at most twice that; look at them."
     )
-    assert regions_note(1, False) == [
-        "1 photograph has a region above the limit for map values although its score is not above the threshold; look "
-        "at it."
+    assert regions_note(good(1, regions=2), 1, False) == [
+        "1 photograph, good_0.png, has a region above the limit for map values although its score is not above the "
+        "threshold; look at it."
     ]
+    (note,) = regions_note(good(5, regions=1), 5, True)
+    assert note.startswith("5 photographs, such as good_0.png, good_1.png and good_2.png, have a region above")
 
 
 def test_a_run_counts_the_regions_that_raise_no_alarm(
@@ -111,7 +116,7 @@ def test_a_run_counts_the_regions_that_raise_no_alarm(
     folders = [f"--normal={normal}", f"--images={images}", f"--out={out}", f"--extractor={extractor_dir}"]
     assert main(["score", *folders, "--device=cpu", "--false-alarm-rate=0.2", "--threshold=1e9"]) == 0
     printed = capsys.readouterr().out
-    assert "note: 2 photographs have a region above the limit for map values although their score" in printed
+    assert "note: 2 photographs, tile_10.png and tile_11.png, have a region above the limit for map" in printed
     assert f"regions: 2 regions in 2 images: {out / 'regions.csv'}\n" in printed
 
 

@@ -126,7 +126,7 @@ def test_every_kind_of_inspector_is_saved(
 def test_adding_and_forgetting_equal_fitting_anew(extractor: ADExtractor, photos: list[Path], tmp_path: Path) -> None:
     start = anew(extractor, photos[:4])
     grown, remarks = with_photographs(start, read(extractor, [*photos[4:7], photos[0]]))
-    assert remarks == ["left out: 00.png is a copy of 00.png"]
+    assert remarks == ["left out: 00.png is there already"]
     same(grown, anew(extractor, photos[:7]), extractor, photos[7:])
     loaded = Inspector.load(grown.save(tmp_path / "saved"))  # its leave-one-out tables are extended and cut
     again, _ = with_photographs(loaded, read(extractor, photos[7:8]))
@@ -235,11 +235,20 @@ def test_the_console_keeps_a_product(photos: list[Path], tmp_path: Path, capsys:
     assert main(["inspector", "forget", "marked.png", "--at", at]) == 0
     assert main(["inspector", "undo", "--at", at]) == 0
     assert main(["inspector", "list", "--at", at]) == 0
-    assert "undo of version 3" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "\n  references: 00.png, 01.png, 02.png, 03.png, 04.png" in told
+    assert "version 3: forget, 1 photograph\n" in told
+    assert told.endswith("version 2: undo of version 3\n")
     for wrong, message in (
         (["inspector", "add", "--at", at], "add what"),
         (["inspector", "new", "--at", at], "new needs it"),
-        ([*score, "--normal", good], "needed: --normal GOOD"),
+        ([*score, "--normal", good], "--normal cannot be given with --at"),
+        (
+            ["inspector", "new", "--at", at, "--normal", good],
+            "or add photographs to the inspector there with adpretrain",
+        ),
+        (["inspector", "add", good, "--at", at], "no photograph can be added: 00.png is there already"),
+        (["inspector", "list", "--at", good], f"make one with adpretrain inspector new --at {good} --normal GOOD"),
         ([*score, "--shots", "3"], "--shots cannot be given with --at"),
     ):
         assert main(wrong) == 2

@@ -64,7 +64,7 @@ def test_every_rate_gives_what_a_fresh_run_gives(
         assert found.scale.high == pytest.approx(inspector.scale.high, rel=1e-6)
         assert found.warnings == (
             *inspector.warnings,
-            *regions_note(sum(result.is_quiet for result in results), promised=True),
+            *regions_note(results, sum(result.is_quiet for result in results), promised=True),
         )
         assert {r.verdict for r in found.results if r.path.startswith("blob")} == {ANOMALOUS}
 
