@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,6 +74,7 @@ def load_products(folders: Sequence[str], device: str, weights: Path | None) -> 
     from downstream.inspection.run import pick_device
 
     found: dict[str, Inspector] = {}
+    print(f"loading {', '.join(folders)}", file=sys.stderr, flush=True)
     for folder in folders:
         name = Path(folder).resolve().name
         if name in found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +43,7 @@ class WatchCommand(Command):
         from downstream.inspection.run import pick_device
         from downstream.inspection.watch import FolderWatch
 
+        print(f"loading {plain(self.at)}", file=sys.stderr, flush=True)
         inspector = Inspector.load(self.at, pick_device(self.device), self.weights)
         with FolderWatch(inspector, self.folder, self.out, self.patience) as watch:
             print(f"watching {plain(self.folder)}; end with Ctrl-C", flush=True)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from downstream.calibration import Calibration, percent
 from downstream.inspection.inspector import Inspector
+from downstream.inspection.normals import outlier_note
 from downstream.inspection.photos import printable
 from downstream.inspection.report import Fact
 from downstream.inspection.results import ANOMALOUS, NORMAL, UNDECIDED, UNREADABLE, Result, oddness
@@ -29,7 +30,8 @@ def in_brief(
         return "No photograph could be judged: the reason stands on each card."
     judged = counts[ANOMALOUS] + counts[NORMAL]
     found = _found(counts[ANOMALOUS], judged, named, inspector.threshold is not None)
-    steps = _next(counts, many or changed, [] if bad else quiet)
+    doubtful = bool(inspector.calibration and outlier_note(inspector.normals, inspector.calibration))
+    steps = _next(counts, many or changed, [] if bad else quiet, doubtful)
     return " ".join([found, _promise(inspector, judged, many, changed), *steps])
 
 
@@ -69,7 +71,7 @@ def _promise(inspector: Inspector, judged: int, many: bool, changed: bool) -> st
     return f"{text}."
 
 
-def _next(counts: Mapping[str, int], drift: bool, quiet: Sequence[Result]) -> list[str]:
+def _next(counts: Mapping[str, int], drift: bool, quiet: Sequence[Result], doubtful: bool) -> list[str]:
     steps = []
     if drift:
         steps.append(
@@ -79,13 +81,12 @@ def _next(counts: Mapping[str, int], drift: bool, quiet: Sequence[Result]) -> li
         steps.append("Look at their heatmaps, the worst first; what turns out to be good can join the normal ones.")
     elif quiet:
         steps.append(f"Look at {_names(quiet)} all the same: a small place there is unlike the normal photographs.")
-    elif counts[NORMAL]:
-        steps.append("Nothing has to be done.")
+    if doubtful:
+        steps.append("Look at the normal photograph that alone sets the threshold, which the notes name.")
     if counts[UNREADABLE]:
         some = "One photograph" if counts[UNREADABLE] == 1 else f"{counts[UNREADABLE]} photographs"
         steps.append(f"{some} could not be read and should be taken again.")
-        steps = [step for step in steps if step != "Nothing has to be done."]
-    return steps
+    return steps or (["Nothing has to be done."] if counts[NORMAL] else [])
 
 
 def regions_note(results: Sequence[Result], found: int, promised: bool) -> list[str]:

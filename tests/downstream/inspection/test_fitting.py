@@ -188,7 +188,13 @@ def test_settings_are_nested_yaml() -> None:
 def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["detectors"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(DETECTORS)
+    assert [line.split()[0] for line in lines if line[0] != " "] == list(DETECTORS)
+    assert lines[1].strip() == DETECTORS["featurenorm"].in_words()
+    page = (Path(__file__).parents[3] / "docs" / "detectors.md").read_text(encoding="utf-8")
+    for name, entry in DETECTORS.items():
+        number = "" if entry.photographs is None else f"{entry.photographs} or more"
+        cells = f"`{name}`", entry.summary, entry.learns, number, entry.features, entry.cost
+        assert f"| {' | '.join(cells)} |" in page
     assert main(["detectors", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["padim"]["name"] == "PaDiM"
 
