@@ -52,6 +52,18 @@ class DetectorEntry:
         cost = self.cost and f"fitting: {self.cost}"
         return "; ".join(filter(None, [f"learns {self.learns}", number, takes, cost, self.paper]))
 
+    def place(self) -> Any:
+        """Import the module, whose DEFAULT holds the default options."""
+        return importlib.import_module(self.module)
+
+    def load(self) -> Any:
+        """Import the class."""
+        return getattr(self.place(), self.name)
+
+    def options(self) -> Any:
+        """Return the dataclass of the options that `build_detector` takes."""
+        return type(self.place().DEFAULT)
+
 
 DETECTORS: dict[str, DetectorEntry] = {
     "featurenorm": DetectorEntry(
