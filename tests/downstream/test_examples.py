@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
+import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -18,13 +18,26 @@ from downstream.inspection.inspector import Inspector
 from downstream.inspection.photos import prepare_photo
 
 ROOT = Path(__file__).parents[2]
+Run = Callable[..., tuple[int, str]]
 
 
-def run(script: str, *arguments: str, folder: Path) -> tuple[int, str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "examples" / script), *arguments]
-    found = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, check=False)
-    return found.returncode, found.stdout + found.stderr
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Run a script in ``tmp_path`` as ``python examples/SCRIPT ARGUMENTS`` does; its exit code and what it says."""
+    monkeypatch.chdir(tmp_path)
+
+    def started(script: str, *arguments: str) -> tuple[int, str]:
+        path = str(ROOT / "examples" / script)
+        monkeypatch.setattr(sys, "argv", [path, *arguments])
+        code: int | str | None = 0
+        try:
+            runpy.run_path(path, run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+        said = "".join(capsys.readouterr())
+        return (1, said + code) if isinstance(code, str) else (code or 0, said)
+
+    return started
 
 
 def frames(count: int, bad: int) -> list[np.ndarray]:
@@ -51,7 +64,7 @@ def clip(path: Path, pictures: list[np.ndarray]) -> list[np.ndarray]:
     return read
 
 
-def test_camera(tmp_path: Path) -> None:
+def test_camera(run: Run, tmp_path: Path) -> None:
     """A drawn clip of twelve frames, the last six of which are inspected: one has a mark."""
     known = clip(tmp_path / "good.avi", frames(6, bad=-1))
     clip(tmp_path / "line.avi", frames(12, bad=9)[6:])
@@ -60,12 +73,12 @@ def test_camera(tmp_path: Path) -> None:
     photos = [prepare_photo(Path(f"{n}.png"), picture, extractor.preprocess) for n, picture in enumerate(pictures)]
     inspector = Inspector.from_photos(extractor, torch.device("cpu"), photos)
     inspector.save(tmp_path / "lid")
-    code, said = run("camera.py", "lid", "line.avi", folder=tmp_path)
+    code, said = run("camera.py", "lid", "line.avi")
     assert code == 1, said
     assert "frame 4: score" in said
     assert "of 6 frames are anomalous" in said
     assert (tmp_path / "frame-000004.png").is_file()
-    code, said = run("camera.py", "lid", "missing.avi", folder=tmp_path)
+    code, said = run("camera.py", "lid", "missing.avi")
     assert code == 1
     assert "cannot open missing.avi: give a video file, or the number of a camera" in said
 
@@ -81,16 +94,16 @@ def folders(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_few_shot(folders: Path) -> None:
-    code, said = run("few_shot.py", "good", "new", folder=folders)
+def test_few_shot(run: Run, folders: Path) -> None:
+    code, said = run("few_shot.py", "good", "new")
     assert code == 0, said
     assert "anomalous" in next(line for line in said.splitlines() if line.startswith("1.png"))
     assert "at most 14% of good photographs exceed it" in said
 
 
 @pytest.mark.parametrize("script", ["swap_features.py", "own_backbone.py"])
-def test_the_marked_photograph_scores_highest(script: str, folders: Path) -> None:
-    code, said = run(script, "good", "new", folder=folders)
+def test_the_marked_photograph_scores_highest(script: str, run: Run, folders: Path) -> None:
+    code, said = run(script, "good", "new")
     assert code == 0, said
     rows = [line.split() for line in said.splitlines() if line.endswith(".png")]
     for column in range(len(rows[0]) - 1):
@@ -98,9 +111,9 @@ def test_the_marked_photograph_scores_highest(script: str, folders: Path) -> Non
 
 
 @pytest.mark.slow
-def test_pretrain_own(tile_products: Path, tmp_path: Path) -> None:
+def test_pretrain_own(run: Run, tile_products: Path) -> None:
     options = ["--image-size=64", "--steps=2", "--batch-size=4", "--references=8", "--shots=2", "--workers=0"]
-    code, said = run("pretrain_own.py", str(tile_products), "mine", *options, folder=tmp_path)
+    code, said = run("pretrain_own.py", str(tile_products), "mine", *options)
     assert code == 3, said
     assert "mine: without a projector; use it with" in said
 
