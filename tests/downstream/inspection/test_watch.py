@@ -47,7 +47,12 @@ def rows(out: Path) -> list[dict[str, str]]:
 def start(product: Path, folder: Path, out: Path) -> subprocess.Popen[bytes]:
     code = "import sys; from downstream.cli import main; sys.exit(main())"
     arguments = ["watch", "--at", product, "--folder", folder, "--out", out, "--device", "cpu", "--patience", "2"]
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE)
+
+    def interruptible() -> None:  # a test run in the background of a shell ignores Ctrl-C, and so would its children
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, preexec_fn=interruptible)
 
 
 def wait_for(out: Path, count: int, seconds: float) -> None:
