@@ -37,7 +37,7 @@ class Pretrain(Command):
     All settings of the paper, and its own data set: recipes/pretrain.py.
 
     exit codes:
-      0  the projector helps and is saved
+      0  the projector helps and is saved; or the run was stopped on request, and the same command goes on with it
       3  the projector does not help: the extractor is saved without it (or with it, if --keep always)
       2  wrong usage or data: nothing was trained
 

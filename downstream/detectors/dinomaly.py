@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -27,9 +28,10 @@ from adpretrain.backbones import Extract, FeatureMaps
 from adpretrain.progress import Progress
 from downstream.detector import Detector, NormalFeatures, Prediction
 from downstream.embedding import chosen_levels
-from downstream.learning import Learner, drawing, learn
+from downstream.learning import Learner, learn
 from downstream.lessons import LearningConfig, Lesson, Normals
 from downstream.maps import SIGMA, check_sigma, check_top, gaussian_blur, highest
+from downstream.network_weights import NETWORK, drawn_network, weights_of, with_weights
 from downstream.reconstruction import Pair, cosine_distance, eased, global_loss, inside_of, summed_maps, within
 from downstream.roi import RegionOfInterest
 
@@ -213,8 +215,8 @@ class Dinomaly(Detector):
         images = Normals(normals)
         levels = chosen_levels(images.features([0]), self.config.levels)
         check_one_grid(levels)
-        with drawing(torch.device("cpu"), self.config.training.seed):
-            model = Decoder(levels[0].shape[1], self.config).to(images.images.device)
+        make = partial(Decoder, levels[0].shape[1], self.config)
+        model = drawn_network(make, self.config.training.seed, images.images.device)
         self.losses = learn(
             model, images, self.config.training, "training dinomaly", self.workplace, progress, self.config
         )
@@ -227,13 +229,11 @@ class Dinomaly(Detector):
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the weights of bottleneck and decoder, which KNOW THE PRODUCT'S FEATURES."""
-        return dict(self.model.state_dict()), {}
+        return weights_of(self.model), {}
 
     def restore(self, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
-        with torch.device("meta"):  # nothing is allocated for what may not fit
-            model = Decoder(tensors["blocks.0.first.weight"].shape[0], self.config)
-        model.load_state_dict(tensors, assign=True)
-        self.model = model.requires_grad_(False).eval()
+        channels = len(tensors[f"{NETWORK}blocks.0.first.weight"])
+        self.model = with_weights(partial(Decoder, channels, self.config), tensors).requires_grad_(False)
 
 
 def check_one_grid(levels: FeatureMaps) -> None:

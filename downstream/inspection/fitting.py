@@ -18,6 +18,7 @@ from adpretrain.files import check_writable
 from adpretrain.photographs import picture_size
 from adpretrain.progress import Progress
 from adpretrain.saved import refuse_others
+from downstream.detector import Detector
 from downstream.detectors import build_detector, find_detector
 from downstream.detectors.tiled import Tiled
 from downstream.inspection import WHOLE, Options
@@ -67,10 +68,7 @@ def fit_folder(
     Raises ValueError if a photograph is unreadable, if there are too few, or for wrong settings.
     """
     device = device or torch.device("cpu")
-    detector = build_detector(name, model, settings)
-    if tiling.tile:
-        tiled = {"tiling": dataclasses.asdict(tiling), "detector": name, "options": dict(settings)}
-        detector = build_detector("tiled", model, tiled)
+    detector = _detector(name, model, settings, tiling)
     detector.workplace = workplace
     own = [EXTRACTOR] if isinstance(model, ADExtractor) else []
     refuse_others(out, "detector", [member(number) for number in range(len(detector.members))] or own)
@@ -105,6 +103,15 @@ def fit_folder(
         if workplace.checkpoint is not None:
             workplace.checkpoint.unlink(missing_ok=True)
     return Fitted(out, len(rest), len(chosen))
+
+
+def _detector(name: str, model: Backbone | ADExtractor, settings: Mapping[str, Any], tiling: Tiling) -> Detector:
+    """The unfitted detector, on the tiles of photographs if they are cut into some."""
+    detector = build_detector(name, model, settings)  # finds wrong settings
+    if not tiling.tile:
+        return detector
+    tiled = {"tiling": dataclasses.asdict(tiling), "detector": name, "options": dict(settings)}
+    return build_detector("tiled", model, tiled)
 
 
 def _inside(path: Path, reader: PhotoReader, roi: RoiFiles) -> Tensor | None:

@@ -21,6 +21,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,17 +84,9 @@ def index_realiad(
     return [sample for sample in samples if sample.view in views]
 
 
-def index_realiad_variety(
-    root: str | Path,
-    categories: Sequence[str] = (),
-    resolution: str = "",
-    protocol: str = "",
-    views: Sequence[str] = VIEWS,
-) -> list[Sample]:
-    """Samples of Real-IAD Variety below ``root``: arguments and errors as in `index_realiad`.
-
-    ``protocol``: the folder that holds the set's own lists, "Real-IAD_Variety_jsons" or "realiadvariety_jsons"."""
-    return index_realiad(root, categories, resolution, protocol, views, VARIETY)
+# Samples of Real-IAD Variety: arguments and errors as in `index_realiad`. ``protocol``: the folder that holds the set's
+# own lists, "Real-IAD_Variety_jsons" or "realiadvariety_jsons".
+index_realiad_variety = partial(index_realiad, release=VARIETY)
 
 
 def _images_folder(root: Path, resolution: str, release: Release) -> Path:

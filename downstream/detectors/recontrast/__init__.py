@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from adpretrain.backbones import Backbone, Extract, FeatureMaps
@@ -25,9 +25,10 @@ from downstream.detectors.recontrast.forms import FORMS, ReContrastConfig
 from downstream.detectors.recontrast.network import Reversed, check_pyramid
 from downstream.detectors.recontrast.training import Contrast
 from downstream.embedding import EmbeddingConfig, chosen_levels, settle_levels
-from downstream.learning import drawing, learn
+from downstream.learning import learn
 from downstream.lessons import Normals
 from downstream.maps import gaussian_blur, highest
+from downstream.network_weights import NETWORK, drawn_network, weights_of, with_weights
 from downstream.reconstruction import summed_maps
 from downstream.roi import RegionOfInterest
 
@@ -65,9 +66,8 @@ class ReContrast(Detector):
         images = Normals(normals)
         levels = chosen_levels(images.features([0]), config.levels)
         check_pyramid(levels)
-        device = images.images.device
-        with drawing(torch.device("cpu"), config.training.seed):
-            network = self._network([level.shape[1] for level in levels]).to(device)
+        make = partial(self._network, [level.shape[1] for level in levels])
+        network = drawn_network(make, config.training.seed, images.images.device)
         model = Contrast(network, self._encoder(), config)
         what = f"training {self.name}"
         self.losses = learn(model, images, config.training, what, self.workplace, progress, self.config)
@@ -96,21 +96,15 @@ class ReContrast(Detector):
         """Return the weights of the network and of the trained encoder, which KNOW THE PRODUCT'S FEATURES."""
         encoder = self.model.encoder
         own = {} if encoder is None else encoder.state_dict()
-        return {**self.model.network.state_dict(), **{f"{ENCODER}{name}": value for name, value in own.items()}}, {}
+        return {**weights_of(self.model.network), **{f"{ENCODER}{name}": value for name, value in own.items()}}, {}
 
     def restore(self, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
-        own = {name: value for name, value in tensors.items() if not name.startswith(ENCODER)}
-        channels = [len(tensors[f"heads.0.{level}.weight"]) for level in range(self._levels(own))]
-        with torch.device("meta"):  # nothing is allocated for what may not fit
-            network = self._network(channels)
-        network.load_state_dict(own, assign=True)
+        heads = f"{NETWORK}heads.0."  # one for each level that the saved network reconstructs
+        levels = sum(name.startswith(heads) and name.endswith(".weight") for name in tensors)
+        channels = [len(tensors[f"{heads}{level}.weight"]) for level in range(levels)]
+        network = with_weights(partial(self._network, channels), tensors)
         encoder = self._encoder()
         if encoder is not None:
             copied = {name.removeprefix(ENCODER): value for name, value in tensors.items() if name.startswith(ENCODER)}
             encoder.load_state_dict(copied)
         self.model = Contrast(network, encoder, self.config).requires_grad_(False).eval()
-
-    @staticmethod
-    def _levels(tensors: Mapping[str, Tensor]) -> int:
-        """How many levels the saved network reconstructs."""
-        return sum(name.startswith("heads.0.") and name.endswith(".weight") for name in tensors)

@@ -31,10 +31,10 @@ from downstream.detectors import build_detector, detector_from_pretrained
 from downstream.detectors.ensemble import Units, training_units
 from downstream.detectors.refined.simulation import SimulationConfig, simulate
 from downstream.maps import highest
+from downstream.network_weights import weights_of, with_weights
 from downstream.roi import RegionOfInterest
 from downstream.saved import Loaded
 
-NETWORK = "network."  # prefix of the names of the network's weights in the file
 GROUPS = 8
 
 
@@ -212,8 +212,8 @@ class Refined(Detector):
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the units of the detector and the weights of the network."""
-        weights = {f"{NETWORK}{name}": value for name, value in self._network.state_dict().items()}
-        return {"units": torch.tensor(self._units.numbers, dtype=torch.float64), **weights}, {"losses": self.losses}
+        units = torch.tensor(self._units.numbers, dtype=torch.float64)
+        return {"units": units, **weights_of(self._network)}, {"losses": self.losses}
 
     @classmethod
     def _unfitted(cls, loaded: Loaded) -> Self:
@@ -222,11 +222,7 @@ class Refined(Detector):
     def restore(self, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
         self._units = Units.of_numbers(tensors.pop("units").tolist(), self.side)
         self.losses = facts["losses"]
-        with torch.device("meta"):  # no memory is allocated for sizes that the file may turn out not to have
-            network = build_network(self.config)
-        weights = {name.removeprefix(NETWORK): value for name, value in tensors.items()}
-        network.load_state_dict(weights, assign=True)
-        self._network = network.eval()
+        self._network = with_weights(lambda: build_network(self.config), tensors)
 
 
 def _batches(count: int, config: RefinementConfig, epoch: int) -> Iterator[list[int]]:
