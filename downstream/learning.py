@@ -73,9 +73,6 @@ class Learner(nn.Module):
         """1: a constant learning rate."""
         return 1.0
 
-    def after_step(self) -> None:
-        """Called after every step, such as for a running mean."""
-
 
 @contextlib.contextmanager
 def drawing(device: torch.device, *numbers: int) -> Iterator[None]:
@@ -119,7 +116,6 @@ def learn(
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * learner.rate(lesson.done)
         pending.append(_step(model, optimizer, lesson, config, place, device))
-        learner.after_step()
         if progress is not None:
             progress(what, step + 1, config.steps)
         due = place.checkpoint is not None and (step + 1) % place.save_every == 0
