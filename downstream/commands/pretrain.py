@@ -82,7 +82,7 @@ class Pretrain(Command):
 
         from adpretrain import ADExtractor
         from adpretrain.data import index_with_bare
-        from adpretrain.data.products import by_product
+        from adpretrain.data.products import by_product, draw_shots
         from adpretrain.files import check_writable
         from adpretrain.saved import refuse_others
         from adpretrain.training.run import pretrain
@@ -92,6 +92,9 @@ class Pretrain(Command):
         check_writable(self.out)
         samples, _ = index_with_bare("auto", self.data)
         held = held_out_of(samples, self.held_out, self.seed)
+        apart = by_product([sample for sample in samples if sample.category in held])
+        for group in apart.values():
+            draw_shots(group, self.shots)  # too few photographs are found before the training
         first = int(os.environ.get("RANK", "0")) == 0
         console = Console(stderr=True)
         if first:
@@ -105,7 +108,6 @@ class Pretrain(Command):
             return 0
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         extractor = ADExtractor.from_pretrained(trained, device, self.weights)
-        apart = by_product([sample for sample in samples if sample.category in held])
         with ProgressBars() as progress:
             comparison = compare(extractor, list(apart.values()), self.shots, progress=progress)
         print(evidence(comparison))
