@@ -189,10 +189,16 @@ def _folders(folder: Path) -> list[str]:
 
 
 def _wait() -> None:
-    """Wait for the other processes, which a launcher has started."""
+    """Wait for the other processes, which a launcher has started. Raises ValueError if one of them has ended."""
     import torch
 
-    torch.distributed.barrier()
+    try:
+        torch.distributed.barrier()
+    except RuntimeError as error:  # as the connection to it is closed
+        raise ValueError(
+            f"another process of this run has ended ({str(error).splitlines()[0]}); once what it said is mended, "
+            "the same command with --resume goes on"
+        ) from error
 
 
 def _go_on() -> None:

@@ -119,7 +119,8 @@ def score_folder(
     OSError if `out` cannot be written.
     """
     photographs = photographs_of(images, exclude=out)
-    _make_writable(out)
+    if share.rank == 0:  # several at once would remove each other's probe
+        _make_writable(out)
     folders = (normal, calibration, None if isinstance(photographs, InShards) else images)
     foreign = [note for folder in folders if folder for note in passed_over(folder, exclude=out)]
     started = time.perf_counter()
