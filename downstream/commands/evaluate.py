@@ -16,7 +16,7 @@ from jsonargparse import ArgumentParser
 
 from adpretrain.parsing import load_yaml
 from downstream.commands.options import Command, add_options, from_options
-from downstream.evaluation.board import Board, read_board, set_rows
+from downstream.evaluation.comparison import Comparison, read_comparison, set_rows
 from downstream.terminal import ProgressBars, plain, tell_memory
 
 
@@ -28,10 +28,10 @@ class Evaluate(Command):
     override its keys. For one data set and extractors of one kind, flags alone are enough:
 
       adpretrain evaluate --root data/mtd --detectors featurenorm,padim --features raw,pretrained --shots 4 8
-      adpretrain evaluate recipes/board.yaml --out runs/board
+      adpretrain evaluate recipes/board.yaml --out runs/comparison
 
     Every finished cell is kept in OUT/cells; after an interruption the same command continues there. The means of every
-    set are written after each cell, to OUT/board.md and .csv; the results of every product are written at the end, to
+    set are written after each cell, to OUT/means.md and .csv; the results of every product are written at the end, to
     OUT/table.md, .tex, .csv and .json, with OUT/report.html.
 
     exit codes:
@@ -52,17 +52,21 @@ class Evaluate(Command):
     device: str = "auto"
     batch_size: int = 8
     workers: int = 0
-    given: dict[str, Any] = field(default_factory=dict, metadata={"hidden": True})  # the board's flags, not yet parsed
+    given: dict[str, Any] = field(
+        default_factory=dict, metadata={"hidden": True}
+    )  # the comparison's flags, not yet parsed
 
     @classmethod
     def add_to(cls, parser: ArgumentParser) -> None:
-        """Add this command's options and a flag for each key of the board; a flag not given leaves the file's value."""
-        parser.add_argument("board", type=str, nargs="?", default=None, help="YAML file, the same as --config")
+        """Add this command's options, and a flag for each key of the comparison, which overrides the file."""
+        parser.add_argument("file", type=str, nargs="?", default=None, help="YAML file, the same as --config")
         add_options(parser, cls)
         told = {
-            item.arg_name: item.description for kind in Board.__mro__[::-1] for item in parse(kind.__doc__ or "").params
+            item.arg_name: item.description
+            for kind in Comparison.__mro__[::-1]
+            for item in parse(kind.__doc__ or "").params
         }
-        for item in fields(Board):
+        for item in fields(Comparison):
             default = item.default_factory() if callable(item.default_factory) else item.default
             shown = "" if default in (None, "", [], {}) else f" (default: {_shown(default)})"
             text = " ".join((told[item.name] or "").rstrip(".").split())
@@ -72,24 +76,24 @@ class Evaluate(Command):
 
     @classmethod
     def parsed(cls, options: Mapping[str, Any]) -> Evaluate:
-        given = {item.name: options[item.name] for item in fields(Board) if item.name in options}
-        return from_options(cls, {**options, "config": options["config"] or options["board"], "given": given})
+        given = {item.name: options[item.name] for item in fields(Comparison) if item.name in options}
+        return from_options(cls, {**options, "config": options["config"] or options["file"], "given": given})
 
     def run(
         self, rank: int = 0, processes: int = 1, device: str | None = None, program: str = "adpretrain evaluate"
     ) -> int:
         """Run process ``rank`` of ``processes`` on ``device``; ``program`` is the command shown in the report."""
-        from downstream.evaluation.engine import run_board
+        from downstream.evaluation.engine import run_comparison
         from downstream.inspection.run import pick_device
 
         if self.batch_size < 1 or self.workers < 0:
             raise ValueError(
                 f"--batch-size {self.batch_size} must be at least 1, and --workers {self.workers} at least 0"
             )
-        board = read_board({name: _value(name, words) for name, words in self.given.items()}, self.config)
+        comparison = read_comparison({name: _value(name, words) for name, words in self.given.items()}, self.config)
         if device is None or self.device != "auto":
             device = str(pick_device(self.device))
-        out = self.out or Path("runs") / (self.config.stem if self.config else set_rows(board)[0].name)
+        out = self.out or Path("runs") / (self.config.stem if self.config else set_rows(comparison)[0].name)
         command = [*shlex.split(program), *([str(self.config)] if self.config else [])]
         flags = {**self.given, "out": self.out and str(self.out), "device": self.device}
         for name, words in flags.items():
@@ -100,10 +104,10 @@ class Evaluate(Command):
         tell_memory()
         with ProgressBars() as progress:
             place, batch, readers = (rank, processes), self.batch_size, self.workers
-            text = run_board(board, out, device, batch, readers, progress, place, shlex.join(command))
+            text = run_comparison(comparison, out, device, batch, readers, progress, place, shlex.join(command))
         if rank == 0:
             print(text)
-            tables = f"{plain(out / 'board.md')} (.csv), {plain(out / 'table.md')} (.tex, .csv, .json)"
+            tables = f"{plain(out / 'means.md')} (.csv), {plain(out / 'table.md')} (.tex, .csv, .json)"
             print(f"tables: {tables}\nreport: {plain(out / 'report.html')}", file=sys.stderr)
         return 0
 
@@ -114,7 +118,7 @@ def _flag(name: str) -> str:
 
 def _several(name: str) -> bool:
     """Say whether a key holds a list or a mapping, so that its flag takes several words."""
-    hint = str(typing.get_type_hints(Board)[name])
+    hint = str(typing.get_type_hints(Comparison)[name])
     return "list" in hint or "dict" in hint or "tuple" in hint
 
 
@@ -124,7 +128,7 @@ def _shown(default: Any) -> str:
 
 def _value(name: str, words: Any) -> Any:
     """Parse the words of a flag: name=value pairs for a mapping, items (also separated by commas) for a list, or YAML
-    in brackets. `read_board` checks the type."""
+    in brackets. `read_comparison` checks the type."""
     if isinstance(words, list):
         if len(words) == 1 and words[0][:1] in ("[", "{"):
             return load_yaml(words[0])
@@ -135,5 +139,5 @@ def _value(name: str, words: Any) -> Any:
 
 
 def _scalar(name: str, word: str) -> Any:
-    hint = str(typing.get_type_hints(Board)[name])
+    hint = str(typing.get_type_hints(Comparison)[name])
     return load_yaml(word) if any(kind in hint for kind in ("int", "float", "bool")) else word

@@ -17,7 +17,7 @@ from downstream.terminal import ProgressBars, plain
 if TYPE_CHECKING:
     from adpretrain.config import PretrainConfig
     from adpretrain.data import Sample
-    from downstream.evaluation.gain import Comparison
+    from downstream.evaluation.gain import Gains
 
 HELD_OUT = 4  # every so many products, one is held out
 HEADS = 16  # at most; they divide the channels of every level
@@ -109,17 +109,17 @@ class Pretrain(Command):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         extractor = ADExtractor.from_pretrained(trained, device, self.weights)
         with ProgressBars() as progress:
-            comparison = compare(extractor, list(apart.values()), self.shots, progress=progress)
-        print(evidence(comparison))
-        keep = comparison.better or self.keep == "always"
+            gains = compare(extractor, list(apart.values()), self.shots, progress=progress)
+        print(evidence(gains))
+        keep = gains.better or self.keep == "always"
         if keep:
             extractor.config = dataclasses.replace(
-                extractor.config, provenance=with_evidence(extractor.config.provenance, comparison)
+                extractor.config, provenance=with_evidence(extractor.config.provenance, gains)
             )
         (extractor if keep else extractor.without_projector()).save_pretrained(self.out)
-        why = "" if comparison.better else ", which does not help: --keep always" if keep else ", as it does not help"
+        why = "" if gains.better else ", which does not help: --keep always" if keep else ", as it does not help"
         print(f"saved {'with' if keep else 'without'} the projector{why}: {plain(self.out)}")
-        return 0 if comparison.better else 3
+        return 0 if gains.better else 3
 
     def _config(self, samples: Sequence[Sample], held: Sequence[str]) -> PretrainConfig:
         """The run: the norm loss in units of the residuals' own scale (docs/carry_over.md says why)."""
@@ -192,28 +192,28 @@ def found(samples: Sequence[Sample], held: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def evidence(comparison: Comparison) -> str:
+def evidence(gains: Gains) -> str:
     """The comparison in a few lines."""
     lines = []
-    for gain in comparison.products:
+    for gain in gains.products:
         told = []
         for name, title in (("image_auroc", "image AUROC"), ("aupro", "AUPRO")):
             before, after = (100 * sum(row[name]) / len(row[name]) for row in (gain.without, gain.with_projector))
             told += [] if math.isnan(after) else [f"{title} {before:.1f} -> {after:.1f}"]
         lines.append(f"{plain(gain.product)}: {', '.join(told)}")
-    verdict = "helps" if comparison.better else "does not help"
+    verdict = "helps" if gains.better else "does not help"
     lines.append(
-        f"on the held-out products the projector {verdict}: gain {100 * comparison.gain:+.1f} points, spread "
-        f"{100 * comparison.spread:.1f} over {len(comparison.products[0].per_draw())} draws of references"
+        f"on the held-out products the projector {verdict}: gain {100 * gains.gain:+.1f} points, spread "
+        f"{100 * gains.spread:.1f} over {len(gains.products[0].per_draw())} draws of references"
     )
     return "\n".join(lines)
 
 
-def with_evidence(provenance: dict[str, object], comparison: Comparison) -> dict[str, object]:
+def with_evidence(provenance: dict[str, object], gains: Gains) -> dict[str, object]:
     """A run's provenance with what the comparison measured, which the card shows."""
     names = {"image_auroc", "aupro"}
-    measured = {name: comparison.mean(name, True) for name in names}
-    measured |= {f"raw_{name}": comparison.mean(name, False) for name in names}
+    measured = {name: gains.mean(name, True) for name in names}
+    measured |= {f"raw_{name}": gains.mean(name, False) for name in names}
     known = {name: value for name, value in measured.items() if not math.isnan(value)}
-    held = {"step": provenance.get("kept_step"), **known, "gain": comparison.gain, "spread": comparison.spread}
+    held = {"step": provenance.get("kept_step"), **known, "gain": gains.gain, "spread": gains.spread}
     return {**provenance, "held_out_metrics": held}

@@ -1,4 +1,4 @@
-"""The cells of a board: which there are, what each depends on, which process computes it, and its file."""
+"""The cells of a comparison: which there are, what each depends on, which process computes it, and its file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from adpretrain._version import __version__
 from adpretrain.data.layouts.saturation import saturation_file
 from adpretrain.files import atomic_path
 from downstream.detectors import build_detector, chosen_options
-from downstream.evaluation.board import RAW, Board, SetRow, detector_rows
+from downstream.evaluation.comparison import RAW, Comparison, SetRow, detector_rows
 from downstream.evaluation.means import Record
 from downstream.evaluation.networks import ALIGNED, Contender, Features
 from downstream.evaluation.protocols import Part, Trial
@@ -22,8 +22,8 @@ from downstream.evaluation.protocols import Part, Trial
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of the board. ``order`` is its place in the tables; ``depends_on`` holds all that its numbers depend on,
-    and its digest names the file. ``naming`` is how the tables name a product, such as "{set}/{product}"."""
+    """A cell of the comparison. ``order`` is its place in the tables; ``depends_on`` holds all that its numbers depend
+    on, and its digest names the file. ``naming`` is how the tables name a product, such as "{set}/{product}"."""
 
     set_name: str
     naming: str
@@ -52,13 +52,15 @@ class Cell:
         return [{**record, **own, "product": self.label(record["product"])} for record in records]
 
 
-def cells_of(board: Board, planned: Sequence[tuple[SetRow, Sequence[Trial]]], rows: Sequence[Features]) -> list[Cell]:
+def cells_of(
+    comparison: Comparison, planned: Sequence[tuple[SetRow, Sequence[Trial]]], rows: Sequence[Features]
+) -> list[Cell]:
     """Return every cell, product after product, so that a product's backbone features are reused in all its cells.
 
     Aligned references need an extractor, so that detector has no cell for raw features. Where draws differ only in the
     references, a contender that does not use them has a single cell. Raises ValueError for wrong detector options.
     """
-    pairs = list(_pairs(board, rows))
+    pairs = list(_pairs(comparison, rows))
     settings = list(dict.fromkeys(trial.setting for _, found in planned for trial in found))
     cells = []
     for set_number, (row, found) in enumerate(planned):
@@ -68,32 +70,32 @@ def cells_of(board: Board, planned: Sequence[tuple[SetRow, Sequence[Trial]]], ro
             own = {
                 "library_version": __version__,
                 "images": _listing(trial, Path(row.root)),
-                "protocol": {"setting": trial.setting, "seed": board.seed, "draw": trial.draw},
+                "protocol": {"setting": trial.setting, "seed": comparison.seed, "draw": trial.draw},
             }
             for features, contender, (detector, number), depends_on in pairs:
                 undrawn = contender.features == RAW or contender.detector == ALIGNED
                 if trial.only_references and trial.draw and undrawn:
                     continue
                 order = (set_number, settings.index(trial.setting), detector, number, contender.extractor, trial.draw)
-                kept = {"pictures": board.pictures, "panels": board.panels} if drawn(trial, contender) else {}
-                kept |= {"per_defect": True} if board.per_defect else {}
+                kept = {"pictures": comparison.pictures, "panels": comparison.panels} if drawn(trial, contender) else {}
+                kept |= {"per_defect": True} if comparison.per_defect else {}
                 plain = json.loads(json.dumps({**own, **depends_on, **kept}))  # equal to what is read from a file
                 cells.append(Cell(row.name, naming, trial, features, contender, order, plain))
     return cells
 
 
 def _pairs(
-    board: Board, rows: Sequence[Features]
+    comparison: Comparison, rows: Sequence[Features]
 ) -> Iterator[tuple[Features, Contender, tuple[int, int], dict[str, Any]]]:
     """Yield every detector on every row, its place, and what its numbers depend on. ValueError for wrong options."""
     for row_number, row in enumerate(rows):
-        for detector_number, (detector, options) in enumerate(detector_rows(board).items()):
+        for detector_number, (detector, options) in enumerate(detector_rows(comparison).items()):
             if (detector, row.kind) == (ALIGNED, RAW):
                 continue
             for contender, identity in row.contenders(detector):
                 extract = row.networks.extract(contender)
-                build_detector(detector, extract, options, board.settings)
-                chosen = asdict(chosen_options(detector, options, board.settings))
+                build_detector(detector, extract, options, comparison.settings)
+                chosen = asdict(chosen_options(detector, options, comparison.settings))
                 place = (detector_number, row_number)
                 yield row, contender, place, {"features": identity, "detector": detector, "options": chosen}
 

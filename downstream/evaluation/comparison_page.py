@@ -24,7 +24,7 @@ from adpretrain._version import __version__
 from adpretrain.files import atomic_path
 from adpretrain.preprocess import Preprocess
 from downstream.evaluation import plots
-from downstream.evaluation.board import PRETRAINED, RAW
+from downstream.evaluation.comparison import PRETRAINED, RAW
 from downstream.evaluation.means import Record, summarise
 from downstream.evaluation.networks import Contender, Features
 from downstream.evaluation.pictures import file_name, in_two_dimensions, sampled_patches

@@ -1,5 +1,5 @@
-"""Compute a board cell by cell. A finished cell is a file and never computed again, so a board can be interrupted, and
-when data sets, extractors, detectors or draws are added, only new cells are computed.
+"""Compute a comparison cell by cell. A finished cell is a file and never computed again, so a comparison can be
+interrupted, and when data sets, extractors, detectors or draws are added, only new cells are computed.
 
 In a cell, one detector on one kind of features is fitted and scored (`trial`) on one trial of a protocol (`protocols`).
 The draws are the same for all extractors and detectors. Processes share only the folder: each computes the cells of its
@@ -20,14 +20,14 @@ from adpretrain._version import __version__
 from adpretrain.data import Sample, index_with_bare
 from adpretrain.data.layouts.detect import HUB
 from adpretrain.progress import Progress
-from downstream.evaluation.board import Board, SetRow, detector_rows, extractor_rows, set_rows
 from downstream.evaluation.cells import Cell, cells_of, drawn, read_cell, shares, write_cell
+from downstream.evaluation.comparison import Comparison, SetRow, detector_rows, extractor_rows, set_rows
 from downstream.evaluation.comparison_page import draw_features, report
 from downstream.evaluation.means import Record, in_order
 from downstream.evaluation.networks import Features, load_features
 from downstream.evaluation.pictures import file_name
 from downstream.evaluation.protocols import Trial, trials
-from downstream.evaluation.tables import write_board, write_tables
+from downstream.evaluation.tables import write_means, write_tables
 from downstream.evaluation.trial import PhotographCache, Settings, run_trial
 
 POLL = 0.5  # seconds between checks of the folder, while the first process waits for the others
@@ -60,11 +60,11 @@ class _Results:
             self.progress("cells", sum(cell.digest in self.done for cell in self.cells), len(self.cells))
         if self.main:
             records = sum(len(cell.trial.parts) for cell in self.cells)
-            self.text = write_board(self.out, self.records(), records, self.notes)
+            self.text = write_means(self.out, self.records(), records, self.notes)
 
 
-def run_board(
-    board: Board,
+def run_comparison(
+    comparison: Comparison,
     out: Path,
     device: str = "cpu",
     batch_size: int = 8,
@@ -80,11 +80,13 @@ def run_board(
     for a data set that is absent or has too few images, an extractor that cannot be loaded, or wrong detector options.
     """
     rank, processes = process
-    sets, notes = planned(board)
-    photographs, shown = PhotographCache(), (board.pictures, board.panels, board.per_defect)
-    settings = Settings(board.settings, detector_rows(board), batch_size, workers, device, *shown, photographs)
-    rows, backbones = load_features(extractor_rows(board), device)
-    cells = cells_of(board, sets, rows)
+    sets, notes = planned(comparison)
+    photographs, shown = PhotographCache(), (comparison.pictures, comparison.panels, comparison.per_defect)
+    settings = Settings(
+        comparison.settings, detector_rows(comparison), batch_size, workers, device, *shown, photographs
+    )
+    rows, backbones = load_features(extractor_rows(comparison), device)
+    cells = cells_of(comparison, sets, rows)
     results = _Results(cells, out, notes, rank == 0, progress)
 
     def compute(cell: Cell) -> None:
@@ -112,27 +114,29 @@ def run_board(
                 results.add(cell, records)
             else:
                 compute(cell)
-    configuration = configuration_of(board, [row for row, _ in sets], rows, command)
+    configuration = configuration_of(comparison, [row for row, _ in sets], rows, command)
     write_tables(out, results.records(), configuration)
-    scatters = draw_features(out, [trial for _, found in sets for trial in found], rows, settings, board.embeddings)
+    scatters = draw_features(
+        out, [trial for _, found in sets for trial in found], rows, settings, comparison.embeddings
+    )
     report(out, results.records(), configuration, rows[0].networks.backbone.preprocess, scatters)
     return results.text
 
 
-def planned(board: Board) -> tuple[list[tuple[SetRow, list[Trial]]], list[str]]:
+def planned(comparison: Comparison) -> tuple[list[tuple[SetRow, list[Trial]]], list[str]]:
     """Return the trials of every data set, product after product, and a note for each optional one that is absent."""
     found, notes = [], []
-    for row in set_rows(board):
+    for row in set_rows(comparison):
         if row.optional and not row.root.startswith(HUB) and not Path(row.root).exists():
             notes.append(f"{row.name} is left out: {row.root} does not exist")
             warnings.warn(notes[-1], stacklevel=2)
             continue
         try:
-            found.append((row, trials(chosen_samples(row), board)))
+            found.append((row, trials(chosen_samples(row), comparison)))
         except ValueError as error:
             raise ValueError(f"set {row.name}: {error}") from error
     if not found:
-        raise ValueError("no data set of the board exists: " + "; ".join(notes))
+        raise ValueError("no data set of the comparison exists: " + "; ".join(notes))
     return found, notes
 
 
@@ -169,12 +173,14 @@ def computed(cell: Cell, settings: Settings, out: Path) -> list[Record]:
     return records
 
 
-def configuration_of(board: Board, sets: Sequence[SetRow], rows: Sequence[Features], command: str) -> dict[str, Any]:
-    """Describe how the tables were made: version, board, data sets, backbone, extractors and command."""
+def configuration_of(
+    comparison: Comparison, sets: Sequence[SetRow], rows: Sequence[Features], command: str
+) -> dict[str, Any]:
+    """Describe how the tables were made: version, comparison, data sets, backbone, extractors and command."""
     extractors = {source: digest for row in rows for source, digest in row.digests.items()}
     return {
         "library_version": __version__,
-        **asdict(board),
+        **asdict(comparison),
         "root": ", ".join(row.root for row in sets),
         "backbone": rows[0].sees["backbone"],
         "extractors": [{"folder": name, "sha256": digest} for name, digest in extractors.items()],

@@ -36,7 +36,7 @@ class Gain:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Gains:
     """The gains of all products. The projector is ``better`` if its mean gain is at least a tenth of a point and larger
     than the spread: the standard deviation, over draws of references, of the mean over products."""
 
@@ -70,7 +70,7 @@ def compare(
     shots: int,
     draws: int = 5,
     progress: Progress = no_progress,
-) -> Comparison:
+) -> Gains:
     """Compare an extractor with itself without its projector on ``products`` (each one product and view), with the same
     ``draws`` of ``shots`` references for both. Raises ValueError as `draw_shots` does, or for fewer than two draws."""
     if draws < 2:
@@ -88,4 +88,4 @@ def compare(
                     row[name].append(getattr(found, name))
         gains.append(Gain(product_of(samples[0]), *rows))
     progress("comparing", len(products), len(products))
-    return Comparison(tuple(gains))
+    return Gains(tuple(gains))

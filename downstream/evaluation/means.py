@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from adpretrain.card import METRICS
-from downstream.evaluation.board import PRETRAINED
+from downstream.evaluation.comparison import PRETRAINED
 
 FALSE_POSITIVES, FALSE_NEGATIVES = COUNTS = ("false_positives_at_best_f1", "false_negatives_at_best_f1")
 SPRO = {"spro_05": 0.05, "spro_30": 0.3}  # areas under sPRO, up to these false positive rates
@@ -130,9 +130,9 @@ def _spread(values: Iterable[float]) -> float:
 
 
 def by_set(records: Sequence[Record]) -> list[tuple[str, Row]]:
-    """Return the rows of the board for every data set and, if there are several, for their mean. Metrics are averaged
+    """Return the rows of the table for every data set and, if there are several, for their mean. Metrics are averaged
     over the products of a set first, then over repeats. The mean over sets is computed in each repeat, so that its
-    spread is that of whole boards; every set has the same weight.
+    spread is that of whole comparisons; every set has the same weight.
     """
     sets: dict[str, dict[tuple[Any, ...], list[Record]]] = {}
     for record in records:

@@ -26,7 +26,7 @@ from adpretrain.hub.download import locate
 from adpretrain.preprocess import Preprocess
 from adpretrain.saved import backbone_config, folder_digest
 from downstream.detectors.aligned import AlignedFeatureNorm
-from downstream.evaluation.board import RAW, RESIDUAL, SCALED, ExtractorRow
+from downstream.evaluation.comparison import RAW, RESIDUAL, SCALED, ExtractorRow
 from downstream.evaluation.few_shot import same_residuals
 
 ALIGNED = AlignedFeatureNorm.name
@@ -162,7 +162,7 @@ class Remembered:
 
 @dataclass(frozen=True)
 class Features:
-    """A loaded row of a board's extractors. ``sees`` holds what its features depend on besides the extractors, and
+    """A loaded row of a comparison's extractors. ``sees`` holds what its features depend on besides the extractors, and
     ``digests`` the digest of each extractor by its source; both are ready for JSON."""
 
     name: str

@@ -39,8 +39,8 @@ from adpretrain.data import ImageDataset, Sample
 from adpretrain.data.products import by_product, normals, queries
 from adpretrain.preprocess import Preprocess
 from adpretrain.references import random_references
-from downstream.evaluation.board import PROTOCOLS as PROTOCOLS
-from downstream.evaluation.board import ProtocolOptions
+from downstream.evaluation.comparison import PROTOCOLS as PROTOCOLS
+from downstream.evaluation.comparison import ProtocolOptions
 from downstream.maps import gaussian_blur
 
 PERTURBED = "perturbed images"

@@ -150,9 +150,9 @@ def all_notes(records: Sequence[Record]) -> list[str]:
     return lines
 
 
-def write_board(folder: Path, records: Sequence[Record], planned: int, notes: Sequence[str]) -> str:
-    """Write the means of every set to board.md and board.csv; return the text of board.md. ``planned`` is the number of
-    records of the whole board."""
+def write_means(folder: Path, records: Sequence[Record], planned: int, notes: Sequence[str]) -> str:
+    """Write the means of every set to means.md and means.csv; return the text of means.md. ``planned`` is the number of
+    records of the whole comparison."""
     found, metrics = by_set(records), main_metrics(records)
     title = "Means in %, ± standard deviation between draws"
     if len(records) < planned:
@@ -164,7 +164,7 @@ def write_board(folder: Path, records: Sequence[Record], planned: int, notes: Se
         lines += _lines(row, {**names, "draws": str(row.repeats)}, metrics)
     told = [f"- {' '.join(note.split())}" for note in (*notes, *all_notes(records))]
     text = "\n".join([markdown(title, heading, lines), *told]).rstrip() + "\n"
-    _write(folder, {"board.md": text, "board.csv": _board_csv(found, metrics)})
+    _write(folder, {"means.md": text, "means.csv": _means_csv(found, metrics)})
     return text
 
 
@@ -174,7 +174,7 @@ def _write(folder: Path, contents: dict[str, str]) -> None:
             temporary.write_text(text, encoding="utf-8")
 
 
-def _board_csv(found: Sequence[tuple[str, Row]], metrics: Sequence[str]) -> str:
+def _means_csv(found: Sequence[tuple[str, Row]], metrics: Sequence[str]) -> str:
     """Format the means as CSV, in per cent with all digits, or empty if undefined. ``_sets``: how many are defined."""
     columns = [f"{name}{part}" for name in metrics for part in ("", "_spread", "_sets")]
     lines: list[Sequence[Any]] = [["set", "images", "detector", "features", "draws", *columns]]

@@ -24,7 +24,7 @@ from downstream.detectors import build_detector
 from downstream.detectors.aligned import AlignedFeatureNormConfig
 from downstream.detectors.featurenorm import FeatureNorm
 from downstream.detectors.refined import Refined
-from downstream.evaluation.board import RAW
+from downstream.evaluation.comparison import RAW
 from downstream.evaluation.few_shot import PIXEL_METRICS
 from downstream.evaluation.means import COUNTS, TITLES
 from downstream.evaluation.measured import finite, measured_at_once, measured_in_stream

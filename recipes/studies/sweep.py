@@ -27,7 +27,7 @@ from rich.markup import escape
 from adpretrain.config import PretrainConfig
 from adpretrain.files import atomic_path
 from adpretrain.parsing import parse_command_line, parse_flags, read_yaml
-from downstream.evaluation.board import PRETRAINED, RAW, RESIDUAL
+from downstream.evaluation.comparison import PRETRAINED, RAW, RESIDUAL
 
 ABLATIONS = Path(__file__).with_name("ablations.yaml")
 RECIPES = Path(__file__).resolve().parents[1]

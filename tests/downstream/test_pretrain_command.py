@@ -19,7 +19,7 @@ from adpretrain.projector import FeatureProjector
 from downstream.cli import main
 from downstream.commands.pretrain import held_out_of, with_evidence
 from downstream.evaluation.few_shot import encode_samples, few_shot
-from downstream.evaluation.gain import METRICS, Comparison, Gain, compare
+from downstream.evaluation.gain import METRICS, Gain, Gains, compare
 
 FAST = [
     "--image-size",
@@ -69,15 +69,15 @@ def gain(*changes: float, aupro: float = 0.0) -> Gain:
 
 def test_better_is_more_than_the_spread() -> None:
     steady, wild = gain(0.02, 0.02, 0.03, aupro=0.01), gain(0.2, -0.15, 0.02)
-    assert Comparison((steady,)).better
-    assert not Comparison((wild,)).better
-    assert Comparison((steady,)).gain == pytest.approx(np.mean([0.015, 0.015, 0.02]))
-    assert Comparison((steady,)).spread == pytest.approx(np.std([0.015, 0.015, 0.02], ddof=1))
-    assert not Comparison((gain(0.0, 0.0, 0.0),)).better
+    assert Gains((steady,)).better
+    assert not Gains((wild,)).better
+    assert Gains((steady,)).gain == pytest.approx(np.mean([0.015, 0.015, 0.02]))
+    assert Gains((steady,)).spread == pytest.approx(np.std([0.015, 0.015, 0.02], ddof=1))
+    assert not Gains((gain(0.0, 0.0, 0.0),)).better
     bare = replace(steady, without={**steady.without, "aupro": [math.nan] * 3})
     bare = replace(bare, with_projector={**steady.with_projector, "aupro": [math.nan] * 3})
-    assert Comparison((bare,)).gain == pytest.approx(np.mean([0.02, 0.02, 0.03]))  # image AUROC alone
-    assert with_evidence({"kept_step": 7}, Comparison((bare,)))["held_out_metrics"].keys() == {
+    assert Gains((bare,)).gain == pytest.approx(np.mean([0.02, 0.02, 0.03]))  # image AUROC alone
+    assert with_evidence({"kept_step": 7}, Gains((bare,)))["held_out_metrics"].keys() == {
         "step", "image_auroc", "raw_image_auroc", "gain", "spread",
     }  # fmt: skip
 

@@ -79,7 +79,7 @@ def test_one_run_gives_all_files_and_every_contender(uninterrupted: Path) -> Non
         (detector, features) for detector in ("featurenorm", "padim") for features in ("raw", "pretrained")
     }
     assert all(0 <= record["metrics"]["aupro"] <= 1 for record in found)  # type: ignore[index]
-    for name in ("table.csv", "table.md", "table.tex", "report.html", "board.md"):
+    for name in ("table.csv", "table.md", "table.tex", "report.html", "means.md"):
         assert (uninterrupted / name).stat().st_size > 200
 
 

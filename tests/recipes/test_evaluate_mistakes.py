@@ -91,8 +91,8 @@ def test_a_board_is_a_whole_evaluation(
 
     extractor = "raw: {backbone: lite0, image_size: 64}"
     text = f"sets: [{{name: parts, root: set}}]\nextractors: {{{extractor}}}\ndetectors: [featurenorm]\nshots: [1]\n"
-    (tmp_path / "board.yaml").write_text(text)
-    flags = ["--config", str(tmp_path / "board.yaml"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    (tmp_path / "comparison.yaml").write_text(text)
+    flags = ["--config", str(tmp_path / "comparison.yaml"), "--out", str(tmp_path / "out"), "--device", "cpu"]
     assert main(flags) == 0
     assert "| parts | K=1 | featurenorm | raw | 3 |" in capsys.readouterr().out
     written = {file: file.stat().st_mtime_ns for file in (tmp_path / "out" / "cells").iterdir()}

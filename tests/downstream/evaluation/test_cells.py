@@ -1,4 +1,4 @@
-"""Which cells a board has, and which process computes them."""
+"""Which cells a comparison has, and which process computes them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 from adpretrain.backbones import load_backbone
 from adpretrain.data import Sample
 from adpretrain.extractor import ADExtractor
-from downstream.evaluation.board import Board, SetRow
 from downstream.evaluation.cells import Cell, cells_of, shares
+from downstream.evaluation.comparison import Comparison, SetRow
 from downstream.evaluation.networks import ALIGNED, Contender, Features, Networks
 from downstream.evaluation.protocols import Part, Trial, trials
 
@@ -39,9 +39,9 @@ def files(folder: Path, name: str, train: int, test: int) -> list[Sample]:
 
 
 def test_cells_are_every_detector_on_every_kind_of_features(rows: list[Features], tmp_path: Path) -> None:
-    found = trials(files(tmp_path, "cap", 4, 2), Board(draws=1))
-    board = Board(detectors=["padim", "featurenorm", ALIGNED], draws=1)
-    cells = cells_of(board, [(SetRow(name="set"), found)], rows)
+    found = trials(files(tmp_path, "cap", 4, 2), Comparison(draws=1))
+    comparison = Comparison(detectors=["padim", "featurenorm", ALIGNED], draws=1)
+    cells = cells_of(comparison, [(SetRow(name="set"), found)], rows)
     assert [cell.contender for cell in cells] == [
         *(Contender("padim", "raw"), Contender("featurenorm", "raw")),
         *(Contender("padim", "pretrained", 0), Contender("padim", "pretrained", 1)),
@@ -57,8 +57,8 @@ def test_what_uses_no_drawn_references_runs_once(rows: list[Features], tmp_path:
     samples, counts = files(tmp_path, "cap", 9, 3), {}
     contenders = [Contender("padim", "raw"), Contender("padim", "pretrained"), Contender(ALIGNED, "pretrained")]
     for protocol in ("reference-sensitivity", "few-shot"):
-        board = Board(protocol=protocol, detectors=["padim", ALIGNED])  # type: ignore[arg-type]
-        cells = cells_of(board, [(SetRow(name="set"), trials(samples, board))], rows)
+        comparison = Comparison(protocol=protocol, detectors=["padim", ALIGNED])  # type: ignore[arg-type]
+        cells = cells_of(comparison, [(SetRow(name="set"), trials(samples, comparison))], rows)
         counts[protocol] = [sum(cell.contender == row for cell in cells) for row in contenders]
     assert counts == {"reference-sensitivity": [1, 3, 1], "few-shot": [3, 3, 3]}
 

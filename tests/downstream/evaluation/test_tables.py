@@ -20,7 +20,7 @@ from downstream.evaluation.tables import (
     number,
     products_table,
     summary,
-    write_board,
+    write_means,
     write_tables,
 )
 
@@ -88,7 +88,7 @@ def test_the_gain_is_over_the_best_row_without_training_draw_by_draw(tmp_path: P
     assert spread["aupro"] == pytest.approx(2**0.5)
     cells = [GAIN, "+3.0 ± 1.4", "+3.0 ± 1.4", "+3.0 ± 1.4"]
     assert summary(found)[1][-1][2:6] == cells
-    assert " | ".join([GAIN, "", *cells[1:]]) in write_board(tmp_path, found, len(found), [])
+    assert " | ".join([GAIN, "", *cells[1:]]) in write_means(tmp_path, found, len(found), [])
     one_draw = summary([entry for entry in found if entry["draw"] == 0])[1][-1]
     assert one_draw[3] == "-33.0"  # over the residuals, which are the best of that draw
 
@@ -245,12 +245,12 @@ def test_the_threshold_of_accuracy_and_max_f1_is_named_beside_them(tmp_path: Pat
 def test_spro_is_shown_where_it_was_measured(tmp_path: Path) -> None:
     """Of two sets in one: the mean says that one product alone has it. Without it there is no column."""
     found = [{**record(name, "raw", 0.5), "set": "both"} for name in ("box", "nut")]
-    assert "sPRO" not in write_board(tmp_path, found, 2, [])
+    assert "sPRO" not in write_means(tmp_path, found, 2, [])
     found[0]["metrics"] |= {"spro_05": 0.4, "spro_30": 0.8}
-    text = write_board(tmp_path, found, 2, [])
+    text = write_means(tmp_path, found, 2, [])
     assert "| AUPRO | sPRO to FPR 0.05 | sPRO to FPR 0.3 |" in text
     assert text.rstrip().endswith("| 50.0 | 40.0 | 80.0 |")
-    with (tmp_path / "board.csv").open(newline="") as file:
+    with (tmp_path / "means.csv").open(newline="") as file:
         (row,) = csv.DictReader(file)
     assert (float(row["spro_05"]), float(row["spro_30"])) == pytest.approx((40, 80))
     heading, (line,) = summary(found)

@@ -1,7 +1,7 @@
-"""What a board compares: data sets x extractors x detectors by one protocol, from flags or a YAML file.
+"""What an evaluation compares: data sets x extractors x detectors by one protocol, from flags or a YAML file.
 
 docs/evaluate.md has an example of the file; folders in it are relative to it. One data set, and extractors of one kind,
-can be given as flags. `engine` computes the board. This module does not import torch, so that --help is fast.
+can be given as flags. `engine` computes the comparison. This module does not import torch, so that --help is fast.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class ProtocolOptions:
 
     Args:
         protocol: full, few-shot, sample-efficiency, contamination, reference-sensitivity, multi-class or robustness.
-        shots: for few-shot, the numbers K of training images; 0 (in a board also "all") takes all of them, in one draw.
+        shots: for few-shot, the numbers K of training images; 0 (in a file also "all") takes all of them, in one draw.
         draws: number of random draws (of training images, anomalies, references or perturbations, as the protocol
             needs); 0 = the protocol's default.
         seed: random seed of the first draw; each further draw adds 1.
@@ -159,7 +159,7 @@ class ExtractorRow(Network):
 
 
 @dataclass(frozen=True)
-class Board(ProtocolOptions, Network, DataChoice):
+class Comparison(ProtocolOptions, Network, DataChoice):
     """Everything that an evaluation compares.
 
     Args:
@@ -193,8 +193,8 @@ class Board(ProtocolOptions, Network, DataChoice):
         return self.draws or (3 if self.protocol in ("few-shot", "reference-sensitivity") else 1)
 
 
-def read_board(values: Mapping[str, Any], file: Path | None = None) -> Board:
-    """Read the board of a YAML file, whose folders are relative to the file; ``values`` (flags) override its keys.
+def read_comparison(values: Mapping[str, Any], file: Path | None = None) -> Comparison:
+    """Read the comparison of a YAML file, whose folders are relative to the file; ``values`` (flags) override its keys.
 
     Raises ValueError, naming the file, for unknown keys, values of a wrong type, empty lists and duplicate names.
     """
@@ -206,19 +206,19 @@ def read_board(values: Mapping[str, Any], file: Path | None = None) -> Board:
         content["extractors"] = [one]
     if empty := [name for name in ("sets", "detectors", "shots") if content.get(name) == []]:
         raise ValueError(f"{named}{' and '.join(empty)} must not be empty")
-    board = from_dict(Board, content, str(file) if file else "flags")
+    comparison = from_dict(Comparison, content, str(file) if file else "flags")
     try:
-        set_rows(board), extractor_rows(board), detector_rows(board)
+        set_rows(comparison), extractor_rows(comparison), detector_rows(comparison)
     except ValueError as error:
         raise ValueError(f"{named}{error}") from error
-    return board
+    return comparison
 
 
-def set_rows(board: Board) -> list[SetRow]:
+def set_rows(comparison: Comparison) -> list[SetRow]:
     """Return the data sets, each with a unique name. Raises ValueError for unknown keys, or if there is no data set."""
-    rows = [from_dict(SetRow, row, f"sets[{number}]") for number, row in enumerate(board.sets)]
-    if board.root:
-        rows.insert(0, SetRow(**_shared(board, DataChoice)))
+    rows = [from_dict(SetRow, row, f"sets[{number}]") for number, row in enumerate(comparison.sets)]
+    if comparison.root:
+        rows.insert(0, SetRow(**_shared(comparison, DataChoice)))
     if not rows:
         raise ValueError("needed: --root, the folder of a data set, or a file with sets")
     found = {row.name or Path(row.root).name: row for row in rows}
@@ -229,39 +229,39 @@ def set_rows(board: Board) -> list[SetRow]:
     return [SetRow(**{**vars(row), "name": name}) for name, row in found.items()]
 
 
-def extractor_rows(board: Board) -> dict[str, ExtractorRow]:
+def extractor_rows(comparison: Comparison) -> dict[str, ExtractorRow]:
     """Return the rows of features by name; features given by flags are named after their kind. Raises ValueError for
     unknown keys, and for options that do not go together."""
-    network = _shared(board, Network)
-    if isinstance(board.extractors, dict):
+    network = _shared(comparison, Network)
+    if isinstance(comparison.extractors, dict):
         if given := [name for name, value in network.items() if value is not None] + ["features"] * bool(
-            board.features
+            comparison.features
         ):
             raise ValueError(f"{' and '.join(given)} cannot be given beside named extractors: write them into a row")
-        return {name: _extractor(row, f"extractors.{name}") for name, row in board.extractors.items()}
-    sources: list[str] = board.extractors
-    learnt = bool({SCALED, PRETRAINED} & {*board.features})
+        return {name: _extractor(row, f"extractors.{name}") for name, row in comparison.extractors.items()}
+    sources: list[str] = comparison.extractors
+    learnt = bool({SCALED, PRETRAINED} & {*comparison.features})
     if not sources and (learnt or all(value is None for value in network.values())):
         sources = ["embedded"]
     elif not sources:
-        network["backbone"] = board.backbone or DEFAULT_BACKBONE
-    kinds = board.features or [RAW, *([PRETRAINED] if sources else [])]
+        network["backbone"] = comparison.backbone or DEFAULT_BACKBONE
+    kinds = comparison.features or [RAW, *([PRETRAINED] if sources else [])]
     return {
         kind: ExtractorRow(**network, features=kind, extractor=sources if kind == PRETRAINED else sources[:1])
         for kind in kinds
     }
 
 
-def detector_rows(board: Board) -> dict[str, dict[str, Any]]:
+def detector_rows(comparison: Comparison) -> dict[str, dict[str, Any]]:
     """Return the options of every detector that differ from its defaults. Raises ValueError for a malformed entry."""
     found: dict[str, dict[str, Any]] = {}
-    for number, entry in enumerate(board.detectors):
+    for number, entry in enumerate(comparison.detectors):
         row = {entry: {}} if isinstance(entry, str) else entry
         if not isinstance(row, dict) or len(row) != 1 or not all(isinstance(options, dict) for options in row.values()):
             expected = "expected a detector's name, or its options, such as padim: {sigma: 4.0}"
             raise ValueError(f"detectors[{number}] is {entry!r}; {expected}")
         if (name := next(iter(row))) in found:
-            raise ValueError(f"detector {name} is there twice; write a second board for other options")
+            raise ValueError(f"detector {name} is there twice; write a second comparison for other options")
         found |= row
     return found
 
@@ -274,9 +274,9 @@ def _extractor(row: Any, where: str) -> ExtractorRow:
         raise error if str(error).startswith(where) else ValueError(f"{where}: {error}") from error
 
 
-def _shared(board: Board, kind: type) -> dict[str, Any]:
-    """Return the board's values for the fields that it inherits from ``kind``."""
-    return {item.name: getattr(board, item.name) for item in fields(kind)}
+def _shared(comparison: Comparison, kind: type) -> dict[str, Any]:
+    """Return the comparison's values for the fields that it inherits from ``kind``."""
+    return {item.name: getattr(comparison, item.name) for item in fields(kind)}
 
 
 def _seen_from_here(content: dict[str, Any], folder: Path) -> dict[str, Any]:

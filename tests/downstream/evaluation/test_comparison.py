@@ -1,4 +1,4 @@
-"""A board of two drawn products: its numbers against a plain loop, what is computed again, what it says of mistakes."""
+"""A comparison of two drawn products: its numbers against a plain loop, what is computed again, its errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from adpretrain.references import random_references
 from downstream import FeatureNorm, PatchCore, evaluate_maps
 from downstream.cli import main
 from downstream.detectors import DETECTORS
-from downstream.evaluation.board import detector_rows, extractor_rows, read_board, set_rows
+from downstream.evaluation.comparison import detector_rows, extractor_rows, read_comparison, set_rows
 from downstream.evaluation.networks import Remembered
 
 pytestmark = pytest.mark.filterwarnings("ignore:elsewhere is left out")
@@ -52,29 +52,31 @@ def extractor_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def board(tile_products: Path, extractor_dir: Path, tmp_path: Path) -> Path:
+def comparison(tile_products: Path, extractor_dir: Path, tmp_path: Path) -> Path:
     """The file, beside a link to the data; slab has no masks in it."""
     shutil.copytree(tile_products, tmp_path / "set")
     for file in (tmp_path / "set").glob("*/test/disc/*.png"):  # fainter discs, which are not all found
         with Image.open(file) as disc, Image.open(file.parents[1] / "good" / "000.png") as good:
             Image.blend(good, disc, 0.03).save(file)
     shutil.rmtree(tmp_path / "set" / "slab" / "ground_truth")
-    (tmp_path / "board.yaml").write_text(BOARD.format(extractor=extractor_dir))
-    return tmp_path / "board.yaml"
+    (tmp_path / "comparison.yaml").write_text(BOARD.format(extractor=extractor_dir))
+    return tmp_path / "comparison.yaml"
 
 
-def evaluate(board: Path, *flags: str) -> int:
-    return main(["evaluate", str(board), "--out", str(board.parent / "out"), "--device", "cpu", *flags])
+def evaluate(comparison: Path, *flags: str) -> int:
+    return main(["evaluate", str(comparison), "--out", str(comparison.parent / "out"), "--device", "cpu", *flags])
 
 
-def cells(board: Path) -> dict[tuple[Any, ...], Path]:
+def cells(comparison: Path) -> dict[tuple[Any, ...], Path]:
     """(product, extractor, detector, images, draw) -> file."""
-    files = (board.parent / "out" / "cells").glob("*.json")
+    files = (comparison.parent / "out" / "cells").glob("*.json")
     return {tuple(json.loads(file.read_text())["of"]): file for file in files}
 
 
-def stamps(board: Path) -> dict[Path, tuple[int, bytes]]:
-    return {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in (board.parent / "out" / "cells").iterdir()}
+def stamps(comparison: Path) -> dict[Path, tuple[int, bytes]]:
+    return {
+        file: (file.stat().st_mtime_ns, file.read_bytes()) for file in (comparison.parent / "out" / "cells").iterdir()
+    }
 
 
 def without_seconds(file: Path) -> dict[str, Any]:
@@ -84,8 +86,8 @@ def without_seconds(file: Path) -> dict[str, Any]:
     return content
 
 
-def lines(board: Path) -> dict[tuple[str, ...], dict[str, str]]:
-    with (board.parent / "out" / "board.csv").open(newline="") as file:
+def lines(comparison: Path) -> dict[tuple[str, ...], dict[str, str]]:
+    with (comparison.parent / "out" / "means.csv").open(newline="") as file:
         return {(row["set"], row["detector"], row["features"]): row for row in csv.DictReader(file)}
 
 
@@ -120,24 +122,26 @@ def plain_loop(root: Path, product: str, detector: str, extractor_dir: Path | No
 @pytest.mark.parametrize("detector", ["featurenorm", "patchcore"])
 @pytest.mark.parametrize("features", ["raw", "pretrained"])
 def test_a_cell_is_a_plain_loop_over_the_public_detectors(
-    board: Path, extractor_dir: Path, detector: str, features: str
+    comparison: Path, extractor_dir: Path, detector: str, features: str
 ) -> None:
     """Tile has masks and gives all three metrics; the mean of `both` over its products and draws is theirs."""
-    text = board.read_text().replace("detectors: [featurenorm, patchcore: {amount: 0.5}]", f"detectors: [{detector}]")
-    board.write_text(text.replace("[patchcore]", "[patchcore: {amount: 0.5}]"))
-    assert evaluate(board) == 0
+    text = comparison.read_text().replace(
+        "detectors: [featurenorm, patchcore: {amount: 0.5}]", f"detectors: [{detector}]"
+    )
+    comparison.write_text(text.replace("[patchcore]", "[patchcore: {amount: 0.5}]"))
+    assert evaluate(comparison) == 0
     folder = extractor_dir if features == "pretrained" else None
     expected = {
-        (product, draw): plain_loop(board.parent / "set", product, detector, folder, draw)
+        (product, draw): plain_loop(comparison.parent / "set", product, detector, folder, draw)
         for product in ("slab", "tile")
         for draw in (0, 1)
     }
     for draw in (0, 1):
-        record = json.loads(cells(board)["both/tile", features, detector, "K=2", draw].read_text())["records"][0]
+        record = json.loads(cells(comparison)["both/tile", features, detector, "K=2", draw].read_text())["records"][0]
         for name in METRICS:
             assert record["metrics"][name] == pytest.approx(expected["tile", draw][name], abs=1e-4), name
     assert 0 < expected["tile", 0]["pixel_auroc"] < 1
-    line = lines(board)["both", detector, features]
+    line = lines(comparison)["both", detector, features]
     per_draw = [50 * sum(expected[product, draw]["image_auroc"] for product in ("slab", "tile")) for draw in (0, 1)]
     assert float(line["image_auroc"]) == pytest.approx(np.mean(per_draw), abs=1e-2)
     assert float(line["image_auroc_spread"]) == pytest.approx(np.std(per_draw, ddof=1), abs=1e-2)
@@ -145,45 +149,47 @@ def test_a_cell_is_a_plain_loop_over_the_public_detectors(
     assert float(line["aupro"]) == pytest.approx(np.mean(aupro), abs=1e-2)
 
 
-def test_a_finished_cell_is_never_computed_again(board: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert evaluate(board) == 0
-    first, table = stamps(board), (board.parent / "out" / "board.md").read_text()
+def test_a_finished_cell_is_never_computed_again(comparison: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate(comparison) == 0
+    first, table = stamps(comparison), (comparison.parent / "out" / "means.md").read_text()
     assert len(first) == 8 + 8  # two detectors, extractors and draws: slab is one cell in both sets
     assert capsys.readouterr().out.strip() == table.strip()
-    assert evaluate(board) == 0
-    assert stamps(board) == first
-    gone, cut = (cells(board)["both/tile", "raw", name, "K=2", 0] for name in ("patchcore", "featurenorm"))
+    assert evaluate(comparison) == 0
+    assert stamps(comparison) == first
+    gone, cut = (cells(comparison)["both/tile", "raw", name, "K=2", 0] for name in ("patchcore", "featurenorm"))
     kept = {file: without_seconds(file) for file in (gone, cut)}
     gone.unlink()
     cut.write_text(cut.read_text()[:100])
     with pytest.warns(UserWarning, match=f"{cut} is damaged .*; both/tile is computed again"):
-        assert evaluate(board) == 0
-    again = stamps(board)
+        assert evaluate(comparison) == 0
+    again = stamps(comparison)
     assert {file for file in first if again[file][0] != first[file][0]} == {gone, cut}
     assert {file: without_seconds(file) for file in kept} == kept
-    assert (board.parent / "out" / "board.md").read_text() == table
+    assert (comparison.parent / "out" / "means.md").read_text() == table
 
 
-def test_a_board_grows_by_what_is_new(board: Path) -> None:
-    assert evaluate(board) == 0
-    first = stamps(board)
-    board.write_text(board.read_text().replace("draws: 2", "draws: 3").replace("name: slabs", "name: renamed"))
-    assert evaluate(board) == 0
-    again = stamps(board)
+def test_a_board_grows_by_what_is_new(comparison: Path) -> None:
+    assert evaluate(comparison) == 0
+    first = stamps(comparison)
+    comparison.write_text(
+        comparison.read_text().replace("draws: 2", "draws: 3").replace("name: slabs", "name: renamed")
+    )
+    assert evaluate(comparison) == 0
+    again = stamps(comparison)
     assert {file: again[file] for file in first} == first
     assert len(again) == len(first) * 3 // 2
-    image = next((board.parent / "set" / "tile" / "test" / "good").glob("*.png"))
+    image = next((comparison.parent / "set" / "tile" / "test" / "good").glob("*.png"))
     image.write_bytes(image.read_bytes() + b" ")  # another size: another image
-    assert evaluate(board) == 0
-    assert len(stamps(board)) == len(again) + 12
+    assert evaluate(comparison) == 0
+    assert len(stamps(comparison)) == len(again) + 12
 
 
-def test_the_table_says_what_is_missing(board: Path) -> None:
-    assert evaluate(board) == 0
-    text = (board.parent / "out" / "board.md").read_text()
+def test_the_table_says_what_is_missing(comparison: Path) -> None:
+    assert evaluate(comparison) == 0
+    text = (comparison.parent / "out" / "means.md").read_text()
     assert "- elsewhere is left out: " in text
     assert "slabs, both/slab: 4 defects have no mask, such as 000.png: no pixel metrics" in text
-    found = lines(board)
+    found = lines(comparison)
     assert found["slabs", "patchcore", "raw"]["aupro"] == ""
     mean = found["mean over sets", "patchcore", "raw"]
     assert (mean["image_auroc_sets"], mean["aupro_sets"]) == ("2", "1")
@@ -191,13 +197,14 @@ def test_the_table_says_what_is_missing(board: Path) -> None:
     assert "(1 of 2)" in text
 
 
-def test_all_normal_images_are_one_draw(board: Path) -> None:
-    text = board.read_text().replace("patchcore: {amount: 0.5}", "padim")
-    board.write_text(text.replace("shots: [2]", "shots: [all]"))
-    assert evaluate(board) == 0
-    assert {key[3:] for key in cells(board)} == {("K=all", 0)}
+def test_all_normal_images_are_one_draw(comparison: Path) -> None:
+    text = comparison.read_text().replace("patchcore: {amount: 0.5}", "padim")
+    comparison.write_text(text.replace("shots: [2]", "shots: [all]"))
+    assert evaluate(comparison) == 0
+    assert {key[3:] for key in cells(comparison)} == {("K=all", 0)}
     assert (
-        json.loads(cells(board)["both/tile", "raw", "padim", "K=all", 0].read_text())["records"][0]["trained_on"] == 6
+        json.loads(cells(comparison)["both/tile", "raw", "padim", "K=all", 0].read_text())["records"][0]["trained_on"]
+        == 6
     )
 
 
@@ -206,9 +213,13 @@ def test_all_normal_images_are_one_draw(board: Path) -> None:
     [
         ("root: set, products: [slab]", "root: nowhere", "set slabs: folder not found: .*nowhere"),
         ("products: [slab]", "products: [slob]", r"set slabs: products \['slob'\] are not in .*found: slab, tile"),
-        ("products: [slab]", "product: [slab]", r"board.yaml: sets\[0\]: unknown key product \(did you mean products"),
+        (
+            "products: [slab]",
+            "product: [slab]",
+            r"comparison.yaml: sets\[0\]: unknown key product \(did you mean products",
+        ),
         ("name: both", "name: slabs", "sets slabs are there twice"),
-        ("draws: 2", "drawn: 2", r"board.yaml: unknown key drawn \(did you mean draws\?\)"),
+        ("draws: 2", "drawn: 2", r"comparison.yaml: unknown key drawn \(did you mean draws\?\)"),
         ("draws: 2", "draws: -1", "draws -1"),
         ("shots: [2]", "shots: [many]", "shots.*many"),
         ("shots: [2]", "shots: [7]", r"set slabs: too few normal images for K = 7 references: slab \(6\)"),
@@ -228,26 +239,26 @@ def test_all_normal_images_are_one_draw(board: Path) -> None:
     ],
 )
 def test_mistakes_are_told_before_anything_is_computed(
-    board: Path, old: str, new: str, message: str, capsys: pytest.CaptureFixture[str]
+    comparison: Path, old: str, new: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert old in board.read_text()
-    board.write_text(board.read_text().replace(old, new, 1))
-    assert evaluate(board) == 2
+    assert old in comparison.read_text()
+    comparison.write_text(comparison.read_text().replace(old, new, 1))
+    assert evaluate(comparison) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "Traceback" not in said
     assert re.search(message, said), said
-    assert not (board.parent / "out" / "cells").exists()
+    assert not (comparison.parent / "out" / "cells").exists()
 
 
 def test_the_board_of_the_project_is_read() -> None:
     """Its folders lie where the file says; only the solar cells may be absent."""
     file = Path(__file__).parents[3] / "recipes" / "board.yaml"
-    board = read_board({}, file)
-    sets, extractors = set_rows(board), extractor_rows(board)
+    comparison = read_comparison({}, file)
+    sets, extractors = set_rows(comparison), extractor_rows(comparison)
     assert {Path(row.root).resolve().parent.name for row in sets} == {"data", "board"}
     assert [row.name for row in sets if row.optional] == ["elpv_mono", "elpv_poly"]
     assert [row.kind for row in extractors.values()] == list(extractors) == ["pretrained", "residual", "raw"]
-    assert set(detector_rows(board)) <= set(DETECTORS)
+    assert set(detector_rows(comparison)) <= set(DETECTORS)
 
 
 def test_a_remembered_backbone_gives_the_same_features_and_keeps_to_its_room() -> None:
