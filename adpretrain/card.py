@@ -16,9 +16,9 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import StrictUndefined, Template
 
 from adpretrain.backbones import BACKBONES
-from adpretrain.backbones.licences import LICENCES, UNKNOWN
-from adpretrain.backbones.table import find_entry, licence_of
-from adpretrain.saved import PLACEHOLDER, ExtractorConfig
+from adpretrain.backbones.table import find_entry
+from adpretrain.passport import NO_LAWYERS, OPEN_QUESTION, in_a_product, in_words, passport
+from adpretrain.saved import PLACEHOLDER, ExtractorConfig, provenance_of
 
 METRICS = {
     "image_auroc": "image AUROC",
@@ -73,6 +73,7 @@ def card(
         repo_id=repo_id,
         metadata=metadata(config, repo_id, results, licence),
         backbone=_backbone(config),
+        licences=_licences(config),
         training=_training(config),
         results=_results(everything) if everything else "",
         commands=list(dict.fromkeys(result.command for result in everything)),
@@ -124,12 +125,6 @@ def held_out_results(config: ExtractorConfig) -> list[Result]:
     ]
 
 
-def provenance_of(config: ExtractorConfig, part: str) -> Mapping[str, Any]:
-    """A part of the provenance, which may hold anything; empty if that part is not a mapping."""
-    found = config.provenance.get(part)
-    return found if isinstance(found, Mapping) else {}
-
-
 def _known(config: ExtractorConfig) -> bool:
     return config.backbone.name in BACKBONES or config.backbone.name.startswith("timm/")
 
@@ -138,14 +133,11 @@ def _backbone(config: ExtractorConfig) -> str:
     entry = find_entry(config.backbone.name) if _known(config) else None
     commit = f", commit `{config.backbone.revision}`" if config.backbone.revision else ""
     source = f"`{entry.source}`{commit}" if entry else "unknown"
-    licence = licence_of(config.backbone.name) or config.licence  # the table is surer than a file
     return table(
         ("what", "value"),
         [
             ("name", f"`{config.backbone.name}`"),
             ("weights", source),
-            ("licence of the weights", licence or "unknown"),
-            ("weights in a product", _in_a_product(licence)),
             ("levels", ", ".join(map(str, config.backbone.levels or [])) or "default"),
             ("channels", ", ".join(map(str, config.channels))),
             ("input", config.preprocess.in_words),
@@ -153,9 +145,11 @@ def _backbone(config: ExtractorConfig) -> str:
     )
 
 
-def _in_a_product(licence: str | None) -> str:
-    found = LICENCES.get(licence or UNKNOWN, LICENCES[UNKNOWN])
-    return f"{found.product}. {found.terms}"
+def _licences(config: ExtractorConfig) -> str:
+    links = passport(config)
+    rows = [(k.what, k.name, k.licence, k.product, k.terms, f"<{k.source}>" if k.source else "") for k in links]
+    chain = table(("what", "name", "licence", "in a product", "terms", "source"), rows)
+    return f"**In a product: {in_a_product(links)}.** {in_words(links)}\n\n{chain}\n\n{OPEN_QUESTION} {NO_LAWYERS}"
 
 
 def _training(config: ExtractorConfig) -> str:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Literal
 
+from adpretrain.licences import stated_licence
+
 # The smallest value that each number below may take.
 LEAST = {
     **dict.fromkeys(["backbone.image_size", "projector.references", "projector.heads", "projector.layers"], 1),
@@ -99,6 +101,8 @@ class DataConfig:
             shuffle the stream.
         reduced: decode JPEG files at 1/2, 1/4 or 1/8 of their size if that is enough. This is faster, but the pixels
             differ a little from those of scoring, which decodes whole files.
+        licence: licence of the photographs, for the extractor's card: "own" if they are yours, or a name such as
+            CC-BY-4.0; null = unknown. A known set's own licence counts in any case (`adpretrain.licences.DATA_SETS`).
     """
 
     name: str = "realiad"
@@ -109,6 +113,11 @@ class DataConfig:
     workers: int = 4
     reservoir_mb: int = 2048
     reduced: bool = False
+    licence: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.licence is not None:
+            stated_licence(self.licence, "data.licence")
 
 
 @dataclass(frozen=True)

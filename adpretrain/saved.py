@@ -48,7 +48,7 @@ class ExtractorConfig:
         matching: metric of the nearest reference.
         norm: the norm that scores a feature: "l2" = ||x||, or "released" = sqrt(||x|| + 1) - 1 (the authors' code).
         local_scale: how residuals are scaled (`adpretrain.local_scale`); null = not at all.
-        licence: licence of the backbone's weights (`adpretrain.backbones.licences`); null = unknown.
+        licence: licence of the backbone's weights (`adpretrain.licences`); null = unknown.
         provenance: data, steps, seed, commit, versions, losses, metrics of the training run.
         format_version: version of this file's format.
         library_version: version of adpretrain that wrote it.
@@ -100,6 +100,12 @@ def saved_backbone(config: BackboneConfig, weights: str | os.PathLike[str] | Non
             f"{error}. In a program, the network itself can be given: as backbone= for an extractor, extract= for a "
             "detector"
         ) from error
+
+
+def provenance_of(config: ExtractorConfig, part: str) -> Mapping[str, Any]:
+    """A part of the provenance, which may hold anything; empty if that part is not a mapping."""
+    found = config.provenance.get(part)
+    return found if isinstance(found, Mapping) else {}
 
 
 def with_image_size(config: ExtractorConfig, image_size: int) -> ExtractorConfig:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adpretrain.backbones.base import Backbone
-from adpretrain.backbones.licences import LICENCES, UNKNOWN, Licence, Product
+from adpretrain.licences import LICENCES, UNKNOWN, Licence, Product
 from adpretrain.backbones.weights import Source, Weights
 
 TIMM = "timm/"  # before the name of any model of timm

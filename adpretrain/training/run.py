@@ -16,9 +16,11 @@ from rich.console import Console
 from adpretrain._version import __version__
 from adpretrain.backbones import FeatureMaps
 from adpretrain.backbones.weights import fingerprint
-from adpretrain.config import PretrainConfig
+from adpretrain.config import DataConfig, PretrainConfig
+from adpretrain.data.layouts.detect import layout_of
 from adpretrain.extractor import ADExtractor
 from adpretrain.files import atomic_path
+from adpretrain.licences import find_licence
 from adpretrain.progress import progress_bar
 from adpretrain.saved import save_tensors
 from adpretrain.training.batches import LabelledBatch, ResidualBatch, label, thin
@@ -213,6 +215,8 @@ def provenance(run: Run) -> dict[str, Any]:
         "data": {
             "name": run.config.data.name,
             "set": public_name(run.config.data.root),
+            "layout": layout_in(run.config.data),
+            "licence": run.config.data.licence and find_licence(run.config.data.licence),
             "images": len(run.data),
             "categories": len(run.data.categories),
             "held_out": run.config.data.held_out,
@@ -231,6 +235,13 @@ def provenance(run: Run) -> dict[str, Any]:
         "training": {key: config[key] for key in ("learns", "loss", "optim", "eval", "shots", "augment")},
         "held_out_metrics": held_out[-1] if held_out else {},
     }
+
+
+def layout_in(data: DataConfig) -> str | None:
+    """The layout that the pretraining set lies in; None if it is gone by now."""
+    if data.name != "auto":
+        return data.name
+    return "hf" if data.root.startswith("hf://") else layout_of(Path(data.root))
 
 
 def public_name(root: str) -> str:

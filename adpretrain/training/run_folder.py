@@ -34,6 +34,7 @@ FREE_KEYS = (
     "checkpoint_every",
     "data.workers",
     "data.root",
+    "data.licence",
     "references.cache_mb",
 )  # may change on resuming
 

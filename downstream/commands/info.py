@@ -6,7 +6,8 @@ import functools
 import json
 import math
 import os
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from safetensors import SafetensorError, safe_open
 
 from adpretrain.backbones import load_backbone
 from adpretrain.backbones.table import find_entry
-from adpretrain.card import FEATURENORM, METRICS, held_out_results, provenance_of
+from adpretrain.card import FEATURENORM, METRICS, held_out_results
 from adpretrain.residual import tokens
-from adpretrain.saved import WEIGHTS_NAME, ExtractorConfig, read_config, saved_parts
+from adpretrain.passport import NO_LAWYERS, OPEN_QUESTION, in_a_product, passport_of
+from adpretrain.saved import WEIGHTS_NAME, ExtractorConfig, provenance_of, read_config, saved_parts
 from adpretrain.training.speed import count_flops
 from downstream.commands.options import POSITIONAL, Command
 from downstream.saved import is_detector, locate_model, part, parts_of, read_detector_config
@@ -45,6 +47,7 @@ class Info(Command):
         if self.json:
             print(json.dumps(facts))
             return 0
+        links = facts.pop("licences")
         width = max(map(len, facts))
         for name, value in facts.items():
             if value not in (None, "", [], {}):
@@ -52,7 +55,15 @@ class Info(Command):
                     value = [f"{key} {part}" for key, part in value.items()]
                 shown = ", ".join(map(str, value)) if isinstance(value, list) else value
                 print(f"{name:<{width}}  {plain(shown)}")
+        for link in links:
+            print(f"{'licence':<{width}}  {plain(_in_a_line(link))}")
+        print(f"{OPEN_QUESTION} {NO_LAWYERS}")
         return 0
+
+
+def _in_a_line(link: Mapping[str, str]) -> str:
+    source = f"; {link['source']}" if link["source"] else ""
+    return f"{link['what']} {link['name']}: {link['licence']}, in a product: {link['product']}{source}"
 
 
 def describe_model(model: str | os.PathLike[str], revision: str | None = None) -> dict[str, Any]:
@@ -65,7 +76,9 @@ def describe_model(model: str | os.PathLike[str], revision: str | None = None) -
     facts: dict[str, Any] = {"model": str(model), "commit": located.commit}
     facts |= _detector(folder) if is_detector(folder) else _extractor(folder)
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
-    return {**facts, "bytes on disk": sum(sizes), "folder": str(folder)}
+    links = passport_of(folder)
+    facts |= {"bytes on disk": sum(sizes), "folder": str(folder), "in a product": in_a_product(links)}
+    return {**facts, "licences": [asdict(link) for link in links]}
 
 
 def _extractor(folder: Path) -> dict[str, Any]:

@@ -56,6 +56,8 @@ class Pretrain(Command):
         lr: learning rate
         references: number of learnable references of the projector
         workers: number of processes that read photographs
+        data_licence: licence of the photographs, for the extractor's card: own if they are yours, or such as CC-BY-4.0;
+            without it adpretrain push refuses a card that allows commercial use
         keep: whether the projector is saved: only if it helps, or always
         seed: random seed of the training and of the choice of held-out products
     """
@@ -72,6 +74,7 @@ class Pretrain(Command):
     lr: float = 1e-3
     references: int = 256
     workers: int = 2
+    data_licence: str | None = None
     keep: Literal["if-better", "always"] = "if-better"
     seed: int = 0
 
@@ -139,9 +142,10 @@ class Pretrain(Command):
         channels = load_backbone(self.backbone, weights=weights, image_size=self.image_size).channels
         width, trained = math.gcd(*channels), sum(sample.category not in held for sample in samples)
         heads = max(count for count in range(1, HEADS + 1) if width % count == 0)
+        data = DataConfig("auto", self.data, held_out=list(held), workers=self.workers, licence=self.data_licence)
         return PretrainConfig(
             run=f"{self.out}.run",
-            data=DataConfig("auto", self.data, held_out=list(held), workers=self.workers, on_error="skip"),
+            data=dataclasses.replace(data, on_error="skip"),
             backbone=BackboneConfig(self.backbone, self.image_size, weights=weights),
             projector=ProjectorConfig(references=self.references, heads=heads),
             loss=LossConfig(lambda_=0.0, radius=0.6, margin=0.3),

@@ -12,7 +12,7 @@ from hub_server import Hub
 
 from adpretrain import ADExtractor
 from adpretrain.backbones import BACKBONES, Backbone, FeatureMaps, load_backbone
-from adpretrain.backbones.licences import LICENCES, UNKNOWN
+from adpretrain.licences import LICENCES, UNKNOWN
 from adpretrain.backbones.table import TIMM, find_entry, licence_of
 from adpretrain.preprocess import Preprocess
 from adpretrain.saved import CONFIG_NAME

@@ -22,7 +22,7 @@ from small_rows import (
 from timm.models import get_pretrained_cfg
 
 from adpretrain.backbones import BACKBONES
-from adpretrain.backbones.licences import LICENCES
+from adpretrain.licences import LICENCES
 from adpretrain.backbones.table import TIMM, find_entry
 from adpretrain.backbones.timm import build
 from adpretrain.backbones.weights import Source, Weights

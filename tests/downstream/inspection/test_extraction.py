@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adpretrain.backbones import BACKBONES, load_backbone
-from adpretrain.backbones.licences import LICENCES
+from adpretrain.licences import LICENCES
 from adpretrain.extractor import ADExtractor
 from adpretrain.photographs import read_image
 from downstream.cli import main
