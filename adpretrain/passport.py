@@ -1,6 +1,6 @@
 """The licence passport of an extractor: what it is made of, under which licences, and whether a product may use it.
 
-It is computed from the extractor's configuration and the tables of `adpretrain.licences`; nothing is looked up elsewhere.
+It is computed from the extractor's configuration and the tables of `adpretrain.licences` alone.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def trained_on(config: ExtractorConfig) -> str:
 
 
 def _link(what: str, name: str, licence: str | None, source: str = "") -> Link:
-    """A link under a licence, which may be any text. ``source``: where it is said to be; else the licence's own text."""
+    """A link under a licence, which may be any text. ``source``: where that is said; else the licence's own text."""
     key = find_licence(licence or UNKNOWN)
     if key is None:
         return Link(what, name, str(licence), "unknown", "This version does not know that licence.", source)

@@ -402,7 +402,7 @@ def push_folder(folder: Path, repo_id: str, *, private: bool | None = None, **op
     `publish`. Raises ValueError, with the fix, if the folder is neither, and the errors of `publish`.
     """
     from adpretrain.card import card
-    from adpretrain.hub.upload import files_to_publish
+    from adpretrain.hub.contents import files_to_publish
 
     detector = is_detector(folder)
     files_to_publish(folder)

@@ -3,10 +3,12 @@
   python hub/publish.py --run runs/mine --repo-id org/adpretrain-dinov2-base --licence apache-2.0 --tag v1 --dry-run
   python hub/publish.py --run runs/mine --repo-id org/adpretrain-dinov2-base --results runs/compare --tag v1
   python hub/publish.py --space --repo-id org/adpretrain-demo
+  python hub/publish.py --board site/ --repo-id org/adpretrain-board
 
 One commit publishes everything, or nothing is changed; the same command may be run again. --run also takes the folder
 of an extractor, as hub/convert_official.py writes it. --results takes output folders of recipes/evaluate.py for this
-extractor: their numbers, and the command that reproduces them, go into the card and its metadata.
+extractor: their numbers, and the command that reproduces them, go into the card and its metadata. --collection adds
+what was published to a collection, with a line on what it is.
 """
 
 from __future__ import annotations
@@ -18,11 +20,13 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from adpretrain.card import METRICS, Result, card
-from adpretrain.hub.upload import Published, publish, publish_space
+from adpretrain.hub.collection import add_to_collection
+from adpretrain.hub.upload import Published, publish, publish_page, publish_space
 from adpretrain.parsing import parse_flags, read_json
+from adpretrain.passport import in_a_product, passport, trained_on
 from adpretrain.saved import CONFIG_NAME, WEIGHTS_NAME, folder_digest, read_config
 
 HUB = Path(__file__).resolve().parent
@@ -38,8 +42,11 @@ class Options:
         repo_id: org/name on the Hub.
         run: folder of a run, or of an extractor.
         space: publish the demo (hub/space) as a Space instead.
+        board: publish index.html of this folder, which adpretrain board rendered, as a static Space instead.
         results: output folders of recipes/evaluate.py.
-        licence: licence of the weights, such as apache-2.0.
+        licence: licence of the weights, such as apache-2.0; refused if it allows more than the licences of what they
+            were made of.
+        collection: org/title or slug of a collection to add it to; made if there is none of that title.
         private: let only you and your organisation see it.
         tag: a version, such as v1, put on the commit.
         message: message of the commit.
@@ -49,8 +56,10 @@ class Options:
     repo_id: str
     run: Path | None = None
     space: bool = False
+    board: Path | None = None
     results: list[Path] = field(default_factory=list)
     licence: str | None = None
+    collection: str | None = None
     private: bool = False
     tag: str | None = None
     message: str | None = None
@@ -146,22 +155,46 @@ def _publish_run(options: Options) -> Published:
 
 def _publish_space(options: Options) -> Published:
     if options.tag or options.results or options.licence:
-        raise ValueError("--tag, --results and --licence belong to an extractor, not to --space")
-    return publish_space(
-        HUB / "space", options.repo_id, private=options.private, message=options.message, dry_run=options.dry_run
-    )
+        raise ValueError("--tag, --results and --licence belong to an extractor, not to --space or --board")
+    how: dict[str, Any] = {"private": options.private, "message": options.message, "dry_run": options.dry_run}
+    if options.board is not None:
+        return publish_page(options.board, HUB / "board" / "README.md", options.repo_id, **how)
+    return publish_space(HUB / "space", options.repo_id, **how)
+
+
+def _collect(options: Options, collection: str) -> str:
+    """Add what was published to a collection; what was done, in a line."""
+    note = "The demo: your photographs, in the browser." if options.space else "The board: detectors compared."
+    if options.run is not None:
+        config = read_config(extractor_folder(options.run))
+        note = f"{trained_on(config)}; in a product: {in_a_product(passport(config))}."
+    if options.dry_run:
+        return f"would add it to the collection {collection}: {note}"
+    kind: Literal["model", "space"] = "space" if options.run is None else "model"
+    address = add_to_collection(options.repo_id, kind, collection, note, private=options.private)
+    return f"in the collection {address}: {note}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_flags(Options, argv, __doc__)
     try:
-        if (options.run is None) != options.space:
-            raise ValueError("give one of --run FOLDER and --space")
-        done = _publish_space(options) if options.space else _publish_run(options)
+        if (options.run is not None) + options.space + (options.board is not None) != 1:
+            raise ValueError("give one of --run FOLDER, --space and --board FOLDER")
+        done = _publish_run(options) if options.run is not None else _publish_space(options)
     except (ValueError, OSError) as error:
         print(f"publish: error: {error}", file=sys.stderr)
         return 2
     print(describe(done, options.dry_run))
+    try:
+        if options.collection is not None:
+            print(_collect(options, options.collection))
+    except (ValueError, OSError) as error:
+        print(
+            f"publish: error: {error}. {done.url} is published; only the collection lacks it: run the same command "
+            "again, which uploads nothing twice",
+            file=sys.stderr,
+        )
+        return 2
     return 0
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adpretrain.backbones.base import Backbone
-from adpretrain.licences import LICENCES, UNKNOWN, Licence, Product
 from adpretrain.backbones.weights import Source, Weights
+from adpretrain.licences import LICENCES, UNKNOWN, Licence, Product
 
 TIMM = "timm/"  # before the name of any model of timm
 

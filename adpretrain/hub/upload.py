@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import huggingface_hub
-import torch
 from huggingface_hub.errors import GatedRepoError, LocalTokenNotFoundError, RepositoryNotFoundError
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from adpretrain.backbones.weights import some
+from adpretrain.hub.claims import refuse_claims
+from adpretrain.hub.contents import OURS, PAGE, files_of_page, files_of_space, files_to_publish
 from adpretrain.hub.download import (
     GIT_SHA1,
-    PART,
     REPO_ID,
     TROUBLES,
     explain,
@@ -26,22 +24,10 @@ from adpretrain.hub.download import (
     root,
     status,
 )
-from adpretrain.parsing import read_json
-from adpretrain.saved import (
-    CARD_NAME,
-    CONFIG_NAME,
-    PICTURE_SUFFIX,
-    WEIGHTS_NAME,
-    read_config,
-    read_weights,
-    saved_tensors,
-)
 
-PICTURE = r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.png"
-OURS = re.compile(rf"(?:{PART.pattern}/)*(?:config\.json|model\.safetensors|README\.md)|(?:assets/)?{PICTURE}")
 HOUSEKEEPING = re.compile(r"\.gitattributes|\.gitignore|LICENSE(?:\.[a-z]+)?|[A-Za-z0-9_-]+\.md")
-SPACE = re.compile(r"(?:[A-Za-z0-9_-]+/)*[A-Za-z0-9_-]+\.(?:py|md|txt|png|css)")
 BLANK = {"model": {".gitattributes"}, "space": {".gitattributes", "README.md"}}  # a new one has these
+TEMPLATE = {PAGE, "style.css"}  # and a new static Space these
 STALE = (409, 412)  # the Hub's answers if the branch is no longer at the parent commit
 
 
@@ -87,11 +73,13 @@ def publish(
     was lost. ``tag`` is put on the commit. ``token``: None = that of `hf auth login` or HF_TOKEN. ``dry_run``: check
     everything, change nothing; no token is needed.
 
-    Raises ValueError, with the fix, if the folder is not a saved model (`files_to_publish`), a name is not valid, the
-    token is missing, wrong or lacks rights, the repository's visibility is not ``private`` or it holds something else,
-    the tag is on another commit, the branch moves meanwhile, or there is no connection.
+    Raises ValueError, with the fix, if the folder is not a saved model (`files_to_publish`), its card claims more
+    than the licences of what it was made of allow (`refuse_claims`), a name is not valid, the token is missing, wrong
+    or lacks rights, the repository's visibility is not ``private`` or it holds something else, the tag is on another
+    commit, the branch moves meanwhile, or there is no connection.
     """
     files = files_to_publish(folder)
+    refuse_claims(Path(folder))
     _check_names(repo_id, branch, tag, message)
     message = message or f"Publish {Path(folder).resolve().name}"
     return _Repository(repo_id, branch, token, files, private, tag, message).publish(dry_run)
@@ -113,7 +101,27 @@ def publish_space(
     files = files_of_space(folder)
     _check_names(repo_id, "main", None, message)
     message = message or "Publish the Space"
-    return _Repository(repo_id, "main", token, files, private, None, message, "space").publish(dry_run)
+    return _Repository(repo_id, "main", token, files, private, None, message, "gradio").publish(dry_run)
+
+
+def publish_page(
+    folder: str | os.PathLike[str],
+    card: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool,
+    message: str | None = None,
+    token: str | bool | None = None,
+    dry_run: bool = False,
+) -> Published:
+    """Make the static Space ``repo_id`` hold index.html of ``folder`` and ``card`` as README.md, as `publish` does.
+
+    Nothing else in ``folder`` is read. Raises ValueError as `files_of_page` and `publish` do.
+    """
+    files = files_of_page(folder, card)
+    _check_names(repo_id, "main", None, message)
+    message = message or "Publish the page"
+    return _Repository(repo_id, "main", token, files, private, None, message, "static").publish(dry_run)
 
 
 def _check_names(repo_id: str, branch: str, tag: str | None, message: str | None) -> None:
@@ -130,92 +138,6 @@ def _check_names(repo_id: str, branch: str, tag: str | None, message: str | None
             raise ValueError(f'{what} {name!r} is not valid: use letters, digits, "-", "_" and ".", for example v1.0')
     if message is not None and not message.strip():
         raise ValueError("message is empty: say what the commit holds, or leave message out")
-
-
-# What is published
-
-
-def files_to_publish(folder: str | os.PathLike[str]) -> dict[str, Path]:
-    """The files of a saved model by their path in the repository, checked.
-
-    Raises ValueError if the folder is not a saved model, or holds links, files that we do not write, files whose
-    content does not fit their names, or weights that are not finite or do not fit their config: published files stay in
-    the repository's history for ever.
-    """
-    top = Path(folder)
-    if not top.is_dir():
-        raise ValueError(f"{folder} is not a folder: publish a folder written by save_pretrained")
-    files = _files(top)
-    if strange := [name for name in files if not OURS.fullmatch(name)]:
-        raise ValueError(
-            f"{folder} holds files that are not part of a saved model: {some(strange)}. Published are {CONFIG_NAME}, "
-            f"{WEIGHTS_NAME}, {CARD_NAME} and {PICTURE_SUFFIX} pictures; move the rest out of the folder"
-        )
-    parts = {name.rpartition("/")[0] for name in files if name.endswith((CONFIG_NAME, WEIGHTS_NAME))} | {""}
-    for part in sorted(parts):
-        for name in (CONFIG_NAME, WEIGHTS_NAME):
-            if (f"{part}/{name}" if part else name) not in files:
-                raise ValueError(f"{top / part} has no {name}: publish a folder written by save_pretrained")
-    for path in files.values():
-        _check_content(path)
-    for part in sorted(parts):
-        read_weights(top / part, _expected(top / part))
-    return files
-
-
-def files_of_space(folder: str | os.PathLike[str]) -> dict[str, Path]:
-    """The files of a Space by their path in the repository. Raises ValueError for files that it does not need."""
-    top = Path(folder)
-    if not (top / "app.py").is_file() or not (top / CARD_NAME).is_file():
-        raise ValueError(f"{folder} has no app.py and {CARD_NAME}: publish the folder of a Space")
-    files = {name: path for name, path in _files(top).items() if "__pycache__/" not in name}
-    if strange := [name for name in files if not SPACE.fullmatch(name)]:
-        raise ValueError(f"{folder} holds files that no Space needs: {some(strange)}; move them out of the folder")
-    return files
-
-
-def _files(top: Path) -> dict[str, Path]:
-    paths = sorted(top.rglob("*"))
-    for path in paths:
-        if path.is_symlink() or not (path.is_dir() or path.is_file()):
-            raise ValueError(f"{path} is a link or not a regular file; only regular files are published")
-    return {path.relative_to(top).as_posix(): path for path in paths if path.is_file()}
-
-
-def _check_content(path: Path) -> None:
-    try:
-        if path.name == CONFIG_NAME and not isinstance(read_json(path), dict):
-            raise ValueError("not a JSON object")
-        if path.name == WEIGHTS_NAME:
-            with safe_open(path, framework="pt"):
-                pass
-        if path.name == CARD_NAME:
-            path.read_text(encoding="utf-8")
-        if path.suffix == PICTURE_SUFFIX and path.read_bytes()[:8] != b"\x89PNG\r\n\x1a\n":
-            raise ValueError("not a PNG picture")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{path} is not what its name says ({error}): save the model again") from None
-
-
-def _expected(folder: Path) -> dict[str, Tensor]:
-    """The weights that a config.json describes, by their shapes (detectors) or by its networks' sizes (extractors)."""
-    content = read_json(folder / CONFIG_NAME)
-    if "tensors" not in content:
-        config = read_config(folder)
-        training = config.provenance.get("training")
-        if isinstance(training, dict) and training.get("learns") == "backbone":
-            raise ValueError(
-                f"{folder} uses a backbone that was trained with it (learns: backbone), whose weights are not in the "
-                "folder: nobody could load what would be published"
-            )
-        return saved_tensors(config, folder)
-    try:
-        return {name: torch.empty(shape, device="meta") for name, shape in content["tensors"].items()}
-    except (TypeError, AttributeError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"{folder / CONFIG_NAME}: tensors must map names to shapes ({error}): save again") from error
-
-
-# How it is published
 
 
 @dataclass(frozen=True)
@@ -241,7 +163,11 @@ class _Repository:
     private: bool
     tag: str | None
     message: str
-    kind: Literal["model", "space"] = "model"
+    sdk: Literal["gradio", "static"] | None = None  # of a Space; None = a model
+
+    @property
+    def kind(self) -> Literal["model", "space"]:
+        return "model" if self.sdk is None else "space"
 
     @property
     def _api(self) -> huggingface_hub.HfApi:
@@ -295,7 +221,9 @@ class _Repository:
         branches, tags = self._refs()
         head = branches.get(self.branch, branches.get("main", str(info.sha)))
         files = self._remote(head)
-        return _State(bool(info.private), head, branches, tags, files, files.keys() <= BLANK[self.kind])
+        own = files.keys() - BLANK[self.kind]
+        is_new = not own or (self.sdk == "static" and own == TEMPLATE)
+        return _State(bool(info.private), head, branches, tags, files, is_new)
 
     def _remote(self, commit: str) -> dict[str, Any]:
         """The client's `RepoFile`s of a commit by path."""
@@ -304,6 +232,8 @@ class _Repository:
         return {entry.path: entry for entry in found if isinstance(entry, huggingface_hub.hf_api.RepoFile)}
 
     def _is_ours(self, name: str) -> bool:
+        if self.sdk == "static" and name in TEMPLATE:
+            return True
         return name in self.local if self.kind == "space" else OURS.fullmatch(name) is not None
 
     def _differences(self, remote: dict[str, Any]) -> tuple[list[str], list[str]]:
@@ -353,7 +283,7 @@ class _Repository:
         """Make all changes to the repository. Returns the commit."""
         options: dict[str, Any] = {"exist_ok": True, "repo_type": self.kind}
         if state.head is None:
-            new: dict[str, Any] = {"private": True, "space_sdk": "gradio" if self.kind == "space" else None}
+            new: dict[str, Any] = {"private": True, "space_sdk": self.sdk}
             try:
                 persistently(lambda: self._api.create_repo(self.repo_id, repo_type=self.kind, **new))
             except TROUBLES as error:

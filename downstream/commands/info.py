@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from adpretrain.backbones import load_backbone
 from adpretrain.backbones.table import find_entry
 from adpretrain.card import FEATURENORM, METRICS, held_out_results
-from adpretrain.residual import tokens
 from adpretrain.passport import NO_LAWYERS, OPEN_QUESTION, in_a_product, passport_of
+from adpretrain.residual import tokens
 from adpretrain.saved import WEIGHTS_NAME, ExtractorConfig, provenance_of, read_config, saved_parts
 from adpretrain.training.speed import count_flops
 from downstream.commands.options import POSITIONAL, Command

@@ -12,8 +12,8 @@ from hub_server import Hub
 
 from adpretrain import ADExtractor
 from adpretrain.backbones import BACKBONES, Backbone, FeatureMaps, load_backbone
-from adpretrain.licences import LICENCES, UNKNOWN
 from adpretrain.backbones.table import TIMM, find_entry, licence_of
+from adpretrain.licences import LICENCES, UNKNOWN
 from adpretrain.preprocess import Preprocess
 from adpretrain.saved import CONFIG_NAME
 from downstream.commands.info import describe_model

@@ -22,10 +22,10 @@ from small_rows import (
 from timm.models import get_pretrained_cfg
 
 from adpretrain.backbones import BACKBONES
-from adpretrain.licences import LICENCES
 from adpretrain.backbones.table import TIMM, find_entry
 from adpretrain.backbones.timm import build
 from adpretrain.backbones.weights import Source, Weights
+from adpretrain.licences import LICENCES
 
 ROWS = [name for name, entry in BACKBONES.items() if entry.family == "timm" and not name.startswith(TIMM)]
 

@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
+from hub_server.collected import Collections
 from hub_server.repository import LARGE, Repository
 from hub_server.routes import ROUTES, SIGNED, WRITING, Answer
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from hub_server.server import Fault, Hub, User
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(Collections, BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = 20
 
@@ -32,7 +33,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.handle_request()
 
-    do_HEAD = do_POST = do_PUT = do_GET
+    do_HEAD = do_POST = do_PUT = do_PATCH = do_GET
 
     def handle_request(self) -> None:
         self.body, self.silent = self.read_body(), False
@@ -159,9 +160,9 @@ class Handler(BaseHTTPRequestHandler):
             raise Answer(409, "You already created this model repo")
         private = asked.get("visibility") == "private" or asked.get("private", False)
         kind = asked.get("type") or "model"
-        if kind == "space" and asked.get("sdk") != "gradio":
+        if kind == "space" and asked.get("sdk") not in ("gradio", "static"):
             raise Answer(400, "a Space needs an SDK")
-        self.hub.repositories[name] = Repository(name, private, kind=kind)
+        self.hub.repositories[name] = Repository(name, private, kind=kind, sdk=asked.get("sdk") or "")
         self.answer(200, {"url": f"{self.hub.endpoint}/{name}", "name": name})
 
     def on_validate(self) -> None:

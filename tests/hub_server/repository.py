@@ -59,6 +59,7 @@ class Repository:
     private: bool = False
     gated: bool = False
     kind: str = "model"
+    sdk: str = ""
     commits: dict[str, Commit] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
@@ -68,7 +69,10 @@ class Repository:
     def __post_init__(self) -> None:
         files = {".gitattributes": Blob(b"*.safetensors filter=lfs\n", False)}
         if self.kind == "space":
-            files["README.md"] = Blob(b"---\nsdk: gradio\n---\n", False)
+            files["README.md"] = Blob(f"---\nsdk: {self.sdk or 'gradio'}\n---\n".encode(), False)
+        if self.sdk == "static":  # the Hub's template
+            files["index.html"] = Blob(b"<!doctype html><h1>Welcome to your static Space!</h1>", False)
+            files["style.css"] = Blob(b"body {}", False)
         self.add(Commit(None, "initial commit", files), "main")
 
     @property

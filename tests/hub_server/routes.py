@@ -5,6 +5,7 @@ from __future__ import annotations
 KIND = r"(?P<kind>models|datasets|spaces)"
 PREFIX = r"(?:(?P<prefix>datasets|spaces)/)?"  # a model has none
 NAME = r"(?P<repo>[^/]+/[^/]+)"
+SLUG = r"(?P<slug>[^/]+/[^/]+)"
 ROUTES = [
     ("GET", r"/api/whoami-v2", "whoami"),
     ("POST", r"/api/repos/create", "create"),
@@ -22,6 +23,11 @@ ROUTES = [
     ("POST", rf"/api/{KIND}/{NAME}/tag/(?P<revision>[^/]+)", "tag"),
     ("POST", rf"/api/{KIND}/{NAME}/branch/(?P<revision>[^/]+)", "branch"),
     ("PUT", rf"/api/{KIND}/{NAME}/settings", "settings"),
+    ("GET", r"/api/collections", "collections"),
+    ("POST", r"/api/collections", "new_collection"),
+    ("GET", rf"/api/collections/{SLUG}", "collection"),
+    ("POST", rf"/api/collections/{SLUG}/items", "new_item"),
+    ("PATCH", rf"/api/collections/{SLUG}/items/(?P<item>[^/]+)", "item"),
     ("HEAD", rf"/{PREFIX}{NAME}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
     ("GET", rf"/{PREFIX}{NAME}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
 ]

@@ -1,4 +1,4 @@
-"""The Hub's HTTP interface, as far as publishing and loading a model and streaming a data set use it."""
+"""The Hub's HTTP interface, as far as publishing and loading a model, collections, and streaming a data set use it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import ThreadingHTTPServer
-from typing import Literal
+from typing import Any, Literal
 
 from hub_server.handler import Handler
 from hub_server.repository import Repository
@@ -49,12 +49,14 @@ class _Server(ThreadingHTTPServer):
 
 
 class Hub:
-    """``requests``: "METHOD /path" of all that arrived. ``users``: by token. ``repositories``: by "org/name"."""
+    """``requests``: "METHOD /path" of all that arrived. ``users``: by token. ``repositories``: by "org/name". ``collections``:
+    by slug, as the Hub answers them."""
 
     def __init__(self) -> None:
         self.users = {"token-of-ada": User("ada", ["factory"]), "token-of-bob": User("bob")}
         self.users["read-token-of-ada"] = User("ada", ["factory"], may_write=False)
         self.repositories: dict[str, Repository] = {}
+        self.collections: dict[str, dict[str, Any]] = {}
         self.requests: list[str] = []
         self.faults: list[Fault] = []
         self.sleeps: list[float] = []

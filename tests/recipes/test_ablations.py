@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from adpretrain import ADExtractor, load_backbone
 from adpretrain.config import PretrainConfig, ProjectorConfig
 from adpretrain.data import index_dataset
-from adpretrain.hub.upload import files_to_publish
+from adpretrain.hub.contents import files_to_publish
 from adpretrain.parsing import parse_command_line
 from adpretrain.projector import FeatureProjector
 from adpretrain.training.dataset import PretrainingSet

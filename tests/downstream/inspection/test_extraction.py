@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adpretrain.backbones import BACKBONES, load_backbone
-from adpretrain.licences import LICENCES
 from adpretrain.extractor import ADExtractor
+from adpretrain.licences import LICENCES
 from adpretrain.photographs import read_image
 from downstream.cli import main
 from downstream.inspection.extraction import join
