@@ -147,6 +147,7 @@ def extractor_from_official(checkpoint: Any, backbone: Backbone, source: Mapping
         provenance={
             "converted_from": dict(source),
             "released_metrics": recorded,
+            "data": {"set": "Real-IAD"},  # as their paper and their repository say
             "note": "released by the authors of ADPretrain; the metrics are theirs, on the test set it was chosen on",
         },
     )

@@ -20,6 +20,7 @@ from adpretrain.saved import ExtractorConfig
 
 MEASURED = {"step": 40, "image_auroc": 0.912, "aupro": 0.805, "raw_image_auroc": 0.9, "raw_aupro": 0.75}
 PROVENANCE = {"data": {"name": "realiad", "set": "Real-IAD", "images": 9}, "steps": 50, "held_out_metrics": MEASURED}
+OWN = {"data": {"set": "parts", "licence": "own"}}
 RESULT = Result("MTD", "test, K=8", "padim on adpretrain features", "aupro", 66.6789, "python evaluate.py --root MTD")
 
 
@@ -82,17 +83,26 @@ def test_a_backbone_is_named_with_its_repository_and_licence(extractor: ADExtrac
     text = card(dataclasses.replace(extractor.config, backbone=backbone))
     assert ModelCard(text).data.base_model == "facebook/dinov2-base"
     assert f"commit `{'0' * 40}`" in text
-    assert "| licence of the weights | Apache-2.0 |" in text
-    assert "| weights in a product | yes. Whoever passes the weights on adds a copy of the licence" in text
-    conditions = card(dataclasses.replace(extractor.config, backbone=BackboneConfig("dinov3-base")))
-    assert "| licence of the weights | DINOv3 License |" in conditions
-    assert "| weights in a product | with conditions. " in conditions
-    assert "CC-BY-NC" in card(dataclasses.replace(extractor.config, backbone=BackboneConfig("imagebind")))
+    assert "| backbone weights | dinov2-base | Apache-2.0 | yes | Whoever passes it on adds a copy" in text
+    conditions = card(dataclasses.replace(extractor.config, backbone=BackboneConfig("dinov3-base"), provenance=OWN))
+    assert "**In a product: with conditions.** A product may use it on the conditions of backbone weights" in conditions
+    forbidden = card(dataclasses.replace(extractor.config, backbone=BackboneConfig("imagebind")))
+    assert "| backbone weights | imagebind | CC-BY-NC-SA-4.0 | no |" in forbidden
     unknown = card(dataclasses.replace(extractor.config, licence=None, backbone=BackboneConfig("made-here")))
-    assert "| licence of the weights | unknown |" in unknown
-    assert "| weights in a product | unknown. " in unknown
+    assert "| backbone weights | made-here | unknown | unknown |" in unknown
     newer = dataclasses.replace(extractor.config, licence="MIT", backbone=BackboneConfig("of-a-later-version"))
-    assert "| licence of the weights | MIT |" in card(newer)
+    assert "| backbone weights | of-a-later-version | MIT | yes |" in card(newer)
+
+
+def test_the_licences_of_the_whole_chain_are_told(extractor: ADExtractor) -> None:
+    text = card(extractor.config)  # trained on Real-IAD
+    assert (
+        "**In a product: no.** A product may not use it, because of pretraining data Real-IAD (CC-BY-NC-SA-4.0)."
+        in text
+    )
+    assert "https://huggingface.co/datasets/Real-IAD/Real-IAD" in text
+    assert "open question of law" in text
+    assert "not by lawyers" in text
 
 
 def test_nothing_in_the_provenance_breaks_a_table(extractor: ADExtractor) -> None:

@@ -46,8 +46,8 @@ def _claims(card: Path) -> list[str]:
         raise ValueError(f"{card}: its front matter cannot be read ({reason}): correct what is between ---") from error
     given, name = front.get("license"), front.get("license_name")
     stated = [*(given if isinstance(given, list) else [given]), name]
-    named = {None, "", NO_CLAIM, "other" if name else None}  # "other" with a name says no more than the name
-    return [str(claim) for claim in stated if claim not in named]
+    silent = [None, "", NO_CLAIM, *(["other"] if name else [])]  # "other" says no more than its name
+    return [str(claim) for claim in stated if claim not in silent]
 
 
 def _forbids_products(claim: str) -> bool:

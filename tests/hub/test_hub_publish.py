@@ -46,7 +46,7 @@ def test_an_extractor_is_published_as_one_commit_and_public_only_then(
     found = repository.contents()
     assert found.keys() == {"config.json", "model.safetensors", "README.md"}
     assert found["model.safetensors"] == (saved.folder / "model.safetensors").read_bytes()
-    assert json.loads(found["config.json"])["provenance"] == {"seed": 0}
+    assert json.loads(found["config.json"])["provenance"] == extractor.config.provenance
     assert found["README.md"].startswith(b"---\nlicense: mit")
     assert done.commit == repository.branches["main"] == repository.tags["v1.0"]
     assert repository.commits[done.commit].parent in repository.commits  # on top of what was there

@@ -118,8 +118,8 @@ def test_numbers_of_another_extractor_are_refused(
     ("flags", "message"),
     [
         (["--run", "nowhere"], "nowhere is neither a finished run of recipes/pretrain.py nor an extractor's folder"),
-        ([], "give one of --run FOLDER and --space"),
-        (["--space", "--run", "nowhere"], "give one of --run FOLDER and --space"),
+        ([], "give one of --run FOLDER, --space and --board FOLDER"),
+        (["--space", "--run", "nowhere"], "give one of --run FOLDER, --space and --board FOLDER"),
     ],
 )
 def test_mistakes_are_a_line(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,4 +141,4 @@ def test_the_space_is_published_whole(hub: Hub, capsys: pytest.CaptureFixture[st
     assert files["app.py"] == (HUB / "space" / "app.py").read_bytes()
     assert {"app.py", "requirements.txt", "README.md"} <= files.keys()
     assert publish("--space", "--repo-id", "ada/demo", "--tag", "v1") == 2
-    assert "belong to an extractor, not to --space" in capsys.readouterr().err
+    assert "belong to an extractor, not to --space or --board" in capsys.readouterr().err

@@ -49,8 +49,8 @@ class _Server(ThreadingHTTPServer):
 
 
 class Hub:
-    """``requests``: "METHOD /path" of all that arrived. ``users``: by token. ``repositories``: by "org/name". ``collections``:
-    by slug, as the Hub answers them."""
+    """``requests``: "METHOD /path" of all that arrived. ``users``: by token. ``repositories``: by "org/name".
+    ``collections``: by slug, as the Hub answers them."""
 
     def __init__(self) -> None:
         self.users = {"token-of-ada": User("ada", ["factory"]), "token-of-bob": User("bob")}
@@ -90,7 +90,7 @@ class Hub:
     def running(self) -> bool:
         return self._server is not None
 
-    def add(self, name: str, **options: bool) -> Repository:
+    def add(self, name: str, **options: Any) -> Repository:
         return self.repositories.setdefault(name, Repository(name, **options))
 
     def break_next(self, pattern: str, kind: Kind, times: int = 1, **details: object) -> Fault:
