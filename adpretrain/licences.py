@@ -106,7 +106,7 @@ class DataSet:
 
     ``licence``: a key of `LICENCES`, or None if its publishers state none that we could read. ``source``: where they
     say so. ``names``: an expression that finds its name in that of a folder or repository, in lower case. ``layout``:
-    the layout of `adpretrain.data.DATASETS` that no other set has; "" if there is none.
+    the layout of `adpretrain.data.DATASETS` (or "drawn") that no other set has; "" if there is none.
     """
 
     licence: str | None
@@ -141,7 +141,7 @@ DATA_SETS: dict[str, DataSet] = {
     ),
     "ELPV": DataSet(NC, "https://github.com/zae-bayern/elpv-dataset", "elpv", "elpv"),
     "DAGM 2007": DataSet(None, "https://conferences.mpi-inf.mpg.de/dagm/2007/prizes.html", r"dagm(?:[-_ ]?2007)?"),
-    "drawn products": DataSet("Apache-2.0", LICENCES["Apache-2.0"].source, r"(?:\d+ )?drawn products\b.*"),
+    "drawn products": DataSet("Apache-2.0", LICENCES["Apache-2.0"].source, r"(?:\d+ )?drawn products\b.*", "drawn"),
 }
 
 

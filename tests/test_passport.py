@@ -148,6 +148,7 @@ def test_data_by_its_name_then_by_what_is_said_then_by_its_layout() -> None:
     assert data_of(set="photos", layout="realiad", licence="Apache-2.0") == ("photos", "Apache-2.0", "yes")
     assert data_of(set="Real-IAD", licence="own") == ("Real-IAD", "CC-BY-NC-SA-4.0", "no")  # whoever says otherwise
     assert data_of(set="MPDD", licence="CC-BY-4.0") == ("MPDD", "CC-BY-4.0", "yes")  # whoever could read it
+    assert data_of(set="synthetic", name="realiad", layout="drawn") == ("drawn products", "Apache-2.0", "yes")
     assert data_of(set="VisA") == ("VisA", "CC-BY-4.0", "yes")
     assert data_of(set="parts", layout="mvtec") == ("parts", "unknown", "unknown")  # the layout of own data, too
     assert data_of(set="parts", licence="own") == ("parts", "own", "yes")
@@ -180,7 +181,7 @@ def test_a_network_that_the_table_does_not_know_is_under_the_licence_that_its_co
 def test_the_tables_hold_together() -> None:
     layouts = [found.layout for found in DATA_SETS.values() if found.layout]
     assert len(layouts) == len(set(layouts))
-    assert set(layouts) <= DATASETS.keys()
+    assert set(layouts) <= DATASETS.keys() | {"drawn"}
     for name, found in DATA_SETS.items():
         assert found.source.startswith(("https://", "http://"))
         assert found.licence is None or found.licence in LICENCES
@@ -188,6 +189,15 @@ def test_the_tables_hold_together() -> None:
     assert find_licence("apache-2.0") == "Apache-2.0"
     assert find_licence("dinov3-license") == "DINOv3 License"
     assert find_licence("gpl-3.0") is None
+
+
+def test_the_documentation_says_what_the_table_says() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+    rows = [line.split("|") for line in page.splitlines() if line.startswith("|") and line.count("|") == 3]
+    told = {name.strip(): row[2].split(":")[0].strip() for row in rows for name in row[1].split(",")}
+    assert {name: told.get(name) for name in DATA_SETS} == {
+        name: found.licence or "unknown" for name, found in DATA_SETS.items()
+    }
 
 
 def test_the_licence_of_own_photographs_is_one_of_the_table(tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ from adpretrain.training.state import Evaluation, Run, make_batches, normal_batc
 
 PLOT_EVERY = 60.0  # seconds
 
+DRAWN = "synthetic.json"  # the file beside drawn products that says how they were drawn
+
 
 def prepare(run: Run, batch: ResidualBatch) -> LabelledBatch:
     """Label the tokens of a batch, and keep as many per image as the configuration asks for."""
@@ -238,7 +240,10 @@ def provenance(run: Run) -> dict[str, Any]:
 
 
 def layout_in(data: DataConfig) -> str | None:
-    """The layout that the pretraining set lies in; None if it is gone by now."""
+    """The layout that the pretraining set lies in, "drawn" for what recipes/draw_products.py drew; None if it is gone
+    by now."""
+    if (Path(data.root) / DRAWN).is_file():
+        return "drawn"
     if data.name != "auto":
         return data.name
     return "hf" if data.root.startswith("hf://") else layout_of(Path(data.root))

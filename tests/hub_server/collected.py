@@ -36,7 +36,8 @@ class Collections:
         (owner,) = parse_qs(urlsplit(self.path).query)["owner"]
         mine = [one for one in self.hub.collections.values() if one["owner"] == owner]
         seen = [one for one in mine if not one["private"] or self.may_write(owner)]
-        self.answer(200, [{**one, "items": one["items"][:SHOWN]} for one in seen])
+        listed = [{**one, "items": one["items"][:SHOWN]} for one in seen]
+        self.answer(200, [{key: one[key] for key in one if key != "position"} for one in listed])
 
     def on_new_collection(self) -> None:
         asked = json.loads(self.body)

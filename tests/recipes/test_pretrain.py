@@ -68,6 +68,7 @@ def test_run_folder_holds_what_the_readme_says_and_the_extractor_knows_its_origi
     provenance = ADExtractor.from_pretrained(run / "extractor").config.provenance
     assert provenance["steps"] == 6
     assert provenance["data"]["categories"] == 5  # of six, p000 is held out
+    assert (provenance["data"]["layout"], provenance["data"]["licence"]) == ("drawn", None)
     scored = {line["step"]: (line["image_auroc"] + line["aupro"]) / 2 for line in lines(run) if "image_auroc" in line}
     assert provenance["kept_step"] == max(scored, key=lambda step: scored[step])  # eval.keep is "best" in this config
     assert provenance["held_out_metrics"]["step"] == provenance["kept_step"]
@@ -76,6 +77,8 @@ def test_run_folder_holds_what_the_readme_says_and_the_extractor_knows_its_origi
     assert first["image_auroc"] == pytest.approx(first["raw_image_auroc"], abs=1e-9)
     other = train(log, arguments(run, *flags, "--optim.steps", "7"), expected=2)
     assert "optim.steps was 6, now 7" in other
+    train(log, arguments(run, *flags, "--optim.steps", "6", "--data.licence", "own"))  # may be said afterwards
+    assert ADExtractor.from_pretrained(run / "extractor").config.provenance["data"]["licence"] == "own"
 
 
 @pytest.mark.slow
