@@ -5,9 +5,10 @@ It is computed from the extractor's configuration and the tables of `adpretrain.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from adpretrain.backbones.table import find_entry, licence_of
 from adpretrain.licences import (
@@ -72,13 +73,19 @@ def passport_of(folder: Path) -> list[Link]:
     for path in sorted(folder.rglob(CONFIG_NAME)):
         content = read_json(path)
         if isinstance(content, dict) and "detector" in content:
-            network = content.get("backbone")
-            found = [_backbone(str(network["name"]), None)] if isinstance(network, dict) and "name" in network else []
-            found.append(_link(CODE, "adpretrain", "Apache-2.0"))
+            found = [*_of_detector(content), _link(CODE, "adpretrain", "Apache-2.0")]
         else:
             found = passport(read_config(path.parent))
         links += found
     return sorted(dict.fromkeys(links), key=lambda link: link.what == CODE)
+
+
+def _of_detector(content: Mapping[str, Any]) -> list[Link]:
+    """The backbone that a detector's config.json names, or the function of one's own that it was fitted on."""
+    network = content.get("backbone")
+    if isinstance(network, dict) and "name" in network:
+        return [_backbone(str(network["name"]), None)]
+    return [_link(BACKBONE, "a user's own function", None)] if content.get("extract") == "given" else []
 
 
 def in_a_product(links: Sequence[Link]) -> Product:

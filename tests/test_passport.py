@@ -227,4 +227,6 @@ def test_a_detector_has_the_passport_of_everything_in_it(tmp_path: Path) -> None
     links = passport_of(tmp_path)
     assert [link.name for link in links] == ["imagebind", "lite0", "drawn products", "adpretrain"]
     assert in_a_product(links) == "no"
+    (tmp_path / "config.json").write_text(json.dumps({"detector": "padim", "backbone": None, "extract": "given"}))
+    assert (passport_of(tmp_path)[0].name, in_a_product(passport_of(tmp_path))) == ("a user's own function", "unknown")
     assert describe_model(inside)["in a product"] == "yes"

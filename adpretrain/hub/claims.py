@@ -16,8 +16,8 @@ NO_CLAIM = "unknown"  # the Hub's own word
 
 
 def refuse_claims(folder: Path) -> None:
-    """Raise ValueError if README.md of a saved model claims a licence that allows use in a product, but something that
-    the model was made of does not, or nobody has said whether it does. No licence is no claim.
+    """Raise ValueError if README.md of a saved model claims a licence that does not forbid use in a product, but
+    something that the model was made of does, or nobody has said whether it does. No licence is no claim.
 
     The claims are ``license`` and ``license_name`` in the card's front matter.
     """
@@ -30,7 +30,7 @@ def refuse_claims(folder: Path) -> None:
         return
     reasons = "; ".join(f"{_described(link)}. {_fix(link)}" for link in deciding(links))
     raise ValueError(
-        f"{card} claims the licence {bold[0]!r}, which lets a product use the model, but what it was made of does not: "
+        f"{card} claims the licence {bold[0]!r}, which does not forbid use in a product, but that is not allowed: "
         f"{reasons}. Or leave the licence out of the card. Nothing was uploaded"
     )
 

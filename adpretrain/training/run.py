@@ -31,7 +31,6 @@ from adpretrain.training.objective import Losses, measure_centers
 from adpretrain.training.state import Evaluation, Run, make_batches, normal_batches, set_up
 
 PLOT_EVERY = 60.0  # seconds
-
 DRAWN = "synthetic.json"  # the file beside drawn products that says how they were drawn
 
 

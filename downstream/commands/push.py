@@ -16,6 +16,8 @@ class Push(Command):
 
     All files are uploaded in one commit, or nothing is changed; it is safe to run the same command again.
     A fitted detector contains features of your product: its repository is private unless you set --visibility public.
+    A licence in the card (license: in README.md) that does not forbid use in a product is refused if something that the
+    model was made of forbids it, or leaves it open: adpretrain info lists the licences.
     To publish a pretraining run with its curves, heatmaps and results, use hub/publish.py.
 
     exit codes:

@@ -56,7 +56,7 @@ def test_a_claim_over_a_chain_that_forbids_it(
     for provenance in (FORBIDDEN, NOBODYS):
         folder = folder_of(extractor, tmp_path / "one", provenance, front)
         if refused:
-            with pytest.raises(ValueError, match="which lets a product use the model"):
+            with pytest.raises(ValueError, match="which does not forbid use in a product, but"):
                 refuse_claims(folder)
         else:
             refuse_claims(folder)
