@@ -102,7 +102,7 @@ class DataConfig:
         reduced: decode JPEG files at 1/2, 1/4 or 1/8 of their size if that is enough. This is faster, but the pixels
             differ a little from those of scoring, which decodes whole files.
         licence: licence of the photographs, for the extractor's card: "own" if they are yours, or a name such as
-            CC-BY-4.0; null = unknown. A known set's own licence counts in any case (`adpretrain.licences.DATA_SETS`).
+            CC-BY-4.0; null = unknown. A folder named as a known set has that set's (`adpretrain.licences.DATA_SETS`).
     """
 
     name: str = "realiad"

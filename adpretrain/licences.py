@@ -116,22 +116,25 @@ class DataSet:
 
 
 NC = "CC-BY-NC-SA-4.0"
+REAL_IAD = "https://huggingface.co/datasets/Real-IAD"
 MVTEC = "https://www.mvtec.com/company/research/datasets"
 
 # A name that holds those of two sets is the first one's.
 DATA_SETS: dict[str, DataSet] = {
     "Real-IAD Variety": DataSet(
         None,
-        "https://huggingface.co/datasets/Real-IAD/Real-IAD_Variety",
+        f"{REAL_IAD}/Real-IAD_Variety",
         "real[-_ ]?iad[-_ ]?variety",
         "realiad_variety",
     ),
-    "Real-IAD": DataSet(NC, "https://huggingface.co/datasets/Real-IAD/Real-IAD", "real[-_ ]?iad", "realiad"),
+    "Real-IAD": DataSet(
+        NC, "https://huggingface.co/datasets/Real-IAD/Real-IAD", r"real[-_ ]?iad(?:_\d+|_raw)?", "realiad"
+    ),
     "VisA": DataSet("CC-BY-4.0", "https://github.com/amazon-science/spot-diff", r"visa(?:_\d{8})?", "visa"),
     "MVTec AD 2": DataSet(NC, f"{MVTEC}/mvtec-ad-2", "mvtec[-_ ]?ad[-_ ]?2", "mvtec_ad_2"),
     "MVTec LOCO AD": DataSet(NC, f"{MVTEC}/mvtec-loco", "mvtec[-_ ]?loco", "mvtec_loco"),
     "MVTec 3D-AD": DataSet(NC, f"{MVTEC}/mvtec-3d-ad", "mvtec[-_ ]?3d", "mvtec_3d"),
-    "MVTec AD": DataSet(NC, f"{MVTEC}/mvtec-ad", "mvtec(?:[-_ ]?ad)?"),
+    "MVTec AD": DataSet(NC, f"{MVTEC}/mvtec-ad", "mvtec(?:[-_ ]?ad|[-_ ]anomaly[-_ ]detection)?"),
     "BTAD": DataSet(None, "http://avires.dimi.uniud.it/papers/btad/btad.zip", "btad|btech", "btad"),
     "MPDD": DataSet(None, "https://github.com/stepanje/MPDD", "mpdd", "mpdd"),
     "KolektorSDD2": DataSet(NC, "https://www.vicos.si/resources/kolektorsdd2/", "kolektorsdd2|ksdd2"),
@@ -145,15 +148,15 @@ DATA_SETS: dict[str, DataSet] = {
 }
 
 
-def find_data_set(name: str) -> str | None:
+def find_data_set(name: str, exactly: bool = False) -> str | None:
     """The key of `DATA_SETS` that the name of a folder or repository (hf://org/name@revision) means, or None.
 
-    A set whose licence allows products must be named exactly; for others it is enough that their name occurs in it
-    ("mvtec_bottle"), so that a part of a set is taken for the set.
+    A set whose licence allows products must be named exactly; for others, unless ``exactly``, it is enough that their
+    name occurs in it ("mvtec_bottle"), so that a part of a set is taken for the set.
     """
     text = name.lower().removeprefix("hf://").partition("@")[0].strip()
     for key, found in DATA_SETS.items():
-        if found.licence is not None and LICENCES[found.licence].product == "yes":
+        if exactly or (found.licence is not None and LICENCES[found.licence].product == "yes"):
             if any(re.fullmatch(found.names, part) for part in (text, text.rpartition("/")[2])):
                 return key
         elif re.search(rf"(?<![a-z0-9])(?:{found.names})(?![a-z])", text):

@@ -143,11 +143,11 @@ def _backbone(name: str, stated: str | None) -> Link:
 
 
 def _data(config: ExtractorConfig) -> Link:
-    """A name of the table is surest; then what the user says; then the layout, which own data may share."""
+    """The name of a set is surest; then what the user says; then a part of a name, or the layout."""
     data = provenance_of(config, "data")
     given = [data.get(key) for key in ("set", "layout", "name", "licence")]
     name, layout, kind, stated = (value if isinstance(value, str) else "" for value in given)
-    named, by_layout = find_data_set(name), data_set_of_layout(layout or kind)
+    named, by_layout = find_data_set(name, exactly=bool(stated)), data_set_of_layout(layout or kind)
     if named is not None and DATA_SETS[named].licence is not None:
         return _link(DATA, named, DATA_SETS[named].licence, DATA_SETS[named].source)
     if stated:

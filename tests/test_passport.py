@@ -147,6 +147,9 @@ def test_data_by_its_name_then_by_what_is_said_then_by_its_layout() -> None:
     assert data_of(set="photos", name="realiad") == ("Real-IAD", "CC-BY-NC-SA-4.0", "no")  # as saved before
     assert data_of(set="photos", layout="realiad", licence="Apache-2.0") == ("photos", "Apache-2.0", "yes")
     assert data_of(set="Real-IAD", licence="own") == ("Real-IAD", "CC-BY-NC-SA-4.0", "no")  # whoever says otherwise
+    assert data_of(set="mvtec-layout") == ("MVTec AD", "CC-BY-NC-SA-4.0", "no")
+    assert data_of(set="mvtec-layout", licence="own") == ("mvtec-layout", "own", "yes")
+    assert data_of(set="mvtec_anomaly_detection", licence="own")[2] == "no"
     assert data_of(set="MPDD", licence="CC-BY-4.0") == ("MPDD", "CC-BY-4.0", "yes")  # whoever could read it
     assert data_of(set="synthetic", name="realiad", layout="drawn") == ("drawn products", "Apache-2.0", "yes")
     assert data_of(set="VisA") == ("VisA", "CC-BY-4.0", "yes")

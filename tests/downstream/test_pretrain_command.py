@@ -15,6 +15,7 @@ from adpretrain.config import ProjectorConfig
 from adpretrain.data import index_dataset
 from adpretrain.data.products import by_product
 from adpretrain.extractor import ADExtractor
+from adpretrain.passport import in_a_product, passport
 from adpretrain.projector import FeatureProjector
 from downstream.cli import main
 from downstream.commands.pretrain import held_out_of, with_evidence
@@ -96,10 +97,11 @@ def test_the_command(tile_products: Path, tmp_path: Path, capsys: pytest.Capture
     assert "the projector does not help: gain +0.0 points" in said
     assert "saved without the projector, as it does not help" in said
     assert ADExtractor.from_pretrained(tmp_path / "mine").projector is None
-    assert main([*command, "--keep", "always"]) == 3  # the finished run is not trained again
+    assert main([*command, "--keep", "always", "--data-licence", "own"]) == 3  # the finished run is not trained again
     assert "saved with the projector, which does not help: --keep always" in capsys.readouterr().out
     kept = ADExtractor.from_pretrained(tmp_path / "mine")
     assert kept.projector is not None
+    assert in_a_product(passport(kept.config)) == "yes"  # the photographs are said to be one's own
     assert set(kept.config.provenance["held_out_metrics"]) >= {"image_auroc", "raw_image_auroc", "gain", "spread"}
     assert "without the projector" in (tmp_path / "mine" / "README.md").read_text()
 
