@@ -110,6 +110,8 @@ class Network:
         crop_from: with crop, length of the shorter side before cropping, such as 256 for 224 pixels.
         finest: stride in pixels to which feature maps with a finer stride are averaged; by default they are kept.
         random_weights: use untrained weights with this seed, as a lower bound to compare with.
+        seen_in_pretraining: whether the pretraining of an extractor saw photographs of the data sets: none, some or
+            unknown (the default); it is written into the results that can be shared.
     """
 
     backbone: str | None = None
@@ -120,6 +122,7 @@ class Network:
     crop_from: int | None = None
     finest: int | None = None
     random_weights: int | None = None
+    seen_in_pretraining: Literal["none", "some", "unknown"] | None = None
 
 
 @dataclass(frozen=True)
@@ -129,8 +132,9 @@ class ExtractorRow(Network):
     Args:
         extractor: a folder written by save_pretrained, "org/name[@revision]" on the Hub, or "embedded"; several must
             be seeds of one training, and their results are averaged.
-        features: raw = backbone features, residual = feature minus nearest reference, scaled = the extractor without
-            its projector, pretrained = the whole extractor; null = pretrained for an extractor, raw for a backbone.
+        features: raw = backbone features, residual = feature minus nearest reference, scaled = residuals over the
+            local scale, without a projector, pretrained = the whole extractor; null = pretrained for an extractor, raw
+            for a backbone.
     """
 
     extractor: str | list[str] | None = None
@@ -139,11 +143,11 @@ class ExtractorRow(Network):
     def __post_init__(self) -> None:
         if bool(self.extractor) == (self.backbone is not None):
             raise ValueError(f"extractor {self.extractor}, backbone {self.backbone}: name one of the two")
-        own = [f.name for f in fields(Network) if f.name not in ("backbone", "weights")]
+        own = [f.name for f in fields(Network) if f.name not in ("backbone", "weights", "seen_in_pretraining")]
         if self.extractor and (given := [name for name in own if getattr(self, name) is not None]):
             raise ValueError(f"{' and '.join(given)} cannot be given with an extractor: it was trained with its own")
-        if self.backbone and self.features in (SCALED, PRETRAINED):
-            raise ValueError(f"features {self.features!r} need an extractor; a backbone has only raw and residual ones")
+        if self.backbone and self.features == PRETRAINED:
+            raise ValueError(f"features {self.features!r} need an extractor; a backbone has no learnt projector")
         if self.random_weights is not None and self.weights:
             raise ValueError(f"random_weights {self.random_weights} and weights {self.weights}: give one of the two")
 
@@ -240,8 +244,9 @@ def extractor_rows(comparison: Comparison) -> dict[str, ExtractorRow]:
             raise ValueError(f"{' and '.join(given)} cannot be given beside named extractors: write them into a row")
         return {name: _extractor(row, f"extractors.{name}") for name, row in comparison.extractors.items()}
     sources: list[str] = comparison.extractors
-    learnt = bool({SCALED, PRETRAINED} & {*comparison.features})
-    if not sources and (learnt or all(value is None for value in network.values())):
+    learnt = PRETRAINED in comparison.features
+    named = [value for name, value in network.items() if name != "seen_in_pretraining" and value is not None]
+    if not sources and (learnt or not named):
         sources = ["embedded"]
     elif not sources:
         network["backbone"] = comparison.backbone or DEFAULT_BACKBONE

@@ -20,6 +20,7 @@ from adpretrain.data import ImageDataset, Sample
 from adpretrain.data.products import about_bare, about_inverted
 from adpretrain.preprocess import Preprocess
 from adpretrain.references import TooFewImages
+from downstream.detector import Detector
 from downstream.detectors import build_detector
 from downstream.detectors.aligned import AlignedFeatureNormConfig
 from downstream.detectors.featurenorm import FeatureNorm
@@ -34,6 +35,7 @@ from downstream.evaluation.protocols import Part, PerturbedImages, Trial
 from downstream.metrics import d_prime, errors_at_best_f1
 from downstream.streamed_metrics import StreamingMetrics
 
+TIMED = 4  # photographs that are scored alone, to measure how long one takes
 WHOLE = 150_000_000  # a product whose maps have more pixels is measured in a stream; others are measured at once
 OWN = "one detector for all products, but every image is compared with references of its own product"
 UNDRAWN = "this detector chooses its references itself: draws would change nothing, so there is only one"
@@ -169,9 +171,23 @@ def run_trial(trial: Trial, contender: Contender, networks: Networks, settings: 
                 "notes": [*part.notes, *adapted, *_about_references(trial, part, contender), *scored["notes"]],
                 "trained_on": sum(len(each.train) for each in trial.parts),
                 "seconds": {"fit": round(fitted, 3), "score": round(time.perf_counter() - began, 3)},
+                "latency": _latency(detector, images) if trial.draw == 0 else None,
             }
         )
     return records
+
+
+def _latency(detector: Detector, images: Images) -> float:
+    """Return the seconds in which one photograph is scored alone, network included: the least of a few, because others
+    may use the machine too. Each is slightly changed, so that a cache of features does not know it."""
+    first = next(iter(images))[:1]
+    found = []
+    for number in range(1, TIMED + 1):
+        changed = first + 1e-3 * number
+        began = time.perf_counter()
+        detector.predict(changed).scores.tolist()  # waits for the device
+        found.append(time.perf_counter() - began)
+    return round(min(found), 5)
 
 
 def _options(trial: Trial, contender: Contender, settings: Settings) -> tuple[dict[str, Any], list[str]]:
@@ -212,6 +228,7 @@ def _unfitted(trial: Trial, part: Part, contender: Contender, reason: str) -> di
         "notes": [*part.notes, f"{contender}, not fitted: {reason}"],
         "trained_on": sum(len(each.train) for each in trial.parts),
         "seconds": {"fit": 0.0, "score": 0.0},
+        "latency": None,
     }
 
 

@@ -228,7 +228,11 @@ def test_all_normal_images_are_one_draw(comparison: Path) -> None:
         ("[featurenorm,", "[featuernorm,", "detector 'featuernorm' is unknown; choose one of featurenorm"),
         ("[featurenorm,", "[featurenorm, patchcore,", "detector patchcore is there twice"),
         ("[featurenorm,", "[3,", r"detectors\[0\] is 3; expected a detector's name"),
-        ("image_size: 64", "image_size: 64, features: scaled", "extractors.raw: features 'scaled' need an extractor"),
+        (
+            "image_size: 64",
+            "image_size: 64, features: pretrained",
+            "extractors.raw: features 'pretrained' need an extractor",
+        ),
         (
             "raw: {backbone: lite0,",
             "raw: {extractor: embedded,",
@@ -250,9 +254,9 @@ def test_mistakes_are_told_before_anything_is_computed(
     assert not (comparison.parent / "out" / "cells").exists()
 
 
-def test_the_board_of_the_project_is_read() -> None:
+def test_the_comparisons_of_the_project_are_read() -> None:
     """Its folders lie where the file says; only the solar cells may be absent."""
-    file = Path(__file__).parents[3] / "recipes" / "board.yaml"
+    file = Path(__file__).parents[3] / "recipes" / "embedded.yaml"
     comparison = read_comparison({}, file)
     sets, extractors = set_rows(comparison), extractor_rows(comparison)
     assert {Path(row.root).resolve().parent.name for row in sets} == {"data", "board"}
