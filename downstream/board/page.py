@@ -23,11 +23,11 @@ from downstream.table_text import latex, markdown
 
 TITLES = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "aupro": "AUPRO"}
 HOW = (
-    "Lines are sorted by mean rank in image AUROC. A place such as 2–5 says that one line is surely better, and that this "
-    "one is surely better than all but five: differences of means are tested by a paired bootstrap over photographs "
-    f"({REPLICATES} replicates), Holm-corrected over all pairs of the table at {ALPHA:.0%}; ties stay ties. ± is the "
-    "standard deviation between draws of references, which the test does not contain. ms: one photograph scored alone, "
-    "network included, on the hardware of its result."
+    "Lines are sorted by mean rank in image AUROC. A place such as 2–5 says that one line is surely better, and that "
+    "this one is surely better than all but five: differences of means are tested by a paired bootstrap over "
+    f"photographs ({REPLICATES} replicates), Holm-corrected over all pairs of a table at {ALPHA:.0%}; ties stay ties. "
+    "± is the standard deviation between draws of references, which the test does not contain. ms: one photograph "
+    "scored alone, network included, on the hardware of its result."
 )
 
 
@@ -53,8 +53,9 @@ def columns_of(task: Task, pairs: bool) -> list[Column]:
     out += [_metric_column(metric) for metric in METRICS]
     if len(task.sets) > 1:
         out += [_set_column(name) for name in task.sets]
+    if pairs:
+        out.append(Column("ms", lambda line: _number(line.milliseconds, 0), lambda line: line.milliseconds))
     out += [
-        Column("ms", lambda line: _number(line.milliseconds, 0), lambda line: line.milliseconds),
         Column("M parameters", lambda line: f"{line.parameters / 1e6:.1f}", lambda line: line.parameters),
         Column("in a product", lambda line: line.product, lambda line: line.product),
         Column("test seen in pretraining", lambda line: line.seen, lambda line: line.seen),

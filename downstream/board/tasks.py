@@ -103,10 +103,10 @@ class Line:
 
     @property
     def milliseconds(self) -> float | None:
-        """The longest time to score a photograph, over the units; None if it was not measured everywhere."""
-        found = [result.latency for result in self.results.values()]
-        known = [value for value in found if value is not None]
-        return 1000 * max(known) if len(known) == len(found) else None
+        """The least time to score a photograph, over the units, as others may have used a machine too; None if it was
+        never measured."""
+        known = [result.latency for result in self.results.values() if result.latency is not None]
+        return 1000 * min(known) if known else None
 
     @property
     def parameters(self) -> int:
