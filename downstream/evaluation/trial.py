@@ -180,8 +180,8 @@ def run_trial(trial: Trial, contender: Contender, networks: Networks, settings: 
 def _latency(detector: Detector, images: Images) -> float:
     """Return the seconds in which one photograph is scored alone, network included: the least of a few.
 
-    Each is a little changed, so that a cache of features does not know it. On a CPU that others use too, a process waits
-    for its turn: there its own CPU time counts, if that is less.
+    Each is a little changed, so that a cache of features does not know it. On a CPU that others use too, a process
+    waits for its turn: there its own CPU time counts, if that is less.
     """
     first = next(iter(images))[:1]
     found = []
