@@ -24,8 +24,9 @@ const filters = document.querySelector("#filters");
 function apply() {
   const words = filters.elements.words.value.toLowerCase().split(/\s+/).filter(Boolean);
   const most = { ms: filters.elements.ms.value, parameters: filters.elements.parameters.value };
+  const rows = [...document.querySelectorAll("tbody tr")];
   let shown = 0;
-  for (const row of document.querySelectorAll("tbody tr")) {
+  for (const row of rows) {
     const text = row.textContent.toLowerCase();
     const allowed = !filters.elements.commercial.checked || ["yes", "with conditions"].includes(row.dataset.product);
     const small = Object.entries(most).every(([name, limit]) =>
@@ -33,7 +34,7 @@ function apply() {
     row.hidden = !(allowed && small && words.every((word) => text.includes(word)));
     shown += !row.hidden;
   }
-  document.querySelector("#shown").textContent = `${shown} lines`;
+  document.querySelector("#shown").textContent = `${shown} of ${rows.length} lines`;
 }
 filters.addEventListener("input", apply);
 filters.addEventListener("submit", (event) => event.preventDefault());
