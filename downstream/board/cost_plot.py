@@ -12,7 +12,7 @@ from typing import NamedTuple
 from downstream.board.tasks import Line
 
 WIDTH, HEIGHT = 780, 380
-LEFT, RIGHT, TOP, BOTTOM = 52, 170, 14, 44
+LEFT, RIGHT, TOP, BOTTOM = 52, 204, 14, 44
 # Colours of Okabe and Ito, which colour-blind readers can tell apart, on light and on dark ground.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a8a8a")
 STYLE = (
@@ -75,7 +75,7 @@ def cost_plot(lines: Sequence[Line], alone: bool = False) -> str:
         centre = f'cx="{x(point.milliseconds):.1f}" cy="{y(point.quality):.1f}"'
         parts.append(
             f'<circle {centre} r="{5 if point in best else 4}" fill="{colour[point.detector]}" '
-            f'fill-opacity="{1 if point in best else 0.55}"><title>{told}</title></circle>'
+            f'fill-opacity="{1 if point in best else 0.7}"><title>{told}</title></circle>'
         )
     parts += _legend(detectors, colour)
     drawn = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" fill="currentColor">'
@@ -90,7 +90,7 @@ def _legend(detectors: Sequence[str], colour: dict[str, str]) -> list[str]:
         out.append(f'<circle cx="{WIDTH - RIGHT + 18}" cy="{height - 4}" r="5" fill="{colour[name]}"/>')
         out.append(f'<text x="{WIDTH - RIGHT + 30}" y="{height}">{html.escape(name)}</text>')
     height = TOP + 14 + 20 * len(detectors)
-    out.append(f'<text x="{WIDTH - RIGHT + 10}" y="{height}" opacity=".75">- - none is faster and better</text>')
+    out.append(f'<text x="{WIDTH - RIGHT + 10}" y="{height}" opacity=".75">- - nothing is faster and better</text>')
     return out
 
 
