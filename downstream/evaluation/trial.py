@@ -30,7 +30,8 @@ from downstream.evaluation.means import COUNTS, TITLES
 from downstream.evaluation.measured import finite, measured_at_once, measured_in_stream
 from downstream.evaluation.networks import ALIGNED, ROOM, Contender, Networks, Withheld
 from downstream.evaluation.pictures import Shown, choose_shown, median_images
-from downstream.evaluation.protocols import Part, PerturbedImages, Trial
+from downstream.evaluation.perturbations import PerturbedImages
+from downstream.evaluation.protocols import Part, Trial
 from downstream.metrics import d_prime, errors_at_best_f1
 from downstream.streamed_metrics import StreamingMetrics
 

@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional as V
 
 from adpretrain.data import index_dataset
 from adpretrain.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
-from downstream.evaluation.protocols import ANGLE, LIGHT, SHIFT, SIGMA, Perturbation, PerturbedImages
+from downstream.evaluation.perturbations import ANGLE, LIGHT, SHIFT, SIGMA, Perturbation, PerturbedImages
 
 SIDE = 64
 
