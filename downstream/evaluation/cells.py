@@ -110,7 +110,7 @@ def _listing(trial: Trial, root: Path) -> str:
     labels, masks, saturation files, file sizes and full scales, if any."""
 
     def lines(part: Part) -> Iterator[str]:
-        yield json.dumps([part.product, part.perturbed])
+        yield json.dumps([part.product, part.perturbed and asdict(part.perturbed)])
         for use, samples in (("fit", part.train), ("compare", part.references), ("score", part.test)):
             for sample in samples:
                 used = [sample.image, *sample.mask_files, *filter(None, [saturation_file(sample)])]
