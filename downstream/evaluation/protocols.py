@@ -135,7 +135,7 @@ def _perturbed(trial: Trial, seed: int) -> Iterator[Trial]:
 
 def in_time(product: str, group: Sequence[Sample]) -> list[Sample]:
     """Return the samples of a product with other splits: train for the first half of its normal images, in the order of
-    their file names (numbers in them count as numbers), test for the second half and for all else that is scored.
+    their file names (numbers in them count as numbers), test for the second half and for the anomalies that are scored.
 
     Raises ValueError if there are fewer than two normal images.
     """
@@ -145,12 +145,9 @@ def in_time(product: str, group: Sequence[Sample]) -> list[Sample]:
         raise ValueError(f"{product}: {len(good)} normal images cannot be halved: a shifted line needs at least 2")
     ordered = [good[image] for image in sorted(good, key=_by_name)]
     half = len(ordered) // 2
-    seen = {*scored}
-    others = [sample for sample in group if sample.noise and sample not in seen]
     return [
         *(replace(sample, split="train") for sample in ordered[:half]),
-        *(replace(sample, split="test") for sample in (*ordered[half:], *scored)),
-        *others,
+        *(replace(sample, split="test", noise=False) for sample in (*ordered[half:], *scored)),
     ]
 
 
