@@ -30,11 +30,11 @@ class ProtocolOptions:
             the second: names must stand for time).
         shots: for few-shot, robustness, contamination and shifted-line, the numbers K of training images, which are
             also the references; 0 (in a file also "all") takes all of them, in one draw. By default 4 for few-shot; the
-            others fit on all and compare with ``references`` of them, as full does.
+            others fit on all and draw their references from them, as full does.
         draws: number of random draws (of training images, anomalies, references or perturbations, as the protocol
             needs); 0 = the protocol's default.
         seed: random seed of the first draw; each further draw adds 1.
-        references: number of the extractor's references, drawn from the training images; few-shot uses its K images.
+        references: number of the extractor's references, drawn from the training images; with shots, the K images are.
         share: for sample-efficiency, the share of the normal training images to use.
         noise: for contamination, the anomalies added per normal training image, or with shots the share of the K images
             that are anomalies, at least one; at most half of a product's anomalies. A set's own contaminated training
