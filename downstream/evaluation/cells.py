@@ -109,7 +109,7 @@ def drawn(trial: Trial, contender: Contender) -> bool:
 def _uses(trial: Trial) -> Iterator[tuple[str, Sequence[Sample]]]:
     """Yield what a trial does with its images, each with a heading: those to fit on, to compare with and to score."""
     for part in trial.parts:
-        yield json.dumps([part.product, part.perturbed]), ()
+        yield json.dumps([part.product, part.perturbed and asdict(part.perturbed)]), ()
         yield from (("fit", part.train), ("compare", part.references), ("score", part.test))
 
 

@@ -12,59 +12,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from adpretrain.parsing import from_dict, read_yaml
+from downstream.evaluation.protocol_options import FEW, Protocol, ProtocolOptions
 
 Kind = Literal["raw", "residual", "scaled", "pretrained"]
 RAW, RESIDUAL, SCALED, PRETRAINED = FEATURES = get_args(Kind)
-Protocol = Literal[
-    "full", "few-shot", "sample-efficiency", "contamination", "reference-sensitivity", "multi-class", "robustness"
-]
-PROTOCOLS: tuple[str, ...] = get_args(Protocol)
 ALL, DEFAULT_BACKBONE = "all", "lite0"
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class ProtocolOptions:
-    """A protocol of `protocols`, and its options.
-
-    Args:
-        protocol: full, few-shot, sample-efficiency, contamination, reference-sensitivity, multi-class or robustness.
-        shots: for few-shot, the numbers K of training images; 0 (in a file also "all") takes all of them, in one draw.
-        draws: number of random draws (of training images, anomalies, references or perturbations, as the protocol
-            needs); 0 = the protocol's default.
-        seed: random seed of the first draw; each further draw adds 1.
-        references: number of the extractor's references, drawn from the training images; few-shot uses its K images.
-        share: for sample-efficiency, the share of the normal training images to use.
-        noise: for contamination, the anomalies added per normal training image; at most half of a product's anomalies.
-            A set's own contaminated training list is taken as it is.
-        overlap: for contamination, whether the anomalies in the training images are also scored, as in the paper.
-    """
-
-    protocol: Protocol = "full"
-    shots: tuple[int, ...] = (1, 2, 4, 8, 16)
-    draws: int = 0
-    seed: int = 0
-    references: int = 8
-    share: float = 0.1
-    noise: float = 0.1
-    overlap: bool = True
-
-    def __post_init__(self) -> None:
-        if self.protocol not in PROTOCOLS:
-            raise ValueError(f"protocol {self.protocol!r} is unknown; choose one of {', '.join(PROTOCOLS)}")
-        if not self.shots or min(self.shots) < 0 or self.references < 1 or self.draws < 0 or self.seed < 0:
-            raise ValueError(
-                f"shots {list(self.shots)} must be numbers of images (0 = all), references {self.references} at least "
-                f"1, draws {self.draws} (0 = the protocol's default) and seed {self.seed} at least 0"
-            )
-        for name in ("share", "noise"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name} {getattr(self, name)} must be in (0, 1], such as 0.1")
-
-    @property
-    def repeats(self) -> int:
-        """Number of draws; by default 3 for reference-sensitivity, else 1."""
-        return self.draws or (3 if self.protocol == "reference-sensitivity" else 1)
 
 
 @dataclass(frozen=True)
@@ -167,7 +120,7 @@ class Comparison(ProtocolOptions, Network, DataChoice):
     """Everything that an evaluation compares.
 
     Args:
-        draws: number of random draws; 0 = 3 draws for few-shot and reference-sensitivity, else 1.
+        draws: number of random draws; 0 = 3 draws where K images are drawn and for reference-sensitivity, else 1.
         sets: in a file, a list of several data sets, each a mapping with the keys of one set, name and optional.
         extractors: folders, org/name[@revision] on the Hub, or embedded (the default if no backbone is named); several
             must be seeds of one training and are averaged. In a file also a mapping from names to rows of features.
@@ -181,7 +134,6 @@ class Comparison(ProtocolOptions, Network, DataChoice):
     """
 
     protocol: Protocol = "few-shot"
-    shots: tuple[int, ...] = (4,)
     sets: list[dict[str, Any]] = field(default_factory=list)
     extractors: dict[str, Any] | list[str] = field(default_factory=list)
     features: list[Kind] = field(default_factory=list)
@@ -194,7 +146,8 @@ class Comparison(ProtocolOptions, Network, DataChoice):
 
     @property
     def repeats(self) -> int:
-        return self.draws or (3 if self.protocol in ("few-shot", "reference-sensitivity") else 1)
+        few = self.protocol in FEW and bool(self.shots)
+        return self.draws or (3 if few or self.protocol == "reference-sensitivity" else 1)
 
 
 def read_comparison(values: Mapping[str, Any], file: Path | None = None) -> Comparison:

@@ -30,8 +30,9 @@ from downstream.evaluation.few_shot import PIXEL_METRICS
 from downstream.evaluation.means import COUNTS, TITLES
 from downstream.evaluation.measured import finite, measured_at_once, measured_in_stream
 from downstream.evaluation.networks import ALIGNED, ROOM, Contender, Networks, Withheld
+from downstream.evaluation.perturbations import Change
 from downstream.evaluation.pictures import Shown, choose_shown, median_images
-from downstream.evaluation.protocols import Part, PerturbedImages, Trial
+from downstream.evaluation.protocols import Part, Trial
 from downstream.metrics import d_prime, errors_at_best_f1
 from downstream.streamed_metrics import StreamingMetrics
 
@@ -87,16 +88,15 @@ class Settings:
 class Images:
     """Batches [b, 3, S, S] of samples on the device; can be iterated several times.
 
-    ``perturbed`` is the seed of `PerturbedImages`; None leaves the images unchanged.
+    ``perturbed`` says how images and masks are changed after they are read, so that a photograph is read once for all
+    changes; None leaves them as they are.
     """
 
     def __init__(
-        self, samples: Sequence[Sample], preprocess: Preprocess, settings: Settings, perturbed: int | None = None
+        self, samples: Sequence[Sample], preprocess: Preprocess, settings: Settings, perturbed: Change | None = None
     ) -> None:
         self._settings, self._data = settings, ImageDataset(samples, preprocess)
-        self._photographs = settings.photographs
-        if perturbed is not None:
-            self._data, self._photographs = PerturbedImages(samples, preprocess, perturbed), PhotographCache(0)
+        self._perturbed = perturbed
 
     def __len__(self) -> int:
         return -(-len(self._data) // self._settings.batch_size)
@@ -108,10 +108,18 @@ class Images:
     def with_masks(self) -> Iterator[tuple[Tensor, NDArray[np.bool_]]]:
         """Yield batches and their masks, bool [b, S, S]."""
         size = self._settings.batch_size
-        rows = self._photographs.read(self._data, size, self._settings.workers)
+        rows = self._changed(self._settings.photographs.read(self._data, size, self._settings.workers))
         while batch := list(islice(rows, size)):
             images, masks = zip(*batch, strict=True)
             yield torch.stack(images).to(self._settings.device), torch.stack(masks).numpy()
+
+    def _changed(self, rows: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        if self._perturbed is None:
+            yield from rows
+            return
+        for index, (image, mask) in enumerate(rows):
+            change = self._perturbed.of(index)
+            yield change.network_input(image, self._data.preprocess), change.mask(mask)
 
 
 class Training:

@@ -23,7 +23,7 @@ from adpretrain.references import random_references
 from downstream import FeatureNorm, PatchCore, evaluate_maps
 from downstream.cli import main
 from downstream.detectors import DETECTORS
-from downstream.evaluation.comparison import detector_rows, extractor_rows, read_comparison, set_rows
+from downstream.evaluation.comparison import Comparison, detector_rows, extractor_rows, read_comparison, set_rows
 from downstream.evaluation.networks import Remembered
 
 pytestmark = pytest.mark.filterwarnings("ignore:elsewhere is left out")
@@ -282,3 +282,13 @@ def test_a_remembered_backbone_gives_the_same_features_and_keeps_to_its_room() -
     assert seen == [1] * 6
     with pytest.raises(ValueError, match="takes images"):
         backbone(images[:, :, :32])
+
+
+def test_protocols_that_can_be_few_shot_are_so_if_asked() -> None:
+    """Without a number K they fit on all; where K images are drawn, there are 3 draws."""
+    assert (Comparison().shots, Comparison().repeats) == ((4,), 3)
+    for protocol in ("robustness", "contamination", "shifted-line"):
+        plain, few = Comparison(protocol=protocol), Comparison(protocol=protocol, shots=(2,))  # type: ignore[arg-type]
+        assert (plain.shots, plain.repeats) == ((), 1)
+        assert (few.shots, few.repeats) == ((2,), 3)
+    assert Comparison(protocol="full", shots=(2,)).repeats == 1
