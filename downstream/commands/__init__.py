@@ -16,6 +16,7 @@ COMMANDS = {  # name on the command line -> name of the class
     "identify": "Identify",
     "fit": "Fit",
     "evaluate": "Evaluate",
+    "board": "BoardCommand",
     "pretrain": "Pretrain",
     "check-data": "CheckData",
     "export": "Export",

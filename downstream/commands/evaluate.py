@@ -68,7 +68,7 @@ class Evaluate(Command):
         }
         for item in fields(Comparison):
             default = item.default_factory() if callable(item.default_factory) else item.default
-            shown = "" if default in (None, "", [], {}) else f" (default: {_shown(default)})"
+            shown = "" if default in (None, "", [], {}, ()) else f" (default: {_shown(default)})"
             text = " ".join((told[item.name] or "").rstrip(".").split())
             number: dict[str, Any] = {"nargs": "?", "const": "true"} if isinstance(default, bool) else {}
             number = {"nargs": "*"} if _several(item.name) else number

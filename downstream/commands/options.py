@@ -77,7 +77,8 @@ def add_options(parser: ArgumentParser, cls: type) -> None:
             kind |= {} if positional else {"required": True}
         elif hint is not bool:
             factory = item.default_factory
-            kind["default"] = item.default if factory is dataclasses.MISSING else factory()
+            default = item.default if factory is dataclasses.MISSING else factory()
+            kind["default"] = str(default) if isinstance(default, Path) else default
         parser.add_argument(flag, **kind, help=told[item.name])
 
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from adpretrain._version import __version__
+from adpretrain.data import Sample
 from adpretrain.data.layouts.saturation import saturation_file
 from adpretrain.files import atomic_path
 from downstream.detectors import build_detector, chosen_options
 from downstream.evaluation.comparison import RAW, Comparison, SetRow, detector_rows
 from downstream.evaluation.means import Record
 from downstream.evaluation.networks import ALIGNED, Contender, Features
-from downstream.evaluation.protocols import Part, Trial
+from downstream.evaluation.protocols import Trial
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def cells_of(
         for trial in found:
             own = {
                 "library_version": __version__,
-                "images": _listing(trial, Path(row.root)),
+                "images": listing_digest(_uses(trial), Path(row.root)),
                 "protocol": {"setting": trial.setting, "seed": comparison.seed, "draw": trial.draw},
             }
             for features, contender, (detector, number), depends_on in pairs:
@@ -105,20 +106,28 @@ def drawn(trial: Trial, contender: Contender) -> bool:
     return trial.draw == 0 and contender.extractor == 0
 
 
-def _listing(trial: Trial, root: Path) -> str:
-    """Return a digest of the images of a trial (those to fit on, to compare with and to score, in order), with their
-    labels, masks, saturation files, file sizes and full scales, if any."""
+def _uses(trial: Trial) -> Iterator[tuple[str, Sequence[Sample]]]:
+    """Yield what a trial does with its images, each with a heading: those to fit on, to compare with and to score."""
+    for part in trial.parts:
+        yield json.dumps([part.product, part.perturbed and asdict(part.perturbed)]), ()
+        yield from (("fit", part.train), ("compare", part.references), ("score", part.test))
 
-    def lines(part: Part) -> Iterator[str]:
-        yield json.dumps([part.product, part.perturbed])
-        for use, samples in (("fit", part.train), ("compare", part.references), ("score", part.test)):
+
+def listing_digest(uses: Iterable[tuple[str, Sequence[Sample]]], root: Path) -> str:
+    """Return a digest of images in order, each with its use, label, masks, saturation files, file sizes and full scale,
+    if any. A use without images is a heading. Names are those below ``root``, so that the folder's own place does not
+    count."""
+
+    def lines() -> Iterator[str]:
+        for use, samples in uses:
+            if not samples:
+                yield use
             for sample in samples:
                 used = [sample.image, *sample.mask_files, *filter(None, [saturation_file(sample)])]
                 files = [(str(_below(file, root)), file.stat().st_size) for file in used]
                 yield json.dumps([use, sample.defect, files, *filter(None, [sample.full_scale])])
 
-    text = "\n".join(line for part in trial.parts for line in lines(part))
-    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
+    return hashlib.sha256("\n".join(lines()).encode("utf-8", "replace")).hexdigest()
 
 
 def _below(file: Path, root: Path) -> Path:

@@ -12,59 +12,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from adpretrain.parsing import from_dict, read_yaml
+from downstream.evaluation.protocol_options import FEW, Protocol, ProtocolOptions
 
 Kind = Literal["raw", "residual", "scaled", "pretrained"]
 RAW, RESIDUAL, SCALED, PRETRAINED = FEATURES = get_args(Kind)
-Protocol = Literal[
-    "full", "few-shot", "sample-efficiency", "contamination", "reference-sensitivity", "multi-class", "robustness"
-]
-PROTOCOLS: tuple[str, ...] = get_args(Protocol)
 ALL, DEFAULT_BACKBONE = "all", "lite0"
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class ProtocolOptions:
-    """A protocol of `protocols`, and its options.
-
-    Args:
-        protocol: full, few-shot, sample-efficiency, contamination, reference-sensitivity, multi-class or robustness.
-        shots: for few-shot, the numbers K of training images; 0 (in a file also "all") takes all of them, in one draw.
-        draws: number of random draws (of training images, anomalies, references or perturbations, as the protocol
-            needs); 0 = the protocol's default.
-        seed: random seed of the first draw; each further draw adds 1.
-        references: number of the extractor's references, drawn from the training images; few-shot uses its K images.
-        share: for sample-efficiency, the share of the normal training images to use.
-        noise: for contamination, the anomalies added per normal training image; at most half of a product's anomalies.
-            A set's own contaminated training list is taken as it is.
-        overlap: for contamination, whether the anomalies in the training images are also scored, as in the paper.
-    """
-
-    protocol: Protocol = "full"
-    shots: tuple[int, ...] = (1, 2, 4, 8, 16)
-    draws: int = 0
-    seed: int = 0
-    references: int = 8
-    share: float = 0.1
-    noise: float = 0.1
-    overlap: bool = True
-
-    def __post_init__(self) -> None:
-        if self.protocol not in PROTOCOLS:
-            raise ValueError(f"protocol {self.protocol!r} is unknown; choose one of {', '.join(PROTOCOLS)}")
-        if not self.shots or min(self.shots) < 0 or self.references < 1 or self.draws < 0 or self.seed < 0:
-            raise ValueError(
-                f"shots {list(self.shots)} must be numbers of images (0 = all), references {self.references} at least "
-                f"1, draws {self.draws} (0 = the protocol's default) and seed {self.seed} at least 0"
-            )
-        for name in ("share", "noise"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name} {getattr(self, name)} must be in (0, 1], such as 0.1")
-
-    @property
-    def repeats(self) -> int:
-        """Number of draws; by default 3 for reference-sensitivity, else 1."""
-        return self.draws or (3 if self.protocol == "reference-sensitivity" else 1)
 
 
 @dataclass(frozen=True)
@@ -110,6 +63,8 @@ class Network:
         crop_from: with crop, length of the shorter side before cropping, such as 256 for 224 pixels.
         finest: stride in pixels to which feature maps with a finer stride are averaged; by default they are kept.
         random_weights: use untrained weights with this seed, as a lower bound to compare with.
+        seen_in_pretraining: whether the pretraining of an extractor saw photographs of the data sets: none, some or
+            unknown (the default); it is written into the results that can be shared.
     """
 
     backbone: str | None = None
@@ -120,6 +75,7 @@ class Network:
     crop_from: int | None = None
     finest: int | None = None
     random_weights: int | None = None
+    seen_in_pretraining: Literal["none", "some", "unknown"] | None = None
 
 
 @dataclass(frozen=True)
@@ -129,8 +85,9 @@ class ExtractorRow(Network):
     Args:
         extractor: a folder written by save_pretrained, "org/name[@revision]" on the Hub, or "embedded"; several must
             be seeds of one training, and their results are averaged.
-        features: raw = backbone features, residual = feature minus nearest reference, scaled = the extractor without
-            its projector, pretrained = the whole extractor; null = pretrained for an extractor, raw for a backbone.
+        features: raw = backbone features, residual = feature minus nearest reference, scaled = residuals over the
+            local scale, without a projector, pretrained = the whole extractor; null = pretrained for an extractor, raw
+            for a backbone.
     """
 
     extractor: str | list[str] | None = None
@@ -139,11 +96,11 @@ class ExtractorRow(Network):
     def __post_init__(self) -> None:
         if bool(self.extractor) == (self.backbone is not None):
             raise ValueError(f"extractor {self.extractor}, backbone {self.backbone}: name one of the two")
-        own = [f.name for f in fields(Network) if f.name not in ("backbone", "weights")]
+        own = [f.name for f in fields(Network) if f.name not in ("backbone", "weights", "seen_in_pretraining")]
         if self.extractor and (given := [name for name in own if getattr(self, name) is not None]):
             raise ValueError(f"{' and '.join(given)} cannot be given with an extractor: it was trained with its own")
-        if self.backbone and self.features in (SCALED, PRETRAINED):
-            raise ValueError(f"features {self.features!r} need an extractor; a backbone has only raw and residual ones")
+        if self.backbone and self.features == PRETRAINED:
+            raise ValueError(f"features {self.features!r} need an extractor; a backbone has no learnt projector")
         if self.random_weights is not None and self.weights:
             raise ValueError(f"random_weights {self.random_weights} and weights {self.weights}: give one of the two")
 
@@ -163,7 +120,7 @@ class Comparison(ProtocolOptions, Network, DataChoice):
     """Everything that an evaluation compares.
 
     Args:
-        draws: number of random draws; 0 = 3 draws for few-shot and reference-sensitivity, else 1.
+        draws: number of random draws; 0 = 3 draws where K images are drawn and for reference-sensitivity, else 1.
         sets: in a file, a list of several data sets, each a mapping with the keys of one set, name and optional.
         extractors: folders, org/name[@revision] on the Hub, or embedded (the default if no backbone is named); several
             must be seeds of one training and are averaged. In a file also a mapping from names to rows of features.
@@ -177,7 +134,6 @@ class Comparison(ProtocolOptions, Network, DataChoice):
     """
 
     protocol: Protocol = "few-shot"
-    shots: tuple[int, ...] = (4,)
     sets: list[dict[str, Any]] = field(default_factory=list)
     extractors: dict[str, Any] | list[str] = field(default_factory=list)
     features: list[Kind] = field(default_factory=list)
@@ -190,7 +146,8 @@ class Comparison(ProtocolOptions, Network, DataChoice):
 
     @property
     def repeats(self) -> int:
-        return self.draws or (3 if self.protocol in ("few-shot", "reference-sensitivity") else 1)
+        few = self.protocol in FEW and bool(self.shots)
+        return self.draws or (3 if few or self.protocol == "reference-sensitivity" else 1)
 
 
 def read_comparison(values: Mapping[str, Any], file: Path | None = None) -> Comparison:
@@ -240,8 +197,9 @@ def extractor_rows(comparison: Comparison) -> dict[str, ExtractorRow]:
             raise ValueError(f"{' and '.join(given)} cannot be given beside named extractors: write them into a row")
         return {name: _extractor(row, f"extractors.{name}") for name, row in comparison.extractors.items()}
     sources: list[str] = comparison.extractors
-    learnt = bool({SCALED, PRETRAINED} & {*comparison.features})
-    if not sources and (learnt or all(value is None for value in network.values())):
+    learnt = PRETRAINED in comparison.features
+    named = [value for name, value in network.items() if name != "seen_in_pretraining" and value is not None]
+    if not sources and (learnt or not named):
         sources = ["embedded"]
     elif not sources:
         network["backbone"] = comparison.backbone or DEFAULT_BACKBONE

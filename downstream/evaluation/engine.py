@@ -27,6 +27,7 @@ from downstream.evaluation.means import Record, in_order
 from downstream.evaluation.networks import Features, load_features
 from downstream.evaluation.pictures import file_name
 from downstream.evaluation.protocols import Trial, trials
+from downstream.evaluation.result_files import DataSet, write_results
 from downstream.evaluation.tables import write_means, write_tables
 from downstream.evaluation.trial import PhotographCache, Settings, run_trial
 
@@ -86,7 +87,7 @@ def run_comparison(
         comparison.settings, detector_rows(comparison), batch_size, workers, device, *shown, photographs
     )
     rows, backbones = load_features(extractor_rows(comparison), device)
-    cells = cells_of(comparison, sets, rows)
+    cells = cells_of(comparison, [(data.row, found) for data, found in sets], rows)
     results = _Results(cells, out, notes, rank == 0, progress)
 
     def compute(cell: Cell) -> None:
@@ -114,8 +115,10 @@ def run_comparison(
                 results.add(cell, records)
             else:
                 compute(cell)
-    configuration = configuration_of(comparison, [row for row, _ in sets], rows, command)
+    configuration = configuration_of(comparison, [data.row for data, _ in sets], rows, command)
     write_tables(out, results.records(), configuration)
+    data, named = [data for data, _ in sets], extractor_rows(comparison)
+    write_results(out, cells, results.done, data, comparison, named, command, device)
     scatters = draw_features(
         out, [trial for _, found in sets for trial in found], rows, settings, comparison.embeddings
     )
@@ -123,7 +126,7 @@ def run_comparison(
     return results.text
 
 
-def planned(comparison: Comparison) -> tuple[list[tuple[SetRow, list[Trial]]], list[str]]:
+def planned(comparison: Comparison) -> tuple[list[tuple[DataSet, list[Trial]]], list[str]]:
     """Return the trials of every data set, product after product, and a note for each optional one that is absent."""
     found, notes = [], []
     for row in set_rows(comparison):
@@ -132,7 +135,8 @@ def planned(comparison: Comparison) -> tuple[list[tuple[SetRow, list[Trial]]], l
             warnings.warn(notes[-1], stacklevel=2)
             continue
         try:
-            found.append((row, trials(chosen_samples(row), comparison)))
+            data = DataSet(row, chosen_samples(row))
+            found.append((data, trials(data.samples, comparison)))
         except ValueError as error:
             raise ValueError(f"set {row.name}: {error}") from error
     if not found:

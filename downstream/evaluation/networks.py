@@ -2,7 +2,7 @@
 
 raw          features of the backbone, without references
 residual     feature minus nearest reference, without a learnt projector
-scaled       residuals divided by the local scale (only for extractors that have one)
+scaled       residuals divided by the local scale: the extractor's, or of a backbone that of `LocalScaleConfig`
 pretrained   features of the extractor
 
 Shapes: B images, K references, S side in pixels, L levels.
@@ -22,7 +22,8 @@ from torch import Tensor
 from adpretrain.backbones import Backbone, FeatureMaps, load_backbone
 from adpretrain.backbones.weights import fingerprint
 from adpretrain.extractor import ADExtractor
-from adpretrain.hub.download import locate
+from adpretrain.hub.download import Located, locate
+from adpretrain.local_scale import LocalScale
 from adpretrain.preprocess import Preprocess
 from adpretrain.saved import backbone_config, folder_digest
 from downstream.detectors.aligned import AlignedFeatureNorm
@@ -62,7 +63,8 @@ class Networks:
         if contender.features == RAW:
             return self.backbone
         if not self.extractors:
-            extractor = ADExtractor(self.backbone)
+            scale = LocalScale(len(self.backbone.channels)) if contender.features == SCALED else None
+            extractor = ADExtractor(self.backbone, local_scale=scale)
         elif contender.features == RESIDUAL:
             extractor = ADExtractor(self.backbone, matching=self.extractors[0].config.matching)
         elif contender.features == SCALED:
@@ -170,6 +172,8 @@ class Features:
     networks: Networks
     sees: dict[str, Any]
     digests: dict[str, str]
+    revision: str | None = None  # the commit on the Hub of the first extractor
+    random_weights: int | None = None
 
     def contenders(self, detector: str) -> list[tuple[Contender, dict[str, Any]]]:
         """Return the detector on every extractor, or once if they share the features, and what each depends on."""
@@ -187,16 +191,16 @@ def load_features(rows: Mapping[str, ExtractorRow], device: str) -> tuple[list[F
     """
     found: list[Features] = []
     backbones: list[tuple[dict[str, Any], Backbone]] = []
-    loaded: dict[tuple[str, str | None], tuple[ADExtractor, str]] = {}
+    loaded: dict[tuple[str, str | None], tuple[ADExtractor, str, str | None]] = {}
     for name, row in rows.items():
         try:
             for source in row.sources:
                 if (source, row.weights) not in loaded:
-                    folder = locate_extractor(source)
-                    extractor = ADExtractor.from_pretrained(folder, device, row.weights)
-                    loaded[source, row.weights] = extractor, folder_digest(folder)
+                    at = locate_extractor(source)
+                    extractor = ADExtractor.from_pretrained(at.folder, device, row.weights)
+                    loaded[source, row.weights] = extractor, folder_digest(at.folder), at.commit
             own = {source: loaded[source, row.weights] for source in row.sources}
-            extractors = tuple(extractor for extractor, _ in own.values())
+            extractors = tuple(extractor for extractor, *_ in own.values())
             backbone = extractors[0].backbone if extractors else _backbone(row).to(device)
             sees = {
                 "backbone": asdict(backbone_config(backbone)),
@@ -209,19 +213,21 @@ def load_features(rows: Mapping[str, ExtractorRow], device: str) -> tuple[list[F
                 backbones.append((sees, shared))
             for extractor in extractors:
                 extractor.backbone = shared
-            if row.kind == SCALED and not (extractors and extractors[0].local_scale):
+            if row.kind == SCALED and extractors and not extractors[0].local_scale:
                 raise ValueError("features 'scaled' need an extractor with a local scale")
-            digests = {source: digest for source, (_, digest) in own.items()}
-            found.append(Features(name, row.kind, Networks(shared, extractors), sees, digests))
+            digests = {source: digest for source, (_, digest, _) in own.items()}
+            revision = next((commit for *_, commit in own.values()), None)
+            networks = Networks(shared, extractors)
+            found.append(Features(name, row.kind, networks, sees, digests, revision, row.random_weights))
         except ValueError as error:
             raise ValueError(f"extractor {name}: {error}") from error
     return found, [Remembered(known) for _, known in backbones]
 
 
-def locate_extractor(name: str) -> Path:
-    """Find the folder of an extractor, which is given as a folder, org/name[@revision] on the Hub, or "embedded"."""
+def locate_extractor(name: str) -> Located:
+    """Find an extractor, which is given as a folder, org/name[@revision] on the Hub, or "embedded"."""
     source, _, revision = (name, "", "") if Path(name).is_dir() else name.partition("@")
-    return locate(source, revision or None).folder
+    return locate(source, revision or None)
 
 
 def _backbone(row: ExtractorRow) -> Backbone:

@@ -7,45 +7,43 @@ ReConPatch Tab. 4).
   contamination          fit on all of them and on test anomalies, 0.1 per normal image, as if they were normal (Tab.
                          3b); the references are drawn from this set too, so that some of them are anomalies, as they
                          would be in practice if anomalies were taken for normal. Where the set's own training list is
-                         contaminated (`Sample.noise`), that list is taken as it is instead
+                         contaminated (`Sample.noise`), that list is taken as it is instead. With K: the K images of
+                         few-shot, of which a share (at least one) is replaced by anomalies
   reference-sensitivity  like full, with several draws of the extractor's references (Tab. 4)
   multi-class            one detector for all products
-  robustness             like full, scored on the original images and again on perturbed ones (ReConPatch Tab. 4;
-                         `Perturbation`)
+  robustness             like full, or with K like few-shot, scored on the images as photographed and again under
+                         each change of `perturbations` alone and under those of ReConPatch Tab. 4 together
+  shifted-line           like full, or with K like few-shot, but fitted on the first half of the normal images in the
+                         order of their file names and scored on the second: what a line loses that drifts after the
+                         references were taken. Names stand for time; where they do not, the numbers mean nothing
 
 A product is a category, or one camera view of it if the data set has views. All randomness derives from the seed and
 the number of the draw; nothing is ever chosen by looking at a score.
-
-Perturbed images look as if another camera had taken them (ReConPatch Tab. 4, suppl. C.1): rotated by up to 5 degrees,
-shifted by up to 1 % of the side, brightness and contrast changed by up to 30 %, blurred with sigma .1 to 1. The paper
-leaves open, and we chose: every image gets all changes, drawn uniformly; they are applied to the network's input, in
-this order; the border is filled with the mirrored image, because black corners would be defects themselves; and only
-the images to score are changed, so that the detector was not fitted on such changes.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from adpretrain.data import ImageDataset, Sample
+from adpretrain.data import Sample
 from adpretrain.data.products import by_product, normals, queries
-from adpretrain.preprocess import Preprocess
 from adpretrain.references import random_references
-from downstream.evaluation.comparison import PROTOCOLS as PROTOCOLS
-from downstream.evaluation.comparison import ProtocolOptions
-from downstream.maps import gaussian_blur
+from downstream.evaluation.perturbations import SETTINGS, Change
+from downstream.evaluation.protocol_options import FEW, ProtocolOptions
+from downstream.evaluation.protocol_options import PROTOCOLS as PROTOCOLS
 
-PERTURBED = "perturbed images"
+PLAIN = "as photographed"
 EVERYTHING = "all products"
 HELD_OUT = 5  # if a data set has no test split, every fifth normal image is held out
+NAMES_ARE_TIMES = (
+    "names stand for time: detectors are fitted on the first half of the normal photographs in the order of their file "
+    "names, whatever their split, and scored on the second; if names carry no order, these numbers mean nothing"
+)
 FROM_TEST = "all normal images are in the test split: those used for fitting come from it and are not scored"
 NO_TEST_SPLIT = (
     f"no test split: every {HELD_OUT}th normal image is held out (Real-IAD's own lists, which published numbers use: "
@@ -58,7 +56,7 @@ class Part:
     """One product of a trial: the images to fit on, the extractor's references, and the images to score.
 
     ``notes`` are printed with the metrics; ``reference_notes`` only if the features use the references. ``perturbed``
-    is the seed for the perturbation of the images to score; None leaves them unchanged.
+    says how the images to score are changed; None leaves them as they are.
     """
 
     product: str
@@ -67,7 +65,7 @@ class Part:
     test: tuple[Sample, ...]
     notes: tuple[str, ...] = ()
     reference_notes: tuple[str, ...] = ()
-    perturbed: int | None = None
+    perturbed: Change | None = None
 
 
 @dataclass(frozen=True)
@@ -95,8 +93,10 @@ def trials(samples: Sequence[Sample], options: ProtocolOptions) -> list[Trial]:
     products = by_product(samples)
     if not products:
         raise ValueError("no samples: nothing can be evaluated")
-    if options.protocol == "few-shot":
-        _check_pools(products, max(options.shots))
+    if options.protocol == "shifted-line":
+        products = {name: in_time(name, group) for name, group in products.items()}
+    shots_or_all: Sequence[int | None] = (options.shots if options.protocol in FEW else ()) or (None,)
+    _check_pools(products, max(shots or 0 for shots in shots_or_all))
     if options.protocol == "multi-class":
         return [
             Trial(
@@ -107,7 +107,6 @@ def trials(samples: Sequence[Sample], options: ProtocolOptions) -> list[Trial]:
             )
             for draw in range(options.repeats)
         ]
-    settings: Sequence[int | None] = options.shots if options.protocol == "few-shot" else (None,)
     only_references = options.protocol in ("full", "reference-sensitivity")
     found = [
         Trial(
@@ -118,17 +117,43 @@ def trials(samples: Sequence[Sample], options: ProtocolOptions) -> list[Trial]:
             only_references,
         )
         for name, group in products.items()
-        for shots in settings
+        for shots in shots_or_all
         for draw in range(1 if shots == 0 else options.repeats)
     ]
     if options.protocol == "robustness":  # unperturbed trials come last, since the maps of the last setting are shown
-        return [each for trial in found for each in (_perturbed(trial, options.seed), trial)]
+        return [each for trial in found for each in (*_perturbed(trial, options.seed), trial)]
     return found
 
 
-def _perturbed(trial: Trial, seed: int) -> Trial:
-    parts = [replace(part, perturbed=seed + trial.draw, notes=(*part.notes, SAID)) for part in trial.parts]
-    return replace(trial, setting=PERTURBED, parts=tuple(parts))
+def _perturbed(trial: Trial, seed: int) -> Iterator[Trial]:
+    """Yield a trial that differs in the images to score alone for each setting of `perturbations`."""
+    for setting, kinds in SETTINGS.items():
+        change = Change(seed + trial.draw, kinds)
+        parts = [replace(part, perturbed=change, notes=(*part.notes, change.said)) for part in trial.parts]
+        yield replace(trial, setting=trial.setting.replace(PLAIN, setting), parts=tuple(parts))
+
+
+def in_time(product: str, group: Sequence[Sample]) -> list[Sample]:
+    """Return the samples of a product with other splits: train for the first half of its normal images, in the order of
+    their file names (numbers in them count as numbers), test for the second half and for the anomalies that are scored.
+
+    Raises ValueError if there are fewer than two normal images.
+    """
+    scored = [group[index] for index in queries(group, ()) if group[index].anomalous or group[index].of_defective_part]
+    good = {sample.image: sample for sample in group if not (sample.anomalous or sample.of_defective_part)}
+    if len(good) < 2:
+        raise ValueError(f"{product}: {len(good)} normal images cannot be halved: a shifted line needs at least 2")
+    ordered = [good[image] for image in sorted(good, key=_by_name)]
+    half = len(ordered) // 2
+    return [
+        *(replace(sample, split="train") for sample in ordered[:half]),
+        *(replace(sample, split="test", noise=False) for sample in (*ordered[half:], *scored)),
+    ]
+
+
+def _by_name(image: Path) -> tuple[list[str | int], str]:
+    parts = re.split(r"([0-9]+)", image.name)
+    return [int(part) if part.isdecimal() else part for part in parts], str(image)
 
 
 def _check_pools(products: Mapping[str, Sequence[Sample]], shots: int) -> None:
@@ -141,15 +166,20 @@ def _check_pools(products: Mapping[str, Sequence[Sample]], shots: int) -> None:
 
 
 def _setting(options: ProtocolOptions, shots: int | None, listed: bool) -> str:
-    if shots is not None:
-        return f"K={shots or 'all'}"
-    if listed and options.protocol == "contamination":
-        return "noise as listed, in the references too"
-    return {
+    count = "" if shots is None else f"K={shots or 'all'}"
+    overlap = f"{'' if options.overlap else 'no '}overlap"
+    noise = f"{options.noise:g}, in the references too, {overlap}"
+    if listed:
+        noise = (
+            f"{options.noise:g} of those listed, in the references too" if shots else "as listed, in the references too"
+        )
+    name = {
+        "few-shot": "",
         "sample-efficiency": f"{100 * options.share:g} % of the training images",
-        "robustness": "as photographed",
-        "contamination": f"noise {options.noise:g}, in the references too, {'' if options.overlap else 'no '}overlap",
+        "robustness": PLAIN,
+        "contamination": f"noise {noise}",
     }.get(options.protocol, options.protocol)
+    return ", ".join(filter(None, (count, name)))
 
 
 def split(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
@@ -169,25 +199,20 @@ def split(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
 
 def _part(product: str, group: Sequence[Sample], options: ProtocolOptions, seed: int, shots: int | None = None) -> Part:
     try:
-        if shots:  # all images except these K can be scored
-            pool = normals(group)
-            chosen = [pool[index] for index in random_references(len(pool), shots, seed)]
-            train = [group[index] for index in chosen]
-            test = [group[index] for index in queries(group, chosen)]
-            own = (FROM_TEST,) if any(sample.split == "test" for sample in train) else _about_noise(group, options)
-            return Part(product, tuple(train), tuple(train), tuple(test), own)
+        if shots:
+            return _few(product, group, options, seed, shots)
         train, test = split(group)
     except ValueError as error:
         raise ValueError(f"{product}: {error}") from error
     notes: tuple[str, ...] = () if any(sample.split == "test" for sample in group) else (NO_TEST_SPLIT,)
-    notes += _about_noise(group, options)
+    notes += _about(group, options)
     if options.protocol == "sample-efficiency":
         train = _some(train, max(1, round(options.share * len(train))), seed)
     elif options.protocol == "contamination" and (listed := [sample for sample in group if sample.noise]):
         train = _shuffled([*train, *listed], seed)
     elif options.protocol == "contamination":
-        train, test, fewer = _contaminated(train, test, options, seed)
-        notes += fewer
+        moved, test, fewer = _contaminating(test, test, round(options.noise * len(train)), options, seed)
+        train, notes = _shuffled([*train, *moved], seed), notes + fewer
     if shots == 0:
         return Part(product, tuple(train), tuple(train), tuple(test), notes)
     references = _some(train, min(options.references, len(train)), seed)
@@ -199,23 +224,43 @@ def _part(product: str, group: Sequence[Sample], options: ProtocolOptions, seed:
     return Part(product, tuple(train), tuple(references), tuple(test), notes, told)
 
 
+def _few(product: str, group: Sequence[Sample], options: ProtocolOptions, seed: int, shots: int) -> Part:
+    """Return a part with K images to fit on, which are the references too; all images except these can be scored."""
+    pool = normals(group)
+    chosen = [pool[index] for index in random_references(len(pool), shots, seed)]
+    train = [group[index] for index in chosen]
+    test = [group[index] for index in queries(group, chosen)]
+    notes = (FROM_TEST,) if any(sample.split == "test" for sample in train) else _about(group, options, shots)
+    if options.protocol == "contamination":
+        wanted = max(1, round(options.noise * shots))
+        if wanted >= shots:
+            raise ValueError(
+                f"of K = {shots} images a share of {options.noise:g}, and at least one, are anomalies: no normal one "
+                "is left; choose more images (--shots) or a smaller share (--noise)"
+            )
+        listed = [sample for sample in group if sample.noise]
+        moved, test, fewer = _contaminating(listed or test, test, wanted, options, seed)
+        train = _shuffled([*_some(train, shots - len(moved), seed), *moved], seed)
+        notes += (*fewer, f"{len(moved)} of the K = {shots} images, which are the references too, are anomalies")
+    return Part(product, tuple(train), tuple(train), tuple(test), notes)
+
+
 def _some(samples: Sequence[Sample], count: int, seed: int) -> list[Sample]:
     return [samples[index] for index in random_references(len(samples), count, seed)]
 
 
-def _contaminated(
-    train: list[Sample], test: list[Sample], options: ProtocolOptions, seed: int
+def _contaminating(
+    source: Sequence[Sample], test: list[Sample], wanted: int, options: ProtocolOptions, seed: int
 ) -> tuple[list[Sample], list[Sample], tuple[str, ...]]:
-    """Add test anomalies to the training images; without overlap they are no longer scored."""
-    anomalies = [sample for sample in test if sample.anomalous]
-    wanted = round(options.noise * len(train))
+    """Draw anomalies of ``source`` for training; without overlap they are no longer among the ``test`` images."""
+    anomalies = [sample for sample in source if sample.anomalous]
     count = min(wanted, len(anomalies) // 2)
     moved = _some(anomalies, count, seed) if count else []
     notes = () if count == wanted else (f"{count} anomalies instead of {wanted}: half of the product's",)
     if not options.overlap:
         gone = {sample.image for sample in moved}
         test = [sample for sample in test if sample.image not in gone]
-    return _shuffled([*train, *moved], seed), test, notes
+    return moved, test, notes
 
 
 def _shuffled(samples: Sequence[Sample], seed: int) -> list[Sample]:
@@ -223,72 +268,16 @@ def _shuffled(samples: Sequence[Sample], seed: int) -> list[Sample]:
     return [samples[index] for index in np.random.default_rng(seed).permutation(len(samples))]
 
 
-def _about_noise(group: Sequence[Sample], options: ProtocolOptions) -> tuple[str, ...]:
-    """Return a note that says how many training images of the set's own list are of defective parts, if any are."""
+def _about(group: Sequence[Sample], options: ProtocolOptions, shots: int | None = None) -> tuple[str, ...]:
+    """Return notes that say how a line is halved, and how many training images of the set's own list are of defective
+    parts, if any are."""
+    own = (NAMES_ARE_TIMES,) if options.protocol == "shifted-line" else ()
     listed = [sample for sample in group if sample.noise]
     if not listed:
-        return ()
+        return own
     marked, whole = sum(sample.anomalous for sample in listed), len(listed) + len(normals(group))
-    used = "fitted on as if they were normal" if options.protocol == "contamination" else "left out"
+    used = f"{'some are ' if shots else ''}fitted on as if they were normal"
+    used = used if options.protocol == "contamination" else "left out"
     more = "" if options.protocol == "contamination" else " (--protocol contamination fits on them)"
     told = f"{len(listed)} of the {whole} listed training images are of defective parts, {marked} with a marked defect"
-    return (f"{told}: {used}{more}",)
-
-
-ANGLE, SHIFT, LIGHT, SIGMA = 5.0, 0.01, 0.3, (0.1, 1.0)
-SAID = (
-    f"the scored images were turned by up to {ANGLE:g} degrees, shifted by up to {SHIFT:.0%} of the side, changed in "
-    f"brightness and contrast by up to {LIGHT:.0%} and blurred with sigma {SIGMA[0]:g} to {SIGMA[1]:g} pixels"
-)
-
-
-@dataclass(frozen=True)
-class Perturbation:
-    """The change of one image: ``angle`` in degrees, counter-clockwise; ``shift`` to the right and down, as shares of
-    the side; ``brightness`` and ``contrast`` as factors; ``sigma`` of the blur in pixels."""
-
-    angle: float
-    shift: tuple[float, float]
-    brightness: float
-    contrast: float
-    sigma: float
-
-    @classmethod
-    def draw(cls, seed: int, index: int) -> Perturbation:
-        """Draw the change of image ``index`` with ``seed``."""
-        rng = np.random.default_rng([seed, index])
-        angle, (right, down) = rng.uniform(-ANGLE, ANGLE), rng.uniform(-SHIFT, SHIFT, 2)
-        brightness, contrast = rng.uniform(1 - LIGHT, 1 + LIGHT, 2)
-        return cls(float(angle), (float(right), float(down)), float(brightness), float(contrast), rng.uniform(*SIGMA))
-
-    def picture(self, pixels_3SS: Tensor) -> Tensor:
-        """Change an image, RGB in 0..1."""
-        moved = self._moved(pixels_3SS, "bilinear")
-        lit = (moved * self.brightness).clamp(0, 1)
-        gray = (lit * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0).mean()
-        return gaussian_blur((gray + self.contrast * (lit - gray)).clamp(0, 1), self.sigma)
-
-    def mask(self, mask_SS: Tensor) -> Tensor:
-        """Move a mask as the image is moved: bool [S, S]."""
-        return self._moved(mask_SS[None].float(), "nearest")[0] > 0.5
-
-    def _moved(self, values_CSS: Tensor, mode: str) -> Tensor:
-        sine, cosine = math.sin(math.radians(self.angle)), math.cos(math.radians(self.angle))
-        turn = torch.tensor([[cosine, -sine], [sine, cosine]])  # from output to input coordinates
-        back = -2 * turn @ torch.tensor(self.shift)  # the image is 2 wide in these coordinates
-        grid = F.affine_grid(torch.cat([turn, back[:, None]], 1)[None], [1, *values_CSS.shape], align_corners=False)
-        return F.grid_sample(values_CSS[None], grid, mode, padding_mode="reflection", align_corners=False)[0]
-
-
-class PerturbedImages(ImageDataset):
-    """An `ImageDataset` whose images and masks are perturbed, each by a change drawn from (seed, index)."""
-
-    def __init__(self, samples: Sequence[Sample], preprocess: Preprocess, seed: int) -> None:
-        super().__init__(samples, preprocess)
-        self.seed = seed
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        item, change = super().__getitem__(index), Perturbation.draw(self.seed, index)
-        mean, std = (torch.tensor(values)[:, None, None] for values in (self.preprocess.mean, self.preprocess.std))
-        picture = change.picture(item["image"] * std + mean)
-        return {**item, "image": (picture - mean) / std, "mask": change.mask(item["mask"])}
+    return (*own, f"{told}: {used}{more}")

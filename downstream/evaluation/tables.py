@@ -26,6 +26,7 @@ from downstream.evaluation.means import (
     shown,
     summarise,
 )
+from downstream.table_text import latex, markdown
 
 ERRORS = "errors at best F1"
 UNITS = "in % (d' is a ratio, errors are images)"
@@ -163,7 +164,7 @@ def write_means(folder: Path, records: Sequence[Record], planned: int, notes: Se
         names = {"set": name, "images": row.setting, "detector": row.detector, "features": row.features}
         lines += _lines(row, {**names, "draws": str(row.repeats)}, metrics)
     told = [f"- {' '.join(note.split())}" for note in (*notes, *all_notes(records))]
-    text = "\n".join([markdown(title, heading, lines), *told]).rstrip() + "\n"
+    text = "\n".join([markdown(title, heading, lines, _words(heading)), *told]).rstrip() + "\n"
     _write(folder, {"means.md": text, "means.csv": _means_csv(found, metrics)})
     return text
 
@@ -194,7 +195,7 @@ def write_tables(folder: Path, records: Sequence[Record], configuration: dict[st
         "table.json": _json(records, summarise(records), configuration),
         "table.csv": _csv(records),
         "table.md": _document(records, markdown, "- "),
-        "table.tex": _document(records, _latex, "% "),
+        "table.tex": _document(records, latex, "% "),
     }
     _write(folder, contents)
     return [folder / name for name in contents]
@@ -231,37 +232,12 @@ def _document(records: Sequence[Record], render: Any, bullet: str) -> str:
     """Render the summary, then a table of all products for each setting and metric, then the notes, one per line."""
     products = len({record["product"] for record in records})
     title = f"Mean over {products} product(s), {UNITS}"
-    parts = [render(title, *summary(records)), *(render(*table) for table in details(records))]
+    tables = [(title, *summary(records)), *details(records)]
+    parts = [render(*table, _words(table[1])) for table in tables]
     parts += [bullet + " ".join(note.split()) for note in (ABOUT_BEST_F1, *all_notes(records))]
     return "\n".join(parts).rstrip() + "\n"
 
 
-def markdown(title: str, heading: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Render a table below its title; numbers are right-aligned."""
-
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-
-    rule = "|" + "|".join(" --- " if index < _texts(heading) else " ---: " for index in range(len(heading))) + "|"
-    return "\n".join([f"**{title}**", "", line(heading), rule, *(line(cells) for cells in lines), ""])
-
-
-def _texts(heading: Sequence[str]) -> int:
+def _words(heading: Sequence[str]) -> int:
+    """Return how many columns of a table are words."""
     return 4 if heading[0] == "set" else 1 if heading[0] == "product" else 3
-
-
-_ESCAPES = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", "±": r"$\pm$"}
-_ESCAPES |= {character: "\\" + character for character in "&%$#_{}"}
-
-
-def _latex(title: str, heading: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Render a table for the LaTeX package booktabs."""
-
-    def line(cells: Sequence[str]) -> str:
-        return " & ".join("".join(_ESCAPES.get(character, character) for character in cell) for cell in cells) + r" \\"
-
-    columns = "l" * _texts(heading) + "r" * (len(heading) - _texts(heading))
-    body = [line(cells) for cells in lines]
-    begin = [r"\begin{table}", r"\centering", rf"\caption{{{line([title])[:-3]}}}", rf"\begin{{tabular}}{{{columns}}}"]
-    end = [r"\bottomrule", r"\end{tabular}", r"\end{table}", ""]
-    return "\n".join([*begin, r"\toprule", line(heading), r"\midrule", *body, *end])

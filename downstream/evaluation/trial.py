@@ -20,6 +20,7 @@ from adpretrain.data import ImageDataset, Sample
 from adpretrain.data.products import about_bare, about_inverted
 from adpretrain.preprocess import Preprocess
 from adpretrain.references import TooFewImages
+from downstream.detector import Detector
 from downstream.detectors import build_detector
 from downstream.detectors.aligned import AlignedFeatureNormConfig
 from downstream.detectors.featurenorm import FeatureNorm
@@ -29,11 +30,13 @@ from downstream.evaluation.few_shot import PIXEL_METRICS
 from downstream.evaluation.means import COUNTS, TITLES
 from downstream.evaluation.measured import finite, measured_at_once, measured_in_stream
 from downstream.evaluation.networks import ALIGNED, ROOM, Contender, Networks, Withheld
+from downstream.evaluation.perturbations import Change
 from downstream.evaluation.pictures import Shown, choose_shown, median_images
-from downstream.evaluation.protocols import Part, PerturbedImages, Trial
+from downstream.evaluation.protocols import Part, Trial
 from downstream.metrics import d_prime, errors_at_best_f1
 from downstream.streamed_metrics import StreamingMetrics
 
+TIMED = 4  # photographs that are scored alone, to measure how long one takes
 WHOLE = 150_000_000  # a product whose maps have more pixels is measured in a stream; others are measured at once
 OWN = "one detector for all products, but every image is compared with references of its own product"
 UNDRAWN = "this detector chooses its references itself: draws would change nothing, so there is only one"
@@ -85,16 +88,15 @@ class Settings:
 class Images:
     """Batches [b, 3, S, S] of samples on the device; can be iterated several times.
 
-    ``perturbed`` is the seed of `PerturbedImages`; None leaves the images unchanged.
+    ``perturbed`` says how images and masks are changed after they are read, so that a photograph is read once for all
+    changes; None leaves them as they are.
     """
 
     def __init__(
-        self, samples: Sequence[Sample], preprocess: Preprocess, settings: Settings, perturbed: int | None = None
+        self, samples: Sequence[Sample], preprocess: Preprocess, settings: Settings, perturbed: Change | None = None
     ) -> None:
         self._settings, self._data = settings, ImageDataset(samples, preprocess)
-        self._photographs = settings.photographs
-        if perturbed is not None:
-            self._data, self._photographs = PerturbedImages(samples, preprocess, perturbed), PhotographCache(0)
+        self._perturbed = perturbed
 
     def __len__(self) -> int:
         return -(-len(self._data) // self._settings.batch_size)
@@ -106,10 +108,18 @@ class Images:
     def with_masks(self) -> Iterator[tuple[Tensor, NDArray[np.bool_]]]:
         """Yield batches and their masks, bool [b, S, S]."""
         size = self._settings.batch_size
-        rows = self._photographs.read(self._data, size, self._settings.workers)
+        rows = self._changed(self._settings.photographs.read(self._data, size, self._settings.workers))
         while batch := list(islice(rows, size)):
             images, masks = zip(*batch, strict=True)
             yield torch.stack(images).to(self._settings.device), torch.stack(masks).numpy()
+
+    def _changed(self, rows: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        if self._perturbed is None:
+            yield from rows
+            return
+        for index, (image, mask) in enumerate(rows):
+            change = self._perturbed.of(index)
+            yield change.network_input(image, self._data.preprocess), change.mask(mask)
 
 
 class Training:
@@ -169,9 +179,27 @@ def run_trial(trial: Trial, contender: Contender, networks: Networks, settings: 
                 "notes": [*part.notes, *adapted, *_about_references(trial, part, contender), *scored["notes"]],
                 "trained_on": sum(len(each.train) for each in trial.parts),
                 "seconds": {"fit": round(fitted, 3), "score": round(time.perf_counter() - began, 3)},
+                "latency": _latency(detector, images) if trial.draw == 0 else None,
             }
         )
     return records
+
+
+def _latency(detector: Detector, images: Images) -> float:
+    """Return the seconds in which one photograph is scored alone, network included: the least of a few.
+
+    Each is a little changed, so that a cache of features does not know it. On a CPU that others use too, a process
+    waits for its turn: there its own CPU time counts, if that is less.
+    """
+    first = next(iter(images))[:1]
+    found = []
+    for number in range(1, TIMED + 1):
+        changed = first + 1e-3 * number
+        began, used = time.perf_counter(), time.process_time()
+        detector.predict(changed).scores.tolist()  # waits for the device
+        passed, used = time.perf_counter() - began, time.process_time() - used
+        found.append(min(passed, used) if first.device.type == "cpu" else passed)
+    return round(min(found), 5)
 
 
 def _options(trial: Trial, contender: Contender, settings: Settings) -> tuple[dict[str, Any], list[str]]:
@@ -212,6 +240,7 @@ def _unfitted(trial: Trial, part: Part, contender: Contender, reason: str) -> di
         "notes": [*part.notes, f"{contender}, not fitted: {reason}"],
         "trained_on": sum(len(each.train) for each in trial.parts),
         "seconds": {"fit": 0.0, "score": 0.0},
+        "latency": None,
     }
 
 

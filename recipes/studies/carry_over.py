@@ -38,9 +38,10 @@ from adpretrain.training.cache import CachedBatches
 from adpretrain.training.dataset import PretrainingSet
 from adpretrain.training.objective import Objective, measure_centers
 from downstream.detectors import DETECTORS
-from downstream.evaluation.comparison import PRETRAINED, SCALED, ProtocolOptions
+from downstream.evaluation.comparison import PRETRAINED, SCALED
 from downstream.evaluation.few_shot import FeatureSet, encode_samples, measure, score
 from downstream.evaluation.networks import Contender, Networks, Remembered
+from downstream.evaluation.protocol_options import ProtocolOptions
 from downstream.evaluation.protocols import trials
 from downstream.evaluation.trial import Settings, run_trial
 

@@ -19,6 +19,8 @@ from adpretrain.extractor import ADExtractor
 from adpretrain.hub.download import EMBEDDED_FOLDER
 from adpretrain.local_scale import LocalScale
 from adpretrain.saved import folder_digest
+from downstream.evaluation.perturbations import SETTINGS
+from downstream.evaluation.protocols import PLAIN
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -131,16 +133,18 @@ def test_another_configuration_adds_cells_and_leaves_the_finished_ones(
     [
         ("few-shot", {"K=1", "K=2"}, 2 * 3 * 2 * 3),
         ("sample-efficiency", {"50 % of the training images"}, 3 * 2),
-        ("contamination", {"noise 0.5, in the references too, overlap"}, 3 * 2),
+        ("contamination", {"K=2, noise 0.5, in the references too, overlap"}, 3 * 2 * 3),
         ("reference-sensitivity", {"reference-sensitivity"}, 3 * (1 + 3)),
         ("multi-class", {"multi-class"}, 3 * 2),
-        ("robustness", {"perturbed images", "as photographed"}, 2 * 3 * 2),
+        ("robustness", {f"K=2, {name}" for name in (*SETTINGS, PLAIN)}, 8 * 3 * 2 * 3),
+        ("shifted-line", {"K=1, shifted-line", "K=2, shifted-line"}, 2 * 3 * 2 * 3),
     ],
 )
 def test_every_protocol_runs(
     protocol: str, settings: set[str], records: int, given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags = [*given, "--protocol", protocol, "--out", str(tmp_path / "out"), "--shots", "1", "2", "--share", "0.5"]
+    flags = [*given, "--protocol", protocol, "--out", str(tmp_path / "out"), "--share", "0.5"]
+    flags += ["--shots", "2"] if protocol in ("contamination", "robustness") else ["--shots", "1", "2"]
     flags += ["--noise", "0.5", "--detectors", "featurenorm", "--pictures", "0", "--references", "1"]
     assert evaluate(*flags, monkeypatch=monkeypatch) == 0
     found = table(tmp_path / "out")

@@ -11,7 +11,9 @@ import carry_over
 import choose_embedded
 import mutual_scoring
 import numpy as np
+import perturbations
 import pytest
+from PIL import Image
 from products import make_synthetic
 
 from adpretrain import ADExtractor, load_backbone
@@ -19,6 +21,7 @@ from adpretrain.config import LocalScaleConfig
 from adpretrain.data.products import draw_shots
 from adpretrain.local_scale import LocalScale
 from downstream.evaluation.few_shot import encode_samples, measure, score
+from downstream.evaluation.perturbations import SETTINGS
 
 ROOT = Path(__file__).parents[2]
 
@@ -101,3 +104,16 @@ def test_photographs_without_labels_score_each_other(
     names = sorted({sample.category for sample in carry_over.index_dataset("auto", drawn)})
     assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in names]
     assert all(float(row.split(" | ")[3].split(" / ")[1]) > 70 for row in rows)  # pixel AUROC in %
+
+
+def test_the_picture_of_changes_shows_every_setting(drawn: Path, tmp_path: Path) -> None:
+    """Eight panels that differ; the first is the photograph."""
+    assert list(perturbations.MOST) == ["as photographed", *SETTINGS]
+    photograph = next(drawn.glob("realiad_*/*/OK/**/*.jpg"))
+    perturbations.draw(photograph, tmp_path / "changes.png")
+    with Image.open(tmp_path / "changes.png") as picture:
+        assert picture.size == (896, 515)
+    pixels = perturbations.Preprocess(64).pixels(perturbations.read_image(photograph)).float() / 255
+    panels = [change.picture(pixels) for change in perturbations.MOST.values()]
+    np.testing.assert_allclose(panels[0], pixels, atol=1e-6)
+    assert all((panel - pixels).abs().max() > 0.02 for panel in panels[1:])

@@ -23,7 +23,7 @@ from adpretrain.references import random_references
 from downstream import FeatureNorm, PatchCore, evaluate_maps
 from downstream.cli import main
 from downstream.detectors import DETECTORS
-from downstream.evaluation.comparison import detector_rows, extractor_rows, read_comparison, set_rows
+from downstream.evaluation.comparison import Comparison, detector_rows, extractor_rows, read_comparison, set_rows
 from downstream.evaluation.networks import Remembered
 
 pytestmark = pytest.mark.filterwarnings("ignore:elsewhere is left out")
@@ -228,7 +228,11 @@ def test_all_normal_images_are_one_draw(comparison: Path) -> None:
         ("[featurenorm,", "[featuernorm,", "detector 'featuernorm' is unknown; choose one of featurenorm"),
         ("[featurenorm,", "[featurenorm, patchcore,", "detector patchcore is there twice"),
         ("[featurenorm,", "[3,", r"detectors\[0\] is 3; expected a detector's name"),
-        ("image_size: 64", "image_size: 64, features: scaled", "extractors.raw: features 'scaled' need an extractor"),
+        (
+            "image_size: 64",
+            "image_size: 64, features: pretrained",
+            "extractors.raw: features 'pretrained' need an extractor",
+        ),
         (
             "raw: {backbone: lite0,",
             "raw: {extractor: embedded,",
@@ -250,9 +254,9 @@ def test_mistakes_are_told_before_anything_is_computed(
     assert not (comparison.parent / "out" / "cells").exists()
 
 
-def test_the_board_of_the_project_is_read() -> None:
+def test_the_comparisons_of_the_project_are_read() -> None:
     """Its folders lie where the file says; only the solar cells may be absent."""
-    file = Path(__file__).parents[3] / "recipes" / "board.yaml"
+    file = Path(__file__).parents[3] / "recipes" / "embedded.yaml"
     comparison = read_comparison({}, file)
     sets, extractors = set_rows(comparison), extractor_rows(comparison)
     assert {Path(row.root).resolve().parent.name for row in sets} == {"data", "board"}
@@ -278,3 +282,13 @@ def test_a_remembered_backbone_gives_the_same_features_and_keeps_to_its_room() -
     assert seen == [1] * 6
     with pytest.raises(ValueError, match="takes images"):
         backbone(images[:, :, :32])
+
+
+def test_protocols_that_can_be_few_shot_are_so_if_asked() -> None:
+    """Without a number K they fit on all; where K images are drawn, there are 3 draws."""
+    assert (Comparison().shots, Comparison().repeats) == ((4,), 3)
+    for protocol in ("robustness", "contamination", "shifted-line"):
+        plain, few = Comparison(protocol=protocol), Comparison(protocol=protocol, shots=(2,))  # type: ignore[arg-type]
+        assert (plain.shots, plain.repeats) == ((), 1)
+        assert (few.shots, few.repeats) == ((2,), 3)
+    assert Comparison(protocol="full", shots=(2,)).repeats == 1

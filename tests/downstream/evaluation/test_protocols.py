@@ -9,6 +9,7 @@ import pytest
 
 from adpretrain.data import Sample
 from adpretrain.references import random_references
+from downstream.evaluation.perturbations import Change
 from downstream.evaluation.protocols import PROTOCOLS, Part, ProtocolOptions, Trial, split, trials
 
 
@@ -75,13 +76,13 @@ def test_a_set_without_a_test_split_is_told_of() -> None:
     assert note.startswith("no test split: every 5th normal image is held out")
 
 
-@pytest.mark.parametrize("protocol", ["full", "few-shot", "contamination"])
+@pytest.mark.parametrize("protocol", ["full", "few-shot", "contamination", "shifted-line"])
 def test_unmarked_views_of_defective_parts_are_scored_and_never_learnt_from(protocol: str) -> None:
     samples = [replace(sample, split="train") for sample in product("cap", train=10, good=0, bad=4)]
     unmarked = [replace(sample, mask=None, defect="good", of_defective_part=True) for sample in samples[-2:]]
     part = only(trials([*samples[:-2], *unmarked], ProtocolOptions(protocol, shots=(4,))))
-    assert not set(unmarked) & {*part.train, *part.references}
-    assert set(unmarked) <= set(part.test)
+    assert not names(tuple(unmarked)) & names((*part.train, *part.references))
+    assert names(tuple(unmarked)) <= names(part.test)
 
 
 def test_few_shot_never_scores_what_it_learnt_from_even_where_all_images_are_of_the_test_split() -> None:
@@ -95,7 +96,7 @@ def test_few_shot_never_scores_what_it_learnt_from_even_where_all_images_are_of_
     assert not only(trials(product("cap"), ProtocolOptions("few-shot", shots=(4,)))).notes
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("protocol", [name for name in PROTOCOLS if name != "shifted-line"])  # it makes its own splits
 def test_an_image_of_two_splits_is_scored_and_never_learnt_from(protocol: str) -> None:
     samples = product("cap")
     twice = [replace(sample, split="train") for sample in samples[20:24]]  # normal test images, listed once more
@@ -148,19 +149,23 @@ def test_a_contaminated_training_list_is_learnt_from_where_asked_for_only(protoc
     ]
     views = [replace(sample, of_defective_part=True) for sample in views]
     noise = [replace(sample, split="train", noise=True) for sample in (*marked, *views)]
-    options = ProtocolOptions(protocol, shots=(4,), references=25, noise=0.5)  # type: ignore[arg-type]
+    shots = () if protocol == "contamination" else (4,)
+    options = ProtocolOptions(protocol, shots=shots, references=25, noise=0.5)  # type: ignore[arg-type]
     told = "5 of the 25 listed training images are of defective parts, 3 with a marked defect: "
     for trial in trials([*noise, *samples], options):
         (part,) = trial.parts
-        assert names(part.test) == names(tuple(samples[20:]))
+        if protocol != "shifted-line":
+            assert names(part.test) == names(tuple(samples[20:]))
         if protocol == "contamination":
             assert trial.setting == "noise as listed, in the references too"
             assert names(part.train) == names((*noise, *samples[:20]))
             assert part.notes == (told + "fitted on as if they were normal",)
             assert part.reference_notes == ("3 references are anomalies, drawn with the contaminated training images",)
         else:
+            assert not {*names(part.test)} & {*names(tuple(noise))}
             assert not any(sample.noise for sample in (*part.train, *part.references))
-            assert told + "left out (--protocol contamination fits on them)" in part.notes
+            if protocol != "shifted-line":
+                assert told + "left out (--protocol contamination fits on them)" in part.notes
 
 
 def test_references_that_are_anomalies_are_told_of() -> None:
@@ -187,20 +192,105 @@ def test_reference_sensitivity_changes_nothing_but_the_references() -> None:
     assert all(trial.only_references for trial in found)
 
 
-def test_robustness_scores_the_same_images_changed_and_as_they_are() -> None:
+SETTINGS = ["light", "rotation", "shift", "blur", "noise", "jpeg", "light + rotation + shift + blur", "as photographed"]
+
+
+def test_robustness_scores_the_same_images_under_each_change_and_as_they_are() -> None:
     found = trials(product("cap"), ProtocolOptions("robustness", draws=2))
-    assert [(trial.setting, trial.draw) for trial in found] == [
-        ("perturbed images", 0),
-        ("as photographed", 0),
-        ("perturbed images", 1),
-        ("as photographed", 1),
-    ]
+    assert [(trial.setting, trial.draw) for trial in found] == [(name, draw) for draw in (0, 1) for name in SETTINGS]
     for trial in found:
-        (part,) = trial.parts
-        changed = trial.setting == "perturbed images"
-        assert part.perturbed == (trial.draw if changed else None)
-        assert any("turned by up to 5 degrees, shifted by up to 1%" in note for note in part.notes) == changed
-        assert part.test == only(trials(product("cap"), ProtocolOptions())).test
+        (part,), (full,) = trial.parts, trials(product("cap"), ProtocolOptions(seed=trial.draw))
+        if trial.setting == "as photographed":
+            assert part.perturbed is None
+            assert part == full.parts[0]
+        else:
+            assert part.perturbed == Change(trial.draw, tuple(trial.setting.split(" + ")))
+            assert part.notes == (part.perturbed.said,)
+            assert replace(part, perturbed=None, notes=()) == full.parts[0]
+
+
+def test_robustness_with_shots_takes_the_images_of_few_shot() -> None:
+    """K is in every setting, so that another K adds cells and changes none; all images are drawn once."""
+    samples = product("cap")
+    found = trials(samples, ProtocolOptions("robustness", shots=(4, 0), draws=2))
+    few = trials(samples, ProtocolOptions("few-shot", shots=(4, 0), draws=2))
+    assert [(trial.setting, trial.draw) for trial in found] == [
+        (f"K={count}, {name}", draw) for count, draw in ((4, 0), (4, 1), ("all", 0)) for name in SETTINGS
+    ]
+    for number, trial in enumerate(found):
+        assert replace(trial.parts[0], perturbed=None, notes=()) == few[number // len(SETTINGS)].parts[0]
+    alone = trials(samples, ProtocolOptions("robustness", shots=(4,), draws=2))
+    assert alone == found[: len(alone)]
+
+
+def test_a_shifted_line_learns_from_the_first_half_and_scores_the_second() -> None:
+    """Names order all normal photographs, whatever their split, and 9 comes before 10."""
+    samples = product("cap", train=8, good=5, bad=3)
+    times = [3, 12, 0, 7, 5, 9, 2, 11, 10, 1, 8, 4, 6]  # of the normal photographs, in the order of the listing
+    samples = [
+        *(replace(sample, image=Path("some", f"{at}.png")) for sample, at in zip(samples[:13], times, strict=True)),
+        *samples[13:],
+    ]
+    (trial,) = trials(samples, ProtocolOptions("shifted-line"))
+    (part,) = trial.parts
+    assert trial.setting == "shifted-line"
+    assert [sample.image.name for sample in part.train] == [f"{at}.png" for at in range(6)]
+    assert {sample.image for sample in part.test if sample.anomalous} == {sample.image for sample in samples[13:]}
+    assert names(part.test) == {f"{at}.png" for at in range(6, 13)} | names(tuple(samples[13:]))
+    assert names(part.references) <= names(part.train)
+    assert part.notes[0].startswith("names stand for time: ")
+    assert part.notes[0].endswith("if names carry no order, these numbers mean nothing")
+    for draw, few in enumerate(trials(samples, ProtocolOptions("shifted-line", shots=(2,), draws=3))):
+        assert (few.setting, few.draw) == ("K=2, shifted-line", draw)
+        chosen = tuple(part.train[index] for index in random_references(6, 2, draw))
+        assert few.parts[0].train == few.parts[0].references == chosen
+        assert few.parts[0].test == part.test
+        assert few.parts[0].notes == part.notes
+    with pytest.raises(ValueError, match=r"too few normal images for K = 7 references: cap \(6\)"):
+        trials(samples, ProtocolOptions("shifted-line", shots=(7,)))
+    with pytest.raises(ValueError, match="cap: 1 normal images cannot be halved: a shifted line needs at least 2"):
+        trials(product("cap", train=1, good=0), ProtocolOptions("shifted-line"))
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize(("noise", "bad"), [(0.01, 1), (0.25, 2), (0.5, 4)])
+def test_few_references_are_contaminated_by_a_share_and_at_least_one(noise: float, bad: int, overlap: bool) -> None:
+    """The other references are some of the K of few-shot."""
+    samples = product("cap", train=30)
+    options = ProtocolOptions("contamination", shots=(8,), noise=noise, overlap=overlap, draws=2)
+    few = trials(samples, ProtocolOptions("few-shot", shots=(8,), draws=2))
+    for trial, clean in zip(trials(samples, options), few, strict=True):
+        (part,), (pure,) = trial.parts, clean.parts
+        wrong = tuple(sample for sample in part.train if sample.anomalous)
+        assert trial.setting == f"K=8, noise {noise:g}, in the references too, {'' if overlap else 'no '}overlap"
+        assert part.train == part.references
+        assert (len(part.train), len(wrong)) == (8, bad)
+        assert names(part.train) - names(wrong) <= names(pure.train)
+        assert names(part.test) == names(pure.test) - (set() if overlap else names(wrong))
+        assert part.notes == (f"{bad} of the K = 8 images, which are the references too, are anomalies",)
+
+
+def test_few_contaminated_references_come_from_the_sets_own_list() -> None:
+    samples = product("cap", train=20)
+    listed = [
+        replace(sample, image=Path(f"noise-{n}.png"), split="train", noise=True)
+        for n, sample in enumerate(samples[-4:])
+    ]
+    (trial,) = trials([*listed, *samples], ProtocolOptions("contamination", shots=(4,)))
+    (part,) = trial.parts
+    assert trial.setting == "K=4, noise 0.1 of those listed, in the references too"
+    assert len(names(part.train) & names(tuple(listed))) == 1
+    assert names(part.test) == names(tuple(samples[20:]))
+    assert part.notes[0].endswith("4 with a marked defect: some are fitted on as if they were normal")
+
+
+def test_a_product_with_few_anomalies_is_contaminated_by_half_of_them() -> None:
+    part = only(trials(product("cap", bad=3), ProtocolOptions("contamination", shots=(8,), noise=0.5)))
+    assert sum(sample.anomalous for sample in part.train) == 1
+    assert len(part.train) == 8
+    assert part.notes[0] == "1 anomalies instead of 4: half of the product's"
+    with pytest.raises(ValueError, match=r"cap: of K = 1 images a share of 0.1, .* no normal one is left"):
+        trials(product("cap"), ProtocolOptions("contamination", shots=(1,)))
 
 
 @pytest.mark.parametrize("overlap", [True, False])

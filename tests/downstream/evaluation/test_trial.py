@@ -162,9 +162,10 @@ def test_robustness_scores_images_that_a_detector_has_not_seen(samples: list[Sam
     the full protocol."""
     group = product(samples)
     (full,) = trials(group, ProtocolOptions())
-    changed, same = trials(group, ProtocolOptions("robustness"))
+    *_, changed, same = trials(group, ProtocolOptions("robustness"))
     contender, settings = Contender("padim", "raw"), Settings(pictures=1)
     (usual,), (moved,), (plain,) = (run_trial(trial, contender, networks, settings) for trial in (full, changed, same))
+    assert (moved["setting"], plain["setting"]) == ("light + rotation + shift + blur", "as photographed")
     assert plain["scores"] == usual["scores"]
     good = [index for index, label in enumerate(usual["labels"]) if not label]
     assert sum(moved["scores"][index] for index in good) > 1.2 * sum(usual["scores"][index] for index in good)

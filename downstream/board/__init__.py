@@ -1,0 +1,1 @@
+"""The board: results of many evaluations, from many people, checked and ranked."""
