@@ -16,11 +16,11 @@ import torch
 
 from adpretrain._version import __version__
 from adpretrain.backbones import Backbone
-from adpretrain.backbones.licences import LICENCES, UNKNOWN
 from adpretrain.backbones.table import licence_of
-from adpretrain.card import provenance_of
 from adpretrain.data import Sample
 from adpretrain.data.layouts.detect import detect_layout
+from adpretrain.licences import LICENCES, UNKNOWN
+from adpretrain.saved import provenance_of
 from downstream.board.result import digest_of, sealed, write_result
 from downstream.evaluation.cells import Cell, listing_digest
 from downstream.evaluation.comparison import PRETRAINED, Comparison, ExtractorRow, SetRow
