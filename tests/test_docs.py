@@ -93,6 +93,7 @@ def test_pretrain_and_inspect_commands(tmp_path: Path, monkeypatch: pytest.Monke
     small = ["--products", "6", "--samples", "6", "--defects", "3", "--size", "128", "--workers", "1"]
     run([*shlex.split(draw), *small], tmp_path)
     settings = ["--shots", "[1,3]", "--optim.steps", "4", "--optim.batch_size", "8", "--cache.folder", ""]
+    settings += ["--backbone.image_size", "64"]
     output = run([*shlex.split(launch), *settings], tmp_path)
     assert "extractor saved" in output
     product = sorted((tmp_path / "data" / "synthetic").glob("realiad_*/*"))[0]
