@@ -28,7 +28,7 @@ def context() -> multiprocessing.context.BaseContext:
     paths = [str(ROOT), str(ROOT / "recipes"), str(ROOT / "recipes" / "studies"), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)  # read when the first process starts
     chosen = multiprocessing.get_context("forkserver")
-    chosen.set_forkserver_preload(["pretrain", "matplotlib.figure"])
+    chosen.set_forkserver_preload(["pretrain", "timm", "matplotlib.figure"])
     forkserver.ensure_running()
     return chosen
 

@@ -365,7 +365,7 @@ def test_help_tells_the_exit_codes_and_loads_no_torch() -> None:
         "import sys; from downstream.cli import main; code = main(['score', '--help']); "
         "sys.exit(9 if 'torch' in sys.modules else code)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0
     assert "  1  at least one image is anomalous" in done.stdout
     assert "  3  no anomaly was found, but none can be" in done.stdout

@@ -56,7 +56,8 @@ FITS = {  # detector, batches of 4 images, grid, channels / 3
     "patchcore": (f"PatchCore(extract, PatchCoreConfig({PLAIN}, amount=20, projection_dim=32))", 40, 32, 64),
     "spade": ("SPADE(extract)", 40, 32, 64),
     "anomalydino": ("AnomalyDINO(extract, AnomalyDINOConfig(rotations=2))", 20, 32, 64),
-    "musc": ("MuSc(extract, MuScConfig(degrees=[1]))", 10, 28, 400),
+    # Its images compare with each other: their number counts twice.
+    "musc": ("MuSc(extract, MuScConfig(degrees=[1]))", 5, 6, 13000),
     "padim, many images": (f"PaDiM(extract, PaDiMConfig({PLAIN}))", 40, 28, 44),
     "reconpatch": (
         f"ReConPatch(extract, ReConPatchConfig(PatchCoreConfig({PLAIN}, amount=20), "

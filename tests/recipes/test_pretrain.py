@@ -28,7 +28,7 @@ def lines(run: Path) -> list[dict[str, float]]:
 @pytest.mark.slow
 def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(arguments: Arguments, tmp_path: Path) -> None:
     """Ctrl-C as a terminal sends it, to `accelerate launch` and the training below it at once."""
-    flags = ("--optim.steps", "40", "--checkpoint_every", "5")
+    flags = ("--optim.steps", "40", "--checkpoint_every", "5", "--backbone.image_size", "64")
     log, argv = tmp_path / "log", arguments(tmp_path / "cut", *flags)
     train(log, arguments(tmp_path / "whole", *flags))
     process = subprocess.Popen(

@@ -27,10 +27,10 @@ def killed_while_the_others_are_busy(rank: int) -> int:
     join(rank, 3, grace=0.2)
     if rank == 2:
         if os.fork() == 0:  # as a loader's process, it lives on for a while
-            time.sleep(25)
+            time.sleep(75)
             os._exit(0)
         os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(20)  # no message is waited for
+    time.sleep(60)  # no message is waited for
     return 0
 
 
@@ -46,6 +46,8 @@ def stopped_then_done_before_the_other(rank: int) -> int:
     if rank == 1:
         os.kill(os.getpid(), signal.SIGSTOP)  # as a debugger does
     else:
+        while Path(f"/proc/{numbers[1]}/stat").read_text().rsplit(")", 1)[1].split()[0] != "T":
+            time.sleep(0.01)
         time.sleep(1)
         os.kill(numbers[1], signal.SIGCONT)
         time.sleep(1)  # the other has ended

@@ -73,7 +73,7 @@ def dump(url: str, profile: Path) -> str:
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--virtual-time-budget=3000"]
     flags += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
     command = [CHROMIUM, *flags, f"--user-data-dir={profile}", "--dump-dom", url]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
 
 
 def test_names_and_texts_are_escaped(tmp_path: Path) -> None:

@@ -277,12 +277,12 @@ def test_memory_stays_and_nothing_is_lost(scene: Scene, tmp_path: Path, write_ti
         while process.poll() is None and lines(out) <= number:
             time.sleep(0.002)
         os.kill(process.pid, how)
-        message = process.communicate(timeout=60)[1]
+        message = process.communicate(timeout=300)[1]
         assert process.returncode == (130 if how is signal.SIGINT else -signal.SIGKILL)
         assert ("with --resume goes on" in message) == (how is signal.SIGINT)
     before = {path: path.stat().st_mtime_ns for path in (out / "heatmaps").iterdir()}
     assert len(before) > 50
-    assert started(scene, out).wait(timeout=120) == 1
+    assert started(scene, out).wait(timeout=300) == 1
     again = sum(not path.exists() or path.stat().st_mtime_ns != changed for path, changed in before.items())
     assert again <= 5  # at most the batch that was under way, and a heatmap half written
     assert content(out) == content(tmp_path / "whole")

@@ -183,7 +183,7 @@ def load(products: dict[str, Path], seconds: float, clients: int) -> None:
             assert taken
         finally:
             server.send_signal(signal.SIGTERM)
-        assert server.wait(20) == 0
+        assert server.wait(120) == 0
 
 
 def test_a_server_under_load(products: dict[str, Path]) -> None:

@@ -27,7 +27,7 @@ class Server:
     def stop(self, number: int = signal.SIGINT) -> int:
         """Ctrl-C; the exit code."""
         self.process.send_signal(number)
-        return self.process.wait(30)
+        return self.process.wait(120)
 
 
 @contextlib.contextmanager

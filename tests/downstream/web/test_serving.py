@@ -56,7 +56,7 @@ def test_the_page_learns_names_not_paths(tmp_path: Path) -> None:
 
 
 def test_without_gradio_the_fix_is_named() -> None:
-    run = subprocess.run([sys.executable, "-c", WITHOUT_GRADIO], capture_output=True, text=True, timeout=120)
+    run = subprocess.run([sys.executable, "-c", WITHOUT_GRADIO], capture_output=True, text=True, timeout=300)
     assert run.returncode == 2
     assert run.stderr.startswith("adpretrain: error: gradio is needed for this (")
     assert run.stderr.endswith("): pip install 'adpretrain[demo]'\n")
