@@ -44,6 +44,7 @@ class LicenceLink(Typed):
     name: str
     licence: str
     product: Product
+    source: str
 
 
 class ExtractorInfo(Typed):

@@ -16,19 +16,19 @@ import torch
 
 from adpretrain._version import __version__
 from adpretrain.backbones import Backbone
-from adpretrain.backbones.table import licence_of
 from adpretrain.data import Sample
 from adpretrain.data.layouts.detect import detect_layout
-from adpretrain.licences import LICENCES, UNKNOWN
+from adpretrain.extractor import ADExtractor
+from adpretrain.passport import BACKBONE, Link, in_a_product, passport
 from adpretrain.saved import provenance_of
 from downstream.board.result import digest_of, sealed, write_result
 from downstream.evaluation.cells import Cell, listing_digest
-from downstream.evaluation.comparison import PRETRAINED, Comparison, ExtractorRow, SetRow
+from downstream.evaluation.comparison import PRETRAINED, SCALED, Comparison, ExtractorRow, SetRow
 from downstream.evaluation.means import Record
 from downstream.evaluation.networks import Features
 
 FOLDER = "results"
-STRICTNESS = ("yes", "with conditions", "unknown", "no")  # of a chain of licences the strictest link counts
+LINK = ("name", "licence", "product", "source")
 NOTHING_LEARNT = "nothing was pretrained on top of the backbone"
 
 
@@ -135,8 +135,8 @@ def extractor_info(features: Features) -> dict[str, Any]:
         "random_weights": features.random_weights,
         "image_size": backbone.preprocess.image_size,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "licences": chain,
-        "product": max((link["product"] for link in chain), key=STRICTNESS.index),
+        "licences": [{"part": link.what, **{key: getattr(link, key) for key in LINK}} for link in chain],
+        "product": in_a_product(chain),
     }
 
 
@@ -170,13 +170,14 @@ def _overlap(features: Features, declared: str | None, data: dict[str, Any]) -> 
     return {"answer": "unknown", "why": "not declared (adpretrain evaluate --seen-in-pretraining none, or some)"}
 
 
-def _chain(features: Features) -> list[dict[str, Any]]:
-    """The links of licences: of the weights, and of the data of the pretraining, if something was learnt."""
-    name = features.networks.backbone.name
-    if features.random_weights is not None:
-        return [{"part": "backbone", "name": f"{name}, random weights", "licence": "none", "product": "yes"}]
-    licence = licence_of(name) or UNKNOWN
-    return [{"part": "backbone", "name": name, "licence": licence, "product": LICENCES[licence].product}]
+def _chain(features: Features) -> list[Link]:
+    """The links of licences that the features hang on. Raw features and residuals hang on the backbone alone; weights
+    that were drawn have no licence."""
+    networks = features.networks
+    whole = bool(networks.extractors) and features.kind in (SCALED, PRETRAINED)
+    links = passport((networks.extractors[0] if whole else ADExtractor(networks.backbone)).config)
+    drawn = features.random_weights is not None
+    return [link for link in links if not (drawn and link.what == BACKBONE)]
 
 
 def hardware(device: str) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def result(
         for draw in range(draws)
         for number, product in enumerate(products)
     ]
-    chain = [{"part": "backbone", "name": "lite0", "licence": licence[0], "product": licence[1]}]
+    chain = [{"part": "backbone", "name": "lite0", "licence": licence[0], "product": licence[1], "source": ""}]
     content = {
         "extractor": {
             "name": features,
