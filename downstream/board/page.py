@@ -51,8 +51,6 @@ def columns_of(task: Task, pairs: bool) -> list[Column]:
         out.append(Column("detector", lambda line: line.detector or "", lambda line: line.detector, word=True))
     out.append(Column("mean rank", lambda line: f"{line.standing.mean_rank:.1f}" if line.standing else "–", _rank))
     out += [_metric_column(metric) for metric in METRICS]
-    if len(task.sets) > 1:
-        out += [_set_column(name) for name in task.sets]
     if pairs:
         out.append(Column("ms", lambda line: _number(line.milliseconds, 0), lambda line: line.milliseconds))
     out += [
@@ -60,6 +58,8 @@ def columns_of(task: Task, pairs: bool) -> list[Column]:
         Column("in a product", lambda line: line.product, lambda line: line.product),
         Column("test seen in pretraining", lambda line: line.seen, lambda line: line.seen),
     ]
+    if len(task.sets) > 1:
+        out += [_set_column(name) for name in task.sets]
     return out
 
 
