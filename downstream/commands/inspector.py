@@ -97,7 +97,6 @@ class InspectorCommand(Command):
 
     def _new(self) -> Inspector:
         from adpretrain import ADExtractor
-        from downstream.inspection.inspector import Inspector
         from downstream.inspection.run import pick_device
         from downstream.saved import locate_model
 
@@ -106,9 +105,9 @@ class InspectorCommand(Command):
         with ProgressBars() as progress:
             if self.detector is not None:
                 folder = locate_model(self.detector).folder
-                return Inspector.from_detector(folder, where, *given, weights=self.weights, progress=progress)
+                return inspector_from_detector(folder, where, *given, weights=self.weights, progress=progress)
             model = ADExtractor.from_pretrained(self.extractor, where, self.weights, image_size=self.image_size)
-            return Inspector.from_folder(model, where, *given, progress=progress)
+            return inspector_from_folder(model, where, *given, progress=progress)
 
     def _add(self) -> None:
         from downstream.inspection import product

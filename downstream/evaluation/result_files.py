@@ -141,11 +141,12 @@ def extractor_info(features: Features) -> dict[str, Any]:
 
 
 def _public_name(source: str) -> str:
-    """An extractor's name for others: org/name of the Hub, embedded, or the last parts of a folder's path."""
+    """An extractor's name for others: org/name of the Hub, embedded, or that of a folder (of the run, if the
+    folder is a run's)."""
     if not Path(source).is_dir():
         return source.partition("@")[0]
     parts = Path(source).resolve().parts
-    return "/".join(parts[-2:]) if parts[-1] == "extractor" else parts[-1]
+    return parts[-2] if parts[-1] == "extractor" and len(parts) > 2 else parts[-1]
 
 
 def weights_digest(backbone: Backbone) -> str:

@@ -35,6 +35,7 @@ from downstream.inspection.graph import TOLERANCE, DetectorGraph, difference, la
 from downstream.inspection.inspector import Inspector
 from downstream.inspection.photos import Unreadable, find_images
 from downstream.inspection.run import pick_device
+from downstream.inspection.set_up import inspector_from_detector, inspector_from_folder
 from downstream.saved import locate_model
 from downstream.terminal import no_progress
 
@@ -234,7 +235,7 @@ def export_folder(
     If a fitted ``detector`` (a folder or a Hub id) is given, it is exported instead, and ``normal`` holds photographs
     that it was not fitted on, which only calibrate. ``weights`` are those of the backbone, for machines without a
     network. The file is verified on at most `CHECKED` photographs in ``check`` (default: ``normal``), evenly spaced in
-    sorted order. Raises ValueError for input that `Inspector.from_folder`, `Inspector.from_detector` or `export_onnx`
+    sorted order. Raises ValueError for input that `inspector_from_folder`, `inspector_from_detector` or `export_onnx`
     refuses; OSError if ``out`` cannot be written.
     """
     check_possible(opset)
@@ -247,14 +248,14 @@ def export_folder(
     where = pick_device(device)
     if detector is None:
         model = ADExtractor.from_pretrained(extractor, where, weights)
-        inspector = Inspector.from_folder(model, where, normal, calibration, options, progress=progress)
+        inspector = inspector_from_folder(model, where, normal, calibration, options, progress=progress)
         fitted = inspector.detector
         assert isinstance(fitted.extract, ADExtractor)
         fitted.extract.cpu()
     else:
         folder = locate_model(detector).folder
         given = normal, calibration, options
-        inspector = Inspector.from_detector(folder, where, *given, weights=weights, progress=progress)
+        inspector = inspector_from_detector(folder, where, *given, weights=weights, progress=progress)
         on_cpu = where.type == "cpu"
         fitted = inspector.detector if on_cpu else detector_from_pretrained(folder, device="cpu", weights=weights)
     count = min(len(paths), CHECKED)

@@ -35,6 +35,7 @@ from downstream.inspection.pictures import HEATMAPS, LISTING, MAPS, MASKS, Heatm
 from downstream.inspection.report import Fact, write_report
 from downstream.inspection.results import ANOMALOUS, COLUMNS, UNDECIDED, UNREADABLE, Result
 from downstream.inspection.resume import Record, parts, settings_of
+from downstream.inspection.set_up import inspector_from_detector, inspector_from_folder
 from downstream.inspection.share import ALONE, Entries, Share, score_images
 from downstream.inspection.source import InShards, photographs_of
 from downstream.inspection.spreadsheet import table_file, write_workbook
@@ -146,9 +147,9 @@ def score_folder(
         given = where, normal, calibration, options, out
         if detector is None:
             model = ADExtractor.from_pretrained(folder, where, weights, image_size=image_size)
-            inspector = Inspector.from_folder(model, *given, progress)
+            inspector = inspector_from_folder(model, *given, progress)
         else:
-            inspector = Inspector.from_detector(folder, *given, weights, progress)
+            inspector = inspector_from_detector(folder, *given, weights, progress)
     (out / SUMMARY).unlink(missing_ok=True)
     with record:
         entries = score_images(inspector, photographs, record, progress, share, heatmaps)

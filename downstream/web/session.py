@@ -29,6 +29,7 @@ from downstream.inspection.facts import regions_note
 from downstream.inspection.inspector import Inspector, judge, shape_note
 from downstream.inspection.photos import Photo, PhotoReader, Unreadable
 from downstream.inspection.results import UNREADABLE, Result
+from downstream.inspection.set_up import inspector_from_photos
 from downstream.regions import Box, Region, find_regions
 from downstream.roi import RoiFiles
 from downstream.terminal import no_progress
@@ -185,7 +186,7 @@ def _inspector(
         if isinstance(item, Unreadable):
             raise ValueError(f"Every score depends on the good photographs, but {upload.name} is bad: {item.reason}.")
         references.append(item)
-    return Inspector.from_photos(own, device, references, options, progress=progress, reader=reader)
+    return inspector_from_photos(own, device, references, options, progress=progress, reader=reader)
 
 
 def verdicts(scored: Scored, rate: float) -> Verdicts:

@@ -18,6 +18,7 @@ from adpretrain import ADExtractor
 from downstream.inspection.inspector import Inspector
 from downstream.inspection.photos import Photo, prepare_photo
 from downstream.inspection.product import with_photographs
+from downstream.inspection.set_up import inspector_from_photos
 
 pytestmark = pytest.mark.benchmark
 
@@ -36,7 +37,7 @@ def prepared(images: list[Image.Image], extractor: ADExtractor) -> list[Photo]:
 def test_latency_of_the_camera_loop(tmp_path: Path, one_thread: None) -> None:
     """From a photograph in memory to its verdict with regions, for 500 in a row; CPU and wall-clock time."""
     extractor, cpu = ADExtractor.from_pretrained("embedded"), torch.device("cpu")
-    Inspector.from_photos(extractor, cpu, prepared(drawn(4, 0), extractor)).save(tmp_path / "lid")
+    inspector_from_photos(extractor, cpu, prepared(drawn(4, 0), extractor)).save(tmp_path / "lid")
     inspector = Inspector.load(tmp_path / "lid")
     used, passed = [], []
     for image in drawn(500, 1):
@@ -57,9 +58,9 @@ def test_adding_one_of_a_hundred_references(one_thread: None) -> None:
     """Against fitting anew on all of them, which gives the same bits."""
     extractor, cpu = ADExtractor.from_pretrained("embedded"), torch.device("cpu")
     photos = prepared(drawn(100, 2), extractor)
-    inspector = Inspector.from_photos(extractor, cpu, photos[:99])
+    inspector = inspector_from_photos(extractor, cpu, photos[:99])
     anew, added = (
-        lambda: Inspector.from_photos(extractor, cpu, photos),
+        lambda: inspector_from_photos(extractor, cpu, photos),
         lambda: with_photographs(inspector, photos[99:])[0],
     )
     assert [normal.score for normal in added().normals] == [normal.score for normal in anew().normals]

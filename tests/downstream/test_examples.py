@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from adpretrain import ADExtractor
-from downstream.inspection.inspector import Inspector
 from downstream.inspection.photos import prepare_photo
+from downstream.inspection.set_up import inspector_from_photos
 
 ROOT = Path(__file__).parents[2]
 Run = Callable[..., tuple[int, str]]
@@ -71,7 +71,7 @@ def test_camera(run: Run, tmp_path: Path) -> None:
     extractor = ADExtractor.from_pretrained("embedded", image_size=64)
     pictures = [Image.fromarray(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)) for frame in known]
     photos = [prepare_photo(Path(f"{n}.png"), picture, extractor.preprocess) for n, picture in enumerate(pictures)]
-    inspector = Inspector.from_photos(extractor, torch.device("cpu"), photos)
+    inspector = inspector_from_photos(extractor, torch.device("cpu"), photos)
     inspector.save(tmp_path / "lid")
     code, said = run("camera.py", "lid", "line.avi")
     assert code == 1, said

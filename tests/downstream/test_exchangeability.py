@@ -20,8 +20,9 @@ from scipy import integrate, stats
 
 from adpretrain.extractor import ADExtractor
 from downstream.exchangeability import FLOOR, MOST_PEAKS, POWERS, Watch, plot
-from downstream.inspection.inspector import Inspector, Scored
+from downstream.inspection.inspector import Scored
 from downstream.inspection.photos import find_images
+from downstream.inspection.set_up import inspector_from_folder
 
 BOTTLES = Path(__file__).parents[3] / "shared" / "data" / "board" / "mvtec_bottle" / "train"
 
@@ -297,7 +298,7 @@ def watch_of(folder: Path, photos: list[Image.Image]) -> Watch:
         for index, photo in enumerate(some):
             photo.save(folder / name / f"{index:03}.png")
     device = torch.device("cpu")
-    inspector = Inspector.from_folder(ADExtractor.from_pretrained("embedded", device), device, folder / "normal")
+    inspector = inspector_from_folder(ADExtractor.from_pretrained("embedded", device), device, folder / "normal")
     calibration = inspector.calibration
     assert calibration is not None
     watch = Watch(np.column_stack([calibration.scores, calibration.unlike]), measures=("score", "unlike value"), seed=0)

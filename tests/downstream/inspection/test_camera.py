@@ -20,6 +20,7 @@ from downstream.inspection import Options
 from downstream.inspection.camera import Verdict
 from downstream.inspection.inspector import Inspector
 from downstream.inspection.run import score_folder
+from downstream.inspection.set_up import inspector_from_folder
 from downstream.tiles import Tiling
 
 CPU = torch.device("cpu")
@@ -40,7 +41,7 @@ def drawn(folder: Path, seeds: range, change: Callable[[Image.Image], Image.Imag
 @pytest.fixture(scope="module")
 def inspector(extractor_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Inspector:
     normal = drawn(tmp_path_factory.mktemp("camera") / "normal", range(6))
-    return Inspector.from_folder(ADExtractor.from_pretrained(extractor_dir), CPU, normal)
+    return inspector_from_folder(ADExtractor.from_pretrained(extractor_dir), CPU, normal)
 
 
 def test_the_verdict_is_that_of_the_command(extractor_dir: Path, tmp_path: Path) -> None:
@@ -49,7 +50,7 @@ def test_the_verdict_is_that_of_the_command(extractor_dir: Path, tmp_path: Path)
     (images / "broken.png").write_bytes(b"no picture")
     Image.new("RGB", (96, 96)).save(images / "dark.png")
     found = score_folder(extractor_dir, normal, images, tmp_path / "out", options=Options(batch_size=1), device="cpu")
-    inspector = Inspector.from_folder(ADExtractor.from_pretrained(extractor_dir), CPU, normal)
+    inspector = inspector_from_folder(ADExtractor.from_pretrained(extractor_dir), CPU, normal)
     for result in found.results:
         verdict = inspector(images / result.path)
         assert verdict.result.path == result.path
@@ -103,7 +104,7 @@ def test_a_camera_of_12_bits_has_the_full_scale_of_its_normals(extractor_dir: Pa
     def wide(image: Image.Image) -> Image.Image:
         return Image.fromarray((np.asarray(image.convert("L"), float) * 4095 / 255).round().astype(np.uint16))
 
-    inspector = Inspector.from_folder(
+    inspector = inspector_from_folder(
         ADExtractor.from_pretrained(extractor_dir), CPU, drawn(tmp_path / "normal", range(4), wide)
     )
     assert inspector.reader.full_scale == 4095
@@ -226,7 +227,7 @@ def test_regions_are_calibrated_on_the_normal_maps(inspector: Inspector) -> None
 
 def test_one_normal_photograph_gives_a_score_alone(extractor_dir: Path, tmp_path: Path) -> None:
     normal = drawn(tmp_path / "normal", range(1))
-    verdict = Inspector.from_folder(ADExtractor.from_pretrained(extractor_dir), CPU, normal)(tile(20, blob=True))
+    verdict = inspector_from_folder(ADExtractor.from_pretrained(extractor_dir), CPU, normal)(tile(20, blob=True))
     assert (verdict.verdict, verdict.p_value, verdict.regions) == ("undecided", None, ())
     assert verdict.score is not None
     assert verdict.heatmap is not None
@@ -235,7 +236,7 @@ def test_one_normal_photograph_gives_a_score_alone(extractor_dir: Path, tmp_path
 def test_a_photograph_of_another_size_than_the_tiles_is_unreadable(extractor_dir: Path, tmp_path: Path) -> None:
     options = Options(tiling=Tiling(tile=64))
     normal = drawn(tmp_path / "normal", range(3))
-    inspector = Inspector.from_folder(ADExtractor.from_pretrained(extractor_dir), CPU, normal, options=options)
+    inspector = inspector_from_folder(ADExtractor.from_pretrained(extractor_dir), CPU, normal, options=options)
     assert inspector(tile(20, blob=True)).verdict == "anomalous"
     small = inspector(tile(20, size=80))
     assert small.verdict == "unreadable"

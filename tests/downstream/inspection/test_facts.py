@@ -21,6 +21,7 @@ from downstream.inspection.facts import in_brief, regions_note
 from downstream.inspection.inspector import Inspector
 from downstream.inspection.photos import Photo, prepare_photo
 from downstream.inspection.results import ANOMALOUS, NORMAL, UNDECIDED, UNREADABLE, Result, counted
+from downstream.inspection.set_up import inspector_from_folder, inspector_from_photos
 from downstream.visualise import photo_and_heatmap
 
 Write = Callable[..., Path]
@@ -30,7 +31,7 @@ FOUR = "Nothing speaks against the promise that at most 20 % of good photographs
 @pytest.fixture
 def inspector(extractor_dir: Path, write_tiles: Write) -> Inspector:
     extractor = ADExtractor.from_pretrained(extractor_dir)
-    return Inspector.from_folder(extractor, torch.device("cpu"), write_tiles("shots", range(4)), options=Options(0.2))
+    return inspector_from_folder(extractor, torch.device("cpu"), write_tiles("shots", range(4)), options=Options(0.2))
 
 
 def good(number: int, regions: int = 0) -> list[Result]:
@@ -73,7 +74,7 @@ def test_the_sentences_say_what_becomes_of_the_promise(inspector: Inspector, ext
     assert "have changed on the way, so that the promise of at most 20 % false alarms has ended. Look at the" in changed
     given = dataclasses.replace(inspector, options=Options(threshold=3.0))
     assert "chosen by hand, so that no rate of false alarms is promised" in brief(given, results)
-    alone = Inspector.from_photos(
+    alone = inspector_from_photos(
         ADExtractor.from_pretrained(extractor_dir), torch.device("cpu"), [_photo(inspector, tile(1))]
     )
     ranked = [Result(f"{score}.png", score, None, UNDECIDED) for score in (1.0, 3.0)]

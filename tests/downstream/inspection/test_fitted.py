@@ -19,7 +19,7 @@ from downstream.detectors import detector_from_pretrained
 from downstream.detectors.ensemble import Ensemble
 from downstream.detectors.padim import PaDiM
 from downstream.detectors.patchcore import PatchCore
-from downstream.inspection.inspector import PERHAPS_FITTED, preprocess_of
+from downstream.inspection.set_up import PERHAPS_FITTED, preprocess_of
 
 Write = Callable[..., Path]
 Scene = tuple[Path, Path, Path]

@@ -28,8 +28,8 @@ from downstream.embedding import EmbeddingConfig
 from downstream.extracts import Adapted
 from downstream.inspection import Options
 from downstream.inspection.fitting import fit_folder
-from downstream.inspection.inspector import Inspector
 from downstream.inspection.photos import Photo, PhotoReader, find_images
+from downstream.inspection.set_up import inspector_from_detector
 from downstream.roi import RoiFiles
 from downstream.tiles import Tiling
 
@@ -227,7 +227,7 @@ def test_a_detector_is_fitted_on_tiles_within_a_region_of_interest(
         return
     fit_folder(detector, model, tmp_path / "good", fitted, options, shots=3, tiling=Tiling(64), roi=roi)
     given = Options(false_alarm_rate=0.2, roi=str(tmp_path / "roi.png"))
-    inspector = Inspector.from_detector(fitted, torch.device("cpu"), tmp_path / "more", options=given)
+    inspector = inspector_from_detector(fitted, torch.device("cpu"), tmp_path / "more", options=given)
     scored = inspector.score(next(inspector.reader.batches([tmp_path / "line" / "inside.png"])))
     ignored = inspector.score(next(inspector.reader.batches([tmp_path / "line" / "outside.png"])))
     found, missed = (inspector.judge("photo", one[0]) for one in (scored, ignored))  # type: ignore[arg-type]

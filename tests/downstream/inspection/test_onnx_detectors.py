@@ -33,9 +33,9 @@ from downstream.extracts import Adapted
 from downstream.gaussians import Moments, plain
 from downstream.inspection import Options
 from downstream.inspection.graph import DetectorGraph
-from downstream.inspection.inspector import Inspector
 from downstream.inspection.onnx import export_onnx
 from downstream.inspection.photos import find_images
+from downstream.inspection.set_up import inspector_from_detector
 from downstream.neighbours import Neighbours
 from downstream.plain_search import PlainNeighbours, plain_nearest
 
@@ -265,7 +265,7 @@ def test_the_command_exports_a_fitted_detector(
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     told = session.get_modelmeta().custom_metadata_map
     options = Options(false_alarm_rate=0.2)
-    inspector = Inspector.from_detector(tmp_path / "fit", torch.device("cpu"), further, options=options)
+    inspector = inspector_from_detector(tmp_path / "fit", torch.device("cpu"), further, options=options)
     assert float(told["threshold"]) == inspector.threshold
     assert 0 < float(told["promised_false_alarm_rate"]) <= 0.2
     images = torch.stack([inspector.reader.preprocess(read_image(path)) for path in find_images(normal)])

@@ -15,13 +15,14 @@ from adpretrain.extractor import ADExtractor
 from downstream.calibration import calibrate
 from downstream.inspection.inspector import Inspector
 from downstream.inspection.normals import Normal, outlier_note
+from downstream.inspection.set_up import inspector_from_folder
 
 Write = Callable[..., Path]
 ALONE = "alone sets the threshold"
 
 
 def inspector_of(folder: Path, extractor_dir: Path) -> Inspector:
-    return Inspector.from_folder(ADExtractor.from_pretrained(extractor_dir), torch.device("cpu"), folder)
+    return inspector_from_folder(ADExtractor.from_pretrained(extractor_dir), torch.device("cpu"), folder)
 
 
 def test_a_bad_part_among_the_good_ones_is_named(extractor_dir: Path, write_tiles: Write) -> None:

@@ -35,6 +35,7 @@ from downstream.inspection.product import (
     with_photographs,
     without_photographs,
 )
+from downstream.inspection.set_up import inspector_from_detector, inspector_from_folder, inspector_from_photos
 from downstream.tiles import Tiling
 
 CPU = torch.device("cpu")
@@ -63,7 +64,7 @@ def read(extractor: ADExtractor, paths: list[Path]) -> list[Photo]:
 
 
 def anew(extractor: ADExtractor, paths: list[Path], options: Options = DEFAULTS) -> Inspector:
-    return Inspector.from_photos(extractor, CPU, read(extractor, paths), options)
+    return inspector_from_photos(extractor, CPU, read(extractor, paths), options)
 
 
 def same(found: Inspector, expected: Inspector, extractor: ADExtractor, paths: list[Path]) -> None:
@@ -98,7 +99,7 @@ def test_every_kind_of_inspector_is_saved(
             pixels = np.asarray(Image.open(photos[number])).astype(int) + number + 1
             (tmp_path / "more").mkdir(exist_ok=True)
             Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(tmp_path / "more" / f"{number}.png")
-        inspector = Inspector.from_detector(tmp_path / "fitted", CPU, tmp_path / "more", options=options)
+        inspector = inspector_from_detector(tmp_path / "fitted", CPU, tmp_path / "more", options=options)
     else:
         if kind == "region of interest":
             mask = np.zeros((80, 90), np.uint8)
@@ -109,7 +110,7 @@ def test_every_kind_of_inspector_is_saved(
             options = dataclasses.replace(options, tiling=Tiling(SIDE))
         else:
             options = dataclasses.replace(options, references="aligned", shots=4)
-        inspector = Inspector.from_folder(extractor, CPU, folder, options=options)
+        inspector = inspector_from_folder(extractor, CPU, folder, options=options)
     loaded = Inspector.load(inspector.save(tmp_path / "saved"))
     line = tmp_path / "line.png"
     Image.fromarray(np.full((80, 90, 3), 120, np.uint8) + np.arange(90, dtype=np.uint8)[:, None]).save(line)
@@ -261,10 +262,10 @@ def test_adding_one_of_many_takes_a_fraction_of_the_time(extractor: ADExtractor,
     for path in paths:
         Image.fromarray(draw.integers(0, 255, (SIDE, SIDE, 3), dtype=np.uint8)).save(path)
     known, new = read(extractor, paths[:30]), read(extractor, paths[30:])
-    start = Inspector.from_photos(extractor, CPU, known)
+    start = inspector_from_photos(extractor, CPU, known)
     assert start.detector.extract.references.tables  # type: ignore[attr-defined]
     begin = time.process_time()
     with_photographs(start, new)
     middle = time.process_time()
-    Inspector.from_photos(extractor, CPU, [*known, *new])
+    inspector_from_photos(extractor, CPU, [*known, *new])
     assert (time.process_time() - middle) > 2 * (middle - begin)

@@ -24,6 +24,7 @@ from downstream.cli import main
 from downstream.inspection import Options
 from downstream.inspection.identify import identify
 from downstream.inspection.inspector import Inspector
+from downstream.inspection.set_up import inspector_from_folder
 
 pytest.importorskip("fastapi")
 from fastapi.testclient import TestClient
@@ -53,7 +54,7 @@ def products(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         good = tmp_path_factory.mktemp(name)
         for number in range(6):
             photograph(number, wave).save(good / f"{number}.png")
-        inspector = Inspector.from_folder(extractor, torch.device("cpu"), good, options=Options(0.15))
+        inspector = inspector_from_folder(extractor, torch.device("cpu"), good, options=Options(0.15))
         folders[name] = inspector.save(tmp_path_factory.mktemp("products") / name)
     return folders
 

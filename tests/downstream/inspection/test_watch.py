@@ -19,6 +19,7 @@ from PIL import Image
 from adpretrain import ADExtractor
 from downstream.inspection import Options
 from downstream.inspection.inspector import Inspector
+from downstream.inspection.set_up import inspector_from_folder
 from downstream.inspection.watch import FolderWatch
 
 SIDE = 64
@@ -35,7 +36,7 @@ def product(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(4):
         photograph(number).save(folder / f"{number}.png")
     extractor = ADExtractor.from_pretrained("embedded", image_size=SIDE)
-    inspector = Inspector.from_folder(extractor, torch.device("cpu"), folder, options=Options(0.2))
+    inspector = inspector_from_folder(extractor, torch.device("cpu"), folder, options=Options(0.2))
     return inspector.save(tmp_path_factory.mktemp("product") / "saved")
 
 

@@ -19,6 +19,7 @@ from downstream.inspection.facts import regions_note
 from downstream.inspection.inspector import Inspector
 from downstream.inspection.results import ANOMALOUS, NORMAL, UNDECIDED, UNREADABLE, write_scores
 from downstream.inspection.resume import Record
+from downstream.inspection.set_up import inspector_from_folder
 from downstream.inspection.share import score_images
 from downstream.inspection.source import InFolder
 from downstream.tiles import Tiling
@@ -47,7 +48,7 @@ def test_every_rate_gives_what_a_fresh_run_gives(
     scored = scored_of(extractor, good, new)
     for rate in (0.05, 0.2, 0.4):
         found = verdicts(scored, rate)
-        inspector = Inspector.from_folder(extractor, CPU, good, options=Options(rate))
+        inspector = inspector_from_folder(extractor, CPU, good, options=Options(rate))
         with Record(tmp_path, {}, resume=False) as record:
             entries = list(score_images(inspector, InFolder(new, sorted(new.iterdir())), record))
         results = [entry.result for entry in entries]
@@ -206,7 +207,7 @@ def test_the_setup_is_that_of_the_command(
     }[setup]
     files = uploads(sorted(good.iterdir())), uploads(sorted(new.iterdir()))
     scored = score_uploads(extractor, CPU, *files, setup=chosen)
-    inspector = Inspector.from_folder(extractor, CPU, good, options=options)
+    inspector = inspector_from_folder(extractor, CPU, good, options=options)
     told = [inspector(path) for path in sorted(new.iterdir())]
     np.testing.assert_allclose([shot.score for shot in scored.shots], [one.score for one in told], rtol=1e-5)
     found = verdicts(scored, options.false_alarm_rate)
@@ -224,7 +225,7 @@ def test_a_saved_inspector_has_its_own_good_photographs(
 ) -> None:
     good, new = write_tiles("good", range(4)), write_tiles("new", range(10, 13))
     files = uploads(sorted(good.iterdir())), uploads(sorted(new.iterdir()))
-    Inspector.from_folder(extractor, CPU, good).save(tmp_path / "tile")
+    inspector_from_folder(extractor, CPU, good).save(tmp_path / "tile")
     found = score_uploads(Inspector.load(tmp_path / "tile"), CPU, [], files[1])
     same = score_uploads(extractor, CPU, *files)
     np.testing.assert_allclose([shot.score for shot in found.shots], [shot.score for shot in same.shots], rtol=1e-5)
