@@ -1,5 +1,5 @@
 """CPU time and peak memory of one detector, ours or anomalib's, in a process of its own:
-``python detector_costs.py patchcore ours``, or, with another number of steps, ``python detector_costs.py glass ours 3``.
+``python detector_costs.py patchcore ours``, or with another number of steps, ``python detector_costs.py glass ours 3``.
 
 Both see the same 150 normal and 100 new photographs (noise; times do not depend on what is on them) of 224 pixels, in
 batches of 16, on ResNet-18 with random weights and one thread. Networks that learn take `STEPS` steps of 16 images,
