@@ -10,6 +10,7 @@ Shapes: B images, K references, S side in pixels, L levels.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -176,6 +177,10 @@ class Remembered:
         self._seen: dict[bytes, FeatureMaps] = {}
         self._forward = backbone.forward
         backbone.forward = self  # type: ignore[method-assign]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of the backbone has its plain forward pass: it may be trained, so that what it saw is out of date."""
+        return copy.deepcopy(self._forward, memo)
 
     def forget(self) -> None:
         """Empty the cache, before another product."""
