@@ -56,7 +56,7 @@ def test_what_trains_a_copy_of_the_backbone_gets_raw_features(rows: list[Feature
     comparison, planned = Comparison(detectors=["recontrast", "rd4ad"], draws=1), [(SetRow(name="set"), found)]
     chosen = [(cell.contender.detector, cell.contender.features) for cell in cells_of(comparison, planned, rows)]
     assert chosen == [("recontrast", "raw"), ("rd4ad", "raw"), *2 * [("rd4ad", "pretrained")]]
-    with pytest.raises(ValueError, match="raw backbone"):
+    with pytest.raises(ValueError, match="takes a raw Backbone"):
         cells_of(comparison, planned, rows[1:])
 
 
