@@ -224,7 +224,7 @@ DETECTORS: dict[str, DetectorEntry] = {
         learns="an adaptor and a discriminator",
         photographs=20,
         features="any",
-        cost="3 h (Lite0, 8 photographs a step)",
+        cost="10 h, 2.5 GiB",
     ),
     "ensemble": DetectorEntry(
         "downstream.detectors.ensemble",
