@@ -98,6 +98,7 @@ class InspectorCommand(Command):
     def _new(self) -> Inspector:
         from adpretrain import ADExtractor
         from downstream.inspection.run import pick_device
+        from downstream.inspection.set_up import inspector_from_detector, inspector_from_folder
         from downstream.saved import locate_model
 
         assert self.normal is not None

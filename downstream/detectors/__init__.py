@@ -31,7 +31,7 @@ class DetectorEntry:
     ``learns``: what fitting learns and a saved detector holds; ``photographs``: from how many normal ones on it is
     worth trying, None = as its members; ``features``: what it takes ("any": an extractor or a raw backbone); ``cost``:
     CPU time and peak memory of fitting 150 photographs of 224 pixels on ResNet-18 with one thread
-    (`tests/benchmarks/detector_costs.py`; for networks that learn, ten steps of 16 photographs, multiplied to the
+    (`tests/benchmarks/detector_costs.py`; for networks that learn, some steps of 16 photographs, multiplied to the
     default number of steps), "" = not measured.
     """
 
@@ -214,7 +214,7 @@ DETECTORS: dict[str, DetectorEntry] = {
         learns="a transformer",
         photographs=50,
         features="any",
-        cost="3 h (Lite0, 8 photographs a step)",
+        cost="8 h, 3.4 GiB",
     ),
     "glass": DetectorEntry(
         "downstream.detectors.glass",
@@ -224,7 +224,7 @@ DETECTORS: dict[str, DetectorEntry] = {
         learns="an adaptor and a discriminator",
         photographs=20,
         features="any",
-        cost="3 h (Lite0, 8 photographs a step)",
+        cost="10 h, 2.5 GiB",
     ),
     "ensemble": DetectorEntry(
         "downstream.detectors.ensemble",

@@ -20,6 +20,8 @@ from downstream.evaluation.means import Record
 from downstream.evaluation.networks import ALIGNED, Contender, Features
 from downstream.evaluation.protocols import Trial
 
+RECONTRAST = "recontrast"
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -58,7 +60,8 @@ def cells_of(
 ) -> list[Cell]:
     """Return every cell, product after product, so that a product's backbone features are reused in all its cells.
 
-    Aligned references need an extractor, so that detector has no cell for raw features. Where draws differ only in the
+    Aligned references need an extractor, so that detector has no cell for raw features; ReContrast trains a copy of a
+    raw backbone, so that it has cells for raw features only, if there are any. Where draws differ only in the
     references, a contender that does not use them has a single cell. Raises ValueError for wrong detector options.
     """
     pairs = list(_pairs(comparison, rows))
@@ -89,9 +92,10 @@ def _pairs(
     comparison: Comparison, rows: Sequence[Features]
 ) -> Iterator[tuple[Features, Contender, tuple[int, int], dict[str, Any]]]:
     """Yield every detector on every row, its place, and what its numbers depend on. ValueError for wrong options."""
+    with_raw = any(row.kind == RAW for row in rows)
     for row_number, row in enumerate(rows):
         for detector_number, (detector, options) in enumerate(detector_rows(comparison).items()):
-            if (detector, row.kind) == (ALIGNED, RAW):
+            if (detector, row.kind) == (ALIGNED, RAW) or (detector == RECONTRAST and row.kind != RAW and with_raw):
                 continue
             for contender, identity in row.contenders(detector):
                 extract = row.networks.extract(contender)

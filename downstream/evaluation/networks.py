@@ -10,6 +10,7 @@ Shapes: B images, K references, S side in pixels, L levels.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -25,6 +26,7 @@ from adpretrain.extractor import ADExtractor
 from adpretrain.hub.download import Located, locate
 from adpretrain.local_scale import LocalScale
 from adpretrain.preprocess import Preprocess
+from adpretrain.references import ReferenceBank
 from adpretrain.saved import backbone_config, folder_digest
 from downstream.detectors.aligned import AlignedFeatureNorm
 from downstream.evaluation.comparison import RAW, RESIDUAL, SCALED, ExtractorRow
@@ -32,6 +34,10 @@ from downstream.evaluation.few_shot import same_residuals
 
 ALIGNED = AlignedFeatureNorm.name
 ROOM = 2 << 30  # at most this many bytes of features are kept
+UNKNOWN = (
+    "a detector of several products makes images of its own while it learns, and it cannot be told with the references "
+    "of which product they are to be compared: leave it out of multi-class, or use raw features"
+)
 
 
 @dataclass(frozen=True)
@@ -83,11 +89,16 @@ class Withheld:
     compared with the other K - 1; a single reference has no other and is still compared with itself. Images to score
     are compared with all K, as by the extractor in use: an anomaly that is also a reference (contamination with
     overlap) is compared with itself.
+
+    One detector of several products meets each with its own references, but may come back to the images of any product
+    when those of another are set (a training loop does): `keep_references_of` says which images that holds for.
     """
 
     def __init__(self, extractor: ADExtractor) -> None:
         self.extractor = extractor
         self._own: list[Tensor] = []
+        self._kept: dict[bytes, tuple[ReferenceBank, list[Tensor]]] = {}
+        self._refusing = False
 
     @property
     def preprocess(self) -> Preprocess:
@@ -102,28 +113,56 @@ class Withheld:
     def set_references(self, images: Tensor) -> Withheld:
         """Set the references for all later calls: images [K, 3, S, S]."""
         self.extractor.set_references(images)
-        self._own = list(images)
+        self._own, self._refusing = list(images), False
         return self
+
+    def keep_references_of(self, images: Tensor) -> None:
+        """Compare these images [B, 3, S, S] with the present references even after others are set."""
+        bank = self.extractor.references
+        assert bank is not None
+        self._kept |= {digest(image): (bank, self._own) for image in images}
+
+    def refuse_others(self) -> None:
+        """Refuse all other images until the next `set_references`, as nobody knows of which product they are."""
+        self._refusing = True
 
     def compare_with_all(self) -> None:
         """Compare images with all references, even with themselves, until the next `set_references`: for scoring."""
-        self._own = []
+        self._own, self._kept = [], {}
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> FeatureMaps:
-        """Return the features of images; an image that equals a reference bit by bit counts as that reference."""
-        features = self.extractor(images)
+        """Return the features of images; an image that equals a reference bit by bit counts as that reference. Raises
+        ValueError for an image of which the product is not known."""
         bank = self.extractor.references
         assert bank is not None
-        if len(self._own) < 2:
+        if not self._kept:
+            return self._compared(images, bank, self._own)
+        rows = []
+        for image in images:
+            found = self._kept.get(digest(image))
+            if found is None and self._refusing:
+                raise ValueError(UNKNOWN)
+            rows.append(self._compared(image[None], *(found or (bank, self._own))))
+        return [torch.cat(level) for level in zip(*rows, strict=True)]
+
+    def _compared(self, images: Tensor, bank: ReferenceBank, own: list[Tensor]) -> FeatureMaps:
+        """The features of images, each compared with all of these references but itself."""
+        features = self.extractor(images, bank)
+        if len(own) < 2:
             return features
         for row, image in enumerate(images):
-            same = [number for number, own in enumerate(self._own) if torch.equal(own, image)]
-            if same and len(same) < len(self._own):
+            same = [number for number, other in enumerate(own) if torch.equal(other, image)]
+            if same and len(same) < len(own):
                 others = self.extractor(images[row : row + 1], bank.without(same))
                 for level, alone in zip(features, others, strict=True):
                     level[row] = alone[0]
         return features
+
+
+def digest(image: Tensor) -> bytes:
+    """A digest of the pixels of an image."""
+    return hashlib.blake2b(image.detach().cpu().contiguous().numpy().tobytes()).digest()
 
 
 class Remembered:
@@ -141,6 +180,10 @@ class Remembered:
         self._forward = backbone.forward
         backbone.forward = self  # type: ignore[method-assign]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of the backbone has its plain forward pass: it may be trained, so that what it saw is out of date."""
+        return copy.deepcopy(self._forward, memo)
+
     def forget(self) -> None:
         """Empty the cache, before another product."""
         self._seen, self._held = {}, 0
@@ -151,7 +194,7 @@ class Remembered:
         return [torch.cat(level) for level in zip(*rows, strict=True)]
 
     def _features(self, image: Tensor) -> FeatureMaps:
-        key = hashlib.blake2b(image.detach().cpu().contiguous().numpy().tobytes()).digest()
+        key = digest(image)
         if key in self._seen:
             return self._seen[key]
         found = self._forward(image)

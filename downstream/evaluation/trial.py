@@ -24,12 +24,13 @@ from downstream.detector import Detector
 from downstream.detectors import build_detector
 from downstream.detectors.aligned import AlignedFeatureNormConfig
 from downstream.detectors.featurenorm import FeatureNorm
+from downstream.detectors.glass import GLASS
 from downstream.detectors.refined import Refined
 from downstream.evaluation.comparison import RAW
 from downstream.evaluation.few_shot import PIXEL_METRICS
 from downstream.evaluation.means import COUNTS, TITLES
 from downstream.evaluation.measured import finite, measured_at_once, measured_in_stream
-from downstream.evaluation.networks import ALIGNED, ROOM, Contender, Networks, Withheld
+from downstream.evaluation.networks import ALIGNED, ROOM, UNKNOWN, Contender, Networks, Withheld
 from downstream.evaluation.perturbations import Change
 from downstream.evaluation.pictures import Shown, choose_shown, median_images
 from downstream.evaluation.protocols import Part, Trial
@@ -123,7 +124,8 @@ class Images:
 
 
 class Training:
-    """Batches of the training images of all parts; before each product, the references of that product are set."""
+    """Batches of the training images of all parts. Before each product, the references of that product are set, and its
+    images stay with them."""
 
     def __init__(self, parts: Sequence[Part], extract: Any, preprocess: Preprocess, settings: Settings) -> None:
         self.parts, self.extract, self.preprocess, self.settings = parts, extract, preprocess, settings
@@ -133,9 +135,15 @@ class Training:
         return sum(len(batches) for batches in self._batches)
 
     def __iter__(self) -> Iterator[Tensor]:
+        several = len(self.parts) > 1 and isinstance(self.extract, Withheld)
         for part, batches in zip(self.parts, self._batches, strict=True):
             give_references(self.extract, part, self.settings)
-            yield from batches
+            for images in batches:
+                if several:
+                    self.extract.keep_references_of(images)
+                yield images
+        if several:
+            self.extract.refuse_others()
 
 
 def give_references(extract: Any, part: Part, settings: Settings) -> None:
@@ -153,11 +161,8 @@ def run_trial(trial: Trial, contender: Contender, networks: Networks, settings: 
     extract, preprocess = networks.extract(contender), networks.backbone.preprocess
     options, adapted = _options(trial, contender, settings)
     detector = build_detector(contender.detector, extract, options, settings.settings)
-    if len(trial.parts) > 1 and isinstance(extract, Withheld) and isinstance(detector, Refined):
-        raise ValueError(
-            f"{contender} trains its network on images of all products, but would compare all of them with the "
-            "references of one: leave it out of multi-class, or use raw features"
-        )
+    if len(trial.parts) > 1 and isinstance(extract, Withheld) and isinstance(detector, Refined | GLASS):
+        raise ValueError(f"{contender}: {UNKNOWN}")
     began = time.perf_counter()
     try:
         detector.fit(Training(trial.parts, extract, preprocess, settings))

@@ -19,7 +19,8 @@ pytest.importorskip("anomalib")
 pytestmark = [pytest.mark.benchmark, pytest.mark.filterwarnings("ignore")]  # anomalib's, about its own dependencies
 
 SCRIPT = Path(__file__).with_name("detector_costs.py")
-LEAST = {"patchcore": 3.0, "padim": 1.0, "rd4ad": 0.9}  # how many times faster we must fit
+# How many times faster we must fit. CFLOW's fit ends with a pass over the normal photographs that anomalib's has not.
+LEAST = {"patchcore": 3.0, "padim": 1.0, "rd4ad": 0.8, "cflow": 0.15, "glass": 0.9}
 
 
 def costs(name: str, whose: str) -> dict[str, float]:

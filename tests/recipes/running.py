@@ -21,6 +21,13 @@ def pretrain(rank: int, argv: list[str]) -> int:
     return main(argv)
 
 
+def fit(rank: int, argv: list[str]) -> int:
+    """recipes/fit.py, likewise."""
+    from fit import main
+
+    return main(argv)
+
+
 def train(log: Path, argv: list[str], count: int = 1, expected: int = 0) -> str:
     """Pretrain in forked processes, with their output in ``log``; what the first of them said, on one line."""
     wait(start(count, log, pretrain, argv), log, expected)

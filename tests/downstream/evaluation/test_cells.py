@@ -51,6 +51,15 @@ def test_cells_are_every_detector_on_every_kind_of_features(rows: list[Features]
     assert len({cell.digest for cell in cells}) == 8
 
 
+def test_what_trains_a_copy_of_the_backbone_gets_raw_features(rows: list[Features], tmp_path: Path) -> None:
+    found = trials(files(tmp_path, "cap", 4, 2), Comparison(draws=1))
+    comparison, planned = Comparison(detectors=["recontrast", "rd4ad"], draws=1), [(SetRow(name="set"), found)]
+    chosen = [(cell.contender.detector, cell.contender.features) for cell in cells_of(comparison, planned, rows)]
+    assert chosen == [("recontrast", "raw"), ("rd4ad", "raw"), *2 * [("rd4ad", "pretrained")]]
+    with pytest.raises(ValueError, match="takes a raw Backbone"):
+        cells_of(comparison, planned, rows[1:])
+
+
 def test_what_uses_no_drawn_references_runs_once(rows: list[Features], tmp_path: Path) -> None:
     """Draws of the references change nothing for raw features, and nothing where every image chooses its own: equal
     repeats would be shown as a spread of 0."""

@@ -22,7 +22,7 @@ from adpretrain.local_scale import LocalScale
 from adpretrain.references import random_references
 from downstream import FeatureNorm, PatchCore, evaluate_maps
 from downstream.cli import main
-from downstream.detectors import DETECTORS
+from downstream.detectors import DETECTORS, build_detector
 from downstream.evaluation.comparison import Comparison, detector_rows, extractor_rows, read_comparison, set_rows
 from downstream.evaluation.networks import Remembered
 
@@ -292,3 +292,14 @@ def test_protocols_that_can_be_few_shot_are_so_if_asked() -> None:
         assert (plain.shots, plain.repeats) == ((), 1)
         assert (few.shots, few.repeats) == ((2,), 3)
     assert Comparison(protocol="full", shots=(2,)).repeats == 1
+
+
+def test_a_copy_of_a_remembered_backbone_is_trained() -> None:
+    """ReContrast's: with the features that the cache holds it would stay as it was, or fail in its second pass."""
+    backbone = load_backbone("lite0", image_size=64, levels=[1, 2, 3])
+    images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    Remembered(backbone)
+    options = {"encoder_rate": 1e-3, "training": {"steps": 4, "batch_size": 2}}
+    detector: Any = build_detector("recontrast", backbone, options).fit([images])
+    for trained, frozen in zip(detector.model.encoder(images), backbone(images), strict=True):
+        assert float((trained - frozen).norm()) > 0.01 * float(frozen.norm())
