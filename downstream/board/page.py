@@ -25,8 +25,8 @@ TITLES = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "aupro": "
 HOW = (
     "Lines are sorted by place, then by mean rank in image AUROC. A place such as 2–5 says that one line is surely "
     "better, and that this one is surely better than all but five: differences of means are tested by a paired "
-    f"bootstrap over photographs ({REPLICATES} replicates), Holm-corrected over all pairs of a table at {ALPHA:.0%}; ties "
-    "stay ties. ± is the standard deviation between draws of references, which the test does not contain. ms: one "
+    f"bootstrap over photographs ({REPLICATES} replicates), Holm-corrected over all pairs of a table at {ALPHA:.0%}; "
+    "ties stay ties. ± is the standard deviation between draws of references, which the test does not contain. ms: one "
     "photograph scored alone, network included, on the hardware of its result."
 )
 
