@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,8 +122,6 @@ def score_folder(
     photographs = photographs_of(images, exclude=out)
     if share.rank == 0:  # several at once would remove each other's probe
         _make_writable(out)
-    folders = (normal, calibration, None if isinstance(photographs, InShards) else images)
-    foreign = [note for folder in folders if folder for note in passed_over(folder, exclude=out)]
     started = time.perf_counter()
     where = pick_device(device)
     kind, name = ("extractor", extractor) if detector is None else ("detector", detector)
@@ -155,7 +153,27 @@ def score_folder(
         entries = score_images(inspector, photographs, record, progress, share, heatmaps)
     if share.rank > 0:
         return Inspection([], {}, out)
+    folders = (normal, calibration, None if isinstance(photographs, InShards) else images)
+    foreign = [note for folder in folders if folder for note in passed_over(folder, exclude=out)]
     tally = _write_tables(out, entries, inspector, tables)
+    summary: dict[str, Any] = {
+        kind: printable(name),
+        "normal": printable(normal or name),
+        "images_folder": printable(images),
+    }
+    summary |= _summary(inspector, tally, entries, foreign)
+    summary["files"] |= {"workbook": WORKBOOK} if tables.xlsx else {}
+    summary["seconds"] = round(time.perf_counter() - started, 3)
+    about = Fact(kind.capitalize(), printable(name), inspector.description)
+    _write_report(out, inspector, tally, summary, about, f"Inspection of {images.resolve().name}")
+    with atomic_path(out / SUMMARY) as temporary:
+        temporary.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    record.finish()
+    return Inspection([entry.result for entry in tally.listed], summary, out)
+
+
+def _summary(inspector: Inspector, tally: Tally, entries: Entries, foreign: Sequence[str]) -> dict[str, Any]:
+    """What the run found, with everything that its reader should know; ``foreign`` are notes about other files."""
     results = [entry.result for entry in tally.listed]
     many, changed = drift_note(inspector, tally), change_note(tally.watch, entries)
     warnings = [
@@ -164,26 +182,17 @@ def score_folder(
         *inspector.warnings,
         *shape_note(tally.odd_shapes, len(tally)),
         *saturation_note(tally.saturated, len(tally), inspector.reader.full_scale),
-        *regions_note(results, tally.quiet, options.threshold is None),
+        *regions_note(results, tally.quiet, inspector.options.threshold is None),
         *copies_note(tally.copies, len(tally)),
         *foreign,
     ]
-    summary: dict[str, Any] = {
-        kind: printable(name),
-        "normal": printable(normal or name),
-        "images_folder": printable(images),
+    brief = in_brief(inspector, tally.counts, results, bool(many), bool(changed))
+    return {
+        **summary_of(inspector, tally, warnings),
+        "more_alarms_than_promised": bool(many),
+        "photographs_changed": bool(changed),
+        "in_brief": printable(brief),
     }
-    summary |= summary_of(inspector, tally, warnings)
-    summary |= {"more_alarms_than_promised": bool(many), "photographs_changed": bool(changed)}
-    summary["in_brief"] = printable(in_brief(inspector, tally.counts, results, bool(many), bool(changed)))
-    summary["files"] |= {"workbook": WORKBOOK} if tables.xlsx else {}
-    summary["seconds"] = round(time.perf_counter() - started, 3)
-    about = Fact(kind.capitalize(), printable(name), inspector.description)
-    _write_report(out, inspector, tally, summary, about, f"Inspection of {images.resolve().name}")
-    with atomic_path(out / SUMMARY) as temporary:
-        temporary.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    record.finish()
-    return Inspection(results, summary, out)
 
 
 def _write_tables(out: Path, entries: Entries, inspector: Inspector, tables: Tables) -> Tally:
