@@ -108,7 +108,7 @@ def _axes(least: float, most: float, bottom: float, top: float, x, y) -> str:  #
         value += step
     floor = HEIGHT - BOTTOM
     for power in range(math.floor(math.log10(least)), math.ceil(math.log10(most)) + 1):
-        for factor in (1, 2, 5):
+        for factor in (1, 2, 5) if most / least > 8 else (1, 1.5, 2, 3, 4, 5, 7):
             tick = factor * 10.0**power
             if least <= tick <= most:
                 parts.append(

@@ -154,7 +154,10 @@ def as_page(tasks: Sequence[Task], results: Sequence[Result], title: str) -> str
         {
             "name": task.name,
             "anchor": anchor(task.name),
-            "tables": [_table(*table) for table in tables_of(task)],
+            "tables": [
+                _table(title.removeprefix(f"{task.name}: "), columns, lines)
+                for title, columns, lines in tables_of(task)
+            ],
             "plot": Markup(cost_plot(task.pairs)),
             "gaps": gaps(task),
         }
