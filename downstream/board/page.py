@@ -75,7 +75,7 @@ def _metric_column(metric: str) -> Column:
     def text(line: Line) -> str:
         value, spread, defined = line.mean(metric), line.spread(metric), line.defined(metric)
         if value is None and defined:  # such as pixel metrics where a set has no masks
-            return f"{sum(defined) / len(defined):.1f} ({len(defined)} of {len(line.results)})"
+            return f"{sum(defined) / len(defined):.1f} ({len(defined)} of {len({*line.results, *line.missing})})"
         return _number(value) + (f" ± {spread:.1f}" if value is not None and spread is not None else "")
 
     def key(line: Line) -> float | None:
@@ -121,9 +121,13 @@ def about(results: Sequence[Result]) -> list[str]:
 
 
 def gaps(task: Task) -> list[str]:
-    """Sentences about lines that are not ranked, because results are missing."""
+    """Sentences about what is not ranked, because results are missing, and about different numbers of draws."""
     lines = [line for line in (*task.features, *task.pairs) if line.missing]
-    return [
+    draws = sorted({result.protocol.draws for line in task.pairs for result in line.results.values()})
+    told = [f"{name} is not ranked: most lines have no result for it" for name in task.rare]
+    if len(draws) > 1:
+        told.append(f"the lines have {' or '.join(map(str, draws))} draws: a mean of more draws is surer")
+    return told + [
         f"{line.features}{f' with {line.detector}' if line.detector else ''} is not ranked: it lacks "
         + ", ".join(" with ".join(unit) for unit in line.missing[:4])
         + (f" and {len(line.missing) - 4} more" if len(line.missing) > 4 else "")
@@ -133,15 +137,28 @@ def gaps(task: Task) -> list[str]:
 
 def as_text(tasks: Sequence[Task], results: Sequence[Result], form: str) -> str:
     """The board as ``markdown`` or ``latex``."""
-    render, bullet = (markdown, "- ") if form == "markdown" else (latex, "% ")
+    if form == "markdown":
+        return _document(tasks, results, markdown, lambda text: "- " + _without_tags(text))
+    return _document(tasks, results, latex, lambda text: "% " + text)
+
+
+def _document(
+    tasks: Sequence[Task], results: Sequence[Result], render: Callable[..., str], bullet: Callable[[str], str]
+) -> str:
     parts = []
     for task in tasks:
         for title, columns, lines in tables_of(task):
             body = [[column.text(line) for column in columns] for line in lines]
+            body = [[_without_tags(cell) for cell in cells] for cells in body] if render is markdown else body
             words = sum(column.word for column in columns)
             parts.append(render(f"{title}, in %", [column.title for column in columns], body, words))
-        parts += [bullet + sentence for sentence in gaps(task)] + [""]
-    return "\n".join([*parts, *(bullet + sentence for sentence in about(results))]) + "\n"
+        parts += [bullet(sentence) for sentence in gaps(task)] + [""]
+    return "\n".join([*parts, *(bullet(sentence) for sentence in about(results))]) + "\n"
+
+
+def _without_tags(text: str) -> str:
+    """Markdown that a name of a result cannot turn into HTML."""
+    return text.replace("<", "&lt;")
 
 
 def as_page(tasks: Sequence[Task], results: Sequence[Result], title: str) -> str:
@@ -217,6 +234,8 @@ def write_board(
         "board.tex": as_text(tasks, results, "latex"),
         "index.html": as_page(tasks, results, title),
     }
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file: name a folder")
     out.mkdir(parents=True, exist_ok=True)
     for name, text in contents.items():
         with atomic_path(out / name) as temporary:

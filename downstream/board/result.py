@@ -16,7 +16,10 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from adpretrain.backbones.table import licence_of
 from adpretrain.files import atomic_path
+from adpretrain.licences import LICENCES, UNKNOWN, find_licence, strictest
+from adpretrain.passport import BACKBONE
 from downstream.metrics import auroc, average_precision
 
 FORMAT = 1
@@ -27,7 +30,8 @@ PER_IMAGE = {"image_auroc": auroc, "image_ap": average_precision}
 Kind = Literal["raw", "residual", "scaled", "pretrained"]
 Product = Literal["yes", "with conditions", "no", "unknown"]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{32,64}$")]
-Name = Annotated[str, Field(min_length=1, max_length=200)]
+Text = Annotated[str, Field(max_length=2000, pattern=r"^[^\x00-\x1f\x7f\u2028\u2029]*$")]  # one line
+Name = Annotated[str, Field(max_length=200, pattern=r"^[^\x00-\x20\x7f\u2028\u2029][^\x00-\x1f\x7f\u2028\u2029]*$")]
 Seconds = Annotated[float, Field(ge=0)]
 
 
@@ -41,10 +45,10 @@ class LicenceLink(Typed):
     """One link of the chain that the features hang on: the weights of the backbone, the data of the pretraining."""
 
     part: Name
-    name: str
-    licence: str
+    name: Text
+    licence: Text
     product: Product
-    source: str
+    source: Text
 
 
 class ExtractorInfo(Typed):
@@ -53,7 +57,7 @@ class ExtractorInfo(Typed):
     whether the whole chain of ``licences`` allows a product."""
 
     name: Name
-    revision: str | None
+    revision: Name | None
     digest: Digest | None
     features: Kind
     backbone: Name
@@ -100,7 +104,7 @@ class Overlap(Typed):
     """Whether the pretraining saw photographs of the data set, and how that is known."""
 
     answer: Literal["none", "some", "unknown"]
-    why: str
+    why: Text
 
 
 class Measured(Typed):
@@ -114,7 +118,7 @@ class Measured(Typed):
     labels: tuple[Literal[0, 1], ...]
     scores: tuple[float, ...]
     metrics: dict[str, float | None]
-    notes: tuple[str, ...]
+    notes: tuple[Text, ...]
     fit: Seconds
     score: Seconds
 
@@ -128,11 +132,11 @@ class Metric(Typed):
 
 
 class Hardware(Typed):
-    processor: str
+    processor: Text
     cores: int
     threads: int
-    device: str
-    torch: str
+    device: Text
+    torch: Text
 
 
 class Result(Typed):
@@ -146,17 +150,18 @@ class Result(Typed):
     overlap: Overlap
     metrics: dict[str, Metric]
     measured: Annotated[tuple[Measured, ...], Field(min_length=1)]
-    latency: Seconds | None
+    latency: Annotated[float, Field(gt=0)] | None
     library_version: Name
     hardware: Hardware
-    command: str
+    command: Text
     digest: Digest
 
     @property
     def task(self) -> str:
         """The protocol and its setting, which results must share to be ranked together."""
         name = self.protocol.name
-        return ", ".join([name, *(part for part in self.protocol.setting.split(", ") if part != name)])
+        parts = [part for part in self.protocol.setting.split(", ") if part != name]
+        return ", ".join([name, *parts, *([f"seed {self.protocol.seed}"] if self.protocol.seed else [])])
 
     @property
     def row(self) -> tuple[str, str]:
@@ -239,14 +244,16 @@ def _parsed(text: bytes | str, where: str) -> Result:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"])) or "the file"
+        given = "" if isinstance(first["input"], dict | list | bytes) else f", not {str(first['input'])[:60]!r}"
         more = f" (and {error.error_count() - 1} more mistakes)" if error.error_count() > 1 else ""
-        raise ValueError(f"{where} is not a result of format {FORMAT}: {place}: {first['msg']}{more}") from None
+        raise ValueError(f"{where} is not a result of format {FORMAT}: {place}: {first['msg']}{given}{more}") from None
 
 
 def check(result: Result) -> str | None:
     """Say what is wrong with a well-formed result; None if it is what it claims to be.
 
-    Its own digest and that of the detector's options must be right; every product must have been measured in every
+    Its own digest and that of the detector's options must be right; the chain of licences must be that of the table,
+    and allow what it is said to; every product must have been measured in every
     repeat, and in as many draws as the protocol says; the image metrics must be those of the scores, and the means
     those of the products.
     """
@@ -254,7 +261,22 @@ def check(result: Result) -> str | None:
         return "its digest is another, so it was changed after it was written"
     if digest_of([result.detector.name, result.detector.options]) != result.detector.digest:
         return f"the digest of the options of {result.detector.name} is another"
-    return _wrong_repeats(result) or _wrong_metrics(result)
+    return _wrong_licences(result.extractor) or _wrong_repeats(result) or _wrong_metrics(result)
+
+
+def _wrong_licences(extractor: ExtractorInfo) -> str | None:
+    chain = extractor.licences
+    if not chain or extractor.product != strictest([link.product for link in chain]):
+        return f"it says {extractor.product!r} to use in a product, but its chain of licences says otherwise"
+    for link in chain:
+        key = find_licence(link.licence)
+        if key is not None and link.product != LICENCES[key].product:
+            return f"{link.licence} says {LICENCES[key].product!r} to use in a product, not {link.product!r}"
+    known, weights = licence_of(extractor.backbone), [link for link in chain if link.part == BACKBONE]
+    stated = {find_licence(link.licence) for link in weights}
+    if extractor.random_weights is None and known not in (None, UNKNOWN) and stated != {known}:
+        return f"the weights of {extractor.backbone} are under {known}"
+    return None
 
 
 def _wrong_repeats(result: Result) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +26,7 @@ def read_board(at: Path) -> list[Result]:
     """Read and check all results of a board. Raises ValueError, naming the file, for what is wrong with them."""
     found = _stored(at)
     if not found:
+        _refuse_files(at)
         raise ValueError(f"{at} holds no results: adpretrain board add runs/NAME/results/*.json --at {at}")
     claims = _Claims()
     for path, result in found:
@@ -39,15 +40,23 @@ def add(at: Path, files: Sequence[Path], replace: bool = False) -> Added:
     Raises ValueError, naming the file, for a result that is not what it claims to be, that contradicts another one
     about a data set or a protocol, or that was measured before with other numbers, unless ``replace`` takes the new.
     """
+    _refuse_files(at)
     given = [(path, read_result(path)) for path in _files(files)]
     stored = {result.identity: (path, result) for path, result in _stored(at)}
     coming = {result.identity for _, result in given}
-    added, claims, copies = Added(), _Claims(), []
+    added, claims, copies = Added(), _Claims(), list[tuple[Path, Path]]()
     for identity, (path, result) in stored.items():
         if identity not in coming:
             claims.take(result, str(path))
+    seen: dict[str, tuple[Path, str]] = {}
     for path, result in given:
         claims.take(result, str(path))
+        twin, digest = seen.get(result.identity, (path, result.digest))
+        if digest != result.digest:
+            raise ValueError(f"{path} and {twin} are the same experiment with other numbers: add one of the two")
+        if result.identity in seen:
+            continue
+        seen[result.identity] = path, result.digest
         before, known = stored.get(result.identity, (None, None))
         if known is not None and known.digest == result.digest:
             added.known.append(path.name)
@@ -66,15 +75,20 @@ def add(at: Path, files: Sequence[Path], replace: bool = False) -> Added:
     return added
 
 
+def _refuse_files(at: Path) -> None:
+    if at.exists() and not at.is_dir():
+        raise ValueError(f"--at {at} is a file: name the folder of a board")
+
+
 def _stored(at: Path) -> list[tuple[Path, Result]]:
     return [(path, read_result(path)) for path in sorted((at / RESULTS).glob("*.json"))]
 
 
-def _files(given: Iterable[Path]) -> list[Path]:
+def _files(given: Sequence[Path]) -> list[Path]:
     found = [path for one in given for path in (sorted(one.glob("*.json")) if one.is_dir() else [one])]
     if not found:
         raise ValueError(
-            "there are no results to add: name the .json files that adpretrain evaluate writes to results/"
+            f"no results in {', '.join(map(str, given))}: name .json files that adpretrain evaluate wrote to results/"
         )
     return found
 
@@ -95,6 +109,7 @@ class _Claims:
 
     def __init__(self) -> None:
         self._data: dict[str, tuple[str, str]] = {}
+        self._names: dict[str, tuple[str, str]] = {}
         self._images: dict[tuple[object, ...], tuple[str, str]] = {}
 
     def take(self, result: Result, where: str) -> None:
@@ -105,6 +120,12 @@ class _Claims:
             raise ValueError(
                 f"{where} and {other} call different photographs {data.name!r} (their listings have other digests): "
                 "give one of the sets another name and evaluate again; finished cells are not computed again"
+            )
+        name, other = self._names.setdefault(data.digest, (data.name, where))
+        if name != data.name:
+            raise ValueError(
+                f"{where} calls the photographs {data.name!r} that {other} calls {name!r}: evaluate again under that "
+                "name (name: in the file's sets); finished cells are not computed again"
             )
         for one in result.measured:
             key = (data.digest, protocol.name, protocol.setting, protocol.seed, one.product, one.draw)

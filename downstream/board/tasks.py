@@ -7,7 +7,7 @@ Only what was measured on every data set of a task is ranked; the rest is listed
 from __future__ import annotations
 
 import fnmatch
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -59,8 +59,8 @@ def _fits(patterns: Sequence[str], name: str) -> bool:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a table: features, perhaps with a ``detector`` (None = all of them), and their results. ``standing`` is
-    None if results are missing, which ``missing`` names."""
+    """A line of a table: features, perhaps with a ``detector`` (None = all of them), and their results for the units
+    that are ranked. ``standing`` is None if results are missing, which ``missing`` names."""
 
     features: str
     detector: str | None
@@ -69,9 +69,9 @@ class Line:
     missing: tuple[Unit, ...] = ()
 
     def mean(self, metric: str) -> float | None:
-        """A metric's mean over the units, in per cent; None if one does not define it."""
+        """A metric's mean over the units, in per cent; None if one is missing or does not define it."""
         values = [self._value(result, metric) for result in self.results.values()]
-        return None if None in values else 100 * float(np.mean(np.array(values, float)))
+        return None if self.missing or None in values else 100 * float(np.mean(np.array(values, float)))
 
     def defined(self, metric: str) -> list[float]:
         """The values of the units that define a metric, in per cent."""
@@ -126,20 +126,23 @@ class Line:
 @dataclass(frozen=True)
 class Task:
     """A task's two tables, best line first: of ``features``, over data sets and detectors (empty if there is only one
-    detector), and of every pair."""
+    detector), and of every pair. ``rare``: sets that are not ranked, as fewer than half of the pairs have them."""
 
     name: str
     sets: tuple[str, ...]
     features: tuple[Line, ...]
     pairs: tuple[Line, ...]
+    rare: tuple[str, ...] = ()
 
 
 def tasks_of(results: Sequence[Result], filters: Filters | None = None) -> list[Task]:
-    """Return the tasks of a board, in the order of their names. Raises ValueError if no result is left."""
-    kept = [result for result in results if (filters or Filters()).keep(result)]
+    """Return the tasks of a board, in the order of their names. Raises ValueError for a filter that fits nothing, and
+    if no result is left."""
+    filters = filters or Filters()
+    _check_patterns(filters, results)
+    kept = [result for result in results if filters.keep(result)]
     if not kept:
-        names = ", ".join(sorted({result.task for result in results}))
-        raise ValueError(f"none of the {len(results)} results is left by the filters; tasks: {names}")
+        raise ValueError(f"none of the {len(results)} results is left by the filters together: leave one of them out")
     features, detectors = _features_names(kept), _detector_names(kept)
     found: dict[str, list[Result]] = defaultdict(list)
     for result in kept:
@@ -147,17 +150,39 @@ def tasks_of(results: Sequence[Result], filters: Filters | None = None) -> list[
     return [_task(name, found[name], features, detectors) for name in sorted(found)]
 
 
+def _check_patterns(filters: Filters, results: Sequence[Result]) -> None:
+    known = {
+        "tasks": {result.task for result in results},
+        "sets": {result.data.name for result in results},
+        "detectors": {result.detector.name for result in results},
+    }
+    for name, valid in known.items():
+        for pattern in getattr(filters, name):
+            if not fnmatch.filter(valid, pattern):
+                raise ValueError(f"--{name} {pattern!r} fits none of: {'; '.join(sorted(valid))}")
+
+
 def _task(
     name: str, results: Sequence[Result], features: Callable[[Result], str], detectors: Callable[[Result], str]
 ) -> Task:
     pairs: dict[tuple[str, str | None], dict[Unit, Result]] = defaultdict(dict)
     whole: dict[tuple[str, str | None], dict[Unit, Result]] = defaultdict(dict)
+    sets = _common_sets(results)
     for result in sorted(results, key=lambda result: (result.data.name, detectors(result))):
+        if result.data.name not in sets:
+            continue
         pairs[features(result), detectors(result)][(result.data.name,)] = result
         whole[features(result), None][(result.data.name, detectors(result))] = result
     several = len({detector for _, detector in pairs}) > 1
-    sets = tuple(sorted({result.data.name for result in results}))
-    return Task(name, sets, _lines(whole) if several else (), _lines(pairs))
+    rare = tuple(sorted({result.data.name for result in results} - {*sets}))
+    return Task(name, sets, _lines(whole) if several else (), _lines(pairs), rare)
+
+
+def _common_sets(results: Sequence[Result]) -> tuple[str, ...]:
+    """The data sets that at least half of as many pairs have as the set that most have: one person's own set must not
+    take everybody else out of the ranking."""
+    counts = Counter(result.data.name for result in results)
+    return tuple(sorted(name for name, count in counts.items() if 2 * count >= max(counts.values())))
 
 
 def _lines(contestants: Mapping[tuple[str, str | None], Mapping[Unit, Result]]) -> tuple[Line, ...]:

@@ -56,7 +56,14 @@ def result(
         for draw in range(draws)
         for number, product in enumerate(products)
     ]
-    chain = [{"part": "backbone", "name": "lite0", "licence": licence[0], "product": licence[1], "source": ""}]
+    weights = {"part": "backbone weights", "name": "lite0", "licence": "Apache-2.0", "product": "yes", "source": ""}
+    trained_on = {
+        "part": "pretraining data",
+        "name": "drawn",
+        "licence": licence[0],
+        "product": licence[1],
+        "source": "",
+    }
     content = {
         "extractor": {
             "name": features,
@@ -68,7 +75,7 @@ def result(
             "random_weights": None,
             "image_size": 224,
             "parameters": 692_688,
-            "licences": chain,
+            "licences": [weights, trained_on],
             "product": licence[1],
         },
         "detector": {"name": detector, "options": options, "digest": digest_of([detector, options])},

@@ -54,8 +54,9 @@ def test_what_lacks_a_set_is_not_ranked_but_told(results: list[Result]) -> None:
         (EVIL, None),
     ]
     text = as_text([task], results, "markdown")
-    assert f"- {EVIL} with spade is not ranked: it lacks caps" in text
-    assert f"- {EVIL} is not ranked: it lacks caps with spade" in text
+    told = EVIL.replace("<", "&lt;")
+    assert f"- {told} with spade is not ranked: it lacks caps" in text
+    assert f"- {told} is not ranked: it lacks caps with spade" in text
 
 
 def test_a_line_holds_the_means(results: list[Result]) -> None:
@@ -83,10 +84,24 @@ def test_filters_choose_what_is_ranked(results: list[Result]) -> None:
     fast = tasks_of(results, Filters(most_ms=50))[0]
     assert {line.detector for line in fast.pairs} == {"padim"}
     assert tasks_of(results, Filters(sets=["tiles"]))[0].sets == ("tiles",)
-    with pytest.raises(ValueError, match="tasks: few-shot, K=4"):
+    with pytest.raises(ValueError, match=r"--tasks 'full' fits none of: few-shot, K=4"):
         tasks_of(results, Filters(tasks=["full"]))
     with pytest.raises(ValueError, match="none of the 11 results"):
         tasks_of(results, Filters(most_parameters=0.1))
+
+
+def test_a_set_of_ones_own_takes_nobody_out_of_the_ranking(results: list[Result]) -> None:
+    task = tasks_of([*results, result("best", "padim", "mine")])[0]
+    assert (task.sets, task.rare) == (("caps", "tiles"), ("mine",))
+    assert sum(line.standing is not None for line in task.pairs) == 5
+    assert "mine is not ranked: most lines have no result for it" in as_text([task], results, "markdown")
+
+
+def test_seeds_are_tasks_of_their_own_and_draws_are_told() -> None:
+    protocol = {"name": "few-shot", "setting": "K=4", "seed": 7, "draws": 1}
+    found = tasks_of([result(), result(protocol=protocol), result("lite1", draws=2)])
+    assert [task.name for task in found] == ["few-shot, K=4", "few-shot, K=4, seed 7"]
+    assert "the lines have 1 or 2 draws" in as_text(found, [result()], "markdown")
 
 
 def test_tasks_are_apart_and_equal_names_are_told_apart() -> None:
@@ -103,7 +118,8 @@ def test_latex_and_markdown_say_the_same(results: list[Result]) -> None:
     tasks = tasks_of(results)
     text, latex = as_text(tasks, results, "markdown"), as_text(tasks, results, "latex")
     assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == text.count("**few-shot") == 2
-    assert EVIL.replace("|", "\\|") in text
+    assert EVIL.replace("|", "\\|").replace("<", "&lt;") in text
+    assert "<img" not in text
     assert r"\&" in latex
     assert len(re.findall(r"^\| [\d–]", text, flags=re.M)) == 9
 

@@ -37,6 +37,21 @@ def test_other_numbers_for_the_same_experiment_are_not_taken_silently(tmp_path: 
     assert read_board(tmp_path / "board") == [result(seed=2)]
 
 
+def test_one_experiment_twice_in_one_call_is_refused(tmp_path: Path) -> None:
+    (one,), (other,) = files(tmp_path / "a", result(seed=1)), files(tmp_path / "b", result(seed=2))
+    with pytest.raises(ValueError, match=r"are the same experiment with other numbers: add one of the two"):
+        add(tmp_path / "board", [one, other])
+    assert len(add(tmp_path / "board", [one, one]).new) == 1  # the same file, named twice
+    assert len(read_board(tmp_path / "board")) == 1
+
+
+def test_one_set_under_two_names_is_refused(tmp_path: Path) -> None:
+    content = json.loads(result("lite1").model_dump_json(exclude={"metrics", "digest", "format"}))
+    content["data"]["name"] = "Fliesen"
+    with pytest.raises(ValueError, match=r"calls the photographs 'Fliesen' that .* calls 'tiles'"):
+        add(tmp_path / "board", files(tmp_path / "new", result(), sealed(content)))
+
+
 def test_nothing_is_added_if_one_is_refused(tmp_path: Path) -> None:
     good, bad = files(tmp_path / "new", result("lite0"), result("lite1"))
     bad.write_text(bad.read_text().replace('"image_size":224', '"image_size":448'))
@@ -77,7 +92,11 @@ def test_the_command_adds_checks_and_refuses(tmp_path: Path, capsys: pytest.Capt
         (["board", "check", *paths, "--sets", "a"], "filters such as --sets go with render"),
         (["board", "check", *paths, "--replace"], "--replace goes with add"),
         (["board", "render", "--at", str(tmp_path / "empty")], "holds no results: adpretrain board add"),
-        (["board", "render", *at, "--detectors", "nobody"], "none of the 2 results is left by the filters"),
+        (["board", "render", *at, "--detectors", "nobody"], "--detectors 'nobody' fits none of: padim"),
+        (["board", "render", *at, "--most-ms", "1"], "none of the 2 results is left by the filters together"),
+        (["board", "render", *at, "--out", paths[0]], "is a file: name a folder"),
+        (["board", "render", "--at", paths[0]], "is a file: name the folder of a board"),
+        (["board", "add", str(tmp_path), *at], "no results in"),
         (["board", "add", str(tmp_path / "empty.json"), *at], "is not a file"),
     ):
         assert main(wrong) == 2

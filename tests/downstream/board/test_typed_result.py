@@ -64,6 +64,11 @@ def test_means_are_over_products_then_draws() -> None:
         ("data.products", ["tile", "cap"], True, "the products that were measured are not those"),
         ("measured.0.labels", [1], True, "1 labels and 60 scores"),
         ("measured.1.draw", 0, True, "draws|measured once"),
+        ("extractor.licences", [], True, "its chain of licences says otherwise"),
+        ("extractor.licences.1.product", "no", True, "its chain of licences says otherwise"),
+        ("extractor.licences.0.licence", "MIT", True, "the weights of lite0 are under Apache-2.0"),
+        ("extractor.licences.1.licence", "CC-BY-NC-SA-4.0", True, "CC-BY-NC-SA-4.0 says 'no'"),
+        ("extractor.backbone", "imagebind", True, "the weights of imagebind are under CC-BY-NC-SA-4.0"),
     ],
 )
 def test_what_is_not_true_is_refused(path: str, value: Any, reseal: bool, message: str, tmp_path: Path) -> None:
@@ -82,7 +87,10 @@ def test_what_is_not_true_is_refused(path: str, value: Any, reseal: bool, messag
         ("surprise", 1, "surprise: Extra inputs are not permitted"),
         ("format", 2, "format"),
         ("measured", [], "measured"),
-        ("latency", -1, "latency"),
+        ("latency", -1, "latency: Input should be greater than 0, not '-1'"),
+        ("extractor.name", "a\n\\input{/etc/hostname}%", "extractor.name"),
+        ("data.name", "   ", "data.name"),
+        ("command", "a\u2028b", "command"),
     ],
 )
 def test_what_is_not_well_formed_is_told_with_its_place(path: str, value: Any, message: str, tmp_path: Path) -> None:
