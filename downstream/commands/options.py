@@ -118,7 +118,8 @@ def usage_error(message: str, options: Sequence[str]) -> str:
     if wrong := wrong_value(line):
         key, value, expected = wrong
         kinds = (kind for kind in expected if kind != "null")  # null is the flag left out
-        return f"{_flag(key)} {value}: expected {' or '.join(kinds)}"
+        named = _flag(key) if _flag(key) in options else key.upper()  # a word without a flag, such as an action
+        return f"{named} {value}: expected {' or '.join(kinds)}"
     if found := re.fullmatch(r"unrecognized arguments: (--\S+).*|Subcommand '\S+' does not accept option '(.+)'", line):
         unknown = (found[1] or _flag(found[2])).partition("=")[0]
         close = difflib.get_close_matches(unknown, options, n=1)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from downstream.evaluation.gain import Gains
 
 HELD_OUT = 4  # every so many products, one is held out
+ALL = 0.9995  # an image AUROC that is shown as 100.0
 HEADS = 16  # at most; they divide the channels of every level
 # Residuals of so many draws of references are computed once, for sets of at most so many photographs; so many tokens of
 # each enter a step.
@@ -204,6 +205,9 @@ def evidence(gains: Gains) -> str:
         for name, title in (("image_auroc", "image AUROC"), ("aupro", "AUPRO")):
             before, after = (100 * sum(row[name]) / len(row[name]) for row in (gain.without, gain.with_projector))
             told += [] if math.isnan(after) else [f"{title} {before:.1f} -> {after:.1f}"]
+        known = gain.without["image_auroc"]
+        full = sum(known) > ALL * len(known)
+        told += ["nothing to gain in image AUROC: hold out a harder product"] if full else []
         lines.append(f"{plain(gain.product)}: {', '.join(told)}")
     verdict = "helps" if gains.better else "does not help"
     lines.append(

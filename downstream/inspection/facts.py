@@ -62,7 +62,10 @@ def _promise(inspector: Inspector, judged: int, many: bool, changed: bool) -> st
         return "One normal photograph promises nothing: add at least one more."
     rate = percent(calibration.rate)
     if changed:
-        return f"The photographs have changed on the way, so that the promise of at most {rate} false alarms has ended."
+        return (
+            "The photographs have changed on the way (in the order of their names, which is taken for time), so that "
+            f"the promise of at most {rate} false alarms has ended."
+        )
     if many:
         return f"That is more than {rate} false alarms explain: many are defective, or the line has changed."
     text = f"Nothing speaks against the promise that at most {rate} of good photographs look bad"

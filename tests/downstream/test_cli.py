@@ -24,7 +24,7 @@ from downstream.cli import main
 from downstream.detectors.featurenorm import FeatureNorm, FeatureNormConfig
 
 Write = Callable[..., Path]
-MODULES_OF_A_SCORE = 75  # of our files, entered by imports; 91 before the house was redrawn
+MODULES_OF_A_SCORE = 77  # of our files, entered by imports; 91 before the house was redrawn
 
 
 def score(extractor: Path, normal: Path, images: Path, out: Path, *more: str) -> int:
@@ -381,7 +381,7 @@ def test_a_score_enters_few_of_our_modules(write_tiles: Write, extractor_dir: Pa
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
     entered = done.stdout.splitlines()[-1].split()
-    assert sum(name.startswith("downstream.inspection") for name in entered) <= 20
+    assert sum(name.startswith("downstream.inspection") for name in entered) <= 21
     assert len(entered) <= MODULES_OF_A_SCORE, sorted(entered)
 
 

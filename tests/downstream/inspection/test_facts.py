@@ -71,7 +71,9 @@ def test_the_sentences_say_what_becomes_of_the_promise(inspector: Inspector, ext
         inspector, results, many=True
     )
     changed = brief(inspector, results, many=True, changed=True)
-    assert "have changed on the way, so that the promise of at most 20 % false alarms has ended. Look at the" in changed
+    assert (
+        "which is taken for time), so that the promise of at most 20 % false alarms has ended. Look at the" in changed
+    )
     given = dataclasses.replace(inspector, options=Options(threshold=3.0))
     assert "chosen by hand, so that no rate of false alarms is promised" in brief(given, results)
     alone = inspector_from_photos(
