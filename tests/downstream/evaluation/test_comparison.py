@@ -83,7 +83,7 @@ def stamps(comparison: Path) -> dict[Path, tuple[int, bytes]]:
 def without_seconds(file: Path) -> dict[str, Any]:
     content = json.loads(file.read_text())
     for record in content["records"]:
-        del record["seconds"]
+        del record["seconds"], record["latency"]
     return content
 
 
