@@ -36,6 +36,7 @@ GOOD_FOLDERS = [pattern for layout in ("mvtec_3d", "btad", "mvtec", "mtd", "real
 MASK_FOLDERS = ("ground_truth", "gt", "mask", "masks")
 MASK_NAME = re.compile(r"(.+)_(?:mask|gt|label|seg)", re.IGNORECASE)
 SHOWN, SHOWN_TILED = 384, 1024  # pixels of the longest side of a photograph in reports
+LENS = "a covered lens or a failed exposure?"
 BLANK = 0.1  # share of the references' contrast; no Magnetic Tile photograph (of 1344) is below .3 of their median
 
 
@@ -285,13 +286,13 @@ def without_blank(read: Sequence[Photo | Unreadable], usual: float) -> list[Phot
 
     A covered lens or a failed exposure looks as uniform as the uniform parts of a product, which are normal.
     """
-    reason = "{} is blank (its contrast is {:.1%} of the references'): a covered lens or a failed exposure?"
-    return [
-        Unreadable(item.path, reason.format(printable(item.path), item.contrast / usual))
-        if isinstance(item, Photo) and item.contrast < BLANK * usual
-        else item
-        for item in read
-    ]
+
+    def blank(photo: Photo) -> Unreadable:
+        share = f"{printable(photo.path)} is blank (its contrast is {photo.contrast / usual:.1%} of the references')"
+        above = "its values lie above the full scale of the normal photographs; were those saved with fewer bits?"
+        return Unreadable(photo.path, f"{share}: {above if photo.saturated else LENS}")
+
+    return [blank(item) if isinstance(item, Photo) and item.contrast < BLANK * usual else item for item in read]
 
 
 def prepare_photo(

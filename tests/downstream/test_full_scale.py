@@ -156,3 +156,15 @@ def test_a_product_without_a_full_scale_is_named(tmp_path: Path) -> None:
         Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(folder / "1.tif")
     with pytest.raises(ValueError, match="cap: some photographs hold floats and others integers"):
         index_dataset("mvtec", tmp_path)
+
+
+def test_a_photograph_above_the_full_scale_is_not_called_a_covered_lens(tmp_path: Path) -> None:
+    """Normals with 8 bits in 16-bit files, and one that was saved with 12: it is white throughout, and the reason why."""
+    draw = np.random.default_rng(0)
+    for folder, count, top in (("good", 4, 255), ("new", 1, 4095)):
+        (tmp_path / folder).mkdir()
+        for number in range(count):
+            wide(draw.integers(60, 200, (48, 48)).astype(float), top).save(tmp_path / folder / f"{number}.png")
+    flags = ["--normal", str(tmp_path / "good"), "--images", str(tmp_path / "new"), "--image-size", "64"]
+    assert main(["score", *flags, "--out", str(tmp_path / "out"), "--device", "cpu"]) == 3
+    assert "its values lie above the full scale of the normal" in (tmp_path / "out" / "scores.csv").read_text()
