@@ -159,7 +159,7 @@ def test_a_product_without_a_full_scale_is_named(tmp_path: Path) -> None:
 
 
 def test_a_photograph_above_the_full_scale_is_not_called_a_covered_lens(tmp_path: Path) -> None:
-    """Normals with 8 bits in 16-bit files, and one that was saved with 12: it is white throughout, and the reason why."""
+    """Normals of 8 bits in 16-bit files, and one photograph saved with 12: it is white throughout, and that is said."""
     draw = np.random.default_rng(0)
     for folder, count, top in (("good", 4, 255), ("new", 1, 4095)):
         (tmp_path / folder).mkdir()
