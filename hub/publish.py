@@ -24,14 +24,15 @@ from typing import Any, Literal
 
 from adpretrain.card import METRICS, Result, card
 from adpretrain.hub.collection import add_to_collection
-from adpretrain.hub.upload import Published, publish, publish_page, publish_space
+from adpretrain.hub.contents import files_of_page, files_of_space
+from adpretrain.hub.upload import Published, publish, publish_space
 from adpretrain.parsing import parse_flags, read_json
 from adpretrain.passport import in_a_product, passport, trained_on
 from adpretrain.saved import CONFIG_NAME, WEIGHTS_NAME, folder_digest, read_config
+from downstream.evaluation.result_files import public_command
 
 HUB = Path(__file__).resolve().parent
 EXAMPLES = 3  # heatmaps on the page, at most
-OMITTED = ("--out", "--device")  # flags that change no number
 
 
 @dataclass(frozen=True)
@@ -122,12 +123,13 @@ def results_of(folder: Path, extractor: Path, repo_id: str) -> list[Result]:
 
 
 def _command(configuration: Mapping[str, Any], repo_id: str) -> str:
-    """The command without this machine's paths, which would be published."""
-    folders = {str(entry["folder"]): repo_id for entry in configuration["extractors"]}
-    words = shlex.split(configuration["command"])
-    kept = [word for word, before in zip(words, ["", *words], strict=False) if not {word, before} & set(OMITTED)]
+    """The command with the name under which others find the extractor, and without this machine's paths."""
+    names = {str(entry["folder"]): repo_id for entry in configuration["extractors"]}
     root = str(configuration["root"])
-    return shlex.join(folders.get(word, Path(root).name if word == root else word) for word in kept)
+    words = [
+        names.get(word, Path(root).name if word == root else word) for word in shlex.split(configuration["command"])
+    ]
+    return public_command(shlex.join(words))
 
 
 def describe(done: Published, dry_run: bool) -> str:
@@ -158,8 +160,10 @@ def _publish_space(options: Options) -> Published:
         raise ValueError("--tag, --results and --licence belong to an extractor, not to --space or --board")
     how: dict[str, Any] = {"private": options.private, "message": options.message, "dry_run": options.dry_run}
     if options.board is not None:
-        return publish_page(options.board, HUB / "board" / "README.md", options.repo_id, **how)
-    return publish_space(HUB / "space", options.repo_id, **how)
+        return publish_space(
+            files_of_page(options.board, HUB / "board" / "README.md"), options.repo_id, "static", **how
+        )
+    return publish_space(files_of_space(HUB / "space"), options.repo_id, **how)
 
 
 def _collect(options: Options, collection: str) -> str:

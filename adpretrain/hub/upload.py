@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from huggingface_hub.errors import GatedRepoError, LocalTokenNotFoundError, Repo
 
 from adpretrain.backbones.weights import some
 from adpretrain.hub.claims import refuse_claims
-from adpretrain.hub.contents import OURS, PAGE, files_of_page, files_of_space, files_to_publish
+from adpretrain.hub.contents import OURS, PAGE, files_to_publish
 from adpretrain.hub.download import (
     GIT_SHA1,
     REPO_ID,
@@ -86,42 +87,22 @@ def publish(
 
 
 def publish_space(
-    folder: str | os.PathLike[str],
+    files: Mapping[str, Path],
     repo_id: str,
+    sdk: Literal["gradio", "static"] = "gradio",
     *,
     private: bool,
     message: str | None = None,
     token: str | bool | None = None,
     dry_run: bool = False,
 ) -> Published:
-    """Make the Gradio Space ``repo_id`` hold the files of ``folder`` (`files_of_space`), as `publish` does.
+    """Make the Space ``repo_id`` hold ``files`` (`files_of_space`, `files_of_page`), as `publish` does.
 
     Files that only the Space has are not deleted. Raises ValueError as `publish` does.
     """
-    files = files_of_space(folder)
     _check_names(repo_id, "main", None, message)
     message = message or "Publish the Space"
-    return _Repository(repo_id, "main", token, files, private, None, message, "gradio").publish(dry_run)
-
-
-def publish_page(
-    folder: str | os.PathLike[str],
-    card: str | os.PathLike[str],
-    repo_id: str,
-    *,
-    private: bool,
-    message: str | None = None,
-    token: str | bool | None = None,
-    dry_run: bool = False,
-) -> Published:
-    """Make the static Space ``repo_id`` hold index.html of ``folder`` and ``card`` as README.md, as `publish` does.
-
-    Nothing else in ``folder`` is read. Raises ValueError as `files_of_page` and `publish` do.
-    """
-    files = files_of_page(folder, card)
-    _check_names(repo_id, "main", None, message)
-    message = message or "Publish the page"
-    return _Repository(repo_id, "main", token, files, private, None, message, "static").publish(dry_run)
+    return _Repository(repo_id, "main", token, dict(files), private, None, message, sdk).publish(dry_run)
 
 
 def _check_names(repo_id: str, branch: str, tag: str | None, message: str | None) -> None:

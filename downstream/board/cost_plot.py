@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from downstream.board.tasks import Line
@@ -19,6 +19,8 @@ STYLE = (
     "<style>svg{font:12px system-ui,sans-serif;fill:#16191f;color:#16191f}"
     "@media (prefers-color-scheme:dark){svg{fill:#e8eaee;color:#e8eaee}}</style>"
 )
+
+Place = Callable[[float], float]  # a value -> its place on the drawing
 
 
 class Point(NamedTuple):
@@ -94,7 +96,7 @@ def _legend(detectors: Sequence[str], colour: dict[str, str]) -> list[str]:
     return out
 
 
-def _axes(least: float, most: float, bottom: float, top: float, x, y) -> str:  # type: ignore[no-untyped-def]
+def _axes(least: float, most: float, bottom: float, top: float, x: Place, y: Place) -> str:
     """Lines and numbers of both axes."""
     parts = []
     step = next(step for step in (0.5, 1, 2, 5, 10, 20, 50) if (top - bottom) / step <= 8)

@@ -97,7 +97,7 @@ class Line:
         return result.metrics[metric].mean if metric in result.metrics else None
 
     @property
-    def any(self) -> Result:
+    def first(self) -> Result:
         """One of the results, for what they share."""
         return next(iter(self.results.values()))
 
@@ -110,11 +110,11 @@ class Line:
 
     @property
     def parameters(self) -> int:
-        return self.any.extractor.parameters
+        return self.first.extractor.parameters
 
     @property
     def product(self) -> Product:
-        return self.any.extractor.product
+        return self.first.extractor.product
 
     @property
     def seen(self) -> str:

@@ -77,7 +77,7 @@ class BoardCommand(Command):
         return 0
 
     def _render(self) -> None:
-        from downstream.board.page import tables_of, write_board
+        from downstream.board.render import tables_of, write_board
         from downstream.board.store import read_board
         from downstream.board.tasks import tasks_of
         from downstream.table_text import markdown

@@ -7,6 +7,8 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +30,9 @@ from downstream.evaluation.means import Record
 from downstream.evaluation.networks import Features
 
 FOLDER = "results"
+ABSOLUTE = re.compile(r"(?<![\w.:/~-])/(?:[^\s/,:;'\"]+/)*([^\s/,:;'\"\]})]*)")  # a path within a word
 LINK = ("name", "licence", "product", "source")
+OMITTED = {"--out", "--device"}  # flags of a command that are no part of what was measured
 NOTHING_LEARNT = "nothing was pretrained on top of the backbone"
 
 
@@ -83,7 +87,7 @@ def write_results(
             },
             "library_version": __version__,
             "hardware": hardware(device),
-            "command": command,
+            "command": public_command(command),
         }
         written.append(write_result(folder, sealed(content)))
     for stale in {*folder.glob("*.json")} - {*written}:  # of an earlier, larger comparison in this folder
@@ -118,11 +122,8 @@ def _measured(cells: Sequence[Cell], records: dict[str, list[Record]], data: dic
 
 def extractor_info(features: Features) -> dict[str, Any]:
     """The part of a result that says whose features they are, with the licences that they hang on."""
-    backbone, extractors, digests = (
-        features.networks.backbone,
-        features.networks.extractors,
-        [*features.digests.values()],
-    )
+    backbone, extractors = features.networks.backbone, features.networks.extractors
+    digests = [*features.digests.values()]
     model = extractors[0] if extractors else backbone
     chain = _chain(features)
     return {
@@ -147,6 +148,14 @@ def _public_name(source: str) -> str:
         return source.partition("@")[0]
     parts = Path(source).resolve().parts
     return parts[-2] if parts[-1] == "extractor" and len(parts) > 2 else parts[-1]
+
+
+def public_command(command: str) -> str:
+    """A command for others to read: without what does not change the numbers (`OMITTED`), and of every absolute path
+    only the last part, as the rest is private."""
+    words = shlex.split(command)
+    kept = [word for word, before in zip(words, ["", *words], strict=False) if not {word, before} & OMITTED]
+    return shlex.join(Path(word).name if Path(word).is_absolute() else ABSOLUTE.sub(r"\1", word) for word in kept)
 
 
 def weights_digest(backbone: Backbone) -> str:

@@ -13,7 +13,7 @@ from downstream.inspection.entry import Entry
 from downstream.inspection.findings import findings_of, write_map, write_mask
 from downstream.inspection.inspector import Inspector, Scored
 from downstream.inspection.photos import Photo, Unreadable
-from downstream.inspection.pictures import Heatmaps, mask_and_map, remove
+from downstream.inspection.picture_names import Heatmaps, mask_and_map, remove
 from downstream.inspection.results import ANOMALOUS, UNREADABLE, Result
 from downstream.regions import Region
 from downstream.visualise import ColourScale, panel, save_png

@@ -76,15 +76,7 @@ def fit_folder(
     paths = find_images(normal, exclude=out)
     reader = PhotoReader.of_camera(paths, model.preprocess, batch_size, bool(tiling.tile))
     inside = _inside(paths[0], reader, roi)
-    takes = find_detector(name).load().references_are if isinstance(model, ADExtractor) else "none"
-    if takes == "given" and len(paths) <= shots:
-        raise ValueError(
-            f"{len(paths)} normal photographs, up to {shots} of which become references: none is left to fit "
-            f"{name} on; give more, or lower --shots"
-        )
-    chosen: list[Path] = []
-    if isinstance(model, ADExtractor) and takes in ("given", "fitted"):
-        chosen = choose_references(paths, model, Options(shots=shots), reader)
+    takes, chosen = _references(name, model, paths, shots, reader)
     rest = [path for path in paths if path not in chosen] if takes != "fitted" else []
     if takes == "none" and detector.fitted:  # a raw backbone's FeatureNorm needs no photographs
         rest = []
@@ -103,6 +95,22 @@ def fit_folder(
         if workplace.checkpoint is not None:
             workplace.checkpoint.unlink(missing_ok=True)
     return Fitted(out, len(rest), len(chosen))
+
+
+def _references(
+    name: str, model: Backbone | ADExtractor, paths: Sequence[Path], shots: int, reader: PhotoReader
+) -> tuple[str, list[Path]]:
+    """What a detector takes references for (`Detector.references_are`), and the photographs that become them."""
+    if not isinstance(model, ADExtractor):
+        return "none", []
+    takes = find_detector(name).load().references_are
+    if takes == "given" and len(paths) <= shots:
+        raise ValueError(
+            f"{len(paths)} normal photographs, up to {shots} of which become references: none is left to fit "
+            f"{name} on; give more, or lower --shots"
+        )
+    chosen = choose_references(paths, model, Options(shots=shots), reader) if takes in ("given", "fitted") else []
+    return takes, list(chosen)
 
 
 def _detector(name: str, model: Backbone | ADExtractor, settings: Mapping[str, Any], tiling: Tiling) -> Detector:

@@ -31,7 +31,7 @@ from downstream.inspection.findings import findings_files
 from downstream.inspection.inspector import Inspector, shape_note
 from downstream.inspection.notes import change_note, copies_note, drift_note, saturation_note
 from downstream.inspection.photos import find_images, passed_over, printable
-from downstream.inspection.pictures import HEATMAPS, LISTING, MAPS, MASKS, Heatmaps, remove_listed
+from downstream.inspection.picture_names import HEATMAPS, LISTING, MAPS, MASKS, Heatmaps, remove_listed
 from downstream.inspection.report import Fact, write_report
 from downstream.inspection.results import ANOMALOUS, COLUMNS, UNDECIDED, UNREADABLE, Result
 from downstream.inspection.resume import Record, parts, settings_of

@@ -18,7 +18,7 @@ from downstream.inspection.entry import Entry
 from downstream.inspection.inspector import Inspector
 from downstream.inspection.normals import Map, predict_photos
 from downstream.inspection.photos import Photo, printable
-from downstream.inspection.pictures import Heatmaps, PictureNames
+from downstream.inspection.picture_names import Heatmaps, PictureNames
 from downstream.inspection.resume import Place, Record, Stamp
 from downstream.inspection.source import Photographs
 from downstream.terminal import no_progress

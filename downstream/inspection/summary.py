@@ -9,7 +9,7 @@ from typing import Any
 from adpretrain import __version__
 from downstream.inspection.inspector import Inspector
 from downstream.inspection.photos import printable
-from downstream.inspection.pictures import HEATMAPS, LISTING, MASKS
+from downstream.inspection.picture_names import HEATMAPS, LISTING, MASKS
 from downstream.inspection.results import as_dict
 from downstream.inspection.tally import Tally
 

@@ -28,7 +28,7 @@ from downstream.inspection.camera import take
 from downstream.inspection.entry import result_from
 from downstream.inspection.inspector import Inspector
 from downstream.inspection.photos import Photo, each_page, files_below, printable, relative_name
-from downstream.inspection.pictures import HEATMAPS, picture_name
+from downstream.inspection.picture_names import HEATMAPS, picture_name
 from downstream.inspection.results import COLUMNS, Result
 from downstream.inspection.resume import Stamp, stamp
 from downstream.inspection.spreadsheet import csv_row, write_table

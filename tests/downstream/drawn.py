@@ -8,6 +8,15 @@ from PIL import Image
 from torch import Tensor
 
 SIZE = 64
+SMALL_UNIAD = {
+    "grid": 8,
+    "neighbours": 3,
+    "width": 32,
+    "heads": 4,
+    "layers": 2,
+    "inner": 64,
+    "learning_rate": 2e-3,
+}  # learns tiles in seconds
 
 
 def photographs(count: int, seed: int) -> Tensor:

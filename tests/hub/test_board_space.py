@@ -44,7 +44,7 @@ def test_the_page_and_its_readme_are_published_in_one_commit_and_nothing_else(
     assert (space.kind, space.sdk, space.private) == ("space", "static", False)
     assert space.history == [
         "commit initial commit (private)",
-        "commit Publish the page (private)",
+        "commit Publish the Space (private)",
         "made public",
     ]
     hub.requests.clear()

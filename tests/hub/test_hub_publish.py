@@ -20,6 +20,7 @@ from torch import Tensor
 from adpretrain.extractor import ADExtractor
 from adpretrain.files import git_sha1, sha256
 from adpretrain.hub import download
+from adpretrain.hub.contents import files_of_space
 from adpretrain.hub.upload import publish, publish_space
 from downstream.cli import main as run
 
@@ -367,17 +368,17 @@ def test_digests_are_those_of_git_and_sha256sum(tmp_path: Path) -> None:
 
 def test_a_space_is_published_as_it_lies_in_the_folder(hub: Hub, tmp_path: Path) -> None:
     folder = Path(__file__).parents[2] / "hub" / "space"
-    done = publish_space(folder, "ada/demo", private=False)
+    done = publish_space(files_of_space(folder), "ada/demo", private=False)
     space = hub.repositories["ada/demo"]
     assert (space.kind, space.private, done.url) == ("space", False, f"{hub.endpoint}/spaces/ada/demo")
     assert space.contents() == {name: (folder / name).read_bytes() for name in done.files}
     assert {"app.py", "README.md", "requirements.txt"} <= done.files.keys()
-    assert publish_space(folder, "ada/demo", private=False).commit == done.commit
+    assert publish_space(files_of_space(folder), "ada/demo", private=False).commit == done.commit
     space.write({"secret.json": b"{}"})
     with pytest.raises(ValueError, match=r"it holds files that are not a space of adpretrain \(secret\.json\)"):
-        publish_space(folder, "ada/demo", private=False)
+        publish_space(files_of_space(folder), "ada/demo", private=False)
     copy = tmp_path / "space"
     shutil.copytree(folder, copy)
     (copy / "weights.pth").touch()
     with pytest.raises(ValueError, match=r"holds files that no Space needs: weights\.pth"):
-        publish_space(copy, "ada/other", private=False)
+        publish_space(files_of_space(copy), "ada/other", private=False)

@@ -13,7 +13,7 @@ from browser import CHROMIUM, Browser, chromium
 from results_drawn import result
 
 from downstream.board.cost_plot import Point, cost_plot, front
-from downstream.board.page import as_page, as_text, tables_of, write_board
+from downstream.board.render import as_page, as_text, tables_of, write_board
 from downstream.board.result import Result
 from downstream.board.tasks import Filters, tasks_of
 from downstream.cli import main
@@ -219,6 +219,9 @@ def test_an_evaluation_writes_results_that_a_board_takes(
     run = ["evaluate", "--root", str(tile_products), *flags, "--detectors", "featurenorm,padim", "--device", "cpu"]
     assert main([*run, "--pictures", "0", "--out", str(tmp_path / "run")]) == 0
     printed = capsys.readouterr().out
+    texts = [file.read_text(encoding="utf-8") for file in (tmp_path / "run" / "results").iterdir()]
+    assert len(texts) == 4
+    assert not any(str(folder) in text for text in texts for folder in (tmp_path, tile_products))  # paths are private
     assert main(["board", "add", str(tmp_path / "run" / "results"), *board]) == 0
     assert main(["board", "render", *board, "--out", str(tmp_path / "site")]) == 0
     shown = capsys.readouterr().out

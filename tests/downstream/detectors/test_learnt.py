@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from drawn import SIZE, wavy
+from drawn import SIZE, SMALL_UNIAD, wavy
 
 from adpretrain.backbones import Backbone, load_backbone
 from adpretrain.extractor import ADExtractor
@@ -18,16 +18,7 @@ from downstream.learning import Workplace
 
 CASES: dict[str, dict[str, Any]] = {
     "cflow": {"blocks": 4, "vectors": 128, "learning_rate": 2e-3, "training": {"steps": 60}},
-    "uniad": {
-        "grid": 8,
-        "neighbours": 3,
-        "width": 32,
-        "heads": 4,
-        "layers": 2,
-        "inner": 64,
-        "learning_rate": 2e-3,
-        "training": {"steps": 80},
-    },
+    "uniad": {**SMALL_UNIAD, "training": {"steps": 80}},
     "glass": {
         "hidden": 128,
         "climb_steps": 5,
