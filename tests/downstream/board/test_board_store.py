@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -102,3 +103,10 @@ def test_the_command_adds_checks_and_refuses(tmp_path: Path, capsys: pytest.Capt
         assert main(wrong) == 2
         said = " ".join(capsys.readouterr().err.split())
         assert told in said, said
+
+
+def test_the_projects_own_board_is_what_it_claims_to_be() -> None:
+    """Its results pass all checks, and their commands name no folder of the machine that measured them."""
+    results = read_board(Path(__file__).parents[3] / "docs" / "own_board")
+    assert len(results) == 680
+    assert not [one.command for one in results if re.search(r"(^|[\s=])/", one.command)]
